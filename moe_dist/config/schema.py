@@ -1,0 +1,220 @@
+"""The configuration of a run, as plain dataclasses.
+
+One field, one meaning, one spelling: the names here are the keys of the YAML files, the flags of the command line
+(`--model.moe.top-k 1`) and the words of the documentation. `load.py` reads them, `validate.py` holds the rules that
+tie two fields together. Docstrings under fields become the text of `moe-dist train --help`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ConfigDict
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(kw_only=True, slots=True)
+class MoEConfig:
+    """Mixture-of-Experts feed-forward layers."""
+
+    __pydantic_config__ = _STRICT
+
+    num_experts: int = 8
+    """Experts in each MoE layer. 0: every layer is a dense feed-forward."""
+    top_k: int = 2
+    """Experts that each token is sent to. 1 is the Switch layer."""
+    d_ff: int | None = None
+    """Hidden width of one expert. null: model.d_ff."""
+    every: int = 1
+    """Every nth layer is MoE (the nth, 2nth, ...), the others are dense."""
+    num_shared_experts: int = 0
+    """Experts of width d_ff that every token passes through, beside the routed ones."""
+    renormalize: bool = True
+    """Divide the top-k router weights by their sum. Never done at top_k = 1: the router would get no gradient."""
+    capacity_factor: float | None = 1.25
+    """C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows an expert takes. null: dropless."""
+    eval_capacity_factor: float | None = None
+    """The same for evaluation. null: evaluation drops nothing. When set, both losses are reported."""
+    min_capacity: int = 1
+    """Lower bound of C."""
+    capacity_scope: Literal["global", "local"] = "global"
+    """global: all tokens of the data-parallel micro-step compete, so the dropped set does not depend on the layout.
+    local: each rank caps its own tokens."""
+    drop_policy: Literal["position", "score", "random"] = "position"
+    """Who stays when an expert is full: the first tokens, the highest router weights, or a keyed random choice.
+    Only `position` is causal: under `score` and `random` a later token can displace an earlier one."""
+    balance_loss_coef: float = 1e-2
+    """Weight of the load-balancing loss, E * sum_i f_i P_i (Switch Transformers, eq. 4)."""
+    z_loss_coef: float = 1e-3
+    """Weight of the router z-loss, mean(logsumexp(logits)^2) (ST-MoE, eq. 5)."""
+    dispatch: Literal["auto", "local", "all_to_all"] = "auto"
+    """How rows reach their experts. auto: local at ep = 1, else all_to_all."""
+    wire: Literal["ragged", "padded"] = "ragged"
+    """all_to_all messages: exactly the rows kept, or blocks padded to the largest so that all messages are equal."""
+    experts: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
+    """How the experts compute: one after another (the oracle), padded batched GEMM, or grouped GEMM."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
+
+    __pydantic_config__ = _STRICT
+
+    vocab_size: int = 256
+    """Rows of the embedding. Byte-level corpora use 256."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Decoder blocks."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 1
+    """Key/value heads: 1 is multi-query attention, num_heads is multi-head attention."""
+    head_dim: int | None = None
+    """Width of one head. null: d_model / num_heads."""
+    d_ff: int = 1024
+    """Hidden width of a dense feed-forward."""
+    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    """Of dense and expert feed-forwards. swiglu has a third matrix, the gate."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """The output projection is the embedding matrix."""
+    attention: Literal["auto", "torch", "flash"] = "auto"
+    """torch: plain maths. flash: the flash-attn package when installed, else torch's fused SDPA. auto: flash."""
+    recompute: Literal["none", "block"] = "none"
+    """block: keep only each block's input and its routing, and run the block again in the backward pass."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How the world is cut. dp = world size / tp; experts fold over tp: ep may be any divisor of the world size."""
+
+    __pydantic_config__ = _STRICT
+
+    ep: int = 1
+    """Ranks that share one set of experts."""
+    tp: int = 1
+    """Ranks that share one copy of each dense matrix."""
+    sequence_parallel: bool = False
+    """Between tensor-parallel regions, each tp rank keeps only its slice of the tokens."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """What owns gradients, optimizer state and precision."""
+
+    __pydantic_config__ = _STRICT
+
+    name: Literal["native", "deepspeed"] = "native"
+    """native: plain torch. deepspeed: ZeRO."""
+    zero_stage: int = 0
+    """With deepspeed: 0 replicates, 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: parameters and activations in bfloat16, master weights, gradients' accumulation and moments in fp32."""
+    grad_clip: float | None = 1.0
+    """Largest global gradient norm. null: no clipping."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    __pydantic_config__ = _STRICT
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over peak."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """After the warm-up. wsd: stay at the peak, then decay linearly over the last decay_fraction of the steps."""
+    warmup_steps: int = 100
+    """Linear warm-up from lr / warmup_steps."""
+    decay_fraction: float = 0.2
+    """With wsd: the share of all steps spent decaying."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """For matrices. Norm scales and biases are not decayed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    __pydantic_config__ = _STRICT
+
+    kind: Literal["stdlib", "text"] = "stdlib"
+    """stdlib: the sources of Python's standard library, present on every machine. text: files or folders in `paths`.
+    Both are read as bytes."""
+    paths: list[str] = field(default_factory=list)
+    """With kind = text: files, or folders that are searched for files."""
+    validation_fraction: float = 0.1
+    """Share held out for validation: whole files, or the end of the text if there is one file only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Steps, batches and seed."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: int = 1000
+    """Optimizer steps."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    global_batch: int = 16
+    """Sequences in an optimizer step, over all ranks."""
+    micro_batch: int | None = None
+    """Sequences per data-parallel rank in one forward pass. null: global_batch / (accumulation * dp)."""
+    accumulation: int | None = None
+    """Forward passes per optimizer step. null: global_batch / (micro_batch * dp), or 1 if micro_batch is null too.
+    Fix this one, not micro_batch, and the tokens that compete for capacity stay the same for every dp."""
+    seed: int = 0
+    """Of initial weights, data order and random dropping."""
+    threads: int | None = None
+    """CPU threads per rank. null: cores of this machine / ranks on it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """What is written, where and when."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str = "default"
+    """The run's folder is root/name."""
+    root: str = "runs"
+    log_every: int = 10
+    """Steps between progress lines. metrics.jsonl has every step."""
+    eval_every: int = 200
+    """Steps between evaluations; there is always one at the end."""
+    eval_sequences: int = 64
+    """Validation sequences per evaluation (fewer when the corpus has fewer)."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = True
+    sample_tokens: int = 0
+    """Bytes to generate from the trained model at the end."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything that makes a run."""
+
+    __pydantic_config__ = _STRICT
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)

@@ -1,0 +1,264 @@
+"""Every rule that ties fields of the configuration together, or to the number of ranks.
+
+`validate` runs before anything is allocated and reports all broken rules at once, one line each: the values, the rule,
+what to change. `batch_shape` solves global_batch = micro_batch * accumulation * dp for whatever is left open.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_dist.config.schema import Config, ModelConfig, TrainConfig
+
+_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchShape:
+    """One optimizer step: `accumulation` forward passes of `micro_batch` sequences on each of `dp` ranks."""
+
+    micro_batch: int
+    accumulation: int
+    dp: int
+    global_batch: int
+    seq_len: int
+
+    @property
+    def micro_step_sequences(self) -> int:
+        """Sequences of one forward pass over all ranks. Their tokens compete for capacity."""
+        return self.micro_batch * self.dp
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.global_batch * self.seq_len
+
+
+def batch_shape(train: TrainConfig, dp: int) -> BatchShape:
+    """Derives what the configuration leaves null. Raises ValueError if nothing whole fits."""
+    problems = list(_batch_rules(train, dp))
+    if problems:
+        raise ValueError("\n".join(problems))
+    if train.micro_batch is not None:
+        micro_batch = train.micro_batch
+        accumulation = train.global_batch // (micro_batch * dp)
+    else:
+        accumulation = train.accumulation or 1
+        micro_batch = train.global_batch // (accumulation * dp)
+    return BatchShape(
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        dp=dp,
+        global_batch=train.global_batch,
+        seq_len=train.seq_len,
+    )
+
+
+def validate(config: Config, world_size: int) -> BatchShape:
+    """Checks a configuration against `world_size` ranks. Raises one ValueError with a line for every broken rule."""
+    problems = [
+        *_model_rules(config.model),
+        *_moe_rules(config),
+        *_tensor_parallel_rules(config, world_size),
+        *_engine_rules(config),
+        *_optim_rules(config),
+        *_data_rules(config),
+        *_run_rules(config),
+    ]
+    tp = config.parallel.tp
+    dp = world_size // tp if tp >= 1 and world_size >= 1 and world_size % tp == 0 else None
+    if dp is not None:
+        problems += _batch_rules(config.train, dp)
+    if problems:
+        raise ValueError("\n".join(problems))
+    assert dp is not None, "a tp that does not divide the world is a problem above"
+    return batch_shape(config.train, dp)
+
+
+def _model_rules(model: ModelConfig) -> Iterator[str]:
+    yield from _at_least(1, model, "model", "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff")
+    yield from _above_zero(model, "model", "rope_theta norm_eps")
+    yield from _multiple(
+        "num_heads",
+        model.num_heads,
+        "num_kv_heads",
+        model.num_kv_heads,
+        "every key/value head serves the same number of query heads; change model.num_kv_heads (1 is always right)",
+    )
+    if model.head_dim is not None:
+        if model.head_dim % 2:
+            yield f"head_dim={model.head_dim} is odd; rotary embedding turns pairs of numbers: make model.head_dim even"
+        return
+    d_model, num_heads = model.d_model, model.num_heads
+    yield from _multiple("d_model", d_model, "num_heads", num_heads, "change one of them, or set model.head_dim")
+    if num_heads >= 1 and d_model % num_heads == 0 and d_model // num_heads % 2:
+        yield (
+            f"head_dim=d_model/num_heads={d_model}/{num_heads}={d_model // num_heads} is odd; "
+            "rotary embedding turns pairs of numbers: change model.num_heads or set an even model.head_dim"
+        )
+
+
+def _moe_rules(config: Config) -> Iterator[str]:
+    moe, ep, num_layers = config.model.moe, config.parallel.ep, config.model.num_layers
+    yield from _at_least(1, moe, "model.moe", "top_k d_ff every")
+    yield from _at_least(0, moe, "model.moe", "num_experts num_shared_experts min_capacity")
+    yield from _at_least(0, moe, "model.moe", "balance_loss_coef z_loss_coef")
+    yield from _above_zero(moe, "model.moe", "capacity_factor eval_capacity_factor", "null is dropless")
+    if moe.num_experts == 0:
+        if ep > 1:
+            yield f"ep={ep} needs num_experts > 0; set parallel.ep to 1, or model.moe.num_experts to a multiple of {ep}"
+        if moe.num_shared_experts > 0:
+            yield f"num_shared_experts={moe.num_shared_experts} needs num_experts > 0; set it to 0 for a dense model"
+        return
+    yield from _multiple(
+        "num_experts",
+        moe.num_experts,
+        "ep",
+        ep,
+        "every rank of an expert-parallel group holds as many experts; change parallel.ep",
+    )
+    if moe.top_k > moe.num_experts:
+        yield f"top_k={moe.top_k} is larger than num_experts={moe.num_experts}; lower model.moe.top_k"
+    if moe.every > num_layers >= 1:
+        yield f"every={moe.every} is larger than num_layers={num_layers}, so no layer is MoE; lower model.moe.every"
+    if moe.dispatch == "local" and ep > 1:
+        yield f"dispatch=local with ep={ep} cannot reach experts on other ranks; set model.moe.dispatch to auto"
+
+
+def _tensor_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
+    model, moe, tp, ep = config.model, config.model.moe, config.parallel.tp, config.parallel.ep
+    yield from _at_least(1, config.parallel, "parallel", "ep tp")
+    if world_size < 1:
+        yield f"world size {world_size} is below 1; start at least one rank"
+    else:
+        for name, size in (("tp", tp), ("ep", ep)):
+            if size >= 1 and world_size % size:
+                yield f"{name}={size} does not divide world size {world_size}; change parallel.{name} or the ranks"
+    if config.parallel.sequence_parallel and tp == 1:
+        yield "sequence_parallel=true needs tp > 1; set parallel.sequence_parallel to false or raise parallel.tp"
+    split = {
+        "num_heads": (model.num_heads, "model.num_heads"),
+        "d_ff": (model.d_ff, "model.d_ff"),
+        "vocab_size": (model.vocab_size, "model.vocab_size"),
+        "seq_len": (config.train.seq_len, "train.seq_len"),
+    }
+    if moe.num_experts > 0 and moe.num_shared_experts > 0:
+        width = moe.num_shared_experts * (model.d_ff if moe.d_ff is None else moe.d_ff)
+        split["num_shared_experts*d_ff"] = (width, "the width of the shared experts")
+    for name, (size, key) in split.items():
+        yield from _multiple(name, size, "tp", tp, f"each tensor-parallel rank takes an equal part; change {key}")
+
+
+def _engine_rules(config: Config) -> Iterator[str]:
+    engine, ep = config.engine, config.parallel.ep
+    yield from _above_zero(engine, "engine", "grad_clip", "null clips nothing")
+    yield from _between(engine, "engine", "zero_stage", 0, 3)
+    if engine.name == "native":
+        if engine.zero_stage > 0:
+            yield f"zero_stage={engine.zero_stage} needs engine.name deepspeed; native replicates (engine.zero_stage 0)"
+        return
+    if engine.zero_stage == 3 and ep > 1:
+        yield (
+            f"zero_stage=3 with ep={ep} is not supported: DeepSpeed partitions every parameter over the full "
+            "data-parallel group, but experts at ep > 1 differ between those ranks; set engine.zero_stage to 1 or 2"
+        )
+    if engine.zero_stage == 0 and engine.precision == "bf16":
+        yield (
+            "zero_stage=0 with precision=bf16 is not supported under deepspeed: its stage 0 accumulates gradients in "
+            "bf16 and takes a norm per rank; set engine.zero_stage to 1 or engine.name to native"
+        )
+
+
+def _optim_rules(config: Config) -> Iterator[str]:
+    optim, steps = config.optim, config.train.steps
+    yield from _above_zero(optim, "optim", "lr eps decay_fraction")
+    yield from _at_least(0, optim, "optim", "weight_decay warmup_steps")
+    yield from _between(optim, "optim", "min_lr_ratio", 0, 1)
+    if optim.decay_fraction > 1:
+        yield f"decay_fraction={optim.decay_fraction} is above 1, but a share of all steps; lower optim.decay_fraction"
+    if optim.warmup_steps > steps >= 1:
+        yield f"warmup_steps={optim.warmup_steps} is larger than steps={steps}; lower optim.warmup_steps"
+    for name in ("beta1", "beta2"):
+        beta = getattr(optim, name)
+        if not 0 <= beta < 1:
+            yield f"{name}={beta} is outside 0 <= {name} < 1; change optim.{name}"
+
+
+def _data_rules(config: Config) -> Iterator[str]:
+    data, vocab_size = config.data, config.model.vocab_size
+    if 1 <= vocab_size < _BYTES:
+        yield f"vocab_size={vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
+    if data.kind == "text" and not data.paths:
+        yield "data.kind text needs paths; name files or folders in data.paths, or set data.kind to stdlib"
+    if data.kind == "stdlib" and data.paths:
+        yield f"data.kind stdlib takes no paths, got {data.paths}; set data.kind to text or clear data.paths"
+    if not 0 < data.validation_fraction < 1:
+        yield (
+            f"validation_fraction={data.validation_fraction} is outside 0 < validation_fraction < 1; "
+            "change data.validation_fraction"
+        )
+
+
+def _run_rules(config: Config) -> Iterator[str]:
+    run, train = config.run, config.train
+    yield from _at_least(1, train, "train", "steps seq_len threads")
+    yield from _between(train, "train", "seed", 0, 2**63 - 1)
+    yield from _at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last")
+    yield from _at_least(0, run, "run", "sample_tokens")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run.name):
+        yield (
+            f"name={run.name!r} is not a simple file name; "
+            "make run.name of letters, digits, '.', '_' and '-', not opening with '.' or '-'"
+        )
+
+
+def _batch_rules(train: TrainConfig, dp: int) -> Iterator[str]:
+    if dp < 1:
+        yield f"dp={dp} is below 1; start at least one data-parallel rank"
+        return
+    too_small = list(_at_least(1, train, "train", "global_batch micro_batch accumulation"))
+    if too_small:
+        yield from too_small
+        return
+    total, micro_batch, accumulation = train.global_batch, train.micro_batch, train.accumulation
+    if micro_batch is not None and accumulation is not None:
+        product = micro_batch * accumulation * dp
+        if total != product:
+            yield (
+                f"global_batch={total} is not micro_batch*accumulation*dp={micro_batch}*{accumulation}*{dp}={product}; "
+                "leave train.micro_batch or train.accumulation null"
+            )
+        return
+    name, factor = ("micro_batch", micro_batch) if micro_batch is not None else ("accumulation", accumulation or 1)
+    if total % (factor * dp):
+        yield (
+            f"global_batch={total} is not divisible by {name}*dp={factor}*{dp}={factor * dp}; "
+            f"change train.global_batch, train.{name} or the number of ranks"
+        )
+
+
+def _multiple(name: str, size: int, part: str, divisor: int, advice: str) -> Iterator[str]:
+    """Silent below 1: that is another rule's problem, and not to be divided by."""
+    if size >= 1 and divisor >= 1 and size % divisor:
+        yield f"{name}={size} is not divisible by {part}={divisor}; {advice}"
+
+
+def _at_least(low: int, section: Any, path: str, names: str) -> Iterator[str]:
+    for name in names.split():
+        value = getattr(section, name)
+        if value is not None and value < low:
+            yield f"{name}={value} is below {low}; set {path}.{name} to {low} or more"
+
+
+def _above_zero(section: Any, path: str, names: str, null: str = "") -> Iterator[str]:
+    for name in names.split():
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            yield f"{name}={value} is not above 0; raise {path}.{name}" + (f" ({null})" if null else "")
+
+
+def _between(section: Any, path: str, name: str, low: int, high: int) -> Iterator[str]:
+    value = getattr(section, name)
+    if not low <= value <= high:
+        yield f"{name}={value} is outside {low} to {high}; change {path}.{name}"

@@ -1,0 +1,17 @@
+"""Where tokens come from, and in which order."""
+
+from moe_dist.data.corpus import Corpus, load_corpus
+from moe_dist.data.sampler import SequenceSampler, micro_batch, rank_starts, validation_batches, validation_starts
+from moe_dist.data.tokenizer import ByteTokenizer, bits_per_byte
+
+__all__ = [
+    "ByteTokenizer",
+    "Corpus",
+    "SequenceSampler",
+    "bits_per_byte",
+    "load_corpus",
+    "micro_batch",
+    "rank_starts",
+    "validation_batches",
+    "validation_starts",
+]

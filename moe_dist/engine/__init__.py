@@ -1,0 +1,1 @@
+"""Who owns gradients and optimizer state: plain torch, or DeepSpeed ZeRO."""

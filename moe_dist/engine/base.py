@@ -1,0 +1,82 @@
+"""What the training loop asks of an engine, and how it shows its state.
+
+An engine holds pieces of logical parameters. `held(kind)` lists them as views: saving reads the owned ones, loading
+writes into all, comparing layouts gathers them. So no other room knows how an engine, or ZeRO, lays its memory out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config.schema import EngineConfig, OptimConfig
+from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import spec_of
+
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "grad"]
+STATE_KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """values: 1-D view of what this rank holds, elements [start, start + len) of the flattened logical parameter.
+
+    owned: each logical element is owned by exactly one rank of the world, the one that saves it.
+    """
+
+    name: str
+    logical_shape: tuple[int, ...]
+    start: int
+    values: Tensor
+    owned: bool
+
+
+class Engine(Protocol):
+    model: Decoder
+    mesh: Mesh
+
+    def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
+        """Forward and backward of one micro-batch. The last one of a step also reduces gradients over the ranks."""
+
+    def update(self, lr: float) -> float:
+        """Clip, step, clear gradients. Returns the global gradient norm before clipping, the same on every rank."""
+
+    def held(self, kind: Kind) -> Iterator[Piece]:
+        """This rank's pieces. `weight` is the fp32 master; `grad` exists after a step's last micro_step, unclipped."""
+
+    def restore(self, optimizer_step: int) -> None:
+        """Called after pieces were written: makes the compute weights follow the masters, and sets Adam's step."""
+
+
+def decay_groups(model: nn.Module) -> list[tuple[str, float, list[nn.Parameter]]]:
+    """(name, weight-decay factor, parameters): matrices are decayed; norm scales are not."""
+    groups = [("decay", 1.0, True), ("no_decay", 0.0, False)]
+    params = list(model.parameters())
+    return [(name, factor, [p for p in params if spec_of(p).decay is decay]) for name, factor, decay in groups]
+
+
+def owns_replica(param: nn.Parameter, mesh: Mesh) -> bool:
+    """Of the ranks that hold the same piece of an unpartitioned parameter, the first owns it."""
+    shard = spec_of(param).shard
+    return {"replicated": mesh.rank == 0, "tensor": mesh.dp.rank == 0, "expert": mesh.edp.rank == 0}[shard]
+
+
+def make_engine(
+    model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, micro_batch: int, accumulation: int
+) -> Engine:
+    """The engine named by config, owning `model` from now on."""
+    if engine.name == "native":
+        from moe_dist.engine.native import NativeEngine
+
+        return NativeEngine(model, mesh, engine, optim, accumulation)
+    from moe_dist.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, mesh, engine, optim, micro_batch, accumulation)
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -1,0 +1,134 @@
+"""The oracle: plain torch, gradients all-reduced by group, one global norm, AdamW.
+
+Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulated gradients and the moments are fp32.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe_dist.config.schema import EngineConfig, OptimConfig
+from moe_dist.engine.base import Kind, Piece, compute_dtype, decay_groups, owns_replica
+from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import all_reduce
+from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.sharding import logical_parameters, spec_of
+
+
+class NativeEngine:
+    def __init__(self, model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int) -> None:
+        self.model, self.mesh, self.grad_clip, self.accumulation = model, mesh, engine.grad_clip, accumulation
+        self.micro = 0
+        params = list(model.parameters())
+        self.low_precision = engine.precision == "bf16"
+        if self.low_precision:
+            masters = [p.detach().clone() for p in params]
+            for p in params:
+                p.data = p.data.to(compute_dtype(engine.precision))
+        else:
+            masters = [p.detach() for p in params]
+        # Masters share memory with fp32 parameters; their .grad holds the accumulated, then the reduced gradient.
+        self.masters = dict(zip(params, masters, strict=True))
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.masters[p] for p in group], "weight_decay": optim.weight_decay * factor}
+                for _, factor, group in decay_groups(model)
+            ],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            fused=True,
+        )
+
+    def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
+        output = self.model(tokens_BS, targets_BS, step)
+        (output.loss / self.accumulation).backward()
+        self._accumulate()
+        self.micro += 1
+        if self.micro == self.accumulation:
+            self.micro = 0
+            self._reduce()
+        return output
+
+    @torch.no_grad()
+    def update(self, lr: float) -> float:
+        grads = [master.grad for master in self.masters.values()]
+        norm = self._global_norm()
+        if self.grad_clip is not None and norm > self.grad_clip:
+            torch._foreach_mul_(grads, self.grad_clip / (norm + 1e-6))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._refresh()
+        return norm
+
+    def held(self, kind: Kind) -> Iterator[Piece]:
+        for name, param, spec in logical_parameters(self.model):
+            master = self.masters[param]
+            if kind == "weight":
+                values = master
+            elif kind == "grad":
+                values = master.grad
+            else:
+                values = self._moment(master, kind)
+            yield Piece(
+                name, spec.logical_shape, spec.flat_start, values.view(-1), owns_replica(param, self.mesh)
+            )
+
+    def restore(self, optimizer_step: int) -> None:
+        for master in self.masters.values():
+            self._moment(master, "exp_avg")
+            self.optimizer.state[master]["step"].fill_(optimizer_step)
+        self._refresh()
+
+    def _accumulate(self) -> None:
+        """Move .grad from the compute parameters to the masters. Experts that saw no token count as zero."""
+        for param, master in self.masters.items():
+            grad = torch.zeros_like(master) if param.grad is None else param.grad.to(master.dtype)
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            param.grad = None
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        """Dense gradients: mean over dp. Expert gradients: sum over edp, divided by the full dp."""
+        by_group: dict[Group, list[Tensor]] = defaultdict(list)
+        for param, master in self.masters.items():
+            expert = spec_of(param).shard == "expert"
+            by_group[self.mesh.edp if expert else self.mesh.dp].append(master.grad)
+        for group, grads in by_group.items():
+            if group.size > 1:
+                flat = all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
+                parts = flat.split([grad.numel() for grad in grads])
+                torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+            if self.mesh.layout.dp > 1:
+                torch._foreach_mul_(grads, 1.0 / self.mesh.layout.dp)
+
+    def _global_norm(self) -> float:
+        """sqrt of the sum of squares over all logical parameters, each counted once; in float64."""
+        squares = {shard: torch.zeros((), dtype=torch.float64) for shard in ("replicated", "tensor", "expert")}
+        for param, master in self.masters.items():
+            norm = torch.linalg.vector_norm(master.grad, dtype=torch.float64)
+            squares[spec_of(param).shard] += norm.square().cpu()
+        device = next(iter(self.masters.values())).device
+        tensor = all_reduce(squares["tensor"].to(device), self.mesh.tp)
+        expert = all_reduce(squares["expert"].to(device), self.mesh.ep)
+        return float((squares["replicated"].to(device) + tensor + expert).sqrt())
+
+    def _moment(self, master: Tensor, kind: Kind) -> Tensor:
+        state = self.optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        return state[kind]
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self.low_precision:
+            for param, master in self.masters.items():
+                param.copy_(master)
+
+

@@ -1,0 +1,102 @@
+"""The language model that the trainer trains: embedding, decoder blocks, output projection and loss.
+
+Legend: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist.attention.rotary import rotary_table
+from moe_dist.config.schema import ModelConfig
+from moe_dist.models.block import DecoderBlock
+from moe_dist.moe.layer import Replay
+from moe_dist.moe.losses import MoEStats
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import all_gather
+from moe_dist.parallel.linear import RMSNorm, VocabParallelEmbedding, enter, leave
+from moe_dist.parallel.loss import linear_cross_entropy, token_losses
+from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """loss: what to differentiate, nll plus this rank's share of the auxiliary losses. nll: nats per token, the mean
+    over this data-parallel rank's tokens. token_nll_T: per token, in evaluation only. stats: one per MoE layer."""
+
+    loss: Tensor
+    nll: Tensor
+    token_nll_T: Tensor | None
+    stats: tuple[MoEStats, ...]
+
+
+class OutputProjection(nn.Module):
+    """Final norm, projection to the vocabulary, and what is wanted of it: the loss or the last position's logits."""
+
+    def __init__(self, model: ModelConfig, tp: Group, sequence_parallel: bool, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
+        local = model.vocab_size // tp.size
+        spec = ParamSpec((model.vocab_size, model.d_model), "tensor", tp.rank * local, model.d_model**-0.5)
+        self.weight = parameter((local, model.d_model), spec) if tied is None else tied
+
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None, every_token: bool) -> Tensor:
+        """Mean loss; losses [T] when `every_token`; logits [T, V] when there are no targets."""
+        x_TD = enter(self.norm(x_TD), self.tp, self.sequence_parallel)
+        if targets_T is None:
+            return all_gather((x_TD @ self.weight.t()).t(), self.tp).t()
+        loss = token_losses if every_token else linear_cross_entropy
+        return loss(x_TD, self.weight, targets_T, self.tp)
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer on one rank of `mesh`; `seed` fixes the logical initial weights in every layout."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, sequence_parallel: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.tp, self.sequence_parallel = model, mesh.tp, sequence_parallel and mesh.tp.size > 1
+        self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(model, layer, mesh, self.sequence_parallel) for layer in range(model.num_layers)
+        )
+        tied = self.embedding.weight if model.tie_embeddings else None
+        self.output = OutputProjection(model, mesh.tp, self.sequence_parallel, tied)
+        initialize(self, seed)
+
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, every_token: bool = False
+    ) -> DecoderOutput:
+        x_TD, stats = self._hidden(tokens_BS, step)
+        losses = self.output(x_TD, None if targets_BS is None else targets_BS.flatten(), every_token)
+        nll = losses.mean()
+        loss = nll + sum(layer.aux_loss for layer in stats)
+        return DecoderOutput(loss, nll.detach(), losses if every_token else None, stats)
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: Tensor, step: StepContext) -> Tensor:
+        """[B, S, V], on every rank. Every rank must call it; B * S must be divisible by tp."""
+        x_TD, _ = self._hidden(tokens_BS, step)
+        return self.output(x_TD, None, False).view(*tokens_BS.shape, -1)
+
+    def _hidden(self, tokens_BS: Tensor, step: StepContext) -> tuple[Tensor, tuple[MoEStats, ...]]:
+        model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])
+        positions_S = torch.arange(shape[1], device=tokens_BS.device)
+        x_TD = leave(self.embedding(tokens_BS.flatten()), self.tp, self.sequence_parallel)
+        if x_TD.dtype == torch.float64:
+            positions_S = positions_S.double()
+        rotary = rotary_table(positions_S, model.head_dim or model.d_model // model.num_heads, model.rope_theta)
+        recompute = model.recompute == "block" and torch.is_grad_enabled()
+        stats = []
+        for block in self.blocks:
+            if recompute:
+                args = (x_TD, shape, rotary, step, Replay())
+                x_TD, layer = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD, layer = block(x_TD, shape, rotary, step)
+            if layer is not None:
+                stats.append(layer)
+        return x_TD, tuple(stats)

@@ -1,0 +1,89 @@
+"""How big a model is and how much arithmetic a token costs, from its config alone.
+
+Everything is logical: the same numbers whatever the parallel layout, the backend and the tokens dropped.
+
+Legend: L layers, D d_model, F d_ff, E experts, H query heads, G key/value heads, P width of a head, S sequence,
+V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from moe_dist.config.schema import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Logical parameters of a model."""
+
+    total: int
+    """All of them; tied embeddings count once."""
+    active: int
+    """Those that one token meets: of the routed experts, top_k in each MoE layer."""
+    expert: int
+    """Those of all routed experts, the ones that expert parallelism shards. Shared experts are not among them."""
+
+
+def parameter_counts(model: ModelConfig) -> ParameterCounts:
+    """Count the parameters of a model.
+
+    Each block has two RMSNorm scales, attention and a feed-forward of either kind; there are no biases:
+
+        attention = D*H*P + 2*G*P*D + H*P*D
+        dense     = m*D*F                     m = 3 for swiglu (gate, up, down), else 2
+        MoE       = E*D + (E + shared)*m*D*F  the router, then the experts with their own F
+        model     = V*D (twice if not tied) + sum of blocks + D of the final norm
+    """
+    moe_layers = _moe_layers(model)
+    embeddings = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    norms = (2 * model.num_layers + 1) * model.d_model
+    expert = moe_layers * model.moe.num_experts * _expert_parameters(model)
+    idle = moe_layers * (model.moe.num_experts - model.moe.top_k) * _expert_parameters(model)
+    total = embeddings + norms + _active_block_matrices(model) + idle
+    return ParameterCounts(total=total, active=total - idle, expert=expert)
+
+
+def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs that training spends on one token, forward and backward, as model FLOPs utilization counts them.
+
+    After PaLM (arXiv:2204.02311, appendix B), with causal attention counted once instead of as a full square:
+
+        forward = 2 * N + L * 2 * 2 * H * P * (S + 1) / 2
+        train   = 3 * forward
+
+    N are the matrix parameters that one token meets: attention, router, its top_k experts, shared experts, dense
+    feed-forwards and the output projection; not the embedding lookup, not the norm scales. A token at position s
+    attends to s + 1 keys, (S + 1) / 2 on average, each costing a product for q.k and one for the weighted sum of v.
+    The count does not depend on the capacity: a dropped assignment is work not done, so dropping does not lower it.
+    Recomputation is not counted either: both would make a worse run look like a faster one.
+    """
+    matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
+    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * (seq_len + 1) / 2
+    return 3 * (2 * matrices + attention)
+
+
+def _active_block_matrices(model: ModelConfig) -> int:
+    """Matrix parameters of all blocks that one token meets."""
+    moe = model.moe
+    moe_layers = _moe_layers(model)
+    head_dim = _head_dim(model)
+    attention = 2 * model.d_model * head_dim * (model.num_heads + model.num_kv_heads)
+    dense = _feed_forward_parameters(model, model.d_ff)
+    routed = moe.num_experts * model.d_model + (moe.top_k + moe.num_shared_experts) * _expert_parameters(model)
+    return model.num_layers * attention + (model.num_layers - moe_layers) * dense + moe_layers * routed
+
+
+def _moe_layers(model: ModelConfig) -> int:
+    """Layers that are MoE: the nth, 2nth, ... with n = moe.every."""
+    return model.num_layers // model.moe.every if model.moe.num_experts > 0 else 0
+
+
+def _expert_parameters(model: ModelConfig) -> int:
+    return _feed_forward_parameters(model, model.d_ff if model.moe.d_ff is None else model.moe.d_ff)
+
+
+def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:
+    return (3 if model.activation == "swiglu" else 2) * model.d_model * d_ff
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.d_model // model.num_heads if model.head_dim is None else model.head_dim

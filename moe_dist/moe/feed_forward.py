@@ -1,0 +1,30 @@
+"""The dense feed-forward, cut over tp: also the shared experts of an MoE layer."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.kernels.activation import activate
+from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
+from moe_dist.parallel.mesh import Group
+
+
+class FeedForward(nn.Module):
+    """y = act(x W_up) W_down, or (silu(x W_gate) * x W_up) W_down for swiglu. x: [T, D] -> [T, D]."""
+
+    def __init__(
+        self, d_model: int, d_ff: int, activation: str, tp: Group, sequence_parallel: bool, out_std: float
+    ) -> None:
+        super().__init__()
+        self.activation, self.tp, self.sequence_parallel = activation, tp, sequence_parallel
+        std = d_model**-0.5
+        self.gate = ColumnParallelLinear(d_model, d_ff, tp, std) if activation == "swiglu" else None
+        self.up = ColumnParallelLinear(d_model, d_ff, tp, std)
+        self.down = RowParallelLinear(d_ff, d_model, tp, out_std)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x_TD = enter(x_TD, self.tp, self.sequence_parallel)
+        hidden_TF = self.up(x_TD)
+        if self.gate is not None:
+            hidden_TF = torch.cat((self.gate(x_TD), hidden_TF), dim=-1)
+        hidden_TF = activate(hidden_TF, self.activation)
+        return leave(self.down(hidden_TF), self.tp, self.sequence_parallel)

@@ -1,0 +1,88 @@
+"""Layers whose weight is cut over the tensor-parallel group, always along dim 0.
+
+A tensor-parallel region is entered once and left once: `enter` makes the full tokens available to every rank's part,
+column-parallel layers (weight [out, in], cut over out) may follow in any number, one row-parallel layer (weight stored
+[in, out], cut over in) gives partial sums, and `leave` adds them up. With sequence parallelism, tokens outside a region
+are cut over the same group.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.parallel.collectives import copy_to_group, gather_sequence, reduce_from_group, scatter_sequence
+from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.sharding import ParamSpec, parameter
+
+
+def enter(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+    """Into a tensor-parallel region: all tokens on every rank; gradients of the parts are summed on the way back."""
+    return gather_sequence(x_TD, tp) if sequence_parallel else copy_to_group(x_TD, tp)
+
+
+def leave(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+    """Out of a tensor-parallel region: partial sums become sums, cut by tokens under sequence parallelism."""
+    return scatter_sequence(x_TD, tp) if sequence_parallel else reduce_from_group(x_TD, tp)
+
+
+def _part(size: int, tp: Group, what: str) -> tuple[int, int]:
+    if size % tp.size:
+        raise ValueError(f"{what}={size} is not divisible by tp={tp.size}")
+    return size // tp.size, size // tp.size * tp.rank
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T with W [out, in] cut over out: [T, in] -> [T, out / tp]."""
+
+    def __init__(self, in_dim: int, out_dim: int, tp: Group, std: float) -> None:
+        super().__init__()
+        local, start = _part(out_dim, tp, "out_dim")
+        self.weight = parameter((local, in_dim), ParamSpec((out_dim, in_dim), "tensor", start, std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W with W [in, out] cut over in: [T, in / tp] -> partial sums [T, out]; `leave` adds them."""
+
+    def __init__(self, in_dim: int, out_dim: int, tp: Group, std: float) -> None:
+        super().__init__()
+        local, start = _part(in_dim, tp, "in_dim")
+        self.weight = parameter((local, out_dim), ParamSpec((in_dim, out_dim), "tensor", start, std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of W [V, D] cut over the vocabulary: ids [T] -> partial rows [T, D], zero where another rank has the id."""
+
+    def __init__(self, vocab_size: int, d_model: int, tp: Group, std: float) -> None:
+        super().__init__()
+        local, self.start = _part(vocab_size, tp, "vocab_size")
+        self.tp = tp
+        self.weight = parameter((local, d_model), ParamSpec((vocab_size, d_model), "tensor", self.start, std))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(ids_T, self.weight)
+        local_T = ids_T - self.start
+        absent_T = (local_T < 0) | (local_T >= self.weight.shape[0])
+        rows_TD = F.embedding(local_T.masked_fill(absent_T, 0), self.weight)
+        return rows_TD.masked_fill(absent_T[:, None], 0.0)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * g (arXiv 1910.07467), in fp32 inside.
+
+    Under sequence parallelism each rank sees a slice of the tokens, so the gradient of g is summed over tp.
+    """
+
+    def __init__(self, dim: int, eps: float, tp: Group, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.shared = tp if sequence_parallel else Group()
+        self.weight = parameter((dim,), ParamSpec((dim,), std=None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, copy_to_group(self.weight, self.shared), self.eps)

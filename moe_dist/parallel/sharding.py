@@ -1,0 +1,81 @@
+"""What a rank's parameter is in the logical model, and its initial values.
+
+Every sharded parameter is cut along dim 0, so a rank holds a contiguous range of the flattened logical parameter.
+Initial values are a function of (seed, logical name, index along dim 0 where that is the experts), never of the layout.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.parallel.random import RandomKey
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter's place in the logical model.
+
+    shard: `replicated`, `tensor` (cut over tp) or `expert` (cut over ep; replicas of it form the edp group).
+    std: standard deviation of the initial normal values; None starts at one (norm scales).
+    """
+
+    logical_shape: tuple[int, ...]
+    shard: Literal["replicated", "tensor", "expert"] = "replicated"
+    start: int = 0
+    std: float | None = 0.02
+    stacked: bool = False
+
+    @property
+    def decay(self) -> bool:
+        """Weight decay applies to matrices, not to norm scales and biases."""
+        return len(self.logical_shape) > 1
+
+    @property
+    def flat_start(self) -> int:
+        """Offset of this rank's first element in the flattened logical parameter."""
+        return self.start * prod(self.logical_shape[1:])
+
+
+def parameter(shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
+    """An uninitialised parameter that knows its place; `initialize` fills it."""
+    param = nn.Parameter(torch.empty(shape))
+    param.spec = spec
+    return param
+
+
+def spec_of(param: Tensor) -> ParamSpec:
+    """The ParamSpec of a parameter made by `parameter`."""
+    return param.spec
+
+
+def logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:
+    """Name, parameter and place of every parameter; names are the same on all ranks and in all layouts."""
+    for name, param in module.named_parameters():
+        yield name, param, spec_of(param)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, seed: int) -> None:
+    """Fill every parameter from (seed, name), so that all layouts start from the same logical model.
+
+    A stacked parameter (experts along dim 0) is drawn one entry at a time: a rank draws only what it holds.
+    """
+    for name, param, spec in logical_parameters(module):
+        key = RandomKey.of(seed, name)
+        if spec.std is None:
+            param.fill_(1.0)
+        elif spec.stacked:
+            for index, entry in enumerate(param.unbind(0), start=spec.start):
+                entry.copy_(_normal(spec.logical_shape[1:], spec.std, key.fold(index)))
+        else:
+            whole = _normal(spec.logical_shape, spec.std, key)
+            param.copy_(whole[spec.start : spec.start + param.shape[0]])
+
+
+def _normal(shape: tuple[int, ...], std: float, key: RandomKey) -> Tensor:
+    generator = torch.Generator().manual_seed(key.value)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

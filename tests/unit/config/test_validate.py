@@ -1,0 +1,282 @@
+"""Every rule between fields: what it lets through, and the words it refuses with."""
+
+import pytest
+
+from moe_dist.config import BatchShape, Config, TrainConfig, batch_shape, validate
+from moe_dist.config.load import parse_dict
+
+
+def config(**values: object) -> Config:
+    """A configuration from dotted keys: config(model__moe__top_k=1)."""
+    nested: dict = {}
+    for path, value in values.items():
+        *sections, key = path.split("__")
+        home = nested
+        for section in sections:
+            home = home.setdefault(section, {})
+        home[key] = value
+    return parse_dict(nested, "test")
+
+
+def problems(world_size: int = 8, **values: object) -> list[str]:
+    with pytest.raises(ValueError) as caught:
+        validate(config(**values), world_size)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
+def test_the_defaults_fit_any_small_world(world_size: int) -> None:
+    assert validate(Config(), world_size).dp == world_size
+
+
+@pytest.mark.parametrize(
+    ("phrase", "values"),
+    [
+        ("num_heads=6 is not divisible by tp=4", {"model__num_heads": 6, "model__head_dim": 32, "parallel__tp": 4}),
+        ("ep=3 does not divide world size 8", {"parallel__ep": 3, "model__moe__num_experts": 9}),
+        (
+            "tp=3 does not divide world size 8",
+            {
+                "parallel__tp": 3,
+                "model__num_heads": 3,
+                "model__head_dim": 32,
+                "model__d_ff": 9,
+                "model__vocab_size": 258,
+                "train__seq_len": 9,
+            },
+        ),
+        ("num_experts=8 is not divisible by ep=16", {"parallel__ep": 16, "world_size": 16}),
+        ("top_k=9 is larger than num_experts=8", {"model__moe__top_k": 9}),
+        (
+            "global_batch=10 is not divisible by micro_batch*dp=2*8=16",
+            {"train__global_batch": 10, "train__micro_batch": 2},
+        ),
+        (
+            "global_batch=10 is not divisible by micro_batch*dp=2*4=8",
+            {"train__global_batch": 10, "train__micro_batch": 2, "parallel__tp": 2},
+        ),
+        (
+            "global_batch=24 is not divisible by accumulation*dp=2*8=16",
+            {"train__global_batch": 24, "train__accumulation": 2},
+        ),
+        ("global_batch=12 is not divisible by accumulation*dp=1*8=8", {"train__global_batch": 12}),
+        (
+            "global_batch=16 is not micro_batch*accumulation*dp=2*2*8=32",
+            {"train__micro_batch": 2, "train__accumulation": 2},
+        ),
+        ("num_heads=8 is not divisible by num_kv_heads=3", {"model__num_kv_heads": 3}),
+        ("num_heads=8 is not divisible by num_kv_heads=16", {"model__num_kv_heads": 16}),
+        ("d_model=100 is not divisible by num_heads=8", {"model__d_model": 100}),
+        ("head_dim=33 is odd", {"model__head_dim": 33}),
+        ("head_dim=d_model/num_heads=24/8=3 is odd", {"model__d_model": 24}),
+        ("d_ff=1023 is not divisible by tp=2", {"model__d_ff": 1023, "parallel__tp": 2}),
+        ("vocab_size=257 is not divisible by tp=2", {"model__vocab_size": 257, "parallel__tp": 2}),
+        ("seq_len=255 is not divisible by tp=2", {"train__seq_len": 255, "parallel__tp": 2}),
+        (
+            "num_shared_experts*d_ff=15 is not divisible by tp=2",
+            {"model__moe__num_shared_experts": 3, "model__moe__d_ff": 5, "parallel__tp": 2},
+        ),
+        ("sequence_parallel=true needs tp > 1", {"parallel__sequence_parallel": True}),
+        ("zero_stage=4 is outside 0 to 3", {"engine__name": "deepspeed", "engine__zero_stage": 4}),
+        ("zero_stage=-1 is outside 0 to 3", {"engine__zero_stage": -1}),
+        ("zero_stage=1 needs engine.name deepspeed", {"engine__zero_stage": 1}),
+        (
+            "zero_stage=3 with ep=2 is not supported: DeepSpeed partitions every parameter over the full",
+            {"engine__name": "deepspeed", "engine__zero_stage": 3, "parallel__ep": 2},
+        ),
+        (
+            "zero_stage=0 with precision=bf16 is not supported",
+            {"engine__name": "deepspeed", "engine__precision": "bf16"},
+        ),
+        ("dispatch=local with ep=2", {"model__moe__dispatch": "local", "parallel__ep": 2}),
+        ("ep=2 needs num_experts > 0", {"parallel__ep": 2, "model__moe__num_experts": 0}),
+        (
+            "num_shared_experts=1 needs num_experts > 0",
+            {"model__moe__num_shared_experts": 1, "model__moe__num_experts": 0},
+        ),
+        ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
+        ("warmup_steps=100 is larger than steps=50", {"train__steps": 50}),
+        ("vocab_size=255 is below 256", {"model__vocab_size": 255}),
+        ("data.kind text needs paths", {"data__kind": "text"}),
+        ("data.kind stdlib takes no paths", {"data__paths": ["a"]}),
+        ("decay_fraction=1.5 is above 1", {"optim__decay_fraction": 1.5}),
+    ],
+)
+def test_one_broken_rule_is_one_line_with_these_words(phrase: str, values: dict) -> None:
+    (line,) = problems(**values)
+    assert line.startswith(phrase)
+    assert len(line) > len(phrase), "the way out is missing"
+
+
+def test_num_experts_not_divisible_by_ep() -> None:
+    assert problems(6, parallel__ep=3, train__global_batch=6) == [
+        "num_experts=8 is not divisible by ep=3; "
+        "every rank of an expert-parallel group holds as many experts; change parallel.ep"
+    ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model__vocab_size model__d_model model__num_layers model__num_heads model__num_kv_heads model__head_dim",
+        "model__d_ff model__moe__d_ff model__moe__every model__moe__top_k parallel__ep parallel__tp train__steps",
+        "train__seq_len train__global_batch train__micro_batch train__accumulation train__threads run__log_every",
+        "run__eval_every run__eval_sequences run__save_every run__keep_last",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -2])
+def test_sizes_are_positive(key: str, value: int) -> None:
+    for path in key.split():
+        name = path.rpartition("__")[2]
+        expected = f"{name}={value} is below 1; set {path.replace('__', '.')} to 1 or more"
+        assert problems(1, **{path: value}) == [expected]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model__moe__num_experts", "model__moe__num_shared_experts", "model__moe__min_capacity", "run__sample_tokens"]
+    + ["model__moe__balance_loss_coef", "model__moe__z_loss_coef", "optim__warmup_steps", "optim__weight_decay"],
+)
+def test_zero_is_allowed_and_less_is_not(path: str) -> None:
+    validate(config(**{path: 0}), 1)
+    assert f"{path.rpartition('__')[2]}=-1" in problems(1, **{path: -1})[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model__moe__capacity_factor", "model__moe__eval_capacity_factor", "engine__grad_clip", "optim__lr", "optim__eps"]
+    + ["model__norm_eps", "model__rope_theta", "optim__decay_fraction"],
+)
+def test_these_are_above_zero(path: str) -> None:
+    name = path.rpartition("__")[2]
+    assert problems(1, **{path: 0.0})[0].startswith(f"{name}=0.0 is not above 0; raise {path.replace('__', '.')}")
+    validate(config(**{path: 0.5}), 1)
+
+
+@pytest.mark.parametrize(
+    "path", ["model__moe__capacity_factor", "model__moe__eval_capacity_factor", "engine__grad_clip"]
+)
+def test_these_may_be_null(path: str) -> None:
+    validate(config(**{path: None}), 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "inside", "outside"),
+    [
+        ("optim__beta1", [0.0, 0.999], [-0.1, 1.0]),
+        ("optim__beta2", [0.0, 0.999], [-0.1, 1.0]),
+        ("optim__min_lr_ratio", [0.0, 1.0], [-0.1, 1.1]),
+        ("data__validation_fraction", [0.01, 0.99], [0.0, 1.0]),
+        ("train__seed", [0, 2**63 - 1], [-1, 2**63]),
+        ("optim__warmup_steps", [0, 1000], [-1, 1001]),
+    ],
+)
+def test_ranges(path: str, inside: list, outside: list) -> None:
+    for value in inside:
+        validate(config(**{path: value}), 1)
+    for value in outside:
+        (line,) = problems(1, **{path: value})
+        assert line.startswith(f"{path.rpartition('__')[2]}={value} is ")
+
+
+@pytest.mark.parametrize("name", ["a", "run-1_B.2", "0", "_x"])
+def test_run_names(name: str) -> None:
+    validate(config(run__name=name), 1)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-rf", "a/b", "a b", "ü", "a\n", "a\\b"])
+def test_names_that_are_no_simple_file_name(name: str) -> None:
+    (line,) = problems(1, run__name=name)
+    assert line.startswith(f"name={name!r} is not a simple file name")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "values"),
+    [
+        (8, {"parallel__ep": 8, "parallel__tp": 2}),
+        (8, {"parallel__tp": 8, "parallel__sequence_parallel": True}),
+        (8, {"engine__name": "deepspeed", "engine__zero_stage": 2, "engine__precision": "bf16", "parallel__ep": 4}),
+        (8, {"engine__name": "deepspeed", "engine__zero_stage": 3}),
+        (8, {"engine__name": "native", "engine__precision": "bf16"}),
+        (8, {"model__moe__num_experts": 0, "model__moe__top_k": 2}),
+        (8, {"model__moe__dispatch": "all_to_all"}),
+        (8, {"model__moe__capacity_scope": "local", "parallel__ep": 8}),
+        (8, {"data__kind": "text", "data__paths": ["a"]}),
+        (8, {"model__d_model": 100, "model__head_dim": 32}),
+        (2, {"model__moe__top_k": 8, "model__moe__num_experts": 8}),
+    ],
+)
+def test_what_must_be_allowed(world_size: int, values: dict) -> None:
+    validate(config(**values), world_size)
+
+
+def test_every_broken_rule_is_reported() -> None:
+    lines = problems(
+        8,
+        model__num_heads=6,
+        model__head_dim=32,
+        model__moe__top_k=9,
+        parallel__tp=4,
+        parallel__ep=3,
+        optim__lr=0.0,
+        train__global_batch=9,
+        run__name="../x",
+    )
+    openings = [
+        "top_k=9 is larger",
+        "num_experts=8 is not divisible by ep=3",
+        "num_heads=6 is not divisible by tp=4",
+        "ep=3 does not divide world size 8",
+        "lr=0.0 is not above 0",
+        "name='../x' is not a simple",
+        "global_batch=9 is not divisible by accumulation*dp=1*2=2",
+    ]
+    assert len(lines) == len(openings)
+    for opening in openings:
+        assert any(line.startswith(opening) for line in lines), opening
+
+
+def test_rules_that_hang_on_dp_stay_silent_when_there_is_no_dp() -> None:
+    lines = problems(8, parallel__tp=3, train__global_batch=7)
+    assert any(line.startswith("tp=3 does not divide world size 8") for line in lines)
+    assert not any("global_batch" in line for line in lines)
+
+
+def test_zeros_everywhere_are_reported_and_never_divided_by() -> None:
+    lines = problems(
+        0, parallel__tp=0, parallel__ep=0, model__num_heads=0, model__num_kv_heads=0, train__global_batch=0
+    )
+    assert "world size 0 is below 1; start at least one rank" in lines
+    assert "tp=0 is below 1; set parallel.tp to 1 or more" in lines
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "accumulation", "expected"),
+    [(None, None, (6, 1)), (None, 3, (2, 3)), (3, None, (3, 2)), (1, 6, (1, 6))],
+)
+def test_batch_shape_solves_for_what_is_null(
+    micro_batch: int | None, accumulation: int | None, expected: tuple[int, int]
+) -> None:
+    train = TrainConfig(global_batch=24, seq_len=10, micro_batch=micro_batch, accumulation=accumulation)
+    shape = batch_shape(train, dp=4)
+    assert shape == BatchShape(micro_batch=expected[0], accumulation=expected[1], dp=4, global_batch=24, seq_len=10)
+    assert shape.micro_batch * shape.accumulation * shape.dp == 24
+    assert shape.micro_step_sequences == expected[0] * 4
+    assert shape.tokens_per_step == 240
+
+
+def test_fixed_accumulation_keeps_the_tokens_of_a_micro_step_for_every_dp() -> None:
+    train = TrainConfig(global_batch=16, accumulation=2)
+    assert {batch_shape(train, dp).micro_step_sequences for dp in (1, 2, 4, 8)} == {8}
+
+
+def test_batch_shape_refuses_by_itself() -> None:
+    with pytest.raises(ValueError, match=r"global_batch=10 is not divisible by micro_batch\*dp=2\*4=8"):
+        batch_shape(TrainConfig(global_batch=10, micro_batch=2), dp=4)
+    with pytest.raises(ValueError, match="dp=0 is below 1"):
+        batch_shape(TrainConfig(), dp=0)
+
+
+def test_validate_returns_the_shape_for_dp_not_for_the_world() -> None:
+    shape = validate(config(parallel__tp=2, train__micro_batch=1), 8)
+    assert (shape.dp, shape.accumulation, shape.micro_step_sequences) == (4, 4, 4)

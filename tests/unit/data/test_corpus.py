@@ -1,0 +1,189 @@
+"""What is read, in which order, how it is split, and how it is refused."""
+
+import hashlib
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_dist.config.schema import DataConfig
+from moe_dist.data.corpus import Corpus, load_corpus
+
+
+def load(*paths: Path, fraction: float = 0.1, vocab_size: int = 256, seq_len: int = 1) -> Corpus:
+    config = DataConfig(kind="text", paths=[str(p) for p in paths], validation_fraction=fraction)
+    return load_corpus(config, vocab_size, seq_len)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def bucket(key: str) -> int:
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10_000
+
+
+def test_one_file_is_cut_near_its_end(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": b"0123456789abcdefghi"})
+    corpus = load(tmp_path / "a.txt")
+    assert corpus.train.tobytes() == b"0123456789abcdefg"  # int(0.9 * 19) = 17
+    assert corpus.validation.tobytes() == b"hi"
+    assert corpus.train.dtype == np.uint8 and corpus.num_files == 1
+
+
+def test_tinyshakespeare_is_cut_where_everyone_cuts_it(tmp_path: Path) -> None:
+    write(tmp_path, {"input.txt": b"x" * 1_115_394})
+    corpus = load(tmp_path / "input.txt")
+    assert (len(corpus.train), len(corpus.validation)) == (1_003_854, 111_540)
+
+
+def test_digest_covers_both_splits_and_their_lengths(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": b"abcdefghij"})
+    expected = hashlib.sha256(bytes(7) + b"\x05abcde" + bytes(7) + b"\x05fghij").hexdigest()
+    assert load(tmp_path / "a.txt", fraction=0.5).digest == expected
+    assert load(tmp_path / "a.txt", fraction=0.4).digest != expected
+
+
+def test_files_are_split_by_a_hash_of_their_path(tmp_path: Path) -> None:
+    names = ["b", "a/z", "a-b", "c", "d", "e"]
+    write(tmp_path, {name: name.encode() * 3 for name in names})
+    cut = sorted(bucket(name) for name in names)[2]
+    corpus = load(tmp_path, fraction=cut / 10_000)
+
+    def join(chosen: list[str]) -> bytes:
+        return b"".join(name.encode() * 3 + b"\0" for name in sorted(chosen))
+
+    assert corpus.validation.tobytes() == join([n for n in names if bucket(n) < cut])
+    assert corpus.train.tobytes() == join([n for n in names if bucket(n) >= cut])
+    assert corpus.num_files == 6
+
+
+def test_the_order_of_the_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {f"{i % 3}/{i}": f"text {i}".encode() for i in range(12)})
+    digest = load(tmp_path, fraction=0.5).digest
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: sorted(listed(path), reverse=True))
+    assert load(tmp_path, fraction=0.5).digest == digest
+    monkeypatch.setattr(Path, "iterdir", lambda path: sorted(listed(path)))
+    assert load(tmp_path, fraction=0.5).digest == digest
+
+
+def test_folders_skip_what_is_no_text_and_count_it(tmp_path: Path) -> None:
+    files = {
+        "only.txt": b"caf\xe9 is not UTF-8",
+        "copy.txt": b"caf\xe9 is not UTF-8",
+        "empty.txt": b"",
+        "binary": b"x" * 8191 + b"\0",
+        ".hidden": b"hidden",
+        ".git/config": b"hidden too",
+    }
+    write(tmp_path, files)
+    corpus = load(tmp_path, fraction=0.5)
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == files["only.txt"]
+    assert (corpus.num_files, corpus.num_skipped) == (1, 3)
+
+
+def test_a_nul_beyond_the_first_8_kib_is_text(tmp_path: Path) -> None:
+    write(tmp_path, {"a": b"x" * 8192 + b"\0"})
+    assert load(tmp_path).num_files == 1
+
+
+def test_a_file_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, {".a": b"\0\1\2\3"})
+    assert load(tmp_path / ".a", fraction=0.5).train.tolist() == [0, 1]
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    write(tmp_path, {"inside/sub/a": b"abcd", "outside/b": b"efgh"})
+    (tmp_path / "inside/sub/up").symlink_to(tmp_path / "inside")
+    (tmp_path / "inside/self").symlink_to("self")
+    (tmp_path / "inside/link").symlink_to(tmp_path / "outside")
+    cut = max(bucket("link/b"), bucket("sub/a"))
+    corpus = load(tmp_path / "inside", fraction=cut / 10_000)
+    assert {corpus.train.tobytes(), corpus.validation.tobytes()} == {b"abcd\0", b"efgh\0"}
+    assert corpus.num_skipped == 0  # not one copy of sub/a per turn around the loop
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([], "data.paths, which is empty"),
+        (["nowhere"], "nowhere in data.paths is neither a file nor a folder"),
+        (["empty.txt"], r"empty.txt in data.paths has no text \(1 files"),
+        (["void"], r"void in data.paths has no text \(1 files"),
+    ],
+)
+def test_paths_without_text_are_refused(tmp_path: Path, paths: list[str], message: str) -> None:
+    write(tmp_path, {"empty.txt": b"", "void/binary": b"\0"})
+    with pytest.raises(ValueError, match=message):
+        load(*[tmp_path / p for p in paths])
+
+
+def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write(tmp_path, {"a": b"secret"})
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(ValueError, match=r"cannot be read: .*Permission denied: .*a'"):
+        load(tmp_path)
+
+
+def test_an_empty_split_is_refused_not_filled(tmp_path: Path) -> None:
+    write(tmp_path, {"a": b"aaaa", "b": b"bbbb"})
+    with pytest.raises(ValueError, match=r"2 files fell into the validation split .*=0.0001: raise it"):
+        load(tmp_path, fraction=0.0001)
+    with pytest.raises(ValueError, match=r"2 files fell into the train split .*=0.9999: lower it"):
+        load(tmp_path, fraction=0.9999)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5])
+def test_fraction_outside_0_to_1_is_refused(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(ValueError, match="validation_fraction"):
+        load(write(tmp_path, {"a": b"abcd"}), fraction=fraction)
+
+
+def test_both_splits_hold_a_sequence(tmp_path: Path) -> None:
+    write(tmp_path, {"a": bytes(range(1, 101))})
+    assert len(load(tmp_path, fraction=0.5, seq_len=49).validation) == 50
+    with pytest.raises(ValueError, match=r"validation has 10 tokens, but seq_len=10 needs at least 11: .*raise"):
+        load(tmp_path, fraction=0.1, seq_len=10)
+    with pytest.raises(ValueError, match=r"train has 25 tokens, but seq_len=25 needs at least 26: .*lower data"):
+        load(tmp_path, fraction=0.75, seq_len=25)
+
+
+def test_ids_fit_the_vocabulary(tmp_path: Path) -> None:
+    write(tmp_path, {"a": b"AAAA", "b": b"BBzB"})
+    cut = max(bucket("a"), bucket("b")) / 10_000
+    assert load(tmp_path, fraction=cut, vocab_size=123).vocab_size == 123
+    with pytest.raises(ValueError, match=r"token id 122 in b needs model.vocab_size > 122, but it is 122"):
+        load(tmp_path, fraction=cut, vocab_size=122)
+
+
+def test_stdlib_takes_sources_once_and_leaves_tests_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {f"m{i}.py": f"x = {i}\n".encode() for i in range(20)}
+    left_out = [
+        "site-packages/p.py",
+        "dist-packages/p.py",
+        "test/t.py",
+        "idlelib/idle_test/t.py",
+        "a/tests/t.py",
+        "n.txt",
+    ]
+    write(tmp_path, sources | dict.fromkeys(left_out, b"no") | {"empty.py": b"", "m5_again.py": sources["m5.py"]})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    corpus = load_corpus(DataConfig(validation_fraction=0.5), 256, 1)
+    texts = (corpus.train.tobytes() + corpus.validation.tobytes()).split(b"\0")
+    assert sorted(texts) == sorted([b"", *sources.values()])
+    assert (corpus.num_files, corpus.num_skipped) == (20, 2)
+
+
+def test_the_real_stdlib_is_there() -> None:
+    corpus = load_corpus(DataConfig(), 256, 256)
+    assert len(corpus.train) > 5_000_000
+    assert 0.05 < len(corpus.validation) / len(corpus.train) < 0.2
+    assert corpus.name.startswith("stdlib-3.")

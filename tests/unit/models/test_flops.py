@@ -1,0 +1,67 @@
+"""Parameter and FLOP counts, against numbers worked out by hand."""
+
+import pytest
+
+from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.models.flops import parameter_counts, train_flops_per_token
+
+# D=4, H=2, P=2, G=1: attention = q 4*4 + kv 2*1*2*4 + out 4*4 = 16 + 16 + 16 = 48.
+ATTENTION = 48
+
+
+def tiny(**changes: object) -> ModelConfig:
+    """Two layers, the second one MoE: 3 experts of width 5, 2 of them for each token, one shared."""
+    moe = MoEConfig(num_experts=3, top_k=2, d_ff=5, every=2, num_shared_experts=1)
+    settings = dict(vocab_size=10, d_model=4, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=6, moe=moe)
+    return ModelConfig(**(settings | changes))
+
+
+def test_parameters_by_hand() -> None:
+    # dense layer 3*4*6 = 72; one expert 3*4*5 = 60; router 3*4 = 12; norms 2 layers * 2 * 4 + 4 = 20; embedding 40
+    counts = parameter_counts(tiny())
+    assert counts.expert == 3 * 60
+    assert counts.total == 40 + 20 + 2 * ATTENTION + 72 + 12 + 4 * 60
+    assert counts.active == counts.total - 60
+
+
+def test_parameters_untied_without_gate() -> None:
+    # dense 2*4*6 = 48; expert 2*4*5 = 40; embedding and output 80
+    counts = parameter_counts(tiny(tie_embeddings=False, activation="relu"))
+    assert counts.expert == 3 * 40
+    assert counts.total == 80 + 20 + 2 * ATTENTION + 48 + 12 + 4 * 40
+    assert counts.active == counts.total - 40
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    counts = parameter_counts(tiny(moe=MoEConfig(num_experts=0)))
+    assert counts.expert == 0
+    assert counts.total == counts.active == 40 + 20 + 2 * (ATTENTION + 72)
+
+
+def test_head_dim_and_expert_width() -> None:
+    # head_dim 3: q 6*4, kv 2*3*4, out 6*4 = 72; experts without a width of their own take the model's, 3*4*6 = 72
+    counts = parameter_counts(tiny(head_dim=3, moe=MoEConfig(num_experts=2, top_k=1)))
+    assert counts.expert == 2 * 2 * 72
+    assert counts.total == 40 + 20 + 2 * (72 + 2 * 4 + 2 * 72)
+
+
+@pytest.mark.parametrize(("every", "moe_layers"), [(1, 5), (2, 2), (3, 1), (6, 0)])
+def test_every_nth_layer_is_moe(every: int, moe_layers: int) -> None:
+    model = tiny(num_layers=5, moe=MoEConfig(num_experts=3, top_k=1, d_ff=5, every=every))
+    assert moe_layers == sum((index + 1) % every == 0 for index in range(5))
+    assert parameter_counts(model).expert == moe_layers * 3 * 60
+
+
+def test_train_flops_by_hand() -> None:
+    # matrices one token meets: attention 2*48, dense 72, router 12, 2 routed + 1 shared expert 180, output 40 = 400
+    # attention at S=3: keys seen 1, 2, 3, on average 2; 2 layers * 2 products * 2 FLOPs * 4 wide * 2 keys = 64
+    assert train_flops_per_token(tiny(), seq_len=3) == 3 * (2 * 400 + 64)
+
+
+def test_train_flops_ignore_what_is_not_computed() -> None:
+    base = train_flops_per_token(tiny(), seq_len=8)
+    assert train_flops_per_token(tiny(tie_embeddings=False), seq_len=8) == base  # a lookup is no matmul
+    idle = MoEConfig(num_experts=4, top_k=2, d_ff=5, every=2, num_shared_experts=1)
+    assert train_flops_per_token(tiny(moe=idle), seq_len=8) == base + 3 * 2 * 4  # a router row, not an expert
+    tight = MoEConfig(num_experts=3, top_k=2, d_ff=5, every=2, num_shared_experts=1, capacity_factor=0.5)
+    assert train_flops_per_token(tiny(moe=tight), seq_len=8) == base
