@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import spec_of
@@ -41,6 +41,9 @@ class Engine(Protocol):
 
     def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
         """Forward and backward of one micro-batch. The last one of a step also reduces gradients over the ranks."""
+
+    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
+        """Forward without gradients: token losses [B, S], or logits [B, S, V]."""
 
     def update(self, lr: float) -> float:
         """Clip, step, clear gradients. Returns the global gradient norm before clipping, the same on every rank."""

@@ -11,6 +11,8 @@ What DeepSpeed 0.19 needs to be told, and why:
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
 """
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import Kind, Piece, decay_groups, owns_replica
-from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
@@ -56,7 +58,6 @@ class DeepSpeedEngine:
         self.mesh, self.stage, self.grad_clip, self.accumulation = mesh, engine.zero_stage, engine.grad_clip, accumulation
         self.specs = {name: (param, spec) for name, param, spec in logical_parameters(model)}
         self.micro = 0
-        mpu = _mpu(mesh)
         _mark_parameters(model, mesh)
         root: nn.Module = model
         if any(spec.shard == "expert" for _, spec in self.specs.values()):
@@ -67,9 +68,10 @@ class DeepSpeedEngine:
             _param_groups(model, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
         )
         config = _config(engine, micro_batch, accumulation, mesh)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=root, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints which extensions it built
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=root, optimizer=optimizer, config=config, mpu=_ModelParallelUnit(mesh), dist_init_required=False
+            )
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
         self.model = model
@@ -81,6 +83,13 @@ class DeepSpeedEngine:
         if self.micro:
             self.engine.step()  # no boundary: DeepSpeed only counts
         return output
+
+    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
+        self.engine.eval()
+        with torch.no_grad():
+            out = self.engine(tokens_BS, targets_BS, step, want)
+        self.engine.train()
+        return out
 
     def update(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
@@ -210,7 +219,10 @@ class _Marker(DeepSpeedMoE):
 
 
 class _ModelParallelUnit:
-    """Our mesh in the words of Megatron's `mpu`, as DeepSpeed asks for it."""
+    """Our mesh in the words of Megatron's `mpu`, as DeepSpeed asks for it.
+
+    Given also at tp = 1: DeepSpeed keeps the last one it saw in a global.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.tp, self.dp = mesh.tp, mesh.dp
@@ -242,19 +254,11 @@ class _ModelParallelUnit:
         return self.tp.ranks[0]
 
 
-def _mpu(mesh: Mesh) -> _ModelParallelUnit | None:
-    return _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
-
-
 def _process_group(group: Group) -> dist.ProcessGroup:
-    """DeepSpeed wants a real group even for one rank; every rank must make every such group."""
+    """DeepSpeed wants a real group even for one rank; only that rank has to make it."""
     if group.process_group is not None:
         return group.process_group
-    mine = None
-    for rank in range(dist.get_world_size()):
-        made = dist.new_group([rank])
-        mine = made if rank == dist.get_rank() else mine
-    return mine
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def _group_name(mesh: Mesh) -> str:

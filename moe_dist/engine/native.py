@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import Kind, Piece, compute_dtype, decay_groups, owns_replica
-from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
@@ -52,6 +52,10 @@ class NativeEngine:
             self.micro = 0
             self._reduce()
         return output
+
+    @torch.no_grad()
+    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
+        return self.model(tokens_BS, targets_BS, step, want)
 
     @torch.no_grad()
     def update(self, lr: float) -> float:

@@ -4,6 +4,7 @@ Legend: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,21 @@ from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
 
 
+Want = Literal["loss", "token_losses", "logits"]
+
+
 @dataclass(frozen=True)
 class DecoderOutput:
     """loss: what to differentiate, nll plus this rank's share of the auxiliary losses. nll: nats per token, the mean
-    over this data-parallel rank's tokens. token_nll_T: per token, in evaluation only. stats: one per MoE layer."""
+    over this data-parallel rank's tokens. stats: one per MoE layer."""
 
     loss: Tensor
     nll: Tensor
-    token_nll_T: Tensor | None
     stats: tuple[MoEStats, ...]
 
 
 class OutputProjection(nn.Module):
-    """Final norm, projection to the vocabulary, and what is wanted of it: the loss or the last position's logits."""
+    """Final norm, projection to the vocabulary, and what is wanted of it."""
 
     def __init__(self, model: ModelConfig, tp: Group, sequence_parallel: bool, tied: nn.Parameter | None) -> None:
         super().__init__()
@@ -44,12 +47,13 @@ class OutputProjection(nn.Module):
         spec = ParamSpec((model.vocab_size, model.d_model), "tensor", tp.rank * local, model.d_model**-0.5)
         self.weight = parameter((local, model.d_model), spec) if tied is None else tied
 
-    def forward(self, x_TD: Tensor, targets_T: Tensor | None, every_token: bool) -> Tensor:
-        """Mean loss; losses [T] when `every_token`; logits [T, V] when there are no targets."""
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want) -> Tensor:
+        """`loss`: the mean, differentiable. `token_losses`: [T]. `logits`: [T, V] on every rank."""
         x_TD = enter(self.norm(x_TD), self.tp, self.sequence_parallel)
-        if targets_T is None:
+        if want == "logits":
             return all_gather((x_TD @ self.weight.t()).t(), self.tp).t()
-        loss = token_losses if every_token else linear_cross_entropy
+        assert targets_T is not None, "a loss needs targets"
+        loss = linear_cross_entropy if want == "loss" else token_losses
         return loss(x_TD, self.weight, targets_T, self.tp)
 
 
@@ -68,19 +72,16 @@ class Decoder(nn.Module):
         initialize(self, seed)
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, every_token: bool = False
-    ) -> DecoderOutput:
+        self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want = "loss"
+    ) -> DecoderOutput | Tensor:
+        """`loss`: a DecoderOutput. `token_losses`: nats [B, S]. `logits`: [B, S, V]. B * S must be divisible by tp, and
+        every rank must call: there are exchanges inside."""
         x_TD, stats = self._hidden(tokens_BS, step)
-        losses = self.output(x_TD, None if targets_BS is None else targets_BS.flatten(), every_token)
-        nll = losses.mean()
-        loss = nll + sum(layer.aux_loss for layer in stats)
-        return DecoderOutput(loss, nll.detach(), losses if every_token else None, stats)
-
-    @torch.no_grad()
-    def logits(self, tokens_BS: Tensor, step: StepContext) -> Tensor:
-        """[B, S, V], on every rank. Every rank must call it; B * S must be divisible by tp."""
-        x_TD, _ = self._hidden(tokens_BS, step)
-        return self.output(x_TD, None, False).view(*tokens_BS.shape, -1)
+        result = self.output(x_TD, None if targets_BS is None else targets_BS.flatten(), want)
+        if want != "loss":
+            return result.view(*tokens_BS.shape, *result.shape[1:])
+        loss = result + sum(layer.aux_loss for layer in stats)
+        return DecoderOutput(loss, result.detach(), stats)
 
     def _hidden(self, tokens_BS: Tensor, step: StepContext) -> tuple[Tensor, tuple[MoEStats, ...]]:
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])

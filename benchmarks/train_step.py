@@ -1,0 +1,174 @@
+"""Whole training steps beside Hugging Face Transformers: `python benchmarks/train_step.py --precision fp32 bf16`.
+
+Contestants train the same shape on the same random tokens, new ones at every step, and take turns step by step, so a
+slower moment of the machine meets all of them. A step is forward, backward, clipping and fused AdamW.
+
+* `moe_dist EXPERTS`: our Decoder in NativeEngine. In bf16 the masters, the gradients and the moments are fp32.
+* `transformers`: MixtralForCausalLM with its grouped_mm experts, SDPA and the load-balancing loss. In bf16 parameters,
+  gradients and moments are all bfloat16: less traffic and less precision than ours.
+* `dense bound`: our Decoder with one dense feed-forward of the width that a token's experts have together. It does the
+  arithmetic of the MoE without routing, and reads each weight for all tokens.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if os.environ.get("BENCHMARK_ENV") != "ready":  # start again under the settings that launch scripts use for CPU runs
+    script = f'source "{ROOT}/launch/env.sh" 1 && BENCHMARK_ENV=ready exec "$@"'
+    os.execvp("bash", ["bash", "-c", script, "bash", sys.executable, *sys.argv])
+
+import torch
+import transformers
+from torch import Tensor
+
+from moe_dist.config.schema import EngineConfig, ModelConfig, MoEConfig, OptimConfig
+from moe_dist.engine.native import NativeEngine
+from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.decoder import Decoder
+from moe_dist.models.flops import train_flops_per_token
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.parallel.random import RandomKey
+
+OPTIM = OptimConfig(lr=3e-4)
+Step = Callable[[Tensor], float]  # tokens [B, S + 1] -> loss
+
+
+def model_config(experts: str) -> ModelConfig:
+    """The MoE of the comparison, or its dense bound for experts = `dense`."""
+    routed = experts != "dense"
+    moe = MoEConfig(
+        num_experts=8 if routed else 0, top_k=2, d_ff=1024, capacity_factor=None, experts=experts if routed else "auto"
+    )
+    return ModelConfig(
+        vocab_size=8192,
+        d_model=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=1,
+        d_ff=moe.top_k * 1024,
+        tie_embeddings=False,
+        moe=moe,
+    )
+
+
+def ours(model: ModelConfig, precision: str) -> Step:
+    mesh = single_process_mesh()
+    engine = NativeEngine(
+        Decoder(resolve_backends(model, ep=1), mesh), mesh, EngineConfig(precision=precision), OPTIM, accumulation=1
+    )
+    context = StepContext(RandomKey.of(0))
+
+    def step(tokens: Tensor) -> float:
+        output = engine.micro_step(tokens[:, :-1], tokens[:, 1:], context)
+        engine.update(OPTIM.lr)
+        return float(output.nll)
+
+    return step
+
+
+def theirs(model: ModelConfig, precision: str) -> Step:
+    config = transformers.MixtralConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.moe.d_ff,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        num_local_experts=model.moe.num_experts,
+        num_experts_per_tok=model.moe.top_k,
+        output_router_logits=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
+    )
+    net = transformers.MixtralForCausalLM(config).train()
+    chosen = (net.config._attn_implementation, net.config._experts_implementation)
+    assert chosen == ("sdpa", "grouped_mm"), chosen
+    if precision == "bf16":
+        net.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), OPTIM.lr, (OPTIM.beta1, OPTIM.beta2), OPTIM.eps, OPTIM.weight_decay, fused=True
+    )
+
+    def step(tokens: Tensor) -> float:
+        loss = net(input_ids=tokens[:, :-1], labels=tokens[:, :-1]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
+def race(contestants: dict[str, Step], steps: int, warm_up: int, shape: tuple[int, int], vocab: int) -> dict[str, float]:
+    """Median seconds of a step of each contestant, taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    generator = torch.Generator().manual_seed(0)
+    for index in range(warm_up + steps):
+        tokens = torch.randint(vocab, (shape[0], shape[1] + 1), generator=generator)
+        for name, step in contestants.items():
+            start = time.perf_counter()
+            step(tokens)
+            if index >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def profile(step: Step, shape: tuple[int, int], vocab: int) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step(torch.randint(vocab, (shape[0], shape[1] + 1)))
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--experts", nargs="+", choices=["loop", "bmm", "grouped_mm"], default=["grouped_mm"])
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of each contestant")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before them")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--profile", action="store_true", help="then print where our first contestant's time goes")
+    args = parser.parse_args()
+
+    model, shape = model_config(args.experts[0]), (args.batch, args.seq_len)
+    backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(resolve_backends(model, ep=1), "cpu").items())
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {cpu_name()}")
+    print(f"{torch.get_num_threads()} threads; {shape[0]} x {shape[1]} tokens a step; median of {args.steps} steps")
+    print(f"moe_dist with {backends}")
+    for precision in args.precision:
+        torch.manual_seed(0)
+        contestants = {f"moe_dist {experts}": ours(model_config(experts), precision) for experts in args.experts}
+        first = next(iter(contestants.values()))
+        contestants |= {"transformers": theirs(model, precision), "dense bound": ours(model_config("dense"), precision)}
+        seconds = race(contestants, args.steps, args.warm_up, shape, model.vocab_size)
+
+        note = "; transformers keeps parameters and moments in bf16, moe_dist in fp32" if precision == "bf16" else ""
+        print(f"\n{precision}{note}\n{'':24}{'ms':>8}{'tokens/s':>10}{'/ transformers':>16}{'/ dense':>9}{'GFLOP/s':>9}")
+        for name, median in seconds.items():
+            flops = train_flops_per_token(model_config("dense") if name == "dense bound" else model, shape[1])
+            tokens = shape[0] * shape[1] / median
+            ratios = seconds["transformers"] / median, seconds["dense bound"] / median
+            print(f"{name:24}{median * 1e3:8.0f}{tokens:10.0f}{ratios[0]:16.2f}{ratios[1]:9.2f}{tokens * flops / 1e9:9.0f}")
+        if args.profile:
+            profile(first, shape, model.vocab_size)
+
+
+if __name__ == "__main__":
+    main()

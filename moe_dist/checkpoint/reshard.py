@@ -1,0 +1,92 @@
+"""Reading a checkpoint from any layout into any other: ranges in, ranges out."""
+
+import bisect
+from collections import defaultdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_dist.checkpoint.layout import Manifest, Range
+from moe_dist.checkpoint.store import file_digest
+from moe_dist.engine.base import STATE_KINDS, Engine
+
+
+class Reader:
+    """Random access to the logical tensors of one checkpoint. Files are opened when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, Manifest.load(folder)
+        self._ranges: dict[tuple[str, str], list[tuple[int, str, Range]]] = defaultdict(list)
+        for shard in self.manifest.files:
+            for stored in shard.ranges:
+                self._ranges[stored.kind, stored.name].append((stored.start, shard.file, stored))
+        for ranges in self._ranges.values():
+            ranges.sort(key=lambda entry: entry[0])
+        self._open: dict[str, Any] = {}
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of a logical tensor, 1-D. Raises ValueError when any is missing."""
+        ranges = self._ranges.get((kind, name), [])
+        out, done = torch.empty(length), 0
+        index = max(0, bisect.bisect_right([entry[0] for entry in ranges], start) - 1)
+        for first, file, stored in ranges[index:]:
+            at = start + done
+            if done == length or not first <= at < first + stored.length:
+                break
+            take = min(first + stored.length - at, length - done)
+            out[done : done + take] = self._slice(file, stored.key, at - first, take)
+            done += take
+        if done < length:
+            missing = f"elements {start + done} to {start + length} of {kind}/{name}"
+            raise ValueError(f"{self.folder}: {missing} are in no file of the checkpoint")
+        return out
+
+    def _slice(self, file: str, key: str, start: int, length: int) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            return self._open[file].get_slice(key)[start : start + length]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder / file}: cannot be read: {error}") from None
+
+    def check_digests(self, rank: int, world: int) -> list[str]:
+        """Problems of this rank's share of the files: missing, of another size, or altered."""
+        problems = []
+        for shard in self.manifest.files[rank::world]:
+            path = self.folder / shard.file
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != shard.size or file_digest(path) != shard.sha256:
+                problems.append(f"{path} does not match its SHA-256 in the manifest")
+        return problems
+
+
+def load(folder: Path, engine: Engine) -> Manifest:
+    """Fill `engine` from a checkpoint written under any layout; every rank must call.
+
+    Raises ValueError on every rank when a file is damaged or the model has other parameters.
+    """
+    reader = Reader(folder)
+    replies: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(replies, reader.check_digests(engine.mesh.rank, len(replies)))
+    problems = [problem for reply in replies for problem in reply]
+    if problems:
+        raise ValueError("\n".join(problems))
+    for kind in STATE_KINDS:
+        for piece in engine.held(kind):
+            stored = reader.manifest.shapes.get(piece.name)
+            if stored != list(piece.logical_shape):
+                raise ValueError(
+                    f"{folder}: parameter {piece.name} has shape {stored}, but this model needs "
+                    f"{list(piece.logical_shape)} ({prod(piece.logical_shape)} elements): load it with its own config"
+                )
+            values = reader.read(kind, piece.name, piece.start, piece.values.numel())
+            with torch.no_grad():
+                piece.values.copy_(values)
+    engine.restore(reader.manifest.step)
+    return reader.manifest

@@ -1,0 +1,124 @@
+"""Starting and stopping a rank: alone, under torchrun, or as a task of a Slurm step."""
+
+import os
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is, and where ranks meet: at an address, or in a file on this machine; neither when alone."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    address: tuple[str, int] | None = None
+    file: str | None = None
+
+
+def rank_from_environment(environ: Mapping[str, str]) -> Rank:
+    """torchrun's variables win, then those of a Slurm step with several tasks; otherwise the process is alone.
+
+    Raises ValueError when a variable is missing or is no number.
+    """
+    try:
+        if "RANK" in environ:
+            return Rank(
+                int(environ["RANK"]),
+                int(environ["WORLD_SIZE"]),
+                int(environ["LOCAL_RANK"]),
+                int(environ.get("LOCAL_WORLD_SIZE", "1")),
+                (environ["MASTER_ADDR"], int(environ["MASTER_PORT"])),
+            )
+        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            world = int(environ["SLURM_STEP_NUM_TASKS"])
+            local_world = world // int(environ["SLURM_STEP_NUM_NODES"])
+            port = 20000 + int(environ["SLURM_JOB_ID"]) % 20000
+            address = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
+            master = (address, int(environ.get("MASTER_PORT", port)))
+            return Rank(int(environ["SLURM_PROCID"]), world, int(environ["SLURM_LOCALID"]), local_world, master)
+    except KeyError as error:
+        raise ValueError(f"the launcher set no {error.args[0]}: start with torchrun, or as a Slurm step") from None
+    except ValueError as error:
+        raise ValueError(f"a launcher's variable is no number: {error}") from None
+    return Rank()
+
+
+def _first_host(nodelist: str) -> str:
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
+    return shown.stdout.split()[0]
+
+
+def start(rank: Rank, device: str | None = None, threads: int | None = None) -> torch.device:
+    """Initialise the default process group (also for a process alone: ZeRO wants one) and choose the device.
+
+    device: `cpu`, `cuda` or None for CUDA where there is any. Raises ValueError when CUDA is asked for and missing.
+    """
+    # Deprecations that DeepSpeed and torch.distributed have among themselves.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        if torch.cuda.device_count() <= rank.local_rank:
+            found = torch.cuda.device_count()
+            raise ValueError(f"local rank {rank.local_rank} needs a GPU of its own, but {found} are visible: --device cpu")
+        torch.cuda.set_device(rank.local_rank)
+    else:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world))
+    _export(rank)
+    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+    store: dist.Store | None = None
+    if rank.file is not None:
+        store = dist.FileStore(rank.file, rank.world)
+    elif rank.address is None:
+        store = dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
+    return torch.device(name, rank.local_rank) if name == "cuda" else torch.device("cpu")
+
+
+def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | None = "cpu") -> None:
+    """Run worker(*args) on `ranks` new processes of this machine that form a process group, and wait for all.
+
+    worker must be importable. An exception in any rank is raised here; the others are stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
+        join = (ranks, str(Path(folder) / "store"), device, worker, args)
+        torch.multiprocessing.spawn(_spawned, args=join, nprocs=ranks)
+
+
+def _spawned(index: int, ranks: int, file: str, device: str | None, worker: Callable[..., None], args: Any) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine have nobody else to talk to
+    start(Rank(index, ranks, index, ranks, file=file), device)
+    worker(*args)
+    stop()
+
+
+def stop() -> None:
+    """Leave together: a rank that tears gloo down while another still talks to it can abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _export(rank: Rank) -> None:
+    """The variables that libraries below read for themselves."""
+    host, port = rank.address or ("127.0.0.1", 29500)
+    os.environ.update(
+        RANK=str(rank.rank),
+        WORLD_SIZE=str(rank.world),
+        LOCAL_RANK=str(rank.local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )

@@ -1,0 +1,77 @@
+"""`moe-dist train`: start the rank, train, and tell the person what came out and where."""
+
+import os
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from moe_dist.config import Config
+from moe_dist.data import ByteTokenizer
+from moe_dist.models.generate import generate
+from moe_dist.parallel.launch import rank_from_environment, start, stop
+from moe_dist.train.loop import Outcome, Trainer
+from moe_dist.train.progress import duration, print_summary, short_number
+
+_PROMPT = "def "
+
+
+def train(config: Config, resume: bool, device: str | None) -> None:
+    """Run one rank from start to end. Raises ValueError for what a user got wrong."""
+    rank = rank_from_environment(os.environ)
+    chosen = start(rank, device, config.train.threads)
+    console = Console(quiet=rank.rank != 0)
+    trainer = Trainer(config, chosen, console)
+    outcome = trainer.run(resume)
+    print_summary(console, summary_rows(trainer, outcome), f"run {config.run.name}")
+    if config.run.sample_tokens:
+        text = sample(trainer, config.run.sample_tokens)
+        console.print(Text(f"\nsample after {_PROMPT!r}:"))
+        console.print(Text(_PROMPT + text), style="dim")
+    console.print(Text(_next_steps(outcome)))
+    stop()
+
+
+def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
+    """The end of a run in a few lines."""
+    last, config = outcome.last, trainer.config
+    rows = {"steps": f"{last['step']} in {duration(outcome.seconds)}"}
+    if "loss" in last:
+        rows["training loss"] = f"{last['loss']:.4f} nats/token"
+    if "validation_loss" in last:
+        rows["validation"] = f"{last['validation_loss']:.4f} nats/token, {last['validation_bits_per_byte']:.3f} bits/byte"
+    if "validation_loss_capped" in last:
+        rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
+    if "drop_rate" in last:
+        rows["dropped"] = f"{last['drop_rate']:.2%} of the last step's assignments"
+        rows["fullest expert"] = f"{last['load_max_over_mean']:.2f} times the mean load"
+    if "tokens_per_second" in last:
+        rows["throughput"] = f"{short_number(last['tokens_per_second'])} tokens/s, MFU {last['mfu']:.1%}"
+        rows["memory"] = f"{short_number(last['memory_bytes'])}B a rank at most"
+    newest = outcome.folder.newest_checkpoint()
+    rows["checkpoint"] = str(newest) if newest else f"none under {config.run.root}"
+    return rows
+
+
+def sample(trainer: Trainer, tokens: int) -> str:
+    """Text that the model writes; every rank must call."""
+    tokenizer, device = ByteTokenizer(), trainer.device
+    ids = generate(
+        lambda tokens_BS, step: trainer.engine.evaluate(tokens_BS, None, step, "logits"),
+        tokenizer.encode(_PROMPT),
+        tokens,
+        trainer.config.train.seq_len,
+        trainer.config.train.seed,
+        torch.device(device),
+    )
+    return tokenizer.decode(ids)
+
+
+def _next_steps(outcome: Outcome) -> str:
+    folder = outcome.folder.path
+    return (
+        f"\nWhere to look next\n"
+        f"  {folder}/metrics.jsonl      every number of every step, expert loads included\n"
+        f"  tensorboard --logdir {folder}/tensorboard\n"
+        f"  moe-dist verify             the same losses, gradients and dropped tokens in every layout\n"
+    )

@@ -1,0 +1,244 @@
+"""The training run: data in, optimizer steps, metrics, evaluations and checkpoints out.
+
+What a step does is a pure function of (config, seed, step): the step number is the whole state of the data loader.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moe_dist.checkpoint.reshard import load
+from moe_dist.checkpoint.store import save
+from moe_dist.config import BatchShape, Config, validate
+from moe_dist.data import Corpus, SequenceSampler, bits_per_byte, load_corpus, micro_batch, rank_starts, validation_batches
+from moe_dist.engine.base import Engine, compute_dtype, make_engine
+from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.models.flops import parameter_counts, train_flops_per_token
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import all_reduce
+from moe_dist.parallel.mesh import Mesh, create_mesh
+from moe_dist.parallel.random import RandomKey
+from moe_dist.train.metrics import LayerLoad, MetricsWriter, moe_record
+from moe_dist.train.profile import matmul_peak, memory_bytes
+from moe_dist.train.progress import Progress, short_number
+from moe_dist.train.run_folder import RunFolder
+from moe_dist.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run is known by; `last` is the last record of metrics.jsonl."""
+
+    folder: RunFolder
+    last: dict[str, Any]
+    seconds: float
+    engine: Engine
+
+
+class Trainer:
+    """One rank's run. Construct on every rank, then `run` on every rank."""
+
+    def __init__(self, config: Config, device: torch.device, console: Console) -> None:
+        world = torch.distributed.get_world_size()
+        self.shape: BatchShape = validate(config, world)
+        config = replace(config, model=resolve_backends(config.model, config.parallel.ep))
+        self.config, self.device, self.console = config, device, console
+        self.mesh: Mesh = create_mesh(config.parallel.ep, config.parallel.tp)
+        self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
+        self.sampler = SequenceSampler(
+            len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
+        )
+        model = Decoder(config.model, self.mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
+        self.engine = make_engine(
+            model, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
+        )
+        self.key = RandomKey.of(config.train.seed, "train")
+        self.folder = RunFolder(Path(config.run.root) / config.run.name)
+        self.flops = train_flops_per_token(config.model, config.train.seq_len)
+        self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
+
+    def run(self, resume: bool) -> Outcome:
+        """Train to the last step. Status, metrics and checkpoints are on disk whatever happens.
+
+        Raises ValueError when the run folder is in use or does not fit, FloatingPointError on a non-finite loss.
+        """
+        self.folder.refuse_second_start(resume)
+        torch.distributed.barrier()  # nobody writes before everybody looked
+        main = self.mesh.rank == 0
+        if main:
+            self.folder.write_config(self.config)
+            self.folder.write_environment(self.config, self.mesh, self.device)
+            self.folder.write_status("running")
+        torch.distributed.barrier()
+        log = self.folder.rank_log(self.mesh.rank)
+        log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
+        try:
+            outcome = self._steps(resume)
+        except BaseException as error:
+            log.exception("stopped")
+            if main:
+                self.folder.write_status("failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        log.info("finished: %s", {k: v for k, v in outcome.last.items() if k != "layers"})
+        if main:
+            self.folder.write_status("finished", step=self.config.train.steps)
+        return outcome
+
+    def _steps(self, resume: bool) -> Outcome:
+        run, total = self.config.run, self.config.train.steps
+        first = self._resume() if resume else 0
+        writer = MetricsWriter(self.folder.path, run.tensorboard) if self.mesh.rank == 0 else None
+        progress = Progress(self.console, run.log_every)
+        began, record = time.monotonic(), {"step": first}
+        if writer is not None:
+            writer.rewind(first)
+        with progress:
+            if self.mesh.rank == 0:
+                for line in self._opening(first):
+                    progress.message(line)
+            for step in range(first, total):
+                record = self._train_step(step)
+                done = step + 1
+                if done % run.eval_every == 0 or done == total:
+                    record |= self.evaluate()
+                if writer is not None:
+                    writer.log(record)
+                    progress.update(record, total)
+                if done % run.save_every == 0 or done == total:
+                    if writer is not None:
+                        writer.sync()
+                    save(self.folder.checkpoints, self.engine, done, self._identity(), run.keep_last)
+        if writer is not None:
+            writer.close()
+        return Outcome(self.folder, record, time.monotonic() - began, self.engine)
+
+    def _train_step(self, step: int) -> dict[str, Any]:
+        began, shape = time.monotonic(), self.shape
+        starts = self.sampler.indices(step)
+        outputs = []
+        for micro in range(shape.accumulation):
+            mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
+            tokens_BS, targets_BS = self._tensors(self.corpus.train, mine)
+            context = StepContext(self.key.fold(step, micro))
+            outputs.append(self.engine.micro_step(tokens_BS, targets_BS, context))
+        nll, aux, layers = self._gather_statistics(outputs)
+        if not math.isfinite(nll + aux):
+            raise FloatingPointError(f"loss={nll}, auxiliary loss={aux} at step {step + 1}: lower optim.lr, or clip")
+        lr = learning_rate(step, self.config.train.steps, self.config.optim)
+        norm = self.engine.update(lr)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm {norm} at step {step + 1}: lower optim.lr")
+        seconds = time.monotonic() - began
+        rate = shape.tokens_per_step / seconds
+        achieved = rate * self.flops
+        return {
+            "step": step + 1,
+            "loss": nll,
+            "aux_loss": aux,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "tflops": achieved / 1e12,
+            "mfu": achieved / (self.peak.flops_per_second * self.mesh.layout.world),
+            "memory_bytes": memory_bytes(self.device)["peak"],
+            **moe_record(layers),
+        }
+
+    def _gather_statistics(self, outputs: list[DecoderOutput]) -> tuple[float, float, list[LayerLoad]]:
+        """Means over micro-steps and ranks, in one all-reduce; loads are sums over the world already."""
+        per_micro = []
+        for output in outputs:
+            values = [output.nll, sum((s.aux_loss.detach() for s in output.stats), output.nll.new_zeros(()))]
+            for stats in output.stats:
+                values += [stats.entropy, stats.balance_loss, stats.z_loss]
+            per_micro.append(torch.stack([value.float() for value in values]))
+        mean = all_reduce(torch.stack(per_micro).mean(0), self.mesh.world) / self.mesh.layout.world
+        nll, aux, *rest = mean.tolist()
+        layers = []
+        for index, stats in enumerate(outputs[0].stats):
+            load_E = sum(output.stats[index].load_E for output in outputs)
+            kept_E = sum(output.stats[index].kept_E for output in outputs)
+            entropy, balance, z = rest[3 * index : 3 * index + 3]
+            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), entropy, balance, z))
+        # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
+        return nll, aux * self.mesh.layout.tp, layers
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss without dropping, and with eval_capacity_factor when it is set."""
+        record = {}
+        loss = self._validation_loss("dropless")
+        record["validation_loss"] = loss
+        record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1)
+        if self.config.model.moe.eval_capacity_factor is not None:
+            record["validation_loss_capped"] = self._validation_loss("eval")
+        return record
+
+    def _validation_loss(self, phase: Any) -> float:
+        split, layout, train = self.corpus.validation, self.mesh.layout, self.config.train
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        batches = validation_batches(
+            len(split), train.seq_len, self.config.run.eval_sequences, self.shape.micro_batch, layout.dp, self.mesh.dp.rank
+        )
+        for index, (starts, weights) in enumerate(batches):
+            tokens_BS, targets_BS = self._tensors(split, starts)
+            context = StepContext(RandomKey.of(train.seed, "validation", index), phase)
+            losses_BS = self.engine.evaluate(tokens_BS, targets_BS, context, "token_losses")
+            weights_B = torch.from_numpy(weights).to(self.device, torch.float64)
+            total += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
+        total = all_reduce(total, self.mesh.dp)
+        return float(total[0] / total[1])
+
+    def _tensors(self, split: Any, starts: Any) -> tuple[Tensor, Tensor]:
+        tokens_BS, targets_BS = micro_batch(split, starts, self.config.train.seq_len)
+        return tokens_BS.to(self.device), targets_BS.to(self.device)
+
+    def _resume(self) -> int:
+        newest = self.folder.newest_checkpoint()
+        if newest is None:
+            raise ValueError(f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
+        manifest = load(newest, self.engine)
+        for name, value in self._identity().items():
+            if manifest.run.get(name) != value:
+                raise ValueError(
+                    f"{newest} was trained with {name}={manifest.run.get(name)}, not {value}: a resumed run must continue "
+                    "on the same data in the same order"
+                )
+        if self.mesh.rank == 0:
+            self.console.print(f"resuming {newest}, step {manifest.step}", highlight=False)
+        return manifest.step
+
+    def _identity(self) -> dict[str, Any]:
+        """What a continued run must agree on."""
+        train = self.config.train
+        return {
+            "data": self.corpus.digest,
+            "seed": train.seed,
+            "seq_len": train.seq_len,
+            "global_batch": train.global_batch,
+            "model": asdict(self.config.model) | {"attention": None, "recompute": None, "moe": None},
+        }
+
+    def _opening(self, first: int) -> list[str]:
+        config, layout, shape = self.config, self.mesh.layout, self.shape
+        counts = parameter_counts(config.model)
+        backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, self.device.type).items())
+        engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
+        return [
+            f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, ep {layout.ep}, edp {layout.edp}; "
+            f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
+            f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; {backends}",
+            f"data      {self.corpus.name}: {short_number(len(self.corpus.train))} train and "
+            f"{short_number(len(self.corpus.validation))} validation bytes of {self.corpus.num_files} files",
+            f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
+            f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
+            f"steps {first + 1} to {config.train.steps}",
+            f"peak      {self.peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({self.peak.source})",
+        ]

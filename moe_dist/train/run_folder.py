@@ -1,0 +1,102 @@
+"""A run on disk: its folder, its configuration, its environment and its status.
+
+    runs/NAME/
+      config.yaml        everything, resolved       environment.json   versions, backends, layout, revision
+      metrics.jsonl      one line a step            tensorboard/
+      checkpoints/step-000100/                      logs/rank-00000.log
+      status.json        running | finished | failed, with the reason
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.checkpoint.store import checkpoints
+from moe_dist.config import Config, dump_config
+from moe_dist.kernels.registry import describe_backends
+from moe_dist.parallel.mesh import Mesh
+
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "flash-attn", "apex", "safetensors", "numpy")
+
+
+class RunFolder:
+    """Paths of one run. Only rank 0 writes, but for the logs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def newest_checkpoint(self) -> Path | None:
+        found = checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def refuse_second_start(self, resume: bool) -> None:
+        """Raises ValueError when the folder holds a run and nobody asked to continue it, or nothing to continue."""
+        started = (self.path / "metrics.jsonl").exists() or self.newest_checkpoint() is not None
+        if started and not resume:
+            raise ValueError(
+                f"{self.path} already holds a run: continue it with --resume, or choose another --run.name"
+            )
+
+    def write_config(self, config: Config) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._replace("config.yaml", dump_config(config))
+
+    def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
+        layout = mesh.layout
+        record = {
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "threads_per_rank": torch.get_num_threads(),
+            "backends": describe_backends(config.model, device.type),
+            "layout": {"world": layout.world, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep, "edp": layout.edp},
+            "revision": _git_revision(),
+        }
+        self._replace("environment.json", json.dumps(record, indent=1))
+
+    def write_status(self, state: str, **details: Any) -> None:
+        self._replace("status.json", json.dumps({"state": state, **details}, indent=1))
+
+    def rank_log(self, rank: int) -> logging.Logger:
+        """A logger that writes logs/rank-NNNNN.log."""
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / "logs" / f"rank-{rank:05d}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log = logging.getLogger(f"moe_dist.rank{rank}")
+        for old in list(log.handlers):
+            log.removeHandler(old)
+            old.close()
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        return log
+
+    def _replace(self, name: str, text: str) -> None:
+        draft = self.path / f".{name}"
+        draft.write_text(text)
+        os.replace(draft, self.path / name)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None  # no git on this machine
+    return shown.stdout.strip() or None

@@ -1,0 +1,131 @@
+"""What is compared: settings (what is trained) times layouts (how it is cut), on a model small enough for a laptop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from moe_dist.config import Config, EngineConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
+
+LAYOUT_AXES: dict[str, tuple[str, ...]] = {
+    "ep": ("1", "2", "4"),
+    "tp": ("1", "2"),
+    "sp": ("off", "on"),
+    "zero": ("native", "0", "1", "2", "3"),
+    "wire": ("ragged", "padded"),
+}
+SETTING_AXES: dict[str, tuple[str, ...]] = {
+    "top_k": ("1", "2"),
+    "drops": ("position", "score", "random", "dropless"),
+    "accumulation": ("1", "4"),
+    "experts": ("grouped_mm", "bmm", "loop"),
+    "recompute": ("none", "block"),
+}
+QUICK_LAYOUTS = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
+QUICK_SETTINGS = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained. One single-process reference serves all layouts of a setting."""
+
+    top_k: str = "2"
+    drops: str = "position"
+    accumulation: str = "1"
+    experts: str = "grouped_mm"
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        extra = "" if self.experts == "grouped_mm" else f", {self.experts}"
+        extra += "" if self.recompute == "none" else ", recompute"
+        return f"top-{self.top_k}, {self.drops}, accumulation {self.accumulation}{extra}"
+
+
+@dataclass(frozen=True)
+class LayoutCase:
+    """How it is cut."""
+
+    ep: str = "1"
+    tp: str = "1"
+    sp: str = "off"
+    zero: str = "native"
+    wire: str = "ragged"
+
+    def __str__(self) -> str:
+        engine = "native" if self.zero == "native" else f"ZeRO-{self.zero}"
+        extra = (" sp" if self.sp == "on" else "") + (" padded" if self.wire == "padded" else "")
+        return f"ep={self.ep} tp={self.tp}{extra} {engine}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A whole verification; tolerances are absolute for losses, relative for gradients and norms."""
+
+    settings: tuple[Setting, ...]
+    layouts: tuple[LayoutCase, ...]
+    steps: int = 50
+    loss_tolerance: float = 1e-5
+    grad_tolerance: float = 1e-5
+    norm_tolerance: float = 1e-6
+    tie_tolerance: float = 1e-5
+
+
+def parse_axes(given: Sequence[str], axes: dict[str, tuple[str, ...]], default: dict[str, tuple[str, ...]]) -> dict:
+    """`ep=1,2 tp=1` -> {"ep": ("1", "2"), "tp": ("1",)}; axes not given take their default."""
+    chosen = dict(default)
+    for text in given:
+        name, _, values = text.partition("=")
+        if name not in axes:
+            raise ValueError(f"{text!r}: unknown axis {name!r}; choose from {', '.join(axes)}")
+        wanted = tuple(value for value in values.split(",") if value)
+        for value in wanted or ("",):
+            number = name in ("ep", "tp", "top_k", "accumulation") and value.isdigit() and int(value) > 0
+            if value not in axes[name] and not number:
+                raise ValueError(f"{text!r}: {value!r} is no value of {name}; choose from {', '.join(axes[name])}")
+        chosen[name] = wanted
+    return chosen
+
+
+def settings_of(axes: dict[str, tuple[str, ...]]) -> tuple[Setting, ...]:
+    return tuple(Setting(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))
+
+
+def layouts_of(axes: dict[str, tuple[str, ...]]) -> tuple[LayoutCase, ...]:
+    """All combinations but those that say the same twice: sp without tp, a padded wire without ep."""
+    cases = (LayoutCase(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))
+    both_sp, both_wires = len(axes.get("sp", ())) > 1, len(axes.get("wire", ())) > 1
+    return tuple(
+        case
+        for case in cases
+        if not (both_sp and case.sp == "on" and case.tp == "1")
+        and not (both_wires and case.wire == "padded" and case.ep == "1")
+    )
+
+
+def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Config:
+    """The tiny run of one case; `layout` None is the single-process reference."""
+    layout = layout or LayoutCase()
+    moe = MoEConfig(
+        num_experts=4,
+        top_k=int(setting.top_k),
+        d_ff=48,
+        num_shared_experts=1,
+        capacity_factor=None if setting.drops == "dropless" else 1.0,
+        drop_policy="position" if setting.drops == "dropless" else setting.drops,
+        wire=layout.wire,
+        experts=setting.experts,
+    )
+    model = ModelConfig(
+        vocab_size=256, d_model=32, num_layers=2, num_heads=4, num_kv_heads=1, d_ff=48, recompute=setting.recompute, moe=moe
+    )
+    native = layout.zero == "native"
+    return Config(
+        model=model,
+        parallel=ParallelConfig(ep=int(layout.ep), tp=int(layout.tp), sequence_parallel=layout.sp == "on"),
+        engine=EngineConfig(
+            name="native" if native else "deepspeed", zero_stage=0 if native else int(layout.zero), grad_clip=0.5
+        ),
+        # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
+        # direction, and the comparison would measure how Adam amplifies noise.
+        optim=OptimConfig(lr=1e-3, eps=1e-4, warmup_steps=min(10, steps), schedule="cosine"),
+        train=TrainConfig(steps=steps, seq_len=16, global_batch=16, accumulation=int(setting.accumulation)),
+    )

@@ -1,0 +1,137 @@
+"""The command: ranks, table, verdict."""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.parallel.launch import rank_from_environment, spawn, start, stop
+from moe_dist.verify.cases import (
+    LAYOUT_AXES,
+    QUICK_LAYOUTS,
+    QUICK_SETTINGS,
+    SETTING_AXES,
+    Options,
+    Setting,
+    layouts_of,
+    parse_axes,
+    settings_of,
+)
+from moe_dist.verify.compare import Meshes, Reference, Report, compare_layout, train_reference
+
+_AGREED = "agreed"
+_TEXT = """Prove that training means the same in every layout.
+
+Trains a tiny model once in a single process, then under each layout, and compares the losses, every gradient, the
+gradient norm and the set of dropped tokens of every step. Exits with 1 when anything differs by more than rounding.
+A routing decision that two equal scores could have taken either way is counted as a near tie, not as a difference.
+
+Starts its own ranks on this machine; under torchrun it uses those: torchrun --nproc_per_node 8 -m moe_dist.cli verify
+"""
+
+
+def verify(args: Sequence[str]) -> int:
+    """The exit code: 0 all agree, 1 a difference. Raises ValueError for axes and values that do not exist."""
+    parser = argparse.ArgumentParser(
+        prog="moe-dist verify", description=_TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--layouts", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(LAYOUT_AXES))
+    add("--settings", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(SETTING_AXES))
+    add("--all", action="store_true", help="every layout and every setting (on 4 ranks and 2 cores: an hour)")
+    add("--ranks", type=int, default=4, help="processes to start (default 4)")
+    add("--steps", type=int, default=50, help="optimizer steps of each run (default 50)")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    given = parser.parse_args(args)
+    if given.steps < 1 or given.ranks < 1:
+        raise ValueError(f"--steps={given.steps} and --ranks={given.ranks} must be at least 1")
+    options = Options(
+        settings_of(parse_axes(given.settings, SETTING_AXES, SETTING_AXES if given.all else QUICK_SETTINGS)),
+        layouts_of(parse_axes(given.layouts, LAYOUT_AXES, LAYOUT_AXES if given.all else QUICK_LAYOUTS)),
+        given.steps,
+    )
+    rank = rank_from_environment(os.environ)
+    if rank.world > 1:
+        device = start(rank, given.device)
+        agreed = run_cases(options, device)
+        stop()
+        return 0 if agreed else 1
+    with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
+        verdict = Path(folder) / "verdict"
+        spawn(_worker, given.ranks, options, given.device, str(verdict), device=given.device)
+        return 0 if verdict.read_text() == _AGREED else 1
+
+
+def _worker(options: Options, device: str, verdict: str) -> None:
+    """A spawned rank; rank 0 leaves the verdict in a file."""
+    chosen = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    agreed = run_cases(options, chosen)
+    if dist.get_rank() == 0:
+        Path(verdict).write_text(_AGREED if agreed else "differences")
+
+
+def run_cases(options: Options, device: torch.device) -> bool:
+    """All cases on the ranks that are running; True when everything agreed. The table is printed by rank 0."""
+    world, began = dist.get_world_size(), time.monotonic()
+    terminal = Console().is_terminal
+    console = Console(quiet=dist.get_rank() != 0, width=None if terminal else 120)
+    agreed, compared, meshes = True, 0, Meshes()
+    for setting in options.settings:
+        reference = _shared_reference(setting, options, device)
+        table = _table(setting, reference, options)
+        for layout in options.layouts:
+            try:
+                report = compare_layout(setting, layout, reference, options, device, meshes)
+            except ValueError as refused:
+                table.add_row(str(layout), *[""] * 5, f"refused: {refused}")
+                continue
+            good = report.agrees(options)
+            agreed, compared = agreed and good, compared + 1
+            table.add_row(str(layout), *_cells(report), "ok" if good else f"[bold red]DIFFERS[/] ({report.worst_parameter})")
+        console.print(table)
+    verdict = "all agree" if agreed and compared else "DIFFERENCES FOUND" if compared else "NOTHING COMPARED"
+    seconds = time.monotonic() - began
+    console.print(f"{compared} runs on {world} ranks against a single process, {options.steps} steps each: {verdict} ({seconds:.0f}s)")
+    return agreed and compared > 0
+
+
+def _shared_reference(setting: Setting, options: Options, device: torch.device) -> Reference:
+    """Rank 0 trains it alone; everybody gets it."""
+    box = [train_reference(setting, options, device) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]
+
+
+def _table(setting: Setting, reference: Reference, options: Options) -> Table:
+    decisions = sum(kept.numel() for kept in reference.tape.kept.values())
+    title = f"{setting}: {reference.tape.dropped()} of {decisions} assignments dropped"
+    table = Table(title=title, title_justify="left")
+    for name, limit in (
+        ("layout", ""),
+        ("loss", f"<= {options.loss_tolerance:.0e}"),
+        ("gradients", f"<= {options.grad_tolerance:.0e}"),
+        ("norm", f"<= {options.norm_tolerance:.0e}"),
+        ("dropped sets", "equal"),
+        ("near ties", ""),
+        ("", ""),
+    ):
+        table.add_column(f"{name}\n{limit}", no_wrap=name == "layout")
+    return table
+
+
+def _cells(report: Report) -> list[str]:
+    same = report.routed == report.dropped == 0
+    sets = "equal" if same else f"{report.routed} routed, {report.dropped} dropped otherwise"
+    return [f"{report.loss:.1e}", f"{report.grad:.1e}", f"{report.norm:.1e}", sets, str(report.near_ties)]
+
+
+def _axes_help(axes: dict[str, tuple[str, ...]]) -> str:
+    return "; ".join(f"{name}={','.join(values)}" for name, values in axes.items())

@@ -1,0 +1,148 @@
+"""Training one case, as the single-process reference or under a layout beside it."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from moe_dist.config import Config, validate
+from moe_dist.engine.base import Engine, make_engine
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.decoder import Decoder
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import all_reduce
+from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
+from moe_dist.parallel.random import RandomKey
+from moe_dist.train.schedule import learning_rate
+from moe_dist.verify.cases import LayoutCase, Options, Setting, case_config
+from moe_dist.verify.witness import Comparer, Differences, Recorder, Tape
+
+Meshes = dict[tuple[int, int], Mesh]
+
+_KEY = RandomKey.of("verify")
+
+
+@dataclass
+class Reference:
+    """The single process, step by step."""
+
+    tape: Tape = field(default_factory=Tape)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    grads: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Largest differences of one layout over all steps: loss absolute, gradients and norm relative."""
+
+    loss: float
+    grad: float
+    worst_parameter: str
+    norm: float
+    near_ties: int
+    routed: int
+    dropped: int
+
+    def agrees(self, options: Options) -> bool:
+        return (
+            self.loss <= options.loss_tolerance
+            and self.grad <= options.grad_tolerance
+            and self.norm <= options.norm_tolerance
+            and self.routed == self.dropped == 0
+        )
+
+
+def train_reference(setting: Setting, options: Options, device: torch.device) -> Reference:
+    """Train in this process alone and keep everything that layouts are compared with."""
+    run = _Run(case_config(setting, None, options.steps), single_process_mesh(), device)
+    reference = Reference()
+    for step in range(options.steps):
+        loss = run.forward_backward(step, lambda micro, step=step: Recorder(reference.tape, step, micro))
+        reference.losses.append(loss)
+        reference.grads.append({piece.name: piece.values.cpu().clone() for piece in run.engine.held("grad")})
+        reference.norms.append(run.update(step))
+    return reference
+
+
+def compare_layout(
+    setting: Setting, layout: LayoutCase, reference: Reference, options: Options, device: torch.device, meshes: Meshes
+) -> Report:
+    """Train under `layout` on all ranks beside the reference; the same Report on every rank. `meshes` keeps process
+    groups from case to case.
+
+    Raises ValueError when the layout does not fit the ranks.
+    """
+    config = case_config(setting, layout, options.steps)
+    validate(config, torch.distributed.get_world_size())
+    sizes = (config.parallel.ep, config.parallel.tp)
+    if sizes not in meshes:
+        meshes[sizes] = create_mesh(*sizes)
+    mesh = meshes[sizes]
+    run, found = _Run(config, mesh, device), Differences()
+    top_k, tie = config.model.moe.top_k, options.tie_tolerance
+    loss_off, norm_off, grad_off, worst = 0.0, 0.0, 0.0, ""
+    for step in range(options.steps):
+        loss = run.forward_backward(
+            step, lambda micro, step=step: Comparer(reference.tape, step, micro, mesh.rank, top_k, tie, found)
+        )
+        loss_off = max(loss_off, abs(loss - reference.losses[step]))
+        off, name = _gradient_difference(run.engine, reference.grads[step], mesh, device)
+        if off > grad_off:
+            grad_off, worst = off, name
+        norm_off = max(norm_off, abs(run.update(step) / reference.norms[step] - 1))
+    counts = torch.tensor([found.near_ties, found.routed, found.dropped], device=device)
+    near_ties, routed, dropped = all_reduce(counts, mesh.world).tolist()
+    return Report(loss_off, grad_off, worst, norm_off, near_ties, routed, dropped)
+
+
+class _Run:
+    """A tiny training run whose sequences are a function of the step alone."""
+
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
+        self.config = replace(config, model=resolve_backends(config.model, config.parallel.ep))
+        self.mesh, self.device = mesh, device
+        self.shape = validate(config, mesh.layout.world)
+        model = Decoder(self.config.model, mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
+        self.engine: Engine = make_engine(
+            model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
+        )
+
+    def forward_backward(self, step: int, witness_of) -> float:  # type: ignore[no-untyped-def]
+        """All micro-steps of a step; the mean loss over them and over dp."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro in range(self.shape.accumulation):
+            tokens_BS, targets_BS = self._batch(step, micro)
+            context = StepContext(_KEY.fold(step, micro), witness=witness_of(micro))
+            total += self.engine.micro_step(tokens_BS, targets_BS, context).nll.double()
+        return float(all_reduce(total, self.mesh.dp)) / self.shape.accumulation / self.mesh.layout.dp
+
+    def update(self, step: int) -> float:
+        return self.engine.update(learning_rate(step, self.config.train.steps, self.config.optim))
+
+    def _batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
+        """Skewed random tokens, so that experts fill unevenly; this rank's rows of the micro-step."""
+        shape, length = self.shape, self.shape.seq_len + 1
+        index = torch.arange(shape.micro_step_sequences * length)
+        vocab = self.config.model.vocab_size
+        ids = (_KEY.fold("data", step, micro).uniform(index).square() * vocab).long().view(-1, length)
+        mine = ids[self.mesh.dp.rank * shape.micro_batch : (self.mesh.dp.rank + 1) * shape.micro_batch].to(self.device)
+        return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
+
+
+def _gradient_difference(
+    engine: Engine, reference: dict[str, Tensor], mesh: Mesh, device: torch.device
+) -> tuple[float, str]:
+    """Largest ||g - ref|| / ||ref|| over logical parameters, and which one it is."""
+    squares: dict[str, float] = defaultdict(float)
+    for piece in engine.held("grad"):
+        if piece.owned:
+            expected = reference[piece.name][piece.start : piece.start + piece.values.numel()].to(device)
+            squares[piece.name] += float((piece.values.double() - expected.double()).square().sum())
+    names = sorted(reference)
+    difference = all_reduce(torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device), mesh.world)
+    size = torch.tensor([float(reference[name].double().square().sum()) for name in names], dtype=torch.float64)
+    relative = (difference.cpu() / size.clamp(min=1e-30)).sqrt()
+    worst = int(relative.argmax())
+    return float(relative[worst]), names[worst]
