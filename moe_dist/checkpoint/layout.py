@@ -1,7 +1,7 @@
 """What a checkpoint says about itself: the manifest.
 
-A checkpoint is a set of safetensors files, one a rank, of contiguous 1-D ranges of logical tensors (fp32 weights and both
-Adam moments), and `manifest.json`, which names every range and the SHA-256 of every file. Nothing is pickled.
+A checkpoint is a set of safetensors files, one a rank, of contiguous 1-D ranges of logical tensors (fp32 weights and
+both Adam moments), and `manifest.json`, which names every range and the SHA-256 of every file. Nothing is pickled.
 """
 
 import json

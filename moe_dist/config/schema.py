@@ -32,7 +32,8 @@ class MoEConfig:
     renormalize: bool = True
     """Divide the top-k router weights by their sum. Never done at top_k = 1: the router would get no gradient."""
     capacity_factor: float | None = 1.25
-    """C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows an expert takes. null: dropless."""
+    """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
+    null: dropless."""
     eval_capacity_factor: float | None = None
     """The same for evaluation. null: evaluation drops nothing. When set, both losses are reported."""
     min_capacity: int = 1

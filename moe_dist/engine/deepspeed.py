@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO under our layers; all that this project knows of DeepSpeed is in this file.
 
 What DeepSpeed 0.19 needs to be told, and why:
-- Experts at ep > 1 are marked `allreduce = False` with a group name, and a parameterless `MoE` module stands beside the
-  model: only then are expert gradients reduced over the edp group. They are summed there and divided by the full dp size.
+- Experts at ep > 1 are marked `allreduce = False` with a group name, and a parameterless `MoE` module stands beside
+  the model: only then are expert gradients reduced over the edp group: summed there, divided by the full dp size.
 - Its groups for that name are taken from our mesh, so that both sides agree on who is an expert's replica.
 - Its norm counts a parameter on every model-parallel rank only if `tensor_model_parallel` is set: set for parameters
   cut over tp and for experts, which differ between tp ranks, not for replicated ones.
@@ -55,7 +55,12 @@ class DeepSpeedEngine:
         micro_batch: int,
         accumulation: int,
     ) -> None:
-        self.mesh, self.stage, self.grad_clip, self.accumulation = mesh, engine.zero_stage, engine.grad_clip, accumulation
+        self.mesh, self.stage, self.grad_clip, self.accumulation = (
+            mesh,
+            engine.zero_stage,
+            engine.grad_clip,
+            accumulation,
+        )
         self.specs = {name: (param, spec) for name, param, spec in logical_parameters(model)}
         self.micro = 0
         _mark_parameters(model, mesh)
@@ -65,7 +70,7 @@ class DeepSpeedEngine:
         elif self.stage == 3:
             set_z3_leaf_modules(model, [MoE])
         optimizer = torch.optim.AdamW(
-            _param_groups(model, optim), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
+            _param_groups(model, optim, mesh), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
         )
         config = _config(engine, micro_batch, accumulation, mesh)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which extensions it built
@@ -127,7 +132,8 @@ class DeepSpeedEngine:
         expert = all_reduce(squares["expert"].to(device), self.mesh.ep)
         norm = float((squares["replicated"].to(device) + tensor + expert).sqrt())
         if self.grad_clip is not None and norm > self.grad_clip:
-            torch._foreach_mul_([p.grad for p, _ in self.specs.values()], self.grad_clip / (norm + 1e-6))
+            grads = [param.grad for param, _ in self.specs.values() if param.grad is not None]
+            torch._foreach_mul_(grads, self.grad_clip / (norm + 1e-6))
         return norm
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, int, Tensor, bool]]:
@@ -266,6 +272,7 @@ def _group_name(mesh: Mesh) -> str:
 
 
 def _mark_parameters(model: Decoder, mesh: Mesh) -> None:
+    param: Any
     for _, param, spec in logical_parameters(model):
         if spec.shard == "expert":
             param.allreduce, param.group_name = False, _group_name(mesh)
@@ -273,7 +280,7 @@ def _mark_parameters(model: Decoder, mesh: Mesh) -> None:
             param.tensor_model_parallel = True
 
 
-def _param_groups(model: Decoder, optim: OptimConfig) -> list[dict[str, Any]]:
+def _param_groups(model: Decoder, optim: OptimConfig, mesh: Mesh) -> list[dict[str, Any]]:
     """Decay groups, split into dense and expert ones: DeepSpeed reduces a whole group over one process group."""
     out: list[dict[str, Any]] = []
     for name, factor, params in decay_groups(model):
@@ -283,7 +290,7 @@ def _param_groups(model: Decoder, optim: OptimConfig) -> list[dict[str, Any]]:
         if dense:
             out.append({"params": dense, "weight_decay": decay, "name": name})
         if expert:
-            out.append({"params": expert, "weight_decay": decay, "name": expert[0].group_name, "moe": True})
+            out.append({"params": expert, "weight_decay": decay, "name": _group_name(mesh), "moe": True})
     return out
 
 

@@ -22,7 +22,6 @@ from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
 
-
 Want = Literal["loss", "token_losses", "logits"]
 
 

@@ -1,9 +1,9 @@
 """Which assignments are kept when experts are full.
 
-C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)); an expert takes its C first assignments in
-the order that `drop_policy` sets, the others are dropped. Under `global` scope the tokens of all ranks of the micro-step
-compete, in global token order, so the dropped set is the same in every layout. The world's rank order is the global
-order of tokens (`parallel/mesh.py`), which makes a global position a local one plus the counts of the ranks before.
+C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)); an expert takes its C first assignments
+in the order that `drop_policy` sets, the others are dropped. Under `global` scope the tokens of all ranks of the
+micro-step compete, in global token order, so the dropped set is the same in every layout. The world's rank order is the
+global order of tokens (`parallel/mesh.py`), which makes a global position a local one plus the counts of ranks before.
 
 | drop_policy | who stays                                | causal                                               |
 |-------------|------------------------------------------|------------------------------------------------------|
@@ -64,7 +64,9 @@ class Capacity:
     def __call__(self, routing: Routing, step: StepContext) -> DispatchPlan:
         experts_TK = routing.experts_TK
         tokens = experts_TK.shape[0] * self.peers.size
-        factor = {"train": self.moe.capacity_factor, "eval": self.moe.eval_capacity_factor, "dropless": None}[step.phase]
+        factor = {"train": self.moe.capacity_factor, "eval": self.moe.eval_capacity_factor, "dropless": None}[
+            step.phase
+        ]
         limit = expert_capacity(factor, self.moe.top_k, tokens, self.moe.num_experts, self.moe.min_capacity)
 
         experts_N = experts_TK.flatten()
@@ -82,9 +84,7 @@ class Capacity:
             step.witness.decided(self.layer, plan.experts_TK, plan.kept_TK)
         return plan
 
-    def _keep_first(
-        self, experts_N: Tensor, order_N: Tensor, counts_WE: Tensor, limit: int
-    ) -> tuple[Tensor, Tensor]:
+    def _keep_first(self, experts_N: Tensor, order_N: Tensor, counts_WE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Global position of an assignment = its position among this rank's + what earlier ranks send."""
         before_WE = counts_WE.cumsum(0) - counts_WE if self.peers.size > 1 else torch.zeros_like(counts_WE)
         kept_WE = (limit - before_WE).clamp(min=0).minimum(counts_WE)
@@ -92,9 +92,7 @@ class Capacity:
         position_N = _positions(order_N, counts_E)
         return position_N < kept_WE[self.world.rank][experts_N], kept_WE
 
-    def _keep_best(
-        self, routing: Routing, step: StepContext, counts_WE: Tensor, limit: int
-    ) -> tuple[Tensor, Tensor]:
+    def _keep_best(self, routing: Routing, step: StepContext, counts_WE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Every rank sees all assignments that compete and takes the same decision for all of them."""
         num_experts, rank = self.moe.num_experts, self.peers.rank
         experts_N = all_gather(routing.experts_TK.flatten(), self.peers)

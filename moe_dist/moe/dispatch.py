@@ -92,6 +92,7 @@ class AllToAllDispatcher:
         return rows_RD, Trip(tuple(rows_per_expert.tolist()), source_S, rows_TK, plan.kept_TK, wire)
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, trip: Trip) -> Tensor:
+        assert trip.wire is not None, "the rows crossed the group"
         rows_SD = self._cross_back(rows_RD, trip.wire)
         return combine_rows(rows_SD, weights_TK, trip.source_S, trip.rows_TK, trip.kept_TK)
 

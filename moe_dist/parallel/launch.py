@@ -73,7 +73,9 @@ def start(rank: Rank, device: str | None = None, threads: int | None = None) -> 
     if name == "cuda":
         if torch.cuda.device_count() <= rank.local_rank:
             found = torch.cuda.device_count()
-            raise ValueError(f"local rank {rank.local_rank} needs a GPU of its own, but {found} are visible: --device cpu")
+            raise ValueError(
+                f"local rank {rank.local_rank} needs a GPU of its own, but {found} are visible: --device cpu"
+            )
         torch.cuda.set_device(rank.local_rank)
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world))

@@ -1,13 +1,12 @@
 """Random numbers that do not know which rank draws them.
 
-A `RandomKey` is folded from what identifies a draw (seed, step, layer, ...); per-token numbers come from a counter-based
-hash of the key and the *global* token index, so every layout draws the same number for the same token.
+A `RandomKey` is folded from what identifies a draw (seed, step, layer, ...); per-token numbers come from a
+counter-based hash of the key and the *global* token index, so every layout draws the same number for the same token.
 """
 
 import hashlib
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 _MASK = (1 << 63) - 1

@@ -43,13 +43,14 @@ class ParamSpec:
 def parameter(shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
     """An uninitialised parameter that knows its place; `initialize` fills it."""
     param = nn.Parameter(torch.empty(shape))
-    param.spec = spec
+    param.spec = spec  # type: ignore[attr-defined]
     return param
 
 
 def spec_of(param: Tensor) -> ParamSpec:
     """The ParamSpec of a parameter made by `parameter`."""
-    return param.spec
+    spec: ParamSpec = param.spec  # type: ignore[attr-defined]
+    return spec
 
 
 def logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ParamSpec]]:

@@ -16,7 +16,15 @@ from torch import Tensor
 from moe_dist.checkpoint.reshard import load
 from moe_dist.checkpoint.store import save
 from moe_dist.config import BatchShape, Config, validate
-from moe_dist.data import Corpus, SequenceSampler, bits_per_byte, load_corpus, micro_batch, rank_starts, validation_batches
+from moe_dist.data import (
+    Corpus,
+    SequenceSampler,
+    bits_per_byte,
+    load_corpus,
+    micro_batch,
+    rank_starts,
+    validation_batches,
+)
 from moe_dist.engine.base import Engine, compute_dtype, make_engine
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
@@ -96,7 +104,8 @@ class Trainer:
         first = self._resume() if resume else 0
         writer = MetricsWriter(self.folder.path, run.tensorboard) if self.mesh.rank == 0 else None
         progress = Progress(self.console, run.log_every)
-        began, record = time.monotonic(), {"step": first}
+        began = time.monotonic()
+        record: dict[str, Any] = {"step": first}
         if writer is not None:
             writer.rewind(first)
         with progress:
@@ -164,8 +173,8 @@ class Trainer:
         nll, aux, *rest = mean.tolist()
         layers = []
         for index, stats in enumerate(outputs[0].stats):
-            load_E = sum(output.stats[index].load_E for output in outputs)
-            kept_E = sum(output.stats[index].kept_E for output in outputs)
+            load_E = torch.stack([output.stats[index].load_E for output in outputs]).sum(0)
+            kept_E = torch.stack([output.stats[index].kept_E for output in outputs]).sum(0)
             entropy, balance, z = rest[3 * index : 3 * index + 3]
             layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), entropy, balance, z))
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
@@ -185,7 +194,12 @@ class Trainer:
         split, layout, train = self.corpus.validation, self.mesh.layout, self.config.train
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         batches = validation_batches(
-            len(split), train.seq_len, self.config.run.eval_sequences, self.shape.micro_batch, layout.dp, self.mesh.dp.rank
+            len(split),
+            train.seq_len,
+            self.config.run.eval_sequences,
+            self.shape.micro_batch,
+            layout.dp,
+            self.mesh.dp.rank,
         )
         for index, (starts, weights) in enumerate(batches):
             tokens_BS, targets_BS = self._tensors(split, starts)
@@ -203,13 +217,15 @@ class Trainer:
     def _resume(self) -> int:
         newest = self.folder.newest_checkpoint()
         if newest is None:
-            raise ValueError(f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
+            raise ValueError(
+                f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume"
+            )
         manifest = load(newest, self.engine)
         for name, value in self._identity().items():
             if manifest.run.get(name) != value:
                 raise ValueError(
-                    f"{newest} was trained with {name}={manifest.run.get(name)}, not {value}: a resumed run must continue "
-                    "on the same data in the same order"
+                    f"{newest} was trained with {name}={manifest.run.get(name)}, not {value}: "
+                    "a resumed run must continue on the same data in the same order"
                 )
         if self.mesh.rank == 0:
             self.console.print(f"resuming {newest}, step {manifest.step}", highlight=False)
@@ -234,7 +250,8 @@ class Trainer:
         return [
             f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, ep {layout.ep}, edp {layout.edp}; "
             f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
-            f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; {backends}",
+            f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; "
+            f"{backends}",
             f"data      {self.corpus.name}: {short_number(len(self.corpus.train))} train and "
             f"{short_number(len(self.corpus.validation))} validation bytes of {self.corpus.num_files} files",
             f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "

@@ -39,7 +39,7 @@ def moe_record(layers: Sequence[LayerLoad]) -> dict[str, Any]:
     """
     if not layers:
         return {}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "layer": layer.layer,
             "drop_rate": _drop_rate([layer]),
@@ -117,6 +117,7 @@ class MetricsWriter:
             self._board = SummaryWriter(self._run_dir / "tensorboard", purge_step=purge_step, flush_secs=10)
 
     def _log_board(self, record: dict[str, Any]) -> None:
+        assert self._board is not None
         step = record["step"]
         for tag, value in board_scalars(record):
             self._board.add_scalar(tag, value, step)
@@ -126,6 +127,7 @@ class MetricsWriter:
 
     def _log_load(self, tag: str, load_E: list[int], step: int) -> None:
         """A bar for each expert, as high as its load."""
+        assert self._board is not None
         self._board.add_histogram_raw(
             tag,
             min=0,

@@ -1,10 +1,10 @@
 """A run on disk: its folder, its configuration, its environment and its status.
 
-    runs/NAME/
-      config.yaml        everything, resolved       environment.json   versions, backends, layout, revision
-      metrics.jsonl      one line a step            tensorboard/
-      checkpoints/step-000100/                      logs/rank-00000.log
-      status.json        running | finished | failed, with the reason
+runs/NAME/
+  config.yaml        everything, resolved       environment.json   versions, backends, layout, revision
+  metrics.jsonl      one line a step            tensorboard/
+  checkpoints/step-000100/                      logs/rank-00000.log
+  status.json        running | finished | failed, with the reason
 """
 
 import json

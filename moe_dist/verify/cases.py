@@ -4,24 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from moe_dist.config import Config, EngineConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
+from moe_dist.config import Config
+from moe_dist.config.load import parse_dict
 
-LAYOUT_AXES: dict[str, tuple[str, ...]] = {
+Axes = dict[str, tuple[str, ...]]
+
+LAYOUT_AXES: Axes = {
     "ep": ("1", "2", "4"),
     "tp": ("1", "2"),
     "sp": ("off", "on"),
     "zero": ("native", "0", "1", "2", "3"),
     "wire": ("ragged", "padded"),
 }
-SETTING_AXES: dict[str, tuple[str, ...]] = {
+SETTING_AXES: Axes = {
     "top_k": ("1", "2"),
     "drops": ("position", "score", "random", "dropless"),
     "accumulation": ("1", "4"),
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "block"),
 }
-QUICK_LAYOUTS = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
-QUICK_SETTINGS = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
+QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
+QUICK_SETTINGS: Axes = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Options:
     tie_tolerance: float = 1e-5
 
 
-def parse_axes(given: Sequence[str], axes: dict[str, tuple[str, ...]], default: dict[str, tuple[str, ...]]) -> dict:
+def parse_axes(given: Sequence[str], axes: Axes, default: Axes) -> Axes:
     """`ep=1,2 tp=1` -> {"ep": ("1", "2"), "tp": ("1",)}; axes not given take their default."""
     chosen = dict(default)
     for text in given:
@@ -85,11 +88,11 @@ def parse_axes(given: Sequence[str], axes: dict[str, tuple[str, ...]], default: 
     return chosen
 
 
-def settings_of(axes: dict[str, tuple[str, ...]]) -> tuple[Setting, ...]:
+def settings_of(axes: Axes) -> tuple[Setting, ...]:
     return tuple(Setting(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))
 
 
-def layouts_of(axes: dict[str, tuple[str, ...]]) -> tuple[LayoutCase, ...]:
+def layouts_of(axes: Axes) -> tuple[LayoutCase, ...]:
     """All combinations but those that say the same twice: sp without tp, a padded wire without ep."""
     cases = (LayoutCase(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))
     both_sp, both_wires = len(axes.get("sp", ())) > 1, len(axes.get("wire", ())) > 1
@@ -104,28 +107,27 @@ def layouts_of(axes: dict[str, tuple[str, ...]]) -> tuple[LayoutCase, ...]:
 def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Config:
     """The tiny run of one case; `layout` None is the single-process reference."""
     layout = layout or LayoutCase()
-    moe = MoEConfig(
-        num_experts=4,
-        top_k=int(setting.top_k),
-        d_ff=48,
-        num_shared_experts=1,
-        capacity_factor=None if setting.drops == "dropless" else 1.0,
-        drop_policy="position" if setting.drops == "dropless" else setting.drops,
-        wire=layout.wire,
-        experts=setting.experts,
-    )
-    model = ModelConfig(
-        vocab_size=256, d_model=32, num_layers=2, num_heads=4, num_kv_heads=1, d_ff=48, recompute=setting.recompute, moe=moe
-    )
-    native = layout.zero == "native"
-    return Config(
-        model=model,
-        parallel=ParallelConfig(ep=int(layout.ep), tp=int(layout.tp), sequence_parallel=layout.sp == "on"),
-        engine=EngineConfig(
-            name="native" if native else "deepspeed", zero_stage=0 if native else int(layout.zero), grad_clip=0.5
-        ),
-        # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
-        # direction, and the comparison would measure how Adam amplifies noise.
-        optim=OptimConfig(lr=1e-3, eps=1e-4, warmup_steps=min(10, steps), schedule="cosine"),
-        train=TrainConfig(steps=steps, seq_len=16, global_batch=16, accumulation=int(setting.accumulation)),
-    )
+    dropless, native = setting.drops == "dropless", layout.zero == "native"
+    moe = {
+        "num_experts": 4,
+        "top_k": int(setting.top_k),
+        "d_ff": 48,
+        "num_shared_experts": 1,
+        "capacity_factor": None if dropless else 1.0,
+        "drop_policy": "position" if dropless else setting.drops,
+        "wire": layout.wire,
+        "experts": setting.experts,
+    }
+    model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
+    engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
+    # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
+    # direction, and the comparison would measure how Adam amplifies noise.
+    optim = {"lr": 1e-4, "eps": 1e-4, "warmup_steps": min(10, steps)}
+    values = {
+        "model": model | {"moe": moe},
+        "parallel": {"ep": int(layout.ep), "tp": int(layout.tp), "sequence_parallel": layout.sp == "on"},
+        "engine": engine | {"grad_clip": 0.5},
+        "optim": optim,
+        "train": {"steps": steps, "seq_len": 16, "global_batch": 16, "accumulation": int(setting.accumulation)},
+    }
+    return parse_dict(values, "verify")

@@ -18,6 +18,7 @@ from moe_dist.verify.cases import (
     QUICK_LAYOUTS,
     QUICK_SETTINGS,
     SETTING_AXES,
+    Axes,
     Options,
     Setting,
     layouts_of,
@@ -94,11 +95,16 @@ def run_cases(options: Options, device: torch.device) -> bool:
                 continue
             good = report.agrees(options)
             agreed, compared = agreed and good, compared + 1
-            table.add_row(str(layout), *_cells(report), "ok" if good else f"[bold red]DIFFERS[/] ({report.worst_parameter})")
+            table.add_row(
+                str(layout), *_cells(report), "ok" if good else f"[bold red]DIFFERS[/] ({report.worst_parameter})"
+            )
         console.print(table)
     verdict = "all agree" if agreed and compared else "DIFFERENCES FOUND" if compared else "NOTHING COMPARED"
     seconds = time.monotonic() - began
-    console.print(f"{compared} runs on {world} ranks against a single process, {options.steps} steps each: {verdict} ({seconds:.0f}s)")
+    console.print(
+        f"{compared} runs on {world} ranks against a single process, {options.steps} steps each: "
+        f"{verdict} ({seconds:.0f}s)"
+    )
     return agreed and compared > 0
 
 
@@ -133,5 +139,5 @@ def _cells(report: Report) -> list[str]:
     return [f"{report.loss:.1e}", f"{report.grad:.1e}", f"{report.norm:.1e}", sets, str(report.near_ties)]
 
 
-def _axes_help(axes: dict[str, tuple[str, ...]]) -> str:
+def _axes_help(axes: Axes) -> str:
     return "; ".join(f"{name}={','.join(values)}" for name, values in axes.items())

@@ -141,7 +141,9 @@ def _gradient_difference(
             expected = reference[piece.name][piece.start : piece.start + piece.values.numel()].to(device)
             squares[piece.name] += float((piece.values.double() - expected.double()).square().sum())
     names = sorted(reference)
-    difference = all_reduce(torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device), mesh.world)
+    difference = all_reduce(
+        torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device), mesh.world
+    )
     size = torch.tensor([float(reference[name].double().square().sum()) for name in names], dtype=torch.float64)
     relative = (difference.cpu() / size.clamp(min=1e-30)).sqrt()
     worst = int(relative.argmax())
