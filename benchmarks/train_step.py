@@ -19,11 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if os.environ.get("BENCHMARK_ENV") != "ready":  # start again under the settings that launch scripts use for CPU runs
-    script = f'source "{ROOT}/launch/env.sh" 1 && BENCHMARK_ENV=ready exec "$@"'
-    os.execvp("bash", ["bash", "-c", script, "bash", sys.executable, *sys.argv])
-
 import torch
 import transformers
 from torch import Tensor
@@ -37,6 +32,7 @@ from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.random import RandomKey
 
+LAUNCH_ENV = Path(__file__).resolve().parents[1] / "launch/env.sh"
 OPTIM = OptimConfig(lr=3e-4)
 Step = Callable[[Tensor], float]  # tokens [B, S + 1] -> loss
 
@@ -109,7 +105,9 @@ def theirs(model: ModelConfig, precision: str) -> Step:
     return step
 
 
-def race(contestants: dict[str, Step], steps: int, warm_up: int, shape: tuple[int, int], vocab: int) -> dict[str, float]:
+def race(
+    contestants: dict[str, Step], steps: int, warm_up: int, shape: tuple[int, int], vocab: int
+) -> dict[str, float]:
     """Median seconds of a step of each contestant, taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     generator = torch.Generator().manual_seed(0)
@@ -130,6 +128,13 @@ def profile(step: Step, shape: tuple[int, int], vocab: int) -> None:
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
 
 
+def restart_like_a_launch_script() -> None:
+    """Threads and malloc are set when a process starts: begin again with launch/env.sh, for all contestants alike."""
+    if os.environ.get("BENCHMARK_ENV") != "ready":
+        script = 'source "$0" 1 && BENCHMARK_ENV=ready exec "$@"'
+        os.execvp("bash", ["bash", "-c", script, str(LAUNCH_ENV), sys.executable, *sys.argv])
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -141,11 +146,12 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--experts", nargs="+", choices=["loop", "bmm", "grouped_mm"], default=["grouped_mm"])
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each contestant")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before them")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--profile", action="store_true", help="then print where our first contestant's time goes")
     args = parser.parse_args()
+    restart_like_a_launch_script()
 
     model, shape = model_config(args.experts[0]), (args.batch, args.seq_len)
     backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(resolve_backends(model, ep=1), "cpu").items())
@@ -160,12 +166,15 @@ def main() -> None:
         seconds = race(contestants, args.steps, args.warm_up, shape, model.vocab_size)
 
         note = "; transformers keeps parameters and moments in bf16, moe_dist in fp32" if precision == "bf16" else ""
-        print(f"\n{precision}{note}\n{'':24}{'ms':>8}{'tokens/s':>10}{'/ transformers':>16}{'/ dense':>9}{'GFLOP/s':>9}")
+        print(
+            f"\n{precision}{note}\n{'':24}{'ms':>8}{'tokens/s':>10}{'/ transformers':>16}{'/ dense':>9}{'GFLOP/s':>9}"
+        )
         for name, median in seconds.items():
             flops = train_flops_per_token(model_config("dense") if name == "dense bound" else model, shape[1])
             tokens = shape[0] * shape[1] / median
             ratios = seconds["transformers"] / median, seconds["dense bound"] / median
-            print(f"{name:24}{median * 1e3:8.0f}{tokens:10.0f}{ratios[0]:16.2f}{ratios[1]:9.2f}{tokens * flops / 1e9:9.0f}")
+            rates = f"{tokens:10.0f}{ratios[0]:16.2f}{ratios[1]:9.2f}{tokens * flops / 1e9:9.0f}"
+            print(f"{name:24}{median * 1e3:8.0f}{rates}")
         if args.profile:
             profile(first, shape, model.vocab_size)
 

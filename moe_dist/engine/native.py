@@ -17,6 +17,8 @@ from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
 
+_SHARDS = ("replicated", "tensor", "expert")
+
 
 class NativeEngine:
     def __init__(self, model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int) -> None:
@@ -59,7 +61,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def update(self, lr: float) -> float:
-        grads = [master.grad for master in self.masters.values()]
+        grads = [_grad(master) for master in self.masters.values()]
         norm = self._global_norm()
         if self.grad_clip is not None and norm > self.grad_clip:
             torch._foreach_mul_(grads, self.grad_clip / (norm + 1e-6))
@@ -76,12 +78,10 @@ class NativeEngine:
             if kind == "weight":
                 values = master
             elif kind == "grad":
-                values = master.grad
+                values = _grad(master)
             else:
                 values = self._moment(master, kind)
-            yield Piece(
-                name, spec.logical_shape, spec.flat_start, values.view(-1), owns_replica(param, self.mesh)
-            )
+            yield Piece(name, spec.logical_shape, spec.flat_start, values.view(-1), owns_replica(param, self.mesh))
 
     def restore(self, optimizer_step: int) -> None:
         for master in self.masters.values():
@@ -102,7 +102,7 @@ class NativeEngine:
         by_group: dict[Group, list[Tensor]] = defaultdict(list)
         for param, master in self.masters.items():
             expert = spec_of(param).shard == "expert"
-            by_group[self.mesh.edp if expert else self.mesh.dp].append(master.grad)
+            by_group[self.mesh.edp if expert else self.mesh.dp].append(_grad(master))
         for group, grads in by_group.items():
             if group.size > 1:
                 flat = all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
@@ -112,15 +112,18 @@ class NativeEngine:
                 torch._foreach_mul_(grads, 1.0 / self.mesh.layout.dp)
 
     def _global_norm(self) -> float:
-        """sqrt of the sum of squares over all logical parameters, each counted once; in float64."""
-        squares = {shard: torch.zeros((), dtype=torch.float64) for shard in ("replicated", "tensor", "expert")}
-        for param, master in self.masters.items():
-            norm = torch.linalg.vector_norm(master.grad, dtype=torch.float64)
-            squares[spec_of(param).shard] += norm.square().cpu()
+        """sqrt of the sum of squares over all logical parameters, each counted once.
+
+        Rows in the gradient's own precision, then their squares in float64: a float64 norm would first copy everything.
+        """
         device = next(iter(self.masters.values())).device
-        tensor = all_reduce(squares["tensor"].to(device), self.mesh.tp)
-        expert = all_reduce(squares["expert"].to(device), self.mesh.ep)
-        return float((squares["replicated"].to(device) + tensor + expert).sqrt())
+        squares = {shard: torch.zeros((), dtype=torch.float64, device=device) for shard in _SHARDS}
+        for param, master in self.masters.items():
+            rows = torch.linalg.vector_norm(_grad(master), dim=-1)
+            squares[spec_of(param).shard] += rows.double().square().sum()
+        tensor = all_reduce(squares["tensor"], self.mesh.tp)
+        expert = all_reduce(squares["expert"], self.mesh.ep)
+        return float((squares["replicated"] + tensor + expert).sqrt())
 
     def _moment(self, master: Tensor, kind: Kind) -> Tensor:
         state = self.optimizer.state[master]
@@ -136,3 +139,6 @@ class NativeEngine:
                 param.copy_(master)
 
 
+def _grad(master: Tensor) -> Tensor:
+    assert master.grad is not None, "gradients exist from the last micro_step of a step until update"
+    return master.grad

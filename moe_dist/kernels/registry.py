@@ -7,16 +7,17 @@ import dataclasses
 
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.flash import flash_provider
+from moe_dist.kernels.grouped_mm.cpu import replaces
 
 
 def resolve_backends(model: ModelConfig, ep: int) -> ModelConfig:
     """A copy of `model` in which every `auto` names its backend."""
-    moe = dataclasses.replace(
-        model.moe,
-        dispatch=_or(model.moe.dispatch, "local" if ep == 1 else "all_to_all"),
-        experts=_or(model.moe.experts, "grouped_mm"),
-    )
-    return dataclasses.replace(model, attention=_or(model.attention, "flash"), moe=moe)
+    moe, attention = model.moe, model.attention
+    if moe.dispatch == "auto":
+        moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
+    if moe.experts == "auto":
+        moe = dataclasses.replace(moe, experts="grouped_mm")
+    return dataclasses.replace(model, attention="flash" if attention == "auto" else attention, moe=moe)
 
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
@@ -25,8 +26,5 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     if model.moe.num_experts == 0:
         return {"attention": attention}
     dispatch = model.moe.dispatch + (f" ({model.moe.wire})" if model.moe.dispatch == "all_to_all" else "")
-    return {"attention": attention, "dispatch": dispatch, "experts": model.moe.experts}
-
-
-def _or(choice: str, automatic: str) -> str:
-    return automatic if choice == "auto" else choice
+    experts = model.moe.experts + (" (cpu loop, fused)" if replaces(model.moe.experts, device_type) else "")
+    return {"attention": attention, "dispatch": dispatch, "experts": experts}

@@ -4,10 +4,12 @@ Legend: R rows, D d_model, F expert hidden width, e experts on this rank.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
 from moe_dist.kernels.activation import activate, input_width
+from moe_dist.kernels.grouped_mm import cpu
 from moe_dist.kernels.grouped_mm.reference import GROUPED_MM
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
@@ -29,12 +31,13 @@ class Experts(nn.Module):
         if num_experts % mesh.ep.size:
             raise ValueError(f"num_experts={num_experts} is not divisible by ep={mesh.ep.size}")
         local = num_experts // mesh.ep.size
-        self.activation, self.matmul = activation, GROUPED_MM[backend]
+        self.activation, self.backend = activation, backend
         self.slices = mesh.tp if mesh.ep.size == 1 else Group()
         wide = input_width(d_ff, activation)
 
+        shard: Literal["expert", "replicated"] = "expert" if mesh.ep.size > 1 else "replicated"
+
         def stacked(rows: int, columns: int, std: float) -> nn.Parameter:
-            shard = "expert" if mesh.ep.size > 1 else "replicated"
             spec = ParamSpec((num_experts, rows, columns), shard, mesh.ep.rank * local, std, stacked=True)
             return parameter((local, rows, columns), spec)
 
@@ -43,8 +46,11 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
         w_in, w_out = copy_to_group(self.w_in, self.slices), copy_to_group(self.w_out, self.slices)
+        if cpu.replaces(self.backend, rows_RD.device.type):
+            return cpu.feed_forward(rows_RD, w_in, w_out, rows_per_expert, self.activation)
         if rows_RD.shape[0] == 0:
             # Nothing arrived: stay in the graph, so that idle experts get zero gradients and no exchange is skipped.
             return rows_RD + 0.0 * (w_in.sum() + w_out.sum())
-        hidden_RF = activate(self.matmul(rows_RD, w_in, rows_per_expert), self.activation)
-        return self.matmul(hidden_RF, w_out, rows_per_expert)
+        matmul = GROUPED_MM[self.backend]
+        hidden_RF = activate(matmul(rows_RD, w_in, rows_per_expert), self.activation)
+        return matmul(hidden_RF, w_out, rows_per_expert)

@@ -1,9 +1,8 @@
 """The dense feed-forward, cut over tp: also the shared experts of an MoE layer."""
 
-import torch
 from torch import Tensor, nn
 
-from moe_dist.kernels.activation import activate
+from moe_dist.kernels.activation import activate, swiglu
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group
 
@@ -23,8 +22,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = enter(x_TD, self.tp, self.sequence_parallel)
-        hidden_TF = self.up(x_TD)
-        if self.gate is not None:
-            hidden_TF = torch.cat((self.gate(x_TD), hidden_TF), dim=-1)
-        hidden_TF = activate(hidden_TF, self.activation)
+        up_TF = self.up(x_TD)
+        hidden_TF = activate(up_TF, self.activation) if self.gate is None else swiglu(self.gate(x_TD), up_TF)
         return leave(self.down(hidden_TF), self.tp, self.sequence_parallel)

@@ -6,10 +6,12 @@ the same sum in the same order on every run.
 Legend: T tokens, K top_k, R rows, D width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def gather_rows(x_TD: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
@@ -39,13 +41,13 @@ def _sum_rows(rows_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_TK, kept_TK)
         return x_TD.index_select(0, source_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         rows_TK, kept_TK = ctx.saved_tensors
         return _sum_rows(grad_RD.contiguous(), rows_TK, kept_TK.to(grad_RD.dtype)), None, None, None
 
@@ -53,7 +55,7 @@ class _GatherRows(torch.autograd.Function):
 class _CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rows_RD: Tensor, weights_TK: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor
+        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor
     ) -> Tensor:
         weights_TK = weights_TK * kept_TK
         ctx.save_for_backward(rows_RD, weights_TK, source_R, rows_TK, kept_TK)
@@ -61,7 +63,7 @@ class _CombineRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, weights_TK, source_R, rows_TK, kept_TK = ctx.saved_tensors
         if rows_RD.shape[0] == 0:
             return torch.zeros_like(rows_RD), torch.zeros_like(weights_TK), None, None, None

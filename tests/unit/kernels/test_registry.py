@@ -1,0 +1,24 @@
+"""`auto` names a backend once, and the names in the log say what will run."""
+
+from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.kernels.registry import describe_backends, resolve_backends
+
+
+def test_auto_is_resolved() -> None:
+    model = resolve_backends(ModelConfig(), ep=1)
+    assert (model.attention, model.moe.dispatch, model.moe.experts) == ("flash", "local", "grouped_mm")
+    assert resolve_backends(ModelConfig(), ep=2).moe.dispatch == "all_to_all"
+
+
+def test_what_was_chosen_stays() -> None:
+    model = ModelConfig(attention="torch", moe=MoEConfig(dispatch="all_to_all", experts="loop"))
+    assert resolve_backends(model, ep=1) == model
+
+
+def test_names() -> None:
+    model = resolve_backends(ModelConfig(), ep=2)
+    names = describe_backends(model, "cpu")
+    assert names["experts"] == "grouped_mm (cpu loop, fused)"
+    assert names["dispatch"] == "all_to_all (ragged)"
+    assert describe_backends(model, "cuda")["experts"] == "grouped_mm"
+    assert "experts" not in describe_backends(resolve_backends(ModelConfig(moe=MoEConfig(num_experts=0)), 1), "cpu")
