@@ -9,13 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+
 FORMAT = 1
+_STRICT = ConfigDict(extra="forbid", strict=True)
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """Elements [start, start + length) of logical tensor `kind/name`, stored under `key` in a file."""
+
+    __pydantic_config__ = _STRICT
 
     kind: str
     name: str
@@ -31,6 +36,8 @@ class Range:
 class ShardFile:
     """One rank's file."""
 
+    __pydantic_config__ = _STRICT
+
     file: str
     size: int
     sha256: str
@@ -40,6 +47,8 @@ class ShardFile:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """step: optimizer steps done. shapes: logical parameters. run: what the run must agree on to be continued."""
+
+    __pydantic_config__ = _STRICT
 
     step: int
     shapes: dict[str, list[int]]
@@ -55,9 +64,11 @@ class Manifest:
         path = folder / MANIFEST
         try:
             raw = json.loads(path.read_text())
-            if raw["format"] != FORMAT:
-                raise ValueError(f"format {raw['format']} is not {FORMAT}")
-            files = [ShardFile(**{**f, "ranges": [Range(**r) for r in f["ranges"]]}) for f in raw["files"]]
-            return Manifest(step=raw["step"], shapes=raw["shapes"], files=files, run=raw["run"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            return _ADAPTER.validate_json(json.dumps(raw))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a readable manifest: {error}") from None
+
+
+_ADAPTER = TypeAdapter(Manifest)

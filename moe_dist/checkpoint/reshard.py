@@ -2,7 +2,6 @@
 
 import bisect
 from collections import defaultdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from moe_dist.checkpoint.layout import Manifest, Range
 from moe_dist.checkpoint.store import file_digest
 from moe_dist.engine.base import STATE_KINDS, Engine
+from moe_dist.parallel.sharding import logical_parameters
 
 
 class Reader:
@@ -77,16 +77,27 @@ def load(folder: Path, engine: Engine) -> Manifest:
     problems = [problem for reply in replies for problem in reply]
     if problems:
         raise ValueError("\n".join(problems))
+    _check_shapes(reader, engine)
     for kind in STATE_KINDS:
         for piece in engine.held(kind):
-            stored = reader.manifest.shapes.get(piece.name)
-            if stored != list(piece.logical_shape):
-                raise ValueError(
-                    f"{folder}: parameter {piece.name} has shape {stored}, but this model needs "
-                    f"{list(piece.logical_shape)} ({prod(piece.logical_shape)} elements): load it with its own config"
-                )
             values = reader.read(kind, piece.name, piece.start, piece.values.numel())
             with torch.no_grad():
                 piece.values.copy_(values)
     engine.restore(reader.manifest.step)
     return reader.manifest
+
+
+def _check_shapes(reader: Reader, engine: Engine) -> None:
+    """By the whole model, not by what this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
+    needed = {name: list(spec.logical_shape) for name, _, spec in logical_parameters(engine.model)}
+    stored = reader.manifest.shapes
+    for name in sorted(needed.keys() | stored.keys()):
+        if stored.get(name) != needed.get(name):
+            raise ValueError(
+                f"{reader.folder}: parameter {name} {_shape(stored.get(name))} here, but {_shape(needed.get(name))} "
+                f"in this model: load it with its own config"
+            )
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "is absent" if shape is None else f"has shape {shape}"

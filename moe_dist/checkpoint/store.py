@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from moe_dist.checkpoint.layout import MANIFEST, Manifest, Range, ShardFile
 from moe_dist.engine.base import STATE_KINDS, Engine
+from moe_dist.parallel.sharding import logical_parameters
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -28,32 +30,40 @@ def save(root: Path, engine: Engine, step: int, run: dict[str, Any], keep_last: 
     """
     rank = engine.mesh.rank
     final, draft = root / f"step-{step:06d}", root / f".step-{step:06d}"
-    if rank == 0:
+
+    def prepare() -> None:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-    dist.barrier()
-    shard, error = None, None
+
+    _together(final, draft, rank, prepare if rank == 0 else lambda: None)
+    shards = _together(final, draft, rank, lambda: _write_shard(draft, engine))
+
+    def commit() -> None:
+        shapes = {name: list(spec.logical_shape) for name, _, spec in logical_parameters(engine.model)}
+        manifest = Manifest(step=step, shapes=dict(sorted(shapes.items())), files=shards, run=run)
+        _write_durably(draft / MANIFEST, manifest.dumps())
+        _commit(draft, final)
+        _prune(root, keep_last)
+
+    _together(final, draft, rank, commit if rank == 0 else lambda: None)
+    return final
+
+
+def _together(final: Path, draft: Path, rank: int, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returned on each rank. Raises RuntimeError on every rank when it failed on one."""
+    result, error = None, None
     try:
-        shard = _write_shard(draft, engine)
+        result = work()
     except Exception as caught:
         error = f"rank {rank}: {caught}"
-    # Shapes travel too: under ZeRO no single rank holds every parameter.
-    shapes = {piece.name: list(piece.logical_shape) for piece in engine.held("weight")}
     replies: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(replies, (shard, shapes, error))
-    errors = [reply[2] for reply in replies if reply[2]]
+    dist.all_gather_object(replies, (result, error))
+    errors = [reply[1] for reply in replies if reply[1]]
     if errors:
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise RuntimeError(f"checkpoint {final} was not written: " + "; ".join(errors))
-    if rank == 0:
-        every = {name: shape for reply in replies for name, shape in reply[1].items()}
-        manifest = Manifest(step=step, shapes=dict(sorted(every.items())), files=[r[0] for r in replies], run=run)
-        _write_durably(draft / MANIFEST, manifest.dumps())
-        _commit(draft, final)
-        _prune(root, keep_last)
-    dist.barrier()
-    return final
+    return [reply[0] for reply in replies]
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -107,4 +117,7 @@ def _commit(draft: Path, final: Path) -> None:
 def _prune(root: Path, keep_last: int) -> None:
     for old in checkpoints(root)[:-keep_last]:
         (old / MANIFEST).unlink()  # first: what is left is no checkpoint any more
-        shutil.rmtree(old)
+    for path in root.glob("*step-*"):  # those, and what a kill left half written or half removed
+        draft = path.name.startswith(".")
+        if _STEP.fullmatch(path.name.removeprefix(".")) and (draft or not (path / MANIFEST).is_file()):
+            shutil.rmtree(path)

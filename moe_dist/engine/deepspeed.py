@@ -41,6 +41,8 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 
 deepspeed_logger.setLevel(logging.WARNING)
+# Only inference uses this all-reduce over shared memory; compiling it takes a minute at the first start on CPU.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class DeepSpeedEngine:
@@ -110,9 +112,10 @@ class DeepSpeedEngine:
 
     def restore(self, optimizer_step: int) -> None:
         base = self.optimizer if self.stage == 0 else self.optimizer.optimizer
-        for group in base.param_groups:
-            for param in group["params"]:
-                self._state(base, param)["step"].fill_(optimizer_step)
+        # Stage 3 keeps its optimizer's groups empty, but for the moment of a step.
+        flats = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
+        for param in flats or [param for group in base.param_groups for param in group["params"]]:
+            self._state(base, param)["step"].fill_(optimizer_step)
         if self.stage in (1, 2):
             self.optimizer.update_lp_params()
         elif self.stage == 3:

@@ -115,7 +115,7 @@ class Capacity:
             first = 0 if self.peers.size > 1 else self.world.rank * assignments
             index_N = torch.arange(first, first + assignments, device=routing.experts_TK.device)
             return step.key.fold("drop", self.layer).uniform(index_N)
-        scores_N = all_gather(routing.probs_TE.detach().gather(1, routing.experts_TK).flatten(), self.peers)
+        scores_N = all_gather(routing.weights_TK.detach().flatten(), self.peers)
         if step.witness is not None and self.peers.size == self.world.size:
             scores_N = step.witness.scores(self.layer, "drop", scores_N)
         return scores_N

@@ -34,32 +34,36 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank:
 
     Raises ValueError when a variable is missing or is no number.
     """
-    try:
-        if "RANK" in environ:
-            return Rank(
-                int(environ["RANK"]),
-                int(environ["WORLD_SIZE"]),
-                int(environ["LOCAL_RANK"]),
-                int(environ.get("LOCAL_WORLD_SIZE", "1")),
-                (environ["MASTER_ADDR"], int(environ["MASTER_PORT"])),
-            )
-        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            world = int(environ["SLURM_STEP_NUM_TASKS"])
-            local_world = world // int(environ["SLURM_STEP_NUM_NODES"])
-            port = 20000 + int(environ["SLURM_JOB_ID"]) % 20000
-            address = environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"])
-            master = (address, int(environ.get("MASTER_PORT", port)))
-            return Rank(int(environ["SLURM_PROCID"]), world, int(environ["SLURM_LOCALID"]), local_world, master)
-    except KeyError as error:
-        raise ValueError(f"the launcher set no {error.args[0]}: start with torchrun, or as a Slurm step") from None
-    except ValueError as error:
-        raise ValueError(f"a launcher's variable is no number: {error}") from None
+
+    def text(name: str) -> str:
+        if not environ.get(name):
+            raise ValueError(f"the launcher set no {name}: start with torchrun, or as a Slurm step")
+        return environ[name]
+
+    def number(name: str) -> int:
+        if not text(name).isdigit():
+            raise ValueError(f"{name}={environ[name]!r} is no number: start with torchrun, or as a Slurm step")
+        return int(environ[name])
+
+    if "RANK" in environ:
+        local_world = number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else 1
+        address = (text("MASTER_ADDR"), number("MASTER_PORT"))
+        return Rank(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), local_world, address)
+    if "SLURM_STEP_NUM_TASKS" in environ and number("SLURM_STEP_NUM_TASKS") > 1:
+        world = number("SLURM_STEP_NUM_TASKS")
+        local_world = max(1, world // number("SLURM_STEP_NUM_NODES"))
+        port = number("MASTER_PORT") if "MASTER_PORT" in environ else 20000 + number("SLURM_JOB_ID") % 20000
+        host = environ.get("MASTER_ADDR") or _first_host(text("SLURM_STEP_NODELIST"))
+        return Rank(number("SLURM_PROCID"), world, number("SLURM_LOCALID"), local_world, (host, port))
     return Rank()
 
 
 def _first_host(nodelist: str) -> str:
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-    return shown.stdout.split()[0]
+    command = ["scontrol", "show", "hostnames", nodelist]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ValueError(f"{' '.join(command)} gave no host ({error}): set MASTER_ADDR") from None
 
 
 def start(rank: Rank, device: str | None = None, threads: int | None = None) -> torch.device:

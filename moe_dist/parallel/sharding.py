@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,5 +79,6 @@ def initialize(module: nn.Module, seed: int) -> None:
 
 
 def _normal(shape: tuple[int, ...], std: float, key: RandomKey) -> Tensor:
-    generator = torch.Generator().manual_seed(key.value)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    # Philox takes the whole key; torch's CPU generator would use 32 bits of it, and experts could start as twins.
+    generator = np.random.Generator(np.random.Philox(key=key.value))
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)

@@ -1,12 +1,13 @@
 """`moe-dist train`: start the rank, train, and tell the person what came out and where."""
 
 import os
+import sys
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from moe_dist.config import Config
+from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
 from moe_dist.models.generate import generate
 from moe_dist.parallel.launch import rank_from_environment, start, stop
@@ -19,16 +20,23 @@ _PROMPT = "def "
 def train(config: Config, resume: bool, device: str | None) -> None:
     """Run one rank from start to end. Raises ValueError for what a user got wrong."""
     rank = rank_from_environment(os.environ)
+    validate(config, rank.world)  # before anything starts
     chosen = start(rank, device, config.train.threads)
     console = Console(quiet=rank.rank != 0)
-    trainer = Trainer(config, chosen, console)
+    try:
+        trainer = Trainer(config, chosen, console)
+        trainer.folder.refuse_second_start(resume)
+    except ValueError:
+        if rank.rank == 0:
+            raise
+        sys.exit(2)  # every rank sees the same mistake; one of them says so
     outcome = trainer.run(resume)
     print_summary(console, summary_rows(trainer, outcome), f"run {config.run.name}")
     if config.run.sample_tokens:
         text = sample(trainer, config.run.sample_tokens)
         console.print(Text(f"\nsample after {_PROMPT!r}:"))
-        console.print(Text(_PROMPT + text), style="dim")
-    console.print(Text(_next_steps(outcome)))
+        console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
+    console.print(Text(_next_steps(outcome)), soft_wrap=True)
     stop()
 
 

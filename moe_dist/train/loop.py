@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import load
 from moe_dist.checkpoint.store import save
 from moe_dist.config import BatchShape, Config, validate
@@ -75,10 +76,9 @@ class Trainer:
     def run(self, resume: bool) -> Outcome:
         """Train to the last step. Status, metrics and checkpoints are on disk whatever happens.
 
-        Raises ValueError when the run folder is in use or does not fit, FloatingPointError on a non-finite loss.
+        Raises ValueError when a checkpoint does not fit, FloatingPointError on a non-finite loss.
         """
-        self.folder.refuse_second_start(resume)
-        torch.distributed.barrier()  # nobody writes before everybody looked
+        torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
         main = self.mesh.rank == 0
         if main:
             self.folder.write_config(self.config)
@@ -88,7 +88,7 @@ class Trainer:
         log = self.folder.rank_log(self.mesh.rank)
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
         try:
-            outcome = self._steps(resume)
+            outcome = self._steps(newest)
         except BaseException as error:
             log.exception("stopped")
             if main:
@@ -99,9 +99,9 @@ class Trainer:
             self.folder.write_status("finished", step=self.config.train.steps)
         return outcome
 
-    def _steps(self, resume: bool) -> Outcome:
+    def _steps(self, newest: Path | None) -> Outcome:
         run, total = self.config.run, self.config.train.steps
-        first = self._resume() if resume else 0
+        first = self._resume(newest) if newest is not None else 0
         writer = MetricsWriter(self.folder.path, run.tensorboard) if self.mesh.rank == 0 else None
         progress = Progress(self.console, run.log_every)
         began = time.monotonic()
@@ -214,22 +214,25 @@ class Trainer:
         tokens_BS, targets_BS = micro_batch(split, starts, self.config.train.seq_len)
         return tokens_BS.to(self.device), targets_BS.to(self.device)
 
-    def _resume(self) -> int:
+    def _checkpoint_to_continue(self) -> Path:
+        """The newest one. Raises ValueError, before anything is written, when there is none or it is of another run."""
         newest = self.folder.newest_checkpoint()
         if newest is None:
-            raise ValueError(
-                f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume"
-            )
-        manifest = load(newest, self.engine)
+            raise ValueError(f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
+        run = Manifest.load(newest).run
         for name, value in self._identity().items():
-            if manifest.run.get(name) != value:
+            if run.get(name) != value:
                 raise ValueError(
-                    f"{newest} was trained with {name}={manifest.run.get(name)}, not {value}: "
-                    "a resumed run must continue on the same data in the same order"
+                    f"{newest} was trained with {name}={run.get(name)}, not {value}: a resumed run must continue "
+                    "on the same data in the same order"
                 )
+        return newest
+
+    def _resume(self, newest: Path) -> int:
+        step = load(newest, self.engine).step
         if self.mesh.rank == 0:
-            self.console.print(f"resuming {newest}, step {manifest.step}", highlight=False)
-        return manifest.step
+            self.console.print(f"resuming {newest}, step {step}", highlight=False)
+        return step
 
     def _identity(self) -> dict[str, Any]:
         """What a continued run must agree on."""

@@ -79,7 +79,7 @@ def parse_axes(given: Sequence[str], axes: Axes, default: Axes) -> Axes:
         name, _, values = text.partition("=")
         if name not in axes:
             raise ValueError(f"{text!r}: unknown axis {name!r}; choose from {', '.join(axes)}")
-        wanted = tuple(value for value in values.split(",") if value)
+        wanted = tuple(dict.fromkeys(value for value in values.split(",") if value))
         for value in wanted or ("",):
             number = name in ("ep", "tp", "top_k", "accumulation") and value.isdigit() and int(value) > 0
             if value not in axes[name] and not number:

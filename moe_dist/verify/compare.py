@@ -1,5 +1,6 @@
 """Training one case, as the single-process reference or under a layout beside it."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
@@ -87,14 +88,19 @@ def compare_layout(
         loss = run.forward_backward(
             step, lambda micro, step=step: Comparer(reference.tape, step, micro, mesh.rank, top_k, tie, found)
         )
-        loss_off = max(loss_off, abs(loss - reference.losses[step]))
+        loss_off = _worse(loss_off, abs(loss - reference.losses[step]))
         off, name = _gradient_difference(run.engine, reference.grads[step], mesh, device)
-        if off > grad_off:
+        if _worse(grad_off, off) is off:
             grad_off, worst = off, name
-        norm_off = max(norm_off, abs(run.update(step) / reference.norms[step] - 1))
+        norm_off = _worse(norm_off, abs(run.update(step) / reference.norms[step] - 1))
     counts = torch.tensor([found.near_ties, found.routed, found.dropped], device=device)
     near_ties, routed, dropped = all_reduce(counts, mesh.world).tolist()
     return Report(loss_off, grad_off, worst, norm_off, near_ties, routed, dropped)
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger; not a number is worse than any number."""
+    return one if other <= one or math.isnan(one) else other
 
 
 class _Run:

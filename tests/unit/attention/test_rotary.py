@@ -1,0 +1,55 @@
+"""Rotary embedding is a rotation by the position, so scores depend on the distance alone."""
+
+import pytest
+import torch
+
+from moe_dist.attention.rotary import apply_rotary, rotary_table
+
+
+def test_table_by_hand() -> None:
+    """P = 4, theta = 100: pairs turn by the position and by a tenth of it."""
+    cos, sin = rotary_table(torch.tensor([0, 1, 5]), 4, 100.0)
+    angles = torch.tensor([[0.0, 0.0], [1.0, 0.1], [5.0, 0.5]])
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+    assert cos.dtype == torch.float32
+    assert rotary_table(torch.tensor([0.0], dtype=torch.float64), 4, 100.0)[0].dtype == torch.float64
+
+
+def test_is_a_complex_product() -> None:
+    """(x_i, x_{i + P/2}) as a complex number, times e^{i angle}."""
+    x_BSHP, positions_S = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.arange(5).double()
+    angles = positions_S[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+    turned = torch.complex(*x_BSHP.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    found = apply_rotary(x_BSHP, rotary_table(positions_S, 8, 10000.0))
+    torch.testing.assert_close(found, torch.cat((turned.real, turned.imag), -1))
+
+
+def test_gradient() -> None:
+    x_BSHP = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    table = rotary_table(torch.arange(3).double(), 4, 100.0)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), x_BSHP)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x.transpose(1, 2)[:, :3], table), x_BSHP.transpose(1, 2))
+
+
+def test_position_zero_is_left_alone() -> None:
+    x_BSHP = torch.randn(1, 1, 2, 6)
+    assert torch.equal(apply_rotary(x_BSHP, rotary_table(torch.tensor([0]), 6, 10000.0)), x_BSHP)
+
+
+def test_norms_are_preserved() -> None:
+    x_BSHP = torch.randn(2, 64, 3, 8)
+    turned = apply_rotary(x_BSHP, rotary_table(torch.arange(64), 8, 10000.0))
+    torch.testing.assert_close(turned.norm(dim=-1), x_BSHP.norm(dim=-1))
+
+
+@pytest.mark.parametrize("shift", [1, 7, 100])
+def test_scores_depend_on_relative_positions(shift: int) -> None:
+    q_BSHP, k_BSHP = torch.randn(2, 1, 6, 1, 8, dtype=torch.float64)
+
+    def scores(first: int) -> torch.Tensor:
+        table = rotary_table(torch.arange(first, first + 6).double(), 8, 10000.0)
+        return apply_rotary(q_BSHP, table)[0, :, 0] @ apply_rotary(k_BSHP, table)[0, :, 0].t()
+
+    torch.testing.assert_close(scores(shift), scores(0))
+    assert not torch.allclose(scores(0), q_BSHP[0, :, 0] @ k_BSHP[0, :, 0].t())

@@ -1,0 +1,46 @@
+"""Small models, and meshes of ranks that are not running: enough to build layers and see what each rank holds."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.mesh import Group, Layout, Mesh
+from moe_dist.parallel.random import RandomKey
+
+
+def idle_group(ranks: tuple[int, ...], rank: int) -> Group:
+    """`rank`'s membership in a group without a process group: it can be asked for sizes, not for an exchange."""
+    return Group(ranks, ranks.index(rank))
+
+
+def idle_mesh(layout: Layout, rank: int) -> Mesh:
+    groups = (idle_group(layout.ranks(axis, rank), rank) for axis in ("world", "tp", "dp", "ep", "edp"))
+    return Mesh(layout, rank, *groups)
+
+
+def tiny_model(**changes: object) -> ModelConfig:
+    """Two blocks, 4 query heads on 2 key/value heads, 4 experts; fields of MoEConfig go to its `moe`."""
+    of_moe = {name: value for name, value in changes.items() if name in MoEConfig.__slots__ and name != "d_ff"}
+    of_model = {name: value for name, value in changes.items() if name not in of_moe}
+    moe = replace(MoEConfig(num_experts=4, top_k=2, capacity_factor=None), **of_moe)
+    settings = dict(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, attention="torch")
+    return resolve_backends(ModelConfig(**(settings | of_model), moe=moe), ep=1)
+
+
+def context(*parts: int, phase: str = "train", witness: object = None) -> StepContext:
+    return StepContext(RandomKey.of("test", *parts), phase, witness)
+
+
+def random_ids(rows: int, length: int, vocab: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All gradients by name; a parameter without one fails here."""
+    grads = {name: param.grad for name, param in module.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    return grads

@@ -1,0 +1,85 @@
+"""Who shares what with whom, counted by hand; no rank is started."""
+
+from itertools import product
+
+import pytest
+
+from moe_dist.parallel.mesh import Layout, create_mesh, single_process_mesh
+
+AXES = ("world", "tp", "dp", "ep", "edp")
+
+
+def test_eight_ranks_by_hand() -> None:
+    layout = Layout(world=8, ep=4, tp=2)
+    assert (layout.dp, layout.edp) == (4, 2)
+    assert layout.groups("world") == [(0, 1, 2, 3, 4, 5, 6, 7)]
+    assert layout.groups("tp") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert layout.groups("dp") == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert layout.groups("ep") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert layout.groups("edp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_experts_fold_over_tensor_parallelism() -> None:
+    """ep neither divides tp nor is divided by it: still consecutive ranks of the world."""
+    layout = Layout(world=12, ep=3, tp=4)
+    assert layout.ranks("tp", 5) == (4, 5, 6, 7)
+    assert layout.ranks("ep", 5) == (3, 4, 5)
+    assert layout.ranks("edp", 5) == (2, 5, 8, 11)
+    assert layout.ranks("dp", 5) == (1, 5, 9)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 6, 8, 12])
+def test_groups_partition_the_world(world: int) -> None:
+    divisors = [size for size in range(1, world + 1) if world % size == 0]
+    for ep, tp in product(divisors, divisors):
+        layout = Layout(world, ep, tp)
+        sizes = {"world": world, "tp": tp, "dp": world // tp, "ep": ep, "edp": world // ep}
+        for axis in AXES:
+            groups = layout.groups(axis)
+            assert sorted(rank for group in groups for rank in group) == list(range(world))
+            assert {len(group) for group in groups} == {sizes[axis]}
+            for group in groups:
+                assert all(layout.ranks(axis, rank) == group for rank in group)
+
+
+def test_sixteen_thousand_ranks() -> None:
+    layout = Layout(world=16384, ep=64, tp=8)
+    assert (layout.dp, layout.edp) == (2048, 256)
+    assert [len(layout.groups(axis)) for axis in AXES] == [1, 2048, 8, 256, 64]
+    assert layout.ranks("ep", 16383) == tuple(range(16320, 16384))
+    assert layout.ranks("edp", 65) == tuple(range(1, 16384, 64))
+    assert layout.ranks("dp", 16383) == tuple(range(7, 16384, 8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(world=8, ep=3), "ep=3 does not divide world size 8"),
+        (dict(world=8, tp=5), "tp=5 does not divide world size 8"),
+        (dict(world=4, ep=8), "ep=8 does not divide world size 4"),
+        (dict(world=4, tp=0), "tp=0 does not divide world size 4"),
+        (dict(world=4, ep=-2), "ep=-2 does not divide world size 4"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(**sizes)
+
+
+def test_unknown_axis() -> None:
+    with pytest.raises(ValueError, match="unknown axis 'pp'"):
+        Layout(4).ranks("pp", 0)
+
+
+def test_a_process_alone() -> None:
+    mesh = single_process_mesh()
+    assert (mesh.layout, mesh.rank) == (Layout(1, 1, 1), 0)
+    for axis in AXES:
+        group = getattr(mesh, axis)
+        assert (group.ranks, group.rank, group.size, group.process_group) == ((0,), 0, 1, None)
+
+
+def test_create_mesh_without_process_group() -> None:
+    assert create_mesh(ep=1, tp=1) == single_process_mesh()
+    with pytest.raises(ValueError, match="ep=2 does not divide world size 1"):
+        create_mesh(ep=2, tp=1)

@@ -1,0 +1,92 @@
+"""Which cases a verification runs."""
+
+import pytest
+
+from moe_dist.config import validate
+from moe_dist.verify.cases import (
+    LAYOUT_AXES,
+    QUICK_LAYOUTS,
+    SETTING_AXES,
+    LayoutCase,
+    Setting,
+    case_config,
+    layouts_of,
+    parse_axes,
+    settings_of,
+)
+
+
+def test_axes_not_given_keep_their_default() -> None:
+    default = {"ep": ("1",), "tp": ("1", "2")}
+    assert parse_axes([], LAYOUT_AXES, default) == default
+    assert parse_axes(["ep=1,2", "zero=native,0"], LAYOUT_AXES, default) == {
+        "ep": ("1", "2"),
+        "tp": ("1", "2"),
+        "zero": ("native", "0"),
+    }
+    assert default == {"ep": ("1",), "tp": ("1", "2")}
+
+
+def test_sizes_beyond_the_list_are_fine() -> None:
+    assert parse_axes(["ep=8", "tp=16"], LAYOUT_AXES, {}) == {"ep": ("8",), "tp": ("16",)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pp=2", "'pp=2': unknown axis 'pp'; choose from ep, tp, sp, zero, wire"),
+        ("ep", "'ep': '' is no value of ep; choose from 1, 2, 4"),
+        ("ep=", "'ep=': '' is no value of ep"),
+        ("ep=0", "'0' is no value of ep"),
+        ("ep=-1", "'-1' is no value of ep"),
+        ("ep=two", "'two' is no value of ep"),
+        ("sp=1", "'1' is no value of sp; choose from off, on"),
+        ("zero=4", "'4' is no value of zero"),
+        ("wire=ragged,none", "'none' is no value of wire"),
+    ],
+)
+def test_what_axes_refuse(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_axes([text], LAYOUT_AXES, QUICK_LAYOUTS)
+
+
+def test_layouts_that_say_the_same_are_dropped() -> None:
+    axes = {"ep": ("1", "2"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native",), "wire": ("ragged", "padded")}
+    found = layouts_of(axes)
+    # 16 combinations; sp needs tp = 2 (4 gone), padded needs ep = 2 (4 gone), both at once (1 counted twice)
+    assert len(found) == len(set(found)) == 16 - 4 - 4 + 1
+    assert not any(case.sp == "on" and case.tp == "1" for case in found)
+    assert not any(case.wire == "padded" and case.ep == "1" for case in found)
+    assert LayoutCase("2", "2", "on", "native", "padded") in found
+
+
+def test_layouts_asked_for_by_name_are_kept() -> None:
+    """Only `sp=on`: there is no plain twin to stand for it, so it is tried, and refused with a reason."""
+    assert layouts_of({"tp": ("1",), "sp": ("on",)}) == (LayoutCase(tp="1", sp="on"),)
+    assert layouts_of({"ep": ("1",), "wire": ("padded",)}) == (LayoutCase(ep="1", wire="padded"),)
+
+
+def test_settings_are_all_combinations() -> None:
+    found = settings_of(SETTING_AXES)
+    assert len(found) == len(set(found)) == 2 * 4 * 2 * 3 * 2
+
+
+@pytest.mark.parametrize("setting", settings_of(SETTING_AXES), ids=str)
+def test_every_setting_is_a_valid_config(setting: Setting) -> None:
+    config = case_config(setting, None, steps=3)
+    shape = validate(config, 1)
+    assert shape.accumulation == int(setting.accumulation)
+    moe = config.model.moe
+    assert (moe.top_k, moe.experts, config.model.recompute) == (int(setting.top_k), setting.experts, setting.recompute)
+    assert (moe.capacity_factor is None) == (setting.drops == "dropless")
+    assert moe.drop_policy == {"dropless": "position"}.get(setting.drops, setting.drops)
+
+
+def test_a_layout_changes_how_the_model_is_cut_and_nothing_else() -> None:
+    setting, layout = Setting(), LayoutCase("2", "2", "on", "1", "padded")
+    alone, cut = case_config(setting, None, 5), case_config(setting, layout, 5)
+    assert (cut.parallel.ep, cut.parallel.tp, cut.parallel.sequence_parallel) == (2, 2, True)
+    assert (cut.engine.name, cut.engine.zero_stage) == ("deepspeed", 1)
+    assert (alone.engine.name, alone.parallel.ep, alone.parallel.tp) == ("native", 1, 1)
+    cut.model.moe.wire = alone.model.moe.wire
+    assert (cut.model, cut.optim, cut.train) == (alone.model, alone.optim, alone.train)
