@@ -15,4 +15,6 @@ if ((gpus > 0)); then
   done
 fi
 
-exec bash launch/torchrun.sh "$ranks" configs/quickstart.yaml --parallel.ep "$ranks" "$@"
+# A run of its own each time: nothing is overwritten.
+name="quickstart-$(date +%Y%m%d-%H%M%S)"
+exec bash launch/torchrun.sh "$ranks" configs/quickstart.yaml --parallel.ep "$ranks" --run.name "$name" "$@"
