@@ -1,11 +1,23 @@
 #!/usr/bin/env bash
 # Installs, then checks style, layout, types and numbers: launch/test.sh [PYTEST ARGUMENTS].
 # Slow tests are left out; `launch/test.sh -m ''` runs everything.
+# As root on Debian or Ubuntu it installs Slurm from the distribution for tests/slurm; elsewhere those tests skip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/install.sh dev,bench
 export PATH="$PWD/.venv/bin:$PATH"
+
+if ! PATH="$PATH:/usr/sbin" type slurmctld slurmd sbatch munged >/dev/null 2>&1; then
+  if ((EUID == 0)) && command -v apt-get >/dev/null; then
+    echo "Installing Slurm."
+    # What starts at once on a real machine belongs to its owner: packages may not start their own daemons.
+    { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends \
+      slurmctld slurmd slurm-client munge; } >/dev/null || echo "WARNING: apt-get could not install Slurm" >&2
+  fi
+  PATH="$PATH:/usr/sbin" type slurmctld slurmd sbatch munged >/dev/null 2>&1 ||
+    echo "WARNING: no Slurm here, so tests/slurm SKIP. Install slurmctld slurmd slurm-client munge as root." >&2
+fi
 
 ruff check
 ruff format --check

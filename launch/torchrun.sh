@@ -2,16 +2,38 @@
 # Trains on RANKS processes of this machine: launch/torchrun.sh RANKS CONFIG [FLAGS].
 # For example: launch/torchrun.sh 2 configs/quickstart.yaml --parallel.ep 2 --train.steps 100
 # It stays in the folder you are in, so that CONFIG and the paths in it mean what they say.
+#
+# On several machines, start the same command on each, RANKS processes a machine, with
+#   NNODES        how many machines (default: 1)
+#   NODE_RANK     which one this is, from 0 (default: SLURM_NODEID)
+#   MASTER_ADDR   machine 0, as the others reach it          MASTER_PORT   a free port there (default: 29500)
+# `kill -USR2` or `kill` torchrun: the run saves after the step at hand and leaves; --resume continues it.
+#
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that this may take before ranks are killed (default: 110)
+# MOE_DIST_PYTHON                  the interpreter (default: the one in .venv)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 if [[ $# -lt 2 || ! "$1" =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/torchrun.sh RANKS CONFIG [FLAGS]" >&2
+  echo "usage: [NNODES=N NODE_RANK=K MASTER_ADDR=HOST] launch/torchrun.sh RANKS CONFIG [FLAGS]" >&2
   exit 2
 fi
 ranks="$1"
 shift
 
+meet=(--standalone)
+if [[ "${NNODES:-1}" != 1 ]]; then
+  meet=(
+    --nnodes "$NNODES"
+    --node_rank "${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK: which of the $NNODES machines is this, from 0}}"
+    --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the machine with NODE_RANK 0}"
+    --master_port "${MASTER_PORT:-29500}"
+  )
+fi
+
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh" "$ranks"
-exec "$root/.venv/bin/torchrun" --standalone --nproc_per_node "$ranks" -m moe_dist.cli train "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
+# torchrun would die of SIGUSR2 and leave its ranks alone. Named here, it passes the signal on and waits for them.
+exec "${MOE_DIST_PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run "${meet[@]}" --nproc_per_node "$ranks" \
+  --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 -m moe_dist.cli train "$@"

@@ -1,10 +1,16 @@
-"""moe-dist: the command line. `moe-dist train CONFIG [flags]`, `moe-dist verify [flags]`."""
+"""moe-dist: the command line. `moe-dist train CONFIG [flags]`, `moe-dist status CONFIG [flags]`, `moe-dist verify`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import moe_dist
+
+if TYPE_CHECKING:
+    from moe_dist.config.schema import Config
 
 _TRAIN = """Train a Mixture-of-Experts language model.
 
@@ -12,19 +18,34 @@ CONFIG is a YAML file (configs/ has some); every key of it is a flag too, with t
   moe-dist train configs/quickstart.yaml --model.moe.top-k 1 --model.moe.capacity-factor None
 Under torchrun or as a Slurm step each rank runs this same command:
   torchrun --nproc_per_node 4 -m moe_dist.cli train configs/quickstart.yaml --parallel.ep 4
+
+--resume continues the run from its newest checkpoint. --resume auto also starts a run that has none yet, and returns at
+once when it has finished: the same command, again and again, brings a run to its end.
+SIGUSR2 and SIGTERM make it save after the step at hand, and leave with exit code 75 and `preempted` in status.json.
+"""
+
+_STATUS = """Print in one line how far a run is: none, running, finished, preempted or failed, and what is known of it.
+
+Takes what `moe-dist train` takes, and reads status.json of the run that this names.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong."""
+    """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong, 75 saved and stopped by a signal."""
     parser = argparse.ArgumentParser(prog="moe-dist", description=__doc__, add_help=False)
-    parser.add_argument("command", nargs="?", choices=["train", "verify", "version"])
+    parser.add_argument("command", nargs="?", choices=["train", "status", "study", "verify", "version"])
     args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv)[:1])
     rest = list(sys.argv[1:] if argv is None else argv)[1:]
     try:
         match args.command:
             case "train":
                 return _train(rest)
+            case "status":
+                return _status(rest)
+            case "study":
+                from moe_dist.study.command import study
+
+                return study(rest)
             case "verify":
                 from moe_dist.verify.command import verify
 
@@ -35,25 +56,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
-    print("usage: moe-dist {train,verify,version} ...   (moe-dist train --help, moe-dist verify --help)")
+    print("usage: moe-dist {train,status,study,verify,version} ...   (moe-dist train --help, and so on)")
     return 2
 
 
 def _train(args: list[str]) -> int:
+    own, config = _run_arguments("train", args, _TRAIN)
+    from moe_dist.train.status import is_finished
+
+    folder = Path(config.run.root) / config.run.name
+    if own.resume == "auto" and is_finished(folder, config.train.steps):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder} has finished its {config.train.steps} steps already")
+        return 0
+    from moe_dist.train.command import train
+
+    return train(config, own.resume, own.device)
+
+
+def _status(args: list[str]) -> int:
+    _, config = _run_arguments("status", args, _STATUS)
+    from moe_dist.train.status import describe_status, read_status
+
+    print(describe_status(read_status(Path(config.run.root) / config.run.name)))
+    return 0
+
+
+def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
+    """What follows `moe-dist train`: a YAML file, flags of the command itself, and flags of the configuration."""
     from moe_dist.config.load import load_config, override_config
 
-    parser = argparse.ArgumentParser(prog="moe-dist train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", action="store_true")
+    parser = argparse.ArgumentParser(prog=f"moe-dist {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     path = args.pop(0) if args and not args[0].startswith("-") else None
     own, flags = parser.parse_known_args(args)
-    config = override_config(
-        load_config(path), flags, prog="moe-dist train [CONFIG] [--resume] [--device {cpu,cuda}]", description=_TRAIN
-    )
-    from moe_dist.train.command import train
-
-    train(config, own.resume, own.device)
-    return 0
+    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--device {{cpu,cuda}}]"
+    return own, override_config(load_config(path), flags, prog=usage, description=description)
 
 
 if __name__ == "__main__":

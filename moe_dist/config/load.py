@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from moe_dist.config.schema import Config
 
-_ADAPTER = TypeAdapter(Config)
+Schema = TypeVar("Schema")
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -38,7 +38,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     Raises ValueError naming every unknown key and wrong type. Flags that do not parse end the program, as flags do.
     """
-    config = Config() if path is None else parse_dict(_read_yaml(Path(path)), str(path))
+    config = Config() if path is None else parse_dict(read_yaml(Path(path)), str(path))
     return override_config(config, overrides) if overrides else config
 
 
@@ -52,11 +52,16 @@ def override_config(
 
 def parse_dict(values: Mapping[str, Any], source: str) -> Config:
     """Checks plain nested mappings and builds a Config. `source` opens every line of the ValueError."""
+    return parse_as(Config, values, source)
+
+
+def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
+    """The same for any dataclass of the schema's kind."""
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
-        return _ADAPTER.validate_json(json.dumps(_without_empty_sections(values, Config), default=str))
+        return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
     except ValidationError as error:
-        problems = [f"{source}: {_explain(problem)}" for problem in error.errors(include_url=False)]
+        problems = [f"{source}: {_explain(cls, problem)}" for problem in error.errors(include_url=False)]
         raise ValueError("\n".join(problems)) from None
 
 
@@ -96,7 +101,7 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> Mapping[str, Any]:
     """The mapping in a YAML file; empty when the file is. Every failure is a ValueError that opens with the path."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader
@@ -131,11 +136,13 @@ def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, A
     }
 
 
-def _explain(problem: ErrorDetails) -> str:
+def _explain(cls: type, problem: ErrorDetails) -> str:
     """One pydantic error, in the words of somebody who edits YAML."""
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown key{_advice(path)}"
+        return f"{path}: unknown key{_advice(cls, path)}"
+    if problem["type"] == "missing":
+        return f"{path}: missing; add `{path}: ...`"
     value = problem["input"]
     if problem["type"] == "literal_error":
         return f"{path}: {value!r} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
@@ -145,10 +152,10 @@ def _explain(problem: ErrorDetails) -> str:
     return f"{path}: {value!r}: {problem['msg']}"
 
 
-def _advice(path: str) -> str:
+def _advice(cls: type, path: str) -> str:
     """For an unknown key: the section that has it, or the nearest key of its own section, else of the others."""
     section, _, key = path.rpartition(".")
-    known = list(_keys(Config))
+    known = list(_keys(cls))
     homes = [home or "the top level" for home, name in known if name == key]
     if homes:
         return f"; {key} belongs under {' or '.join(homes)}"

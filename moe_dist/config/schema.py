@@ -10,14 +10,14 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:
     """Mixture-of-Experts feed-forward layers."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     num_experts: int = 8
     """Experts in each MoE layer. 0: every layer is a dense feed-forward."""
@@ -60,7 +60,7 @@ class MoEConfig:
 class ModelConfig:
     """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     vocab_size: int = 256
     """Rows of the embedding. Byte-level corpora use 256."""
@@ -95,7 +95,7 @@ class ModelConfig:
 class ParallelConfig:
     """How the world is cut. dp = world size / tp; experts fold over tp: ep may be any divisor of the world size."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     ep: int = 1
     """Ranks that share one set of experts."""
@@ -109,7 +109,7 @@ class ParallelConfig:
 class EngineConfig:
     """What owns gradients, optimizer state and precision."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: Literal["native", "deepspeed"] = "native"
     """native: plain torch. deepspeed: ZeRO."""
@@ -125,7 +125,7 @@ class EngineConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     lr: float = 1e-3
     """Peak learning rate."""
@@ -148,7 +148,7 @@ class OptimConfig:
 class DataConfig:
     """Where tokens come from."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     kind: Literal["stdlib", "text"] = "stdlib"
     """stdlib: the sources of Python's standard library, present on every machine. text: files or folders in `paths`.
@@ -163,7 +163,7 @@ class DataConfig:
 class TrainConfig:
     """Steps, batches and seed."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     steps: int = 1000
     """Optimizer steps."""
@@ -186,7 +186,7 @@ class TrainConfig:
 class RunConfig:
     """What is written, where and when."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: str = "default"
     """The run's folder is root/name."""
@@ -210,7 +210,7 @@ class RunConfig:
 class Config:
     """Everything that makes a run."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -29,7 +29,8 @@ class MoE(nn.Module):
         super().__init__()
         moe = model.moe
         d_ff = moe.d_ff or model.d_ff
-        self.config, self.layer, self.tp, self.sequence_parallel = moe, layer, mesh.tp, sequence_parallel
+        self.config, self.layer, self.sequence_parallel = moe, layer, sequence_parallel
+        self.tp, self.ep = mesh.tp, mesh.ep
         self.router = SoftmaxRouter(model.d_model, moe.num_experts, moe.top_k, moe.renormalize, layer, mesh.tp)
         self.capacity = Capacity(moe, layer, mesh.world)
         self.dispatcher = make_dispatcher(moe.dispatch, moe.wire, mesh)
@@ -50,7 +51,7 @@ class MoE(nn.Module):
         rows_RD, trip = self.dispatcher.dispatch(x_TD, plan)
         rows_RD = self.experts(rows_RD, trip.rows_per_expert)
         y_TD = self.dispatcher.combine(rows_RD, routing.weights_TK, trip)
-        return y_TD, moe_stats(self.config, self.layer, routing, plan, self.tp.size)
+        return y_TD, moe_stats(self.config, self.layer, routing, plan, self.tp.size, self.ep.size)
 
     def _own_tokens(self, x_TD: Tensor) -> Tensor:
         """Each tp rank dispatches its own slice, so that no token travels twice."""

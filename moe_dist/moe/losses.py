@@ -18,7 +18,8 @@ class MoEStats:
     """aux_loss carries the gradient, already weighted and divided by tp; the rest is for reporting.
 
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
-    the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step.
+    the micro-step. load_E (assignments before dropping), kept_E and crossing (kept assignments whose expert another
+    rank holds, a scalar) are sums over the whole micro-step.
     """
 
     layer: int
@@ -28,6 +29,7 @@ class MoEStats:
     entropy: Tensor
     load_E: Tensor
     kept_E: Tensor
+    crossing: Tensor
 
 
 def balance_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
@@ -51,10 +53,20 @@ def router_entropy(probs_TE: Tensor) -> Tensor:
     return torch.special.entr(probs_TE).sum(-1).mean()
 
 
-def moe_stats(moe: MoEConfig, layer: int, routing: Routing, plan: DispatchPlan, tp: int) -> MoEStats:
+def crossing_rows(kept_WE: Tensor, ep: int) -> Tensor:
+    """Kept assignments that travel to another rank, over the whole world: 0 at ep = 1.
+
+    An ep group is `ep` consecutive ranks, and its ith rank holds the ith part of the experts (parallel/mesh.py).
+    """
+    world, num_experts = kept_WE.shape
+    from_to = kept_WE.view(world // ep, ep, ep, num_experts // ep).sum((0, 3))
+    return from_to.sum() - from_to.trace()
+
+
+def moe_stats(moe: MoEConfig, layer: int, routing: Routing, plan: DispatchPlan, tp: int, ep: int) -> MoEStats:
     """Losses and load of one layer. Each tp rank adds the share of its slice of the tokens: 1 / tp."""
     load_E, kept_E = plan.counts_WE.sum(0), plan.kept_WE.sum(0)
     balance, z = balance_loss(routing.probs_TE, load_E), z_loss(routing.logits_TE)
     aux = (moe.balance_loss_coef * balance + moe.z_loss_coef * z) / tp
-    entropy = router_entropy(routing.probs_TE.detach())
-    return MoEStats(layer, aux, balance.detach(), z.detach(), entropy, load_E, kept_E)
+    entropy, crossing = router_entropy(routing.probs_TE.detach()), crossing_rows(plan.kept_WE, ep)
+    return MoEStats(layer, aux, balance.detach(), z.detach(), entropy, load_E, kept_E, crossing)

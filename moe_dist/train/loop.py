@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -34,21 +34,26 @@ from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh
 from moe_dist.parallel.random import RandomKey
+from moe_dist.train.guard import StopGuard
 from moe_dist.train.metrics import LayerLoad, MetricsWriter, moe_record
 from moe_dist.train.profile import matmul_peak, memory_bytes
 from moe_dist.train.progress import Progress, short_number
 from moe_dist.train.run_folder import RunFolder
 from moe_dist.train.schedule import learning_rate
 
+Resume = Literal["never", "auto", "must"]
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run is known by; `last` is the last record of metrics.jsonl."""
+    """What a run that ended in order is known by; `last` is the last record of metrics.jsonl."""
 
     folder: RunFolder
     last: dict[str, Any]
     seconds: float
     engine: Engine
+    stopped_by: str | None = None
+    """Name of the signal that asked the run to save and leave before its last step."""
 
 
 class Trainer:
@@ -70,13 +75,40 @@ class Trainer:
         )
         self.key = RandomKey.of(config.train.seed, "train")
         self.folder = RunFolder(Path(config.run.root) / config.run.name)
+        self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
         self.flops = train_flops_per_token(config.model, config.train.seq_len)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
 
-    def run(self, resume: bool) -> Outcome:
-        """Train to the last step. Status, metrics and checkpoints are on disk whatever happens.
+    def checkpoint_to_continue(self, resume: Resume) -> Path | None:
+        """What `run` starts from: the newest checkpoint, or None for a new run. Nothing is written.
 
-        Raises ValueError when a checkpoint does not fit, FloatingPointError on a non-finite loss.
+        resume: `never` wants an unused folder, `must` a checkpoint; `auto` continues where there is one and starts
+        anew where there is none. Raises ValueError when that is not so, or the checkpoint is of another run.
+        """
+        if resume == "never":
+            self.folder.refuse_second_start()
+            return None
+        newest = self.folder.newest_checkpoint()
+        if newest is None and resume == "auto":
+            return None
+        if newest is None:
+            raise ValueError(
+                f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume"
+            )
+        run = Manifest.load(newest).run
+        for name, value in self._identity().items():
+            if run.get(name) != value:
+                raise ValueError(
+                    f"{newest} was trained with {name}={run.get(name)}, not {value}: "
+                    "a resumed run must continue on the same data in the same order"
+                )
+        return newest
+
+    def run(self, newest: Path | None) -> Outcome:
+        """Train to the last step, from checkpoint `newest` if given. Status, metrics and checkpoints are on disk
+        whatever happens.
+
+        Raises ValueError when the checkpoint does not fit, FloatingPointError on a non-finite loss.
         """
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
         main = self.mesh.rank == 0
@@ -88,24 +120,28 @@ class Trainer:
         log = self.folder.rank_log(self.mesh.rank)
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
         try:
-            outcome = self._steps(newest)
+            with StopGuard() as guard:
+                outcome = self._steps(newest, guard)
         except BaseException as error:
             log.exception("stopped")
             if main:
                 self.folder.write_status("failed", reason=f"{type(error).__name__}: {error}")
             raise
-        log.info("finished: %s", {k: v for k, v in outcome.last.items() if k != "layers"})
+        state = "preempted" if outcome.stopped_by else "finished"
+        log.info("%s: %s", state, {k: v for k, v in outcome.last.items() if k != "layers"})
         if main:
-            self.folder.write_status("finished", step=self.config.train.steps)
+            details = {"signal": outcome.stopped_by} if outcome.stopped_by else {}
+            self.folder.write_status(state, step=outcome.last["step"], **details)
         return outcome
 
-    def _steps(self, newest: Path | None) -> Outcome:
+    def _steps(self, newest: Path | None, guard: StopGuard) -> Outcome:
         run, total = self.config.run, self.config.train.steps
         first = self._resume(newest) if newest is not None else 0
         writer = MetricsWriter(self.folder.path, run.tensorboard) if self.mesh.rank == 0 else None
         progress = Progress(self.console, run.log_every)
         began = time.monotonic()
         record: dict[str, Any] = {"step": first}
+        stopped_by = None
         if writer is not None:
             writer.rewind(first)
         with progress:
@@ -120,13 +156,16 @@ class Trainer:
                 if writer is not None:
                     writer.log(record)
                     progress.update(record, total)
-                if done % run.save_every == 0 or done == total:
+                stopped_by = guard.agreed(self.mesh.world, self.device) if done < total else None
+                if done % run.save_every == 0 or done == total or stopped_by:
                     if writer is not None:
                         writer.sync()
                     save(self.folder.checkpoints, self.engine, done, self._identity(), run.keep_last)
+                if stopped_by:
+                    break
         if writer is not None:
             writer.close()
-        return Outcome(self.folder, record, time.monotonic() - began, self.engine)
+        return Outcome(self.folder, record, time.monotonic() - began, self.engine, stopped_by)
 
     def _train_step(self, step: int) -> dict[str, Any]:
         began, shape = time.monotonic(), self.shape
@@ -158,7 +197,7 @@ class Trainer:
             "tflops": achieved / 1e12,
             "mfu": achieved / (self.peak.flops_per_second * self.mesh.layout.world),
             "memory_bytes": memory_bytes(self.device)["peak"],
-            **moe_record(layers),
+            **moe_record(layers, self.row_bytes),
         }
 
     def _gather_statistics(self, outputs: list[DecoderOutput]) -> tuple[float, float, list[LayerLoad]]:
@@ -175,8 +214,9 @@ class Trainer:
         for index, stats in enumerate(outputs[0].stats):
             load_E = torch.stack([output.stats[index].load_E for output in outputs]).sum(0)
             kept_E = torch.stack([output.stats[index].kept_E for output in outputs]).sum(0)
+            crossing = int(sum(output.stats[index].crossing for output in outputs))
             entropy, balance, z = rest[3 * index : 3 * index + 3]
-            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), entropy, balance, z))
+            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), crossing, entropy, balance, z))
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
         return nll, aux * self.mesh.layout.tp, layers
 
@@ -213,20 +253,6 @@ class Trainer:
     def _tensors(self, split: Any, starts: Any) -> tuple[Tensor, Tensor]:
         tokens_BS, targets_BS = micro_batch(split, starts, self.config.train.seq_len)
         return tokens_BS.to(self.device), targets_BS.to(self.device)
-
-    def _checkpoint_to_continue(self) -> Path:
-        """The newest one. Raises ValueError, before anything is written, when there is none or it is of another run."""
-        newest = self.folder.newest_checkpoint()
-        if newest is None:
-            raise ValueError(f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
-        run = Manifest.load(newest).run
-        for name, value in self._identity().items():
-            if run.get(name) != value:
-                raise ValueError(
-                    f"{newest} was trained with {name}={run.get(name)}, not {value}: a resumed run must continue "
-                    "on the same data in the same order"
-                )
-        return newest
 
     def _resume(self, newest: Path) -> int:
         step = load(newest, self.engine).step

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 _SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
-_MOE = frozenset({"drop_rate", "load_max_over_mean", "balance_loss", "z_loss", "router_entropy"})
+_MOE = frozenset(
+    "drop_rate load_max_over_mean balance_loss z_loss router_entropy dispatch_rows_bytes dispatch_bytes".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +27,24 @@ class LayerLoad:
     """Assignments to each expert before dropping."""
     kept_E: list[int]
     """Assignments that each expert computed."""
+    crossing: int
+    """Those of them whose token is on another rank than the expert."""
     entropy: float
     """Of the router's probabilities, mean over tokens, in nats."""
     balance_loss: float
     z_loss: float
 
 
-def moe_record(layers: Sequence[LayerLoad]) -> dict[str, Any]:
+def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
     """The MoE part of a step's record; empty for a model without MoE layers.
 
     drop_rate = 1 - sum(kept) / sum(load) over all layers; load_max_over_mean is that of the worst layer;
     balance_loss, z_loss and router_entropy are means over layers. `layers` has the same for each layer.
+
+    With `row_bytes`, the bytes of one token's activation (d_model * element size), over all ranks, layers and
+    micro-steps: dispatch_rows_bytes is what the experts receive, kept * row_bytes, the same in every layout.
+    dispatch_bytes is what crosses between ranks in the forward pass, 2 * crossing * row_bytes, there and back: 0 at
+    ep = 1. The backward pass moves as much again. Padding of `wire: padded` and the exchanged counts are not in it.
     """
     if not layers:
         return {}
@@ -55,6 +64,8 @@ def moe_record(layers: Sequence[LayerLoad]) -> dict[str, Any]:
         "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
         "z_loss": sum(layer.z_loss for layer in layers) / len(layers),
         "router_entropy": sum(layer.entropy for layer in layers) / len(layers),
+        "dispatch_rows_bytes": sum(sum(layer.kept_E) for layer in layers) * row_bytes,
+        "dispatch_bytes": sum(layer.crossing for layer in layers) * row_bytes * 2,
         "layers": rows,
     }
 

@@ -22,6 +22,7 @@ from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, dump_config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.status import write_status
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "flash-attn", "apex", "safetensors", "numpy")
 
@@ -37,10 +38,9 @@ class RunFolder:
         found = checkpoints(self.checkpoints)
         return found[-1] if found else None
 
-    def refuse_second_start(self, resume: bool) -> None:
-        """Raises ValueError when the folder holds a run and nobody asked to continue it, or nothing to continue."""
-        started = (self.path / "metrics.jsonl").exists() or self.newest_checkpoint() is not None
-        if started and not resume:
+    def refuse_second_start(self) -> None:
+        """Raises ValueError when the folder holds a run."""
+        if (self.path / "metrics.jsonl").exists() or self.newest_checkpoint() is not None:
             raise ValueError(
                 f"{self.path} already holds a run: continue it with --resume, or choose another --run.name"
             )
@@ -63,7 +63,7 @@ class RunFolder:
         self._replace("environment.json", json.dumps(record, indent=1))
 
     def write_status(self, state: str, **details: Any) -> None:
-        self._replace("status.json", json.dumps({"state": state, **details}, indent=1))
+        write_status(self.path, state, **details)
 
     def rank_log(self, rank: int) -> logging.Logger:
         """A logger that writes logs/rank-NNNNN.log."""

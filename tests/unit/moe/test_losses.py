@@ -7,7 +7,7 @@ import torch
 
 from moe_dist.config.schema import MoEConfig
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.losses import balance_loss, moe_stats, router_entropy, z_loss
+from moe_dist.moe.losses import balance_loss, crossing_rows, moe_stats, router_entropy, z_loss
 from moe_dist.moe.routing import Routing
 from moe_dist.parallel.mesh import Group
 from tests.unit.helpers import context
@@ -63,6 +63,14 @@ def test_entropy() -> None:
     torch.testing.assert_close(router_entropy(probs_TE), torch.tensor((log(4) + 0.0 + log(2)) / 3))
 
 
+def test_rows_that_cross_between_ranks_by_hand() -> None:
+    """4 ranks, 4 experts. ep = 2: ranks 0 and 2 hold experts 0, 1; ranks 1 and 3 hold 2, 3. ep = 4: rank i holds i."""
+    kept_WE = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [1, 0, 0, 2], [0, 0, 9, 0]])
+    assert crossing_rows(kept_WE, 1).item() == 0
+    assert crossing_rows(kept_WE, 2).item() == (3 + 4) + (5 + 6) + (0 + 2) + (0 + 0)
+    assert crossing_rows(kept_WE, 4).item() == (2 + 3 + 4) + (5 + 7 + 8) + (1 + 0 + 2) + 9
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_statistics_of_a_layer(tp: int) -> None:
     """5 tokens on expert 0 and 1 on expert 1, of which C = ceil(0.5 * 6 / 2) = 2 and 1 stay."""
@@ -70,10 +78,11 @@ def test_statistics_of_a_layer(tp: int) -> None:
     moe = MoEConfig(num_experts=2, top_k=1, capacity_factor=0.5, balance_loss_coef=0.5, z_loss_coef=0.25)
     routing = routing_of(logits_TE)
     plan = Capacity(moe, 7, Group())(routing, context())
-    stats = moe_stats(moe, 7, routing, plan, tp)
+    stats = moe_stats(moe, 7, routing, plan, tp, ep=1)
     assert stats.layer == 7
     assert stats.load_E.tolist() == [5, 1]  # before dropping
     assert stats.kept_E.tolist() == [2, 1]
+    assert stats.crossing.item() == 0  # ep = 1: all experts are here
     balance, z = balance_loss(routing.probs_TE, torch.tensor([5, 1])), z_loss(logits_TE)
     torch.testing.assert_close(stats.balance_loss, balance.detach())
     torch.testing.assert_close(stats.z_loss, z.detach())

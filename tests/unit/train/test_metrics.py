@@ -10,9 +10,9 @@ import pytest
 from moe_dist.train.metrics import LayerLoad, MetricsWriter, board_scalars, moe_record
 
 
-def layer_load(layer: int, load_E: list[int], kept_E: list[int], **changes: float) -> LayerLoad:
+def layer_load(layer: int, load_E: list[int], kept_E: list[int], crossing: int = 0, **changes: float) -> LayerLoad:
     numbers = {"entropy": 1.0, "balance_loss": 1.0, "z_loss": 0.5} | changes
-    return LayerLoad(layer=layer, load_E=load_E, kept_E=kept_E, **numbers)
+    return LayerLoad(layer=layer, load_E=load_E, kept_E=kept_E, crossing=crossing, **numbers)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -28,9 +28,9 @@ def written(run_dir: Path, steps: int) -> MetricsWriter:
 
 def test_moe_record_by_hand() -> None:
     # 8 assignments a layer: the first drops 2 of its 6 on expert 0, the second none; 2 of 16 in all
-    first = layer_load(0, [6, 2], [4, 2], entropy=0.25, balance_loss=1.5, z_loss=0.5)
-    second = layer_load(3, [4, 4], [4, 4], entropy=0.75, balance_loss=1.0, z_loss=1.5)
-    record = moe_record([first, second])
+    first = layer_load(0, [6, 2], [4, 2], crossing=3, entropy=0.25, balance_loss=1.5, z_loss=0.5)
+    second = layer_load(3, [4, 4], [4, 4], crossing=1, entropy=0.75, balance_loss=1.0, z_loss=1.5)
+    record = moe_record([first, second], row_bytes=10)
     rows = record.pop("layers")
     assert record == {
         "drop_rate": 0.125,
@@ -38,6 +38,8 @@ def test_moe_record_by_hand() -> None:
         "balance_loss": 1.25,
         "z_loss": 1.0,
         "router_entropy": 0.5,
+        "dispatch_rows_bytes": 140,  # 14 kept rows
+        "dispatch_bytes": 80,  # 4 rows cross, there and back
     }
     assert rows == [
         {"layer": 0, "drop_rate": 0.25, "load_max_over_mean": 1.5, "entropy": 0.25, "load": [6, 2]},
@@ -46,12 +48,12 @@ def test_moe_record_by_hand() -> None:
 
 
 def test_moe_record_of_a_dense_model_is_empty() -> None:
-    assert moe_record([]) == {}
+    assert moe_record([], row_bytes=10) == {}
 
 
 def test_moe_record_refuses_more_kept_than_sent() -> None:
     with pytest.raises(AssertionError):
-        moe_record([layer_load(0, [1, 1], [2, 1])])
+        moe_record([layer_load(0, [1, 1], [2, 1])], row_bytes=10)
 
 
 def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 def test_board_tags() -> None:
     record = {"step": 7, "loss": 1.0, "mfu": 0.4, "validation_loss": 2.0, "note": "no number"}
-    record |= moe_record([layer_load(3, [3, 1], [2, 1])])
+    record |= moe_record([layer_load(3, [3, 1], [2, 1])], row_bytes=10)
     assert dict(board_scalars(record)) == {
         "train/loss": 1.0,
         "system/mfu": 0.4,
@@ -147,6 +149,8 @@ def test_board_tags() -> None:
         "moe/balance_loss": 1.0,
         "moe/z_loss": 0.5,
         "moe/router_entropy": 1.0,
+        "moe/dispatch_rows_bytes": 30,
+        "moe/dispatch_bytes": 0,
         "moe/layer_3/drop_rate": 0.25,
         "moe/layer_3/load_max_over_mean": 1.5,
         "moe/layer_3/entropy": 1.0,
@@ -159,7 +163,7 @@ def test_tensorboard_shows_the_run_once_after_a_rewind(tmp_path: Path) -> None:
 
     writer = MetricsWriter(tmp_path, tensorboard=True, histogram_every=2)
     for step in (1, 2, 3, 4):
-        writer.log({"step": step, "loss": float(step)} | moe_record([layer_load(0, [5, 0, 3], [4, 0, 3])]))
+        writer.log({"step": step, "loss": float(step)} | moe_record([layer_load(0, [5, 0, 3], [4, 0, 3])], 10))
     writer.rewind(2)
     writer.log({"step": 3, "loss": 30.0})
     writer.close()

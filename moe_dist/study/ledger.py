@@ -1,0 +1,49 @@
+"""The ledger of a study: ledger.jsonl, one line for each point that has finished or failed.
+
+Lines are only ever appended, under a lock and forced onto the disk, so any number of runners may share it. A line torn
+by a power cut is ignored by readers and removed by the next writer.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moe_dist.study.lock import locked
+
+
+class Ledger:
+    """The lines of one file; each has the keys `point` and `status`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line and wait until it is on the disk."""
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with locked(self.path.with_suffix(".lock")), self.path.open("ab+") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1  # the end of the last whole line
+            file.truncate(whole)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines, in order. Raises ValueError when one of them is not JSON."""
+        if not self.path.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                raise ValueError(f"{self.path}, line {number} is not JSON; remove or mend it: {line[:80]!r}") from None
+        return records
+
+    def latest(self) -> dict[str, dict[str, Any]]:
+        """The last line of each point."""
+        return {record["point"]: record for record in self.records()}
+
+    def finished(self, point: str) -> bool:
+        return self.latest().get(point, {}).get("status") == "finished"

@@ -1,0 +1,165 @@
+"""The report of a study: a table over seeds, a figure and how to get them again. A function of the ledger alone."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from moe_dist.config import ModelConfig, TrainConfig
+from moe_dist.study.figure import draw
+from moe_dist.study.grid import Scalar, Study, axis_names, show
+
+CAPACITY = "model.moe.capacity_factor"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination of the axes: the ledger's lines of its seeds that have finished, in the order of the seeds."""
+
+    axes: dict[str, Scalar]
+    records: list[dict[str, Any]]
+
+    def values(self, name: str) -> list[float]:
+        return [record[name] for record in self.records if record.get(name) is not None]
+
+
+def cells(study: Study, latest: dict[str, dict[str, Any]]) -> list[Cell]:
+    """The grid in order, without the seeds."""
+    found: dict[tuple[Scalar, ...], Cell] = {}
+    for point in study.points:
+        cell = found.setdefault(tuple(point.axes.values()), Cell(point.axes, []))
+        record = latest.get(point.name)
+        if record is not None and record["status"] == "finished":
+            cell.records.append(record)
+    return list(found.values())
+
+
+def write_report(study: Study, latest: dict[str, dict[str, Any]]) -> list[Path]:
+    """Writes NAME.png, NAME.svg and report.md into the study's folder; returns them, or nothing before any result."""
+    grid = cells(study, latest)
+    if not any(cell.records for cell in grid):
+        return []
+    pictures = [study.folder / f"{study.file.name}.{kind}" for kind in ("png", "svg")]
+    draw(grid, x_axis(study), pictures)
+    page = study.folder / "report.md"
+    page.write_text(markdown(study, latest))
+    return [page, *pictures]
+
+
+def x_axis(study: Study) -> str:
+    """The axis that the figure is drawn against: the capacity factor where it is one, else the first."""
+    return CAPACITY if CAPACITY in study.file.axes else next(iter(study.file.axes))
+
+
+def markdown(study: Study, latest: dict[str, dict[str, Any]]) -> str:
+    grid, name, path = cells(study, latest), study.file.name, study.path
+    finished = sum(len(cell.records) for cell in grid)
+    lines = [f"# {name}", "", f"{finished} of {len(study.points)} points have finished.", ""]
+    for point in study.points:
+        record = latest.get(point.name, {"status": "not run to its end yet", "reason": ""})
+        if record["status"] != "finished":
+            lines.append(f"- {point.name}: {record['status']} {record['reason']}".rstrip())
+    lines += ["", f"![{name}]({name}.png)", "", *table(study, grid), "", _LEGEND, ""]
+    lines += ["## Again", "", "```", f"moe-dist study run {path}", f"moe-dist study report {path}", "```", ""]
+    lines += ["## Setting", "", *_setting(study, grid), ""]
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def table(study: Study, grid: Sequence[Cell]) -> list[str]:
+    """One row for each combination of the axes."""
+    names = axis_names(list(study.file.axes))
+    paired = CAPACITY in study.file.axes and None in study.file.axes[CAPACITY]
+    head = [*names.values(), "seeds", "validation loss", *(["minus dropless"] if paired else []), "training loss"]
+    head += ["dropped, end", "dropped, whole run", "fullest expert", "step", "rows to experts", "crossing ranks"]
+    rows = [head, ["---"] * len(head)]
+    for cell in grid:
+        row = [label(key, value) for key, value in cell.axes.items()]
+        row += [str(len(cell.records)), spread(cell.values("validation_loss"), "{:.4f}")]
+        if paired:
+            row.append(spread(list(_minus_dropless(cell, grid)), "{:+.4f}"))
+        row += [
+            spread(cell.values("loss"), "{:.4f}"),
+            spread(cell.values("drop_rate"), "{:.2f} %", 100),
+            spread(cell.values("drop_rate_whole_run"), "{:.2f} %", 100),
+            spread(cell.values("load_max_over_mean"), "{:.2f}"),
+            spread(cell.values("step_seconds"), "{:.1f} ms", 1e3),
+            spread(cell.values("dispatch_rows_bytes"), "{:.3f} MB", 1e-6),
+            spread(cell.values("dispatch_bytes"), "{:.3f} MB", 1e-6),
+        ]
+        rows.append(row)
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
+    """mean ± sample standard deviation, as `form` says; the mean alone when all are equal, a dash of none.
+
+    >>> spread([1.0, 2.0, 3.0], "{:.1f} s")
+    '2.0 ± 1.0 s'
+    """
+    if not values:
+        return "–"
+    mean = form.format(fmean(values) * scale)
+    if len(set(values)) == 1:
+        return mean
+    number, space, unit = mean.partition(" ")
+    deviation = form.replace("+", "").format(stdev(values) * scale).partition(" ")[0]
+    return f"{number} ± {deviation}{space}{unit}"
+
+
+def label(key: str, value: Scalar) -> str:
+    return "dropless" if key == CAPACITY and value is None else show(value)
+
+
+def _minus_dropless(cell: Cell, grid: Sequence[Cell]) -> Iterator[float]:
+    """Validation loss minus that of the dropless run that shares all else, seed by seed."""
+    if cell.axes[CAPACITY] is None:
+        return
+    other = next(each for each in grid if each.axes == cell.axes | {CAPACITY: None})
+    dropless = {record["seed"]: record["validation_loss"] for record in other.records}
+    for record in cell.records:
+        if record["validation_loss"] is not None and dropless.get(record["seed"]) is not None:
+            yield record["validation_loss"] - dropless[record["seed"]]
+
+
+_LEGEND = """Mean ± sample standard deviation over seeds. Losses are in nats a token; validation drops nothing.
+
+- minus dropless: the difference to the dropless run of the same seed
+- dropped: share of assignments, over the last quarter of the run and over all of it
+- fullest expert: its load over the mean load, before dropping, in the last quarter
+- step: median time of an optimizer step
+- rows to experts: bytes of kept rows in a step, over all layers and ranks
+- crossing ranks: bytes of rows in a step that cross the expert-parallel group in the forward pass, there and back; none
+  where every rank holds all experts"""
+
+
+def _setting(study: Study, grid: Sequence[Cell]) -> list[str]:
+    configs, records = [point.config for point in study.points], [record for cell in grid for record in cell.records]
+    rows: dict[str, str | list[str]] = {
+        "study": str(study.path),
+        "base": os.path.normpath(study.path.parent / study.file.base),
+        **{key: show(value) for key, value in study.file.overrides.items()},
+        **{key: ", ".join(label(key, value) for value in values) for key, values in study.file.axes.items()},
+        "seeds": ", ".join(map(str, study.file.seeds)),
+        "ranks": [f"{study.file.ranks}, ep {config.parallel.ep}, tp {config.parallel.tp}" for config in configs],
+        "data": [config.data.kind for config in configs],
+        "model": [_model(config.model) for config in configs],
+        "parameters": [f"{record['parameters']:,}, {record['active_parameters']:,} active" for record in records],
+        "training": [_training(config.train) for config in configs],
+        "device": [str(record["device"]) for record in records],
+        "revision": [str(record["revision"]) for record in records],
+    }
+    lines = ["| | |", "|---|---|"]
+    for key, value in rows.items():
+        lines.append(f"| {key} | {value if isinstance(value, str) else '; '.join(dict.fromkeys(value))} |")
+    return lines
+
+
+def _model(model: ModelConfig) -> str:
+    moe = model.moe
+    return f"{model.num_layers} layers, d_model {model.d_model}, {moe.num_experts} experts, top_k {moe.top_k}"
+
+
+def _training(train: TrainConfig) -> str:
+    return f"{train.steps} steps of {train.global_batch} sequences of {train.seq_len} tokens"

@@ -1,0 +1,43 @@
+"""The status of a run, status.json in its folder: what it does now, or how it ended. Light: no torch.
+
+running | finished | preempted (saved, and left because a signal asked for it) | failed, with the reason
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE = "status.json"
+
+
+def write_status(folder: Path, state: str, **details: Any) -> None:
+    """Replace the status at once: a reader sees the old one or the new one."""
+    draft = folder / f".{FILE}"
+    draft.write_text(json.dumps({"state": state, **details}, indent=1))
+    os.replace(draft, folder / FILE)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The status on disk; state `none` where no run has started. Raises ValueError when it cannot be read."""
+    try:
+        status = json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        return {"state": "none"}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / FILE} cannot be read: {error}") from None
+    if not isinstance(status, dict) or "state" not in status:
+        raise ValueError(f"{folder / FILE} names no state")
+    return status
+
+
+def describe_status(status: dict[str, Any]) -> str:
+    """One line: the state first, then what is known of it, for example `preempted step=40 signal=SIGUSR2`."""
+    details = (f"{key}={value}" for key, value in status.items() if key != "state")
+    return " ".join([str(status["state"]), *details]).replace("\n", " ")
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether the run has trained all of `steps` already."""
+    status = read_status(folder)
+    return status["state"] == "finished" and int(status.get("step", 0)) >= steps

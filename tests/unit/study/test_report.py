@@ -1,0 +1,74 @@
+"""The report: numbers that can be checked by hand, and files that do not change."""
+
+from pathlib import Path
+
+from moe_dist.study.command import study as command_line
+from moe_dist.study.figure import x_places
+from moe_dist.study.ledger import Ledger
+from moe_dist.study.report import cells, markdown, spread, table, write_report
+from moe_dist.study.runner import Runner
+from tests.unit.study.helpers import Pretend, toy_study, write_study
+
+
+def test_the_table_by_hand(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    Runner(study, Pretend(tmp_path)).run(study.points)
+    head, _, half, dropless = table(study, cells(study, Ledger(study.ledger).latest()))
+
+    def row(line: str) -> dict[str, str]:
+        return dict(zip(*([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, line)), strict=True))
+
+    assert row(half) == {
+        "capacity_factor": "0.5",
+        "seeds": "2",
+        "validation loss": "3.0000 ± 0.7071",  # 2.5 and 3.5
+        "minus dropless": "+0.5000",  # 2.5 - 2 and 3.5 - 3
+        "training loss": "7.0000 ± 0.7071",
+        "dropped, end": "50.00 %",
+        "dropped, whole run": "87.50 %",
+        "fullest expert": "1.50",
+        "step": "1125.0 ms",
+        "rows to experts": "4.500 MB",
+        "crossing ranks": "0.000 MB",
+    }
+    assert row(dropless)["capacity_factor"] == "dropless"
+    assert row(dropless)["validation loss"] == "2.5000 ± 0.7071"
+    assert row(dropless)["minus dropless"] == "–"
+
+
+def test_spread() -> None:
+    assert spread([], "{:.1f} %") == "–"
+    assert spread([0.5], "{:.1f} %", 100) == "50.0 %"
+    assert spread([1, 3], "{:+.1f} s") == "+2.0 ± 1.4 s"
+
+
+def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
+    assert x_places([0.5, 1.0, 2.0, None]) == {0.5: 0.5, 1.0: 1.0, 2.0: 2.0, None: 2.75}
+    assert x_places([4, None]) == {4: 4.0, None: 5.0}
+    assert x_places(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
+    assert x_places([True, False]) == {True: 0.0, False: 1.0}
+
+
+def test_the_same_ledger_gives_the_same_files(tmp_path: Path) -> None:
+    text = "name: toy\nbase: base.yaml\naxes: {model.moe.top_k: [1, 2], model.moe.capacity_factor: [0.5, 1, null]}\n"
+    study = toy_study(tmp_path, text + "overrides: {train.steps: 8}\n")
+    assert Runner(study, Pretend(tmp_path)).run(study.points) == 0
+    latest = Ledger(study.ledger).latest()
+    paths = write_report(study, latest)
+    assert [path.name for path in paths] == ["report.md", "toy.png", "toy.svg"]
+    first = [path.read_bytes() for path in paths]
+    assert first[1].startswith(b"\x89PNG") and b"<svg" in first[2]
+    assert [path.read_bytes() for path in write_report(study, latest)] == first
+
+
+def test_points_without_a_result_are_named(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    assert command_line(["report", str(path)]) == 1
+    study = toy_study(tmp_path)
+    command = Pretend(tmp_path, "if factor == 0.5: sys.exit('no luck')")
+    Runner(study, command).run(study.points[1:])
+    page = markdown(study, Ledger(study.ledger).latest())
+    assert "2 of 4 points have finished" in page
+    assert "- capacity_factor=0.5-seed=0: not run to its end yet" in page
+    assert "- capacity_factor=0.5-seed=1: failed exit code 1" in page
+    assert command_line(["report", str(path)]) == 0

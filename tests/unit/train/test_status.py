@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from moe_dist.cli import main
+from moe_dist.train.status import describe_status, is_finished, read_status, write_status
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    assert read_status(tmp_path) == {"state": "none"}
+    write_status(tmp_path, "preempted", step=40, signal="SIGUSR2")
+    status = read_status(tmp_path)
+    assert status == {"state": "preempted", "step": 40, "signal": "SIGUSR2"}
+    assert describe_status(status) == "preempted step=40 signal=SIGUSR2"
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_reason_of_several_lines_stays_one() -> None:
+    assert describe_status({"state": "failed", "reason": "one\ntwo"}) == "failed reason=one two"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(ValueError, match=r"status\.json"):
+        read_status(tmp_path)
+
+
+def test_finished_means_all_steps_of_this_configuration(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path, 40)
+    write_status(tmp_path, "preempted", step=40)
+    assert not is_finished(tmp_path, 40)
+    write_status(tmp_path, "finished", step=40)
+    assert is_finished(tmp_path, 40)
+    assert not is_finished(tmp_path, 80), "the user has asked for more"
+
+
+def test_the_command_finds_the_run_as_train_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    write_status(run, "running")
+    flags = ["--run.root", str(tmp_path), "--run.name", "mine", "--resume", "auto", "--device", "cpu"]
+    assert main(["status", *flags]) == 0
+    assert capsys.readouterr().out == "running\n"
+
+
+def test_auto_leaves_a_finished_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    write_status(run, "finished", step=5)
+    flags = ["--run.root", str(tmp_path), "--run.name", "mine", "--train.steps", "5", "--resume", "auto"]
+    assert main(["train", *flags]) == 0
+    assert "finished its 5 steps already" in capsys.readouterr().out
+    assert [path.name for path in run.iterdir()] == ["status.json"]
