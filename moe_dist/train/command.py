@@ -2,6 +2,9 @@
 
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from rich.console import Console
@@ -10,7 +13,7 @@ from rich.text import Text
 from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
 from moe_dist.models.generate import generate
-from moe_dist.parallel.launch import rank_from_environment, start, stop
+from moe_dist.parallel.launch import Rank, rank_from_environment, start, stop
 from moe_dist.train.loop import Outcome, Trainer
 from moe_dist.train.progress import duration, print_summary, short_number
 
@@ -20,17 +23,14 @@ _PROMPT = "def "
 def train(config: Config, resume: bool, device: str | None) -> None:
     """Run one rank from start to end. Raises ValueError for what a user got wrong."""
     rank = rank_from_environment(os.environ)
-    validate(config, rank.world)  # before anything starts
+    with _said_once(rank):
+        validate(config, rank.world)  # before anything starts
     chosen = start(rank, device, config.train.threads)
     console = Console(quiet=rank.rank != 0)
-    try:
+    with _said_once(rank):
         trainer = Trainer(config, chosen, console)
-        trainer.folder.refuse_second_start(resume)
-    except ValueError:
-        if rank.rank == 0:
-            raise
-        sys.exit(2)  # every rank sees the same mistake; one of them says so
-    outcome = trainer.run(resume)
+        newest = trainer.checkpoint_to_continue(resume)
+    outcome = trainer.run(newest)
     print_summary(console, summary_rows(trainer, outcome), f"run {config.run.name}")
     if config.run.sample_tokens:
         text = sample(trainer, config.run.sample_tokens)
@@ -38,6 +38,18 @@ def train(config: Config, resume: bool, device: str | None) -> None:
         console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
     console.print(Text(_next_steps(outcome)), soft_wrap=True)
     stop()
+
+
+@contextmanager
+def _said_once(rank: Rank) -> Iterator[None]:
+    """For mistakes that every rank sees: rank 0 says so."""
+    try:
+        yield
+    except ValueError:
+        if rank.rank == 0:
+            raise
+        time.sleep(1)  # a launcher stops all ranks when one has ended: let rank 0 speak first
+        sys.exit(2)
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:

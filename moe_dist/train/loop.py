@@ -57,7 +57,9 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device, console: Console) -> None:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
-        config = replace(config, model=resolve_backends(config.model, config.parallel.ep))
+        config = replace(
+            config, model=resolve_backends(config.model, config.parallel.ep, device.type, config.train.seq_len)
+        )
         self.config, self.device, self.console = config, device, console
         self.mesh: Mesh = create_mesh(config.parallel.ep, config.parallel.tp)
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
@@ -73,10 +75,33 @@ class Trainer:
         self.flops = train_flops_per_token(config.model, config.train.seq_len)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
 
-    def run(self, resume: bool) -> Outcome:
-        """Train to the last step. Status, metrics and checkpoints are on disk whatever happens.
+    def checkpoint_to_continue(self, resume: bool) -> Path | None:
+        """What `run` starts from: the newest checkpoint, or None for a new run. Nothing is written.
 
-        Raises ValueError when a checkpoint does not fit, FloatingPointError on a non-finite loss.
+        Raises ValueError when the folder is in use, holds nothing to resume, or holds another run.
+        """
+        self.folder.refuse_second_start(resume)
+        if not resume:
+            return None
+        newest = self.folder.newest_checkpoint()
+        if newest is None:
+            raise ValueError(
+                f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume"
+            )
+        run = Manifest.load(newest).run
+        for name, value in self._identity().items():
+            if run.get(name) != value:
+                raise ValueError(
+                    f"{newest} was trained with {name}={run.get(name)}, not {value}: "
+                    "a resumed run must continue on the same data in the same order"
+                )
+        return newest
+
+    def run(self, newest: Path | None) -> Outcome:
+        """Train to the last step, from checkpoint `newest` if given. Status, metrics and checkpoints are on disk
+        whatever happens.
+
+        Raises ValueError when the checkpoint does not fit, FloatingPointError on a non-finite loss.
         """
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
         main = self.mesh.rank == 0
@@ -213,20 +238,6 @@ class Trainer:
     def _tensors(self, split: Any, starts: Any) -> tuple[Tensor, Tensor]:
         tokens_BS, targets_BS = micro_batch(split, starts, self.config.train.seq_len)
         return tokens_BS.to(self.device), targets_BS.to(self.device)
-
-    def _checkpoint_to_continue(self) -> Path:
-        """The newest one. Raises ValueError, before anything is written, when there is none or it is of another run."""
-        newest = self.folder.newest_checkpoint()
-        if newest is None:
-            raise ValueError(f"{self.folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
-        run = Manifest.load(newest).run
-        for name, value in self._identity().items():
-            if run.get(name) != value:
-                raise ValueError(
-                    f"{newest} was trained with {name}={run.get(name)}, not {value}: a resumed run must continue "
-                    "on the same data in the same order"
-                )
-        return newest
 
     def _resume(self, newest: Path) -> int:
         step = load(newest, self.engine).step
