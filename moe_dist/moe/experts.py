@@ -17,8 +17,7 @@ from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
 class Experts(nn.Module):
-    """E_i(x) = act(x W_in[i]^T) W_out[i] for rows sorted by expert. As in the dense layers, the first weight is stored
-    [out, in] and the second [in, out].
+    """E_i(x) = act(x W_in[i]) W_out[i] for rows sorted by expert.
 
     At ep > 1 each rank holds num_experts / ep of them and the parameters belong to the edp group. At ep = 1 they are
     replicated like dense parameters; the tp ranks then see different slices of the tokens, so their gradients are
@@ -42,7 +41,7 @@ class Experts(nn.Module):
             spec = ParamSpec((num_experts, rows, columns), shard, mesh.ep.rank * local, std, stacked=True)
             return parameter((local, rows, columns), spec)
 
-        self.w_in = stacked(wide, d_model, d_model**-0.5)
+        self.w_in = stacked(d_model, wide, d_model**-0.5)
         self.w_out = stacked(d_ff, d_model, out_std)
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
@@ -53,5 +52,5 @@ class Experts(nn.Module):
             # Nothing arrived: stay in the graph, so that idle experts get zero gradients and no exchange is skipped.
             return rows_RD + 0.0 * (w_in.sum() + w_out.sum())
         matmul = GROUPED_MM[self.backend]
-        hidden_RF = activate(matmul(rows_RD, w_in.transpose(1, 2), rows_per_expert), self.activation)
+        hidden_RF = activate(matmul(rows_RD, w_in, rows_per_expert), self.activation)
         return matmul(hidden_RF, w_out, rows_per_expert)

@@ -29,10 +29,10 @@ def replaces(backend: str, device_type: str) -> bool:
 
 
 def feed_forward(
-    rows_RD: Tensor, w_in_eHD: Tensor, w_out_eFD: Tensor, rows_per_expert: Sequence[int], activation: str
+    rows_RD: Tensor, w_in_eDH: Tensor, w_out_eFD: Tensor, rows_per_expert: Sequence[int], activation: str
 ) -> Tensor:
-    """act(rows W_in[i]^T) W_out[i] for rows sorted by expert: [R, D] -> [R, D]. Idle experts get zero gradients."""
-    return _FeedForward.apply(rows_RD, w_in_eHD, w_out_eFD, tuple(rows_per_expert), activation)
+    """act(rows W_in[i]) W_out[i] for rows sorted by expert: [R, D] -> [R, D]. Idle experts get zero gradients."""
+    return _FeedForward.apply(rows_RD, w_in_eDH, w_out_eFD, tuple(rows_per_expert), activation)
 
 
 class _Span(NamedTuple):
@@ -46,42 +46,42 @@ class _Span(NamedTuple):
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, w_in_eHD: Tensor, w_out_eFD: Tensor, rows_per_expert: tuple[int, ...], name: str
+        ctx: Any, rows_RD: Tensor, w_in_eDH: Tensor, w_out_eFD: Tensor, rows_per_expert: tuple[int, ...], name: str
     ) -> Tensor:
         spans = list(_spans(rows_per_expert, _block(rows_RD.dtype)))
         x_PD = _pad(rows_RD, spans)
-        pre_PH = x_PD.new_empty(x_PD.shape[0], w_in_eHD.shape[1])
+        pre_PH = x_PD.new_empty(x_PD.shape[0], w_in_eDH.shape[2])
         act_CF = x_PD.new_empty(max(span.size for span in spans), w_out_eFD.shape[1])
         y_PD = torch.empty_like(x_PD)
-        for span, w_in_HD, w_out_FD in zip(spans, w_in_eHD, w_out_eFD, strict=True):
+        for span, w_in_DH, w_out_FD in zip(spans, w_in_eDH, w_out_eFD, strict=True):
             if span.size:
-                pre_cH = torch.mm(x_PD[span.padded], w_in_HD.t(), out=pre_PH[span.padded])
+                pre_cH = torch.mm(x_PD[span.padded], w_in_DH, out=pre_PH[span.padded])
                 act_cF = activate_into(pre_cH, name, act_CF[: span.size])
                 torch.mm(act_cF, w_out_FD, out=y_PD[span.padded])
-        ctx.save_for_backward(x_PD, pre_PH, w_in_eHD, w_out_eFD)
+        ctx.save_for_backward(x_PD, pre_PH, w_in_eDH, w_out_eFD)
         ctx.spans, ctx.name = spans, name
         return _unpad(y_PD, spans)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        x_PD, pre_PH, w_in_eHD, w_out_eFD = ctx.saved_tensors
+        x_PD, pre_PH, w_in_eDH, w_out_eFD = ctx.saved_tensors
         grad_y_PD, grad_x_PD = _pad(grad_RD, ctx.spans), torch.empty_like(x_PD)
-        grad_in_eHD, grad_out_eFD = torch.empty_like(w_in_eHD), torch.empty_like(w_out_eFD)
+        grad_in_eDH, grad_out_eFD = torch.empty_like(w_in_eDH), torch.empty_like(w_out_eFD)
         fullest = max(span.size for span in ctx.spans)
         act_CF, grad_act_CF = x_PD.new_empty(2, fullest, w_out_eFD.shape[1]).unbind(0)
-        grad_pre_CH = x_PD.new_empty(fullest, w_in_eHD.shape[1])
+        grad_pre_CH = x_PD.new_empty(fullest, w_in_eDH.shape[2])
         for e, span in enumerate(ctx.spans):
             if span.size == 0:
-                grad_in_eHD[e].zero_(), grad_out_eFD[e].zero_()
+                grad_in_eDH[e].zero_(), grad_out_eFD[e].zero_()
                 continue
             here, act_cF, grad_pre_cH = span.padded, act_CF[: span.size], grad_pre_CH[: span.size]
             grad_act_cF = torch.mm(grad_y_PD[here], w_out_eFD[e].t(), out=grad_act_CF[: span.size])
             activate_backward_into(pre_PH[here], grad_act_cF, ctx.name, out=act_cF, grad_x=grad_pre_cH)
             torch.mm(act_cF.t(), grad_y_PD[here], out=grad_out_eFD[e])
-            torch.mm(grad_pre_cH, w_in_eHD[e], out=grad_x_PD[here])
-            torch.mm(grad_pre_cH.t(), x_PD[here], out=grad_in_eHD[e])
-        return _unpad(grad_x_PD, ctx.spans), grad_in_eHD, grad_out_eFD, None, None
+            torch.mm(grad_pre_cH, w_in_eDH[e].t(), out=grad_x_PD[here])
+            torch.mm(x_PD[here].t(), grad_pre_cH, out=grad_in_eDH[e])
+        return _unpad(grad_x_PD, ctx.spans), grad_in_eDH, grad_out_eFD, None, None
 
 
 def _block(dtype: torch.dtype) -> int:

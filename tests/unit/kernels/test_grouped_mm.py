@@ -23,12 +23,12 @@ every_count = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def inputs(
     counts: tuple[int, ...], activation: str, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (sum(counts), D), (len(counts), input_width(F, activation), D), (len(counts), F, D)
+    shapes = (sum(counts), D), (len(counts), D, input_width(F, activation)), (len(counts), F, D)
     return tuple(torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
 
 
-def plain(rows_RD: Tensor, w_in_eHD: Tensor, w_out_eFD: Tensor, counts: tuple[int, ...], activation: str) -> Tensor:
-    return loop(activate(loop(rows_RD, w_in_eHD.transpose(1, 2), counts), activation), w_out_eFD, counts)
+def plain(rows_RD: Tensor, w_in_eDH: Tensor, w_out_eFD: Tensor, counts: tuple[int, ...], activation: str) -> Tensor:
+    return loop(activate(loop(rows_RD, w_in_eDH, counts), activation), w_out_eFD, counts)
 
 
 @every_count

@@ -39,7 +39,7 @@ def mixtral_block(layer: MoE) -> nn.Module:
     block = mixtral.MixtralSparseMoeBlock(config)
     with torch.no_grad():
         block.gate.weight.copy_(layer.router.weight)
-        block.experts.gate_up_proj.copy_(layer.experts.w_in)
+        block.experts.gate_up_proj.copy_(layer.experts.w_in.transpose(1, 2))
         block.experts.down_proj.copy_(layer.experts.w_out.transpose(1, 2))
     return block
 
@@ -58,7 +58,7 @@ def test_dropless_is_mixtral(backend: str, count: int) -> None:
     close = dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x_TD.grad, other_TD.grad, **close)
     torch.testing.assert_close(layer.router.weight.grad, block.gate.weight.grad, **close)
-    torch.testing.assert_close(layer.experts.w_in.grad, block.experts.gate_up_proj.grad, **close)
+    torch.testing.assert_close(layer.experts.w_in.grad, block.experts.gate_up_proj.grad.transpose(1, 2), **close)
     torch.testing.assert_close(layer.experts.w_out.grad, block.experts.down_proj.grad.transpose(1, 2), **close)
 
 
@@ -76,7 +76,7 @@ def test_top_1_is_the_switch_formula(activation: str, backend: str) -> None:
         probs_E = (layer.router.weight @ x_D).softmax(-1)
         i = int(probs_E.argmax())
         expected.append(
-            probs_E[i] * (ACTIVATIONS[activation](x_D @ layer.experts.w_in[i].t()) @ layer.experts.w_out[i])
+            probs_E[i] * (ACTIVATIONS[activation](x_D @ layer.experts.w_in[i]) @ layer.experts.w_out[i])
         )
     torch.testing.assert_close(y_TD, torch.stack(expected))
     params, weight_TD = list(layer.parameters()), torch.randn_like(y_TD)
@@ -109,7 +109,7 @@ def test_all_tokens_on_one_expert(backend: str, expert: int) -> None:
     layer, x_TD = forced(layer_of(top_k=1, experts=backend), expert), tokens().abs()
     y_TD, stats = layer(x_TD, context())
     assert stats.load_E.tolist() == [10 * (e == expert) for e in range(E)]
-    hidden_TF = ACTIVATIONS["swiglu"](x_TD @ layer.experts.w_in[expert].t())
+    hidden_TF = ACTIVATIONS["swiglu"](x_TD @ layer.experts.w_in[expert])
     p_T1 = (x_TD @ layer.router.weight.t()).softmax(-1)[:, expert, None]
     torch.testing.assert_close(y_TD, p_T1 * (hidden_TF @ layer.experts.w_out[expert]))
     y_TD.sum().backward()
