@@ -75,9 +75,7 @@ def test_top_1_is_the_switch_formula(activation: str, backend: str) -> None:
     for x_D in x_TD:
         probs_E = (layer.router.weight @ x_D).softmax(-1)
         i = int(probs_E.argmax())
-        expected.append(
-            probs_E[i] * (ACTIVATIONS[activation](x_D @ layer.experts.w_in[i]) @ layer.experts.w_out[i])
-        )
+        expected.append(probs_E[i] * (ACTIVATIONS[activation](x_D @ layer.experts.w_in[i]) @ layer.experts.w_out[i]))
     torch.testing.assert_close(y_TD, torch.stack(expected))
     params, weight_TD = list(layer.parameters()), torch.randn_like(y_TD)
     found = torch.autograd.grad((y_TD * weight_TD).sum(), params)
