@@ -37,13 +37,13 @@ OPTIM = OptimConfig(lr=3e-4)
 Step = Callable[[Tensor], float]  # tokens [B, S + 1] -> loss
 
 
-def model_config(experts: str) -> ModelConfig:
-    """The MoE of the comparison, or its dense bound for experts = `dense`."""
+def model_config(experts: str, seq_len: int) -> ModelConfig:
+    """The MoE of the comparison, or its dense bound for experts = `dense`; backends resolved as in a run."""
     routed = experts != "dense"
     moe = MoEConfig(
         num_experts=8 if routed else 0, top_k=2, d_ff=1024, capacity_factor=None, experts=experts if routed else "auto"
     )
-    return ModelConfig(
+    model = ModelConfig(
         vocab_size=8192,
         d_model=256,
         num_layers=4,
@@ -53,13 +53,12 @@ def model_config(experts: str) -> ModelConfig:
         tie_embeddings=False,
         moe=moe,
     )
+    return resolve_backends(model, ep=1, device_type="cpu", seq_len=seq_len)
 
 
 def ours(model: ModelConfig, precision: str) -> Step:
     mesh = single_process_mesh()
-    engine = NativeEngine(
-        Decoder(resolve_backends(model, ep=1), mesh), mesh, EngineConfig(precision=precision), OPTIM, accumulation=1
-    )
+    engine = NativeEngine(Decoder(model, mesh), mesh, EngineConfig(precision=precision), OPTIM, accumulation=1)
     context = StepContext(RandomKey.of(0))
 
     def step(tokens: Tensor) -> float:
@@ -153,16 +152,19 @@ def main() -> None:
     args = parser.parse_args()
     restart_like_a_launch_script()
 
-    model, shape = model_config(args.experts[0]), (args.batch, args.seq_len)
-    backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(resolve_backends(model, ep=1), "cpu").items())
+    shape = (args.batch, args.seq_len)
+    model, dense = (model_config(experts, args.seq_len) for experts in (args.experts[0], "dense"))
+    backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(model, "cpu").items())
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {cpu_name()}")
     print(f"{torch.get_num_threads()} threads; {shape[0]} x {shape[1]} tokens a step; median of {args.steps} steps")
     print(f"moe_dist with {backends}")
     for precision in args.precision:
         torch.manual_seed(0)
-        contestants = {f"moe_dist {experts}": ours(model_config(experts), precision) for experts in args.experts}
+        contestants = {
+            f"moe_dist {experts}": ours(model_config(experts, args.seq_len), precision) for experts in args.experts
+        }
         first = next(iter(contestants.values()))
-        contestants |= {"transformers": theirs(model, precision), "dense bound": ours(model_config("dense"), precision)}
+        contestants |= {"transformers": theirs(model, precision), "dense bound": ours(dense, precision)}
         seconds = race(contestants, args.steps, args.warm_up, shape, model.vocab_size)
 
         note = "; transformers keeps parameters and moments in bf16, moe_dist in fp32" if precision == "bf16" else ""
@@ -170,7 +172,7 @@ def main() -> None:
             f"\n{precision}{note}\n{'':24}{'ms':>8}{'tokens/s':>10}{'/ transformers':>16}{'/ dense':>9}{'GFLOP/s':>9}"
         )
         for name, median in seconds.items():
-            flops = train_flops_per_token(model_config("dense") if name == "dense bound" else model, shape[1])
+            flops = train_flops_per_token(dense if name == "dense bound" else model, shape[1])
             tokens = shape[0] * shape[1] / median
             ratios = seconds["transformers"] / median, seconds["dense bound"] / median
             rates = f"{tokens:10.0f}{ratios[0]:16.2f}{ratios[1]:9.2f}{tokens * flops / 1e9:9.0f}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.flash import flash_attn_attention, flash_provider, sdpa_attention
+from moe_dist.kernels.attention.packed import packed_attention
 from moe_dist.kernels.attention.reference import causal_attention
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
@@ -81,4 +82,6 @@ class CausalSelfAttention(nn.Module):
 def _attention(backend: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if backend == "torch":
         return causal_attention
+    if backend == "packed":
+        return packed_attention
     return flash_attn_attention if flash_provider(device_type) == "flash-attn" else sdpa_attention

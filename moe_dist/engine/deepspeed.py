@@ -63,7 +63,10 @@ class DeepSpeedEngine:
             engine.grad_clip,
             accumulation,
         )
-        self.specs = {name: (param, spec) for name, param, spec in logical_parameters(model)}
+        # Any: DeepSpeed hangs attributes of its own on parameters.
+        self.specs: dict[str, tuple[Any, ParamSpec]] = {
+            n: (param, spec) for n, param, spec in logical_parameters(model)
+        }
         self.micro = 0
         _mark_parameters(model, mesh)
         root: nn.Module = model

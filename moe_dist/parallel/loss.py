@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group
 
-_CHUNK_LOGITS = 1 << 22
+_CHUNK_LOGITS = 1 << 23
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, tp: Group) -> Tensor:

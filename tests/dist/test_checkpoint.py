@@ -1,0 +1,214 @@
+"""Saving under one layout and loading under any other; damage and failures, which every rank must hear of."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.checkpoint import store
+from moe_dist.checkpoint.reshard import load
+from moe_dist.checkpoint.store import checkpoints, save
+from moe_dist.engine.base import STATE_KINDS
+from moe_dist.parallel.mesh import create_mesh
+from tests.dist.helpers import TinyRun, assert_same, logical, raised, run_checks, tiny_config
+
+NATIVE = {"parallel__ep": 2, "parallel__tp": 2}
+DEEPSPEED = {"engine__name": "deepspeed"}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "native": NATIVE,
+    "native-sp-ep4": {"parallel__ep": 4, "parallel__tp": 2, "parallel__sequence_parallel": True},
+    "zero0": DEEPSPEED | {"parallel__ep": 2},
+    "zero1-ep4": DEEPSPEED | {"engine__zero_stage": 1, "parallel__ep": 4},
+    "zero1-ep2-tp2": DEEPSPEED | {"engine__zero_stage": 1} | NATIVE,
+    "zero2": DEEPSPEED | {"engine__zero_stage": 2},
+    "zero3": DEEPSPEED | {"engine__zero_stage": 3},
+    "zero3-tp2": DEEPSPEED | {"engine__zero_stage": 3, "parallel__tp": 2},
+    "zero1-bf16": DEEPSPEED | {"engine__zero_stage": 1, "engine__precision": "bf16", "parallel__ep": 2},
+    "zero2-bf16": DEEPSPEED | {"engine__zero_stage": 2, "engine__precision": "bf16", "parallel__ep": 2},
+    "zero3-bf16": DEEPSPEED | {"engine__zero_stage": 3, "engine__precision": "bf16"},
+}
+RUN = {"data": "nothing"}
+SAVED, CONTINUED = 3, 6
+OTHER_WEIGHTS = {"train__seed": 1}  # what a load must overwrite
+
+State = dict[str, dict[str, torch.Tensor]]
+
+
+def start(changes: dict[str, Any]) -> TinyRun:
+    config = tiny_config(**changes)
+    return TinyRun(config, create_mesh(config.parallel.ep, config.parallel.tp))
+
+
+def state(run: TinyRun) -> State:
+    return {kind: logical(run.engine, kind) for kind in STATE_KINDS}
+
+
+def assert_same_state(actual: State, expected: State) -> None:
+    for kind in STATE_KINDS:
+        assert_same(actual[kind], expected[kind])
+
+
+def assert_close_losses(actual: list[float], expected: list[float], tolerance: float, what: str) -> None:
+    assert all(abs(a - b) <= tolerance for a, b in zip(actual, expected, strict=True)), (what, actual, expected)
+
+
+def check_native_to_any_layout_and_back(folder: str) -> None:
+    """Weights and moments are bit-equal by logical parameter, and the losses go on the same.
+
+    What a layout saved and loads again goes on bit by bit.
+    """
+    run = start(NATIVE)
+    run.train(0, SAVED)
+    path = save(Path(folder) / "first", run.engine, SAVED, RUN, keep_last=1)
+    saved = state(run)
+    w_in = saved["weight"]["blocks.0.feed_forward.experts.w_in"]
+    assert len({tuple(expert.flatten()[:4].tolist()) for expert in w_in}) == len(w_in), "experts must be distinct"
+    losses = run.train(SAVED, CONTINUED)
+    if dist.get_rank() == 0:
+        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+    for name, changes in LAYOUTS.items():
+        tolerance = 2e-2 if "bf16" in name else 1e-5
+        layout = start(changes | OTHER_WEIGHTS)
+        assert load(path, layout.engine).step == SAVED
+        assert_same_state(state(layout), saved)
+        assert_close_losses(layout.train(SAVED, CONTINUED), losses, tolerance, f"native to {name}")
+
+        saved_there = save(Path(folder) / name, layout.engine, CONTINUED, RUN, keep_last=1)
+        there = state(layout)
+        native, again = start(NATIVE | OTHER_WEIGHTS), start(changes | OTHER_WEIGHTS)
+        for other in (native, again):
+            load(saved_there, other.engine)
+            assert_same_state(state(other), there)
+        more = layout.train(CONTINUED, CONTINUED + 2)
+        assert_close_losses(native.train(CONTINUED, CONTINUED + 2), more, tolerance, f"{name} to native")
+        assert_close_losses(again.train(CONTINUED, CONTINUED + 2), more, 0.0, f"{name} to itself")
+        assert_same_state(state(again), state(layout))
+
+
+def check_one_process_saves(folder: str) -> None:
+    run = start({})
+    run.train(0, SAVED)
+    save(Path(folder) / "alone", run.engine, SAVED, RUN, keep_last=1)
+    torch.save(state(run), Path(folder) / "alone.pt")
+
+
+def check_four_ranks_continue_one(folder: str) -> None:
+    saved = torch.load(Path(folder) / "alone.pt", weights_only=True)
+    for name in ("native", "zero1-ep4"):
+        run = start(LAYOUTS[name] | OTHER_WEIGHTS)
+        load(Path(folder) / "alone" / "step-000003", run.engine)
+        assert_same_state(state(run), saved)
+
+
+def check_one_process_continues_four(folder: str) -> None:
+    losses = json.loads((Path(folder) / "losses.json").read_text())
+    for changes in ({}, DEEPSPEED | {"engine__zero_stage": 2}):
+        run = start(changes | OTHER_WEIGHTS)
+        load(Path(folder) / "first" / "step-000003", run.engine)
+        assert_close_losses(run.train(SAVED, CONTINUED), losses, 1e-5, "four to one")
+
+
+def check_damage_is_named_on_every_rank(folder: str) -> None:
+    """One flipped byte, in each file in turn; then a lost file, a shortened one, and a manifest that is none."""
+    run, root = start(NATIVE), Path(folder) / "damaged"
+    path = save(root, run.engine, 1, RUN, keep_last=1)
+    for index in range(4):
+        file = path / f"rank-{index:05d}.safetensors"
+        whole = file.read_bytes()
+        dist.barrier()
+        cut = len(whole) // 2
+        for damaged in (whole[:cut] + bytes([whole[cut] ^ 1]) + whole[cut + 1 :], whole[:-1], None):
+            if dist.get_rank() == 0:
+                file.unlink() if damaged is None else file.write_bytes(damaged)
+            dist.barrier()
+            message = raised(ValueError, load, path, run.engine)
+            assert str(file) in message and "rank-" not in message.replace(str(file), ""), message
+            dist.barrier()
+            if dist.get_rank() == 0:
+                file.write_bytes(whole)
+            dist.barrier()
+    load(path, run.engine)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (path / "manifest.json").write_text('{"format": 1, "step": 1}')
+    dist.barrier()
+    assert "not a readable manifest" in raised(ValueError, load, path, run.engine)
+    assert "manifest" in raised(ValueError, load, root / "step-000009", run.engine)
+    dist.barrier()
+
+
+def check_another_model_is_refused_on_every_rank(folder: str) -> None:
+    """Also under ZeRO, where most ranks hold nothing of the parameter that differs."""
+    path = save(Path(folder) / "model", start(NATIVE).engine, 1, RUN, keep_last=1)
+    for changes, name in (
+        (
+            {"model__moe__num_experts": 8},
+            "w_in has shape [4, 32, 96] here, but has shape [8, 32, 96] in",
+        ),
+        ({"model__num_layers": 3}, "blocks.2.attention.key_value.weight is absent here"),
+        ({"model__num_layers": 1}, "blocks.1.attention.key_value.weight has shape [16, 32] here, but is absent"),
+        ({"model__moe__num_shared_experts": 1}, "shared.down.weight is absent here"),
+    ):
+        for layout in (NATIVE, LAYOUTS["zero1-ep4"], LAYOUTS["zero3"]):
+            run = start(layout | changes)
+            message = raised(ValueError, load, path, run.engine)
+            assert name in message, message
+
+
+def check_a_failing_rank_fails_all_and_harms_nothing(folder: str) -> None:
+    """The disk fills up while one rank writes its file, or rank 0 the manifest, or when the folder is made."""
+    run, root = start(NATIVE), Path(folder) / "failing"
+    first = save(root, run.engine, 1, RUN, keep_last=1)
+    before = logical(run.engine, "weight")
+    full = OSError(28, "No space left on device")
+    for rank, what in ((2, "save_file"), (0, "_flush"), (0, "_write_durably"), (0, "_commit")):
+        broken = mock.patch.object(store, what, side_effect=full) if dist.get_rank() == rank else nullcontext()
+        with broken:
+            message = raised(RuntimeError, save, root, run.engine, 2, RUN, 1)
+        assert f"rank {rank}: [Errno 28] No space left on device" in message, message
+        dist.barrier()
+        assert [path.name for path in root.iterdir()] == ["step-000001"], what
+        dist.barrier()
+    load(first, run.engine)
+    assert_same(logical(run.engine, "weight"), before)
+
+
+def check_rubbish_goes_and_enough_stays(folder: str) -> None:
+    """keep_last counts complete checkpoints; drafts and half-removed folders of a killed run are swept up."""
+    run, root = start(NATIVE), Path(folder) / "pruned"
+    if dist.get_rank() == 0:
+        for name in (".step-000007", "step-000001"):
+            (root / name).mkdir(parents=True)
+            (root / name / "rank-00000.safetensors").write_bytes(b"half")
+        (root / "step-of-mine").mkdir()
+    dist.barrier()
+    for step in (2, 4, 6):
+        save(root, run.engine, step, RUN, keep_last=2)
+    save(root, run.engine, 6, RUN, keep_last=2)  # the same step again
+    assert sorted(path.name for path in root.iterdir()) == ["step-000004", "step-000006", "step-of-mine"]
+    assert [path.name for path in checkpoints(root)] == ["step-000004", "step-000006"]
+    assert all(load(path, run.engine).run == RUN for path in checkpoints(root))
+
+
+def test_any_layout_to_any_other(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    run_checks(1, [check_one_process_saves], folder)
+    run_checks(
+        4,
+        [
+            check_four_ranks_continue_one,
+            check_native_to_any_layout_and_back,
+            check_damage_is_named_on_every_rank,
+            check_another_model_is_refused_on_every_rank,
+            check_a_failing_rank_fails_all_and_harms_nothing,
+            check_rubbish_goes_and_enough_stays,
+        ],
+        folder,
+    )
+    run_checks(1, [check_one_process_continues_four], folder)
+    shutil.rmtree(tmp_path)

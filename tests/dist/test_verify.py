@@ -1,0 +1,125 @@
+"""`moe-dist verify` over a small covering set of settings and layouts, and its answer to a lie."""
+
+from unittest import mock
+
+import torch
+
+from moe_dist.engine.native import NativeEngine
+from moe_dist.moe.capacity import expert_capacity
+from moe_dist.parallel.mesh import Layout
+from moe_dist.verify.cases import LayoutCase, Options, Setting
+from moe_dist.verify.command import run_cases
+from tests.dist.helpers import run_checks
+
+CPU = torch.device("cpu")
+
+# Together they hold every value of every axis; each setting meets layouts that cut something it cares about.
+COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
+    (
+        Setting(top_k="2", drops="position", accumulation="4"),
+        (
+            LayoutCase(ep="2", tp="2", sp="on"),
+            LayoutCase(ep="4", zero="2"),
+            LayoutCase(ep="2", tp="2", zero="1", wire="padded"),
+            LayoutCase(zero="3"),
+        ),
+    ),
+    (
+        Setting(top_k="1", drops="score", recompute="block"),
+        (
+            LayoutCase(ep="4", tp="2", wire="padded"),
+            LayoutCase(ep="4", tp="2", sp="on", zero="1"),
+            LayoutCase(tp="2", sp="on", zero="3"),
+        ),
+    ),
+    (
+        Setting(top_k="2", drops="random", experts="bmm"),
+        (LayoutCase(ep="2", zero="0"), LayoutCase(ep="4", tp="2", zero="2"), LayoutCase(tp="2")),
+    ),
+    (
+        Setting(top_k="1", drops="dropless", accumulation="4", experts="loop"),
+        (LayoutCase(ep="4"), LayoutCase(ep="2", tp="2", sp="on", zero="0"), LayoutCase(ep="1", zero="1")),
+    ),
+]
+
+
+def options(setting: Setting, *layouts: LayoutCase, steps: int = 10) -> Options:
+    return Options((setting,), layouts, steps)
+
+
+def check_layouts_agree() -> None:
+    for setting, layouts in COVER:
+        assert run_cases(options(setting, *layouts), CPU), f"{setting}: see the table"
+
+
+def check_expert_gradients_twice_too_large_are_found() -> None:
+    """The classic: expert gradients summed over edp but divided by another size."""
+    true_reduce = NativeEngine._reduce
+
+    def wrong_reduce(engine: NativeEngine) -> None:
+        true_reduce(engine)
+        if engine.mesh.ep.size > 1:
+            grads = [m.grad for p, m in engine.masters.items() if p.spec.shard == "expert"]
+            torch._foreach_mul_(grads, 2.0)
+
+    with mock.patch.object(NativeEngine, "_reduce", wrong_reduce):
+        assert not run_cases(options(Setting(), LayoutCase(ep="2"), steps=2), CPU)
+    assert run_cases(options(Setting(), LayoutCase(ep="2"), steps=2), CPU)
+
+
+def check_one_more_row_per_expert_is_found() -> None:
+    """Only layouts are patched: by a capacity that is counted over more than one rank."""
+
+    def generous(factor: float | None, top_k: int, tokens: int, num_experts: int, min_capacity: int) -> int | None:
+        limit = expert_capacity(factor, top_k, tokens, num_experts, min_capacity)
+        return limit if limit is None or not patched else limit + 1
+
+    for patched in (True, False):
+        with mock.patch("moe_dist.verify.command.compare_layout", side_effect=_with_capacity(generous)):
+            assert run_cases(options(Setting(), LayoutCase(ep="2"), steps=1), CPU) is not patched
+
+
+def _with_capacity(rule):  # type: ignore[no-untyped-def]
+    """compare_layout under another capacity rule; the reference, trained before, keeps the true one."""
+    from moe_dist.verify.compare import compare_layout
+
+    def compare(*args):  # type: ignore[no-untyped-def]
+        with mock.patch("moe_dist.moe.capacity.expert_capacity", rule):
+            return compare_layout(*args)
+
+    return compare
+
+
+def check_unsynchronised_router_gradient_is_found() -> None:
+    """Under tp each rank routes its own slice; forgetting to sum the router's gradient changes no forward pass."""
+    with mock.patch("moe_dist.moe.routing.copy_to_group", lambda x, group: x):
+        assert not run_cases(options(Setting(), LayoutCase(tp="2"), steps=1), CPU)
+
+
+def check_nothing_compared_is_no_proof() -> None:
+    assert not run_cases(options(Setting(), LayoutCase(ep="3"), steps=1), CPU)
+
+
+def test_layouts_agree_and_lies_are_found() -> None:
+    run_checks(
+        4,
+        [
+            check_expert_gradients_twice_too_large_are_found,
+            check_one_more_row_per_expert_is_found,
+            check_unsynchronised_router_gradient_is_found,
+            check_nothing_compared_is_no_proof,
+            check_layouts_agree,
+        ],
+    )
+
+
+def test_the_cover_holds_every_value_of_every_axis() -> None:
+    from moe_dist.verify.cases import LAYOUT_AXES, SETTING_AXES
+
+    settings = [setting for setting, _ in COVER]
+    layouts = [layout for _, cases in COVER for layout in cases]
+    for axes, chosen in ((SETTING_AXES, settings), (LAYOUT_AXES, layouts)):
+        for name, values in axes.items():
+            assert {getattr(case, name) for case in chosen} == set(values), name
+    for layout in layouts:
+        assert Layout(4, int(layout.ep), int(layout.tp))
