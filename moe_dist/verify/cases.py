@@ -92,6 +92,14 @@ def settings_of(axes: Axes) -> tuple[Setting, ...]:
     return tuple(Setting(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))
 
 
+def every_setting() -> tuple[Setting, ...]:
+    """All combinations of what decides who is dropped; each other axis varied on its own, its product takes days."""
+    core = ("top_k", "drops", "accumulation")
+    combined = settings_of({name: SETTING_AXES[name] for name in core})
+    others = {name: values[1:] for name, values in SETTING_AXES.items() if name not in core}
+    return combined + tuple(Setting(**{name: value}) for name, values in others.items() for value in values)
+
+
 def layouts_of(axes: Axes) -> tuple[LayoutCase, ...]:
     """All combinations but those that say the same twice: sp without tp, a padded wire without ep."""
     cases = (LayoutCase(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))

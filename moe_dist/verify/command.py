@@ -21,6 +21,7 @@ from moe_dist.verify.cases import (
     Axes,
     Options,
     Setting,
+    every_setting,
     layouts_of,
     parse_axes,
     settings_of,
@@ -46,7 +47,7 @@ def verify(args: Sequence[str]) -> int:
     add = parser.add_argument
     add("--layouts", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(LAYOUT_AXES))
     add("--settings", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(SETTING_AXES))
-    add("--all", action="store_true", help="every layout and every setting (on 4 ranks and 2 cores: an hour)")
+    add("--all", action="store_true", help="every layout and setting (4 ranks on 2 cores: hours)")
     add("--ranks", type=int, default=4, help="processes to start (default 4)")
     add("--steps", type=int, default=50, help="optimizer steps of each run (default 50)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
@@ -54,7 +55,9 @@ def verify(args: Sequence[str]) -> int:
     if given.steps < 1 or given.ranks < 1:
         raise ValueError(f"--steps={given.steps} and --ranks={given.ranks} must be at least 1")
     options = Options(
-        settings_of(parse_axes(given.settings, SETTING_AXES, SETTING_AXES if given.all else QUICK_SETTINGS)),
+        every_setting()
+        if given.all and not given.settings
+        else settings_of(parse_axes(given.settings, SETTING_AXES, QUICK_SETTINGS)),
         layouts_of(parse_axes(given.layouts, LAYOUT_AXES, LAYOUT_AXES if given.all else QUICK_LAYOUTS)),
         given.steps,
     )

@@ -10,6 +10,7 @@ from moe_dist.verify.cases import (
     LayoutCase,
     Setting,
     case_config,
+    every_setting,
     layouts_of,
     parse_axes,
     settings_of,
@@ -90,3 +91,10 @@ def test_a_layout_changes_how_the_model_is_cut_and_nothing_else() -> None:
     assert (alone.engine.name, alone.parallel.ep, alone.parallel.tp) == ("native", 1, 1)
     cut.model.moe.wire = alone.model.moe.wire
     assert (cut.model, cut.optim, cut.train) == (alone.model, alone.optim, alone.train)
+
+
+def test_every_setting_covers_every_value_of_every_axis() -> None:
+    settings = every_setting()
+    for axis, values in SETTING_AXES.items():
+        assert {getattr(setting, axis) for setting in settings} == set(values)
+    assert len(set(settings)) == len(settings)
