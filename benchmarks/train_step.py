@@ -37,7 +37,7 @@ OPTIM = OptimConfig(lr=3e-4)
 Step = Callable[[Tensor], float]  # tokens [B, S + 1] -> loss
 
 
-def model_config(experts: str, seq_len: int) -> ModelConfig:
+def model_config(experts: str, seq_len: int, precision: str) -> ModelConfig:
     """The MoE of the comparison, or its dense bound for experts = `dense`; backends resolved as in a run."""
     routed = experts != "dense"
     moe = MoEConfig(
@@ -53,7 +53,7 @@ def model_config(experts: str, seq_len: int) -> ModelConfig:
         tie_embeddings=False,
         moe=moe,
     )
-    return resolve_backends(model, ep=1, device_type="cpu", seq_len=seq_len)
+    return resolve_backends(model, ep=1, device_type="cpu", seq_len=seq_len, precision=precision)
 
 
 def ours(model: ModelConfig, precision: str) -> Step:
@@ -153,16 +153,13 @@ def main() -> None:
     restart_like_a_launch_script()
 
     shape = (args.batch, args.seq_len)
-    model, dense = (model_config(experts, args.seq_len) for experts in (args.experts[0], "dense"))
-    backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(model, "cpu").items())
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {cpu_name()}")
     print(f"{torch.get_num_threads()} threads; {shape[0]} x {shape[1]} tokens a step; median of {args.steps} steps")
-    print(f"moe_dist with {backends}")
     for precision in args.precision:
         torch.manual_seed(0)
-        contestants = {
-            f"moe_dist {experts}": ours(model_config(experts, args.seq_len), precision) for experts in args.experts
-        }
+        names = [*args.experts, "dense"]
+        model, *_, dense = models = [model_config(experts, args.seq_len, precision) for experts in names]
+        contestants = {f"moe_dist {m.moe.experts}": ours(m, precision) for m in models[:-1]}
         first = next(iter(contestants.values()))
         contestants |= {"transformers": theirs(model, precision), "dense bound": ours(dense, precision)}
         seconds = race(contestants, args.steps, args.warm_up, shape, model.vocab_size)

@@ -1,4 +1,4 @@
-"""moe-dist: the command line. `moe-dist train CONFIG [flags]`, `moe-dist status CONFIG [flags]`, `moe-dist verify`."""
+"""moe-dist: the command line."""
 
 import argparse
 import os
@@ -11,6 +11,14 @@ import moe_dist
 
 if TYPE_CHECKING:
     from moe_dist.config.schema import Config
+
+_USAGE = """usage: moe-dist COMMAND ...       (each has --help)
+
+  train CONFIG [flags]          train a Mixture-of-Experts language model
+  status CONFIG [flags]         how far that run is
+  study run|list|report STUDY   a grid of runs over capacity factors and seeds
+  verify [flags]                prove that training means the same in every layout, on this machine
+  version"""
 
 _TRAIN = """Train a Mixture-of-Experts language model.
 
@@ -32,12 +40,9 @@ Takes what `moe-dist train` takes, and reads status.json of the run that this na
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong, 75 saved and stopped by a signal."""
-    parser = argparse.ArgumentParser(prog="moe-dist", description=__doc__, add_help=False)
-    parser.add_argument("command", nargs="?", choices=["train", "status", "study", "verify", "version"])
-    args, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv)[:1])
-    rest = list(sys.argv[1:] if argv is None else argv)[1:]
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["help"]
     try:
-        match args.command:
+        match command:
             case "train":
                 return _train(rest)
             case "status":
@@ -56,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
-    print("usage: moe-dist {train,status,study,verify,version} ...   (moe-dist train --help, and so on)")
-    return 2
+    print(_USAGE)
+    return 0 if command in ("help", "-h", "--help") else 2
 
 
 def _train(args: list[str]) -> int:

@@ -86,8 +86,8 @@ class ModelConfig:
     """The output projection is the embedding matrix."""
     attention: Literal["auto", "torch", "packed", "flash"] = "auto"
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
-    flash: the flash-attn package when installed, else torch's fused SDPA. auto: packed on CPU up to 256 tokens, else
-    flash."""
+    flash: the flash-attn package when installed, else torch's fused SDPA. auto: packed on CPU in bf16 up to 512 tokens,
+    else flash."""
     recompute: Literal["none", "block"] = "none"
     """block: keep only each block's input and its routing, and run the block again in the backward pass."""
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -9,15 +9,17 @@ from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
 
-_SHORT = 256  # tokens up to which packed attention is the faster one on CPU, benchmarks/RESULTS.md
+_SHORT = 512  # tokens up to which packed attention is the faster one on CPU in bf16; in fp32 it never is
 
 
-def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None) -> ModelConfig:
+def resolve_backends(
+    model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None, precision: str = "fp32"
+) -> ModelConfig:
     """A copy of `model` in which every `auto` names its backend."""
     moe, attention = model.moe, model.attention
     if attention == "auto":
-        short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
-        attention = "packed" if short else "flash"
+        short = seq_len is not None and seq_len <= _SHORT
+        attention = "packed" if short and device_type == "cpu" and precision == "bf16" else "flash"
     if moe.dispatch == "auto":
         moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
     if moe.experts == "auto":

@@ -62,9 +62,10 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device, console: Console) -> None:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
-        config = replace(
-            config, model=resolve_backends(config.model, config.parallel.ep, device.type, config.train.seq_len)
+        model = resolve_backends(
+            config.model, config.parallel.ep, device.type, config.train.seq_len, config.engine.precision
         )
+        config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
         self.mesh: Mesh = create_mesh(config.parallel.ep, config.parallel.tp)
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
