@@ -157,17 +157,17 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads; {shape[0]} x {shape[1]} tokens a step; median of {args.steps} steps")
     for precision in args.precision:
         torch.manual_seed(0)
-        names = [*args.experts, "dense"]
-        model, *_, dense = models = [model_config(experts, args.seq_len, precision) for experts in names]
-        contestants = {f"moe_dist {m.moe.experts}": ours(m, precision) for m in models[:-1]}
+        routed = [model_config(experts, args.seq_len, precision) for experts in args.experts]
+        model, dense = routed[0], model_config("dense", args.seq_len, precision)
+        contestants = {f"moe_dist {m.moe.experts}": ours(m, precision) for m in routed}
         first = next(iter(contestants.values()))
         contestants |= {"transformers": theirs(model, precision), "dense bound": ours(dense, precision)}
         seconds = race(contestants, args.steps, args.warm_up, shape, model.vocab_size)
 
         note = "; transformers keeps parameters and moments in bf16, moe_dist in fp32" if precision == "bf16" else ""
-        print(
-            f"\n{precision}{note}\n{'':24}{'ms':>8}{'tokens/s':>10}{'/ transformers':>16}{'/ dense':>9}{'GFLOP/s':>9}"
-        )
+        backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(model, "cpu").items())
+        print(f"\n{precision}{note}\nmoe_dist with {backends}")
+        print(f"{'':24}{'ms':>8}{'tokens/s':>10}{'/ transformers':>16}{'/ dense':>9}{'GFLOP/s':>9}")
         for name, median in seconds.items():
             flops = train_flops_per_token(dense if name == "dense bound" else model, shape[1])
             tokens = shape[0] * shape[1] / median

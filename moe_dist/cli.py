@@ -40,7 +40,7 @@ Takes what `moe-dist train` takes, and reads status.json of the run that this na
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong, 75 saved and stopped by a signal."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["help"]
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
         match command:
             case "train":
@@ -61,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
-    print(_USAGE)
-    return 0 if command in ("help", "-h", "--help") else 2
+    if command in ("help", "-h", "--help"):
+        print(_USAGE)
+        return 0
+    print(f"moe-dist: unknown command {command!r}\n{_USAGE}" if command else _USAGE, file=sys.stderr)
+    return 2
 
 
 def _train(args: list[str]) -> int:

@@ -10,6 +10,20 @@ def test_auto_is_resolved() -> None:
     assert resolve_backends(ModelConfig(), ep=2).moe.dispatch == "all_to_all"
 
 
+def test_packed_attention_is_for_short_bf16_sequences_on_cpu() -> None:
+    chosen = [
+        resolve_backends(ModelConfig(), 1, device, seq_len, precision).attention
+        for device, seq_len, precision in (
+            ("cpu", 512, "bf16"),
+            ("cpu", 513, "bf16"),
+            ("cpu", None, "bf16"),
+            ("cpu", 512, "fp32"),
+            ("cuda", 512, "bf16"),
+        )
+    ]
+    assert chosen == ["packed", "flash", "flash", "flash", "flash"]
+
+
 def test_what_was_chosen_stays() -> None:
     model = ModelConfig(attention="torch", moe=MoEConfig(dispatch="all_to_all", experts="loop"))
     assert resolve_backends(model, ep=1) == model
