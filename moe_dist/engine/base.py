@@ -4,7 +4,7 @@ An engine holds pieces of logical parameters. `held(kind)` lists them as views: 
 writes into all, comparing layouts gathers them. So no other room knows how an engine, or ZeRO, lays its memory out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import spec_of
 
@@ -66,6 +67,29 @@ def owns_replica(param: nn.Parameter, mesh: Mesh) -> bool:
     """Of the ranks that hold the same piece of an unpartitioned parameter, the first owns it."""
     shard = spec_of(param).shard
     return {"replicated": mesh.rank == 0, "tensor": mesh.dp.rank == 0, "expert": mesh.edp.rank == 0}[shard]
+
+
+@torch.no_grad()
+def clip_by_global_norm(
+    grads: Sequence[Tensor], params: Sequence[nn.Parameter], mesh: Mesh, max_norm: float | None
+) -> float:
+    """Scale reduced gradients in place so that their global norm is at most `max_norm`; the norm before that.
+
+    The root of the sum of squares over all logical parameters, each counted once; the same on every rank. Rows are
+    summed in the gradient's own precision, then their squares in float64: a float64 norm would first copy everything.
+    """
+    device = grads[0].device
+    squares = {
+        shard: torch.zeros((), dtype=torch.float64, device=device) for shard in ("replicated", "tensor", "expert")
+    }
+    for grad, param in zip(grads, params, strict=True):
+        rows = torch.linalg.vector_norm(grad, dim=-1)
+        squares[spec_of(param).shard] += rows.double().square().sum()
+    tensor, expert = all_reduce(squares["tensor"], mesh.tp), all_reduce(squares["expert"], mesh.ep)
+    norm = float((squares["replicated"] + tensor + expert).sqrt())
+    if max_norm is not None and norm > max_norm:
+        torch._foreach_mul_(list(grads), max_norm / (norm + 1e-6))
+    return norm
 
 
 def make_engine(

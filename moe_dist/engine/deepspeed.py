@@ -23,11 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.engine.base import Kind, Piece, decay_groups, owns_replica
+from moe_dist.engine.base import Kind, Piece, clip_by_global_norm, decay_groups, owns_replica
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
-from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, logical_parameters, spec_of
 
@@ -127,20 +126,10 @@ class DeepSpeedEngine:
             ):
                 flat.data.copy_(partition.data)
 
-    @torch.no_grad()
     def _clip_by_true_norm(self) -> float:
         """Stage 0: gradients are whole and reduced after backward."""
-        squares = {shard: torch.zeros((), dtype=torch.float64) for shard in ("replicated", "tensor", "expert")}
-        for param, spec in self.specs.values():
-            squares[spec.shard] += torch.linalg.vector_norm(param.grad, dtype=torch.float64).square().cpu()
-        device = self.engine.device
-        tensor = all_reduce(squares["tensor"].to(device), self.mesh.tp)
-        expert = all_reduce(squares["expert"].to(device), self.mesh.ep)
-        norm = float((squares["replicated"].to(device) + tensor + expert).sqrt())
-        if self.grad_clip is not None and norm > self.grad_clip:
-            grads = [param.grad for param, _ in self.specs.values() if param.grad is not None]
-            torch._foreach_mul_(grads, self.grad_clip / (norm + 1e-6))
-        return norm
+        params = [param for param, _ in self.specs.values()]
+        return clip_by_global_norm([param.grad for param in params], params, self.mesh, self.grad_clip)
 
     def _whole(self, kind: Kind) -> Iterator[tuple[str, int, Tensor, bool]]:
         for name, (param, spec) in self.specs.items():

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.engine.base import Kind, Piece, compute_dtype, decay_groups, owns_replica
+from moe_dist.engine.base import Kind, Piece, clip_by_global_norm, compute_dtype, decay_groups, owns_replica
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
-
-_SHARDS = ("replicated", "tensor", "expert")
 
 
 class NativeEngine:
@@ -62,9 +60,7 @@ class NativeEngine:
     @torch.no_grad()
     def update(self, lr: float) -> float:
         grads = [_grad(master) for master in self.masters.values()]
-        norm = self._global_norm()
-        if self.grad_clip is not None and norm > self.grad_clip:
-            torch._foreach_mul_(grads, self.grad_clip / (norm + 1e-6))
+        norm = clip_by_global_norm(grads, list(self.masters), self.mesh, self.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -110,20 +106,6 @@ class NativeEngine:
                 torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
             if self.mesh.layout.dp > 1:
                 torch._foreach_mul_(grads, 1.0 / self.mesh.layout.dp)
-
-    def _global_norm(self) -> float:
-        """sqrt of the sum of squares over all logical parameters, each counted once.
-
-        Rows in the gradient's own precision, then their squares in float64: a float64 norm would first copy everything.
-        """
-        device = next(iter(self.masters.values())).device
-        squares = {shard: torch.zeros((), dtype=torch.float64, device=device) for shard in _SHARDS}
-        for param, master in self.masters.items():
-            rows = torch.linalg.vector_norm(_grad(master), dim=-1)
-            squares[spec_of(param).shard] += rows.double().square().sum()
-        tensor = all_reduce(squares["tensor"], self.mesh.tp)
-        expert = all_reduce(squares["expert"], self.mesh.ep)
-        return float((squares["replicated"] + tensor + expert).sqrt())
 
     def _moment(self, master: Tensor, kind: Kind) -> Tensor:
         state = self.optimizer.state[master]

@@ -72,9 +72,9 @@ class Trainer:
         self.sampler = SequenceSampler(
             len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
         )
-        model = Decoder(config.model, self.mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
+        decoder = Decoder(config.model, self.mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
         self.engine = make_engine(
-            model, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
+            decoder, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )
         self.key = RandomKey.of(config.train.seed, "train")
         self.folder = RunFolder(Path(config.run.root) / config.run.name)
