@@ -27,5 +27,7 @@ def test_the_old_handlers_come_back() -> None:
 
 
 def test_other_signals_keep_their_meaning() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts with it ignored
     with pytest.raises(KeyboardInterrupt), StopGuard():
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
