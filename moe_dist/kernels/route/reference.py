@@ -1,0 +1,75 @@
+"""From router logits to chosen experts, their scores, and everything the auxiliary losses need: one pass.
+
+Legend: T tokens, E experts, K top_k, C chunks of tokens over which the balancing loss is taken.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """experts_TK: int64, best first. scores_TK: the chosen experts' scores, differentiable. counts_CE: assignments by
+    chunk, int64. prob_sums_CE: sum over a chunk's tokens of the probabilities, differentiable. z_sum: sum over tokens
+    of logsumexp(logits)^2, differentiable. entropy_sum: nats, for reporting.
+
+    Probabilities are softmax(logits), or sigmoid(logits) divided by their sum over experts.
+    """
+
+    experts_TK: Tensor
+    scores_TK: Tensor
+    counts_CE: Tensor
+    prob_sums_CE: Tensor
+    z_sum: Tensor
+    entropy_sum: Tensor
+
+
+def scores_of(logits_TE: Tensor, score: Score) -> Tensor:
+    """softmax over experts, or sigmoid of each."""
+    return logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    score: Score = "softmax",
+    bias_E: Tensor | None = None,
+    chosen_TK: Tensor | None = None,
+    chunk: int | None = None,
+    first: int = 0,
+) -> Routed:
+    """Choose the top_k experts by score (+ bias_E, which takes part in choosing only), or take `chosen_TK` as given.
+
+    A chunk is `chunk` consecutive tokens (None: all are one), counted from a token `first` places before this rank's
+    first: token t is in chunk (first + t) // chunk - first // chunk. Equal scores: the lower expert first.
+    """
+    scores_TE = scores_of(logits_TE, score)
+    if chosen_TK is None:
+        by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+        chosen_TK = by_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    probs_TE = scores_TE if score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+    tokens, num_experts = logits_TE.shape
+    chunk_T, chunks = chunks_of(tokens, chunk, first, logits_TE.device)
+    prob_sums_CE = probs_TE.new_zeros(chunks, num_experts).index_add(0, chunk_T, probs_TE)
+    cells_N = (chunk_T[:, None] * num_experts + chosen_TK).flatten()
+    return Routed(
+        experts_TK=chosen_TK,
+        scores_TK=scores_TE.gather(1, chosen_TK),
+        counts_CE=cells_N.bincount(minlength=chunks * num_experts).view(chunks, num_experts),
+        prob_sums_CE=prob_sums_CE,
+        z_sum=logits_TE.logsumexp(-1).square().sum(),
+        entropy_sum=torch.special.entr(probs_TE.detach()).sum(),
+    )
+
+
+def chunks_of(tokens: int, chunk: int | None, first: int, device: torch.device) -> tuple[Tensor, int]:
+    """(chunk of each token, number of chunks)."""
+    if chunk is None:
+        return torch.zeros(tokens, dtype=torch.int64, device=device), 1
+    index_T = (torch.arange(tokens, device=device) + first) // chunk - first // chunk
+    return index_T, (first + max(tokens, 1) - 1) // chunk - first // chunk + 1
