@@ -36,7 +36,7 @@ class KeyValueHeads(nn.Module):
         logical = (num_kv_heads * rows, d_model)
         self.cut = tp.size > 1 and num_kv_heads % tp.size == 0
         if self.cut:
-            spec = ParamSpec(logical, "tensor", first * rows, d_model**-0.5)
+            spec = ParamSpec(logical, "tensor", first * rows * d_model, d_model**-0.5)
             self.weight = parameter((held * rows, d_model), spec)
         else:
             self.weight = parameter(logical, ParamSpec(logical, std=d_model**-0.5))

@@ -13,6 +13,9 @@ from pydantic import ConfigDict
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+CapacityFactor = float | None | list[float | None]
+
+
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:
     """Mixture-of-Experts feed-forward layers."""
@@ -23,18 +26,43 @@ class MoEConfig:
     """Experts in each MoE layer. 0: every layer is a dense feed-forward."""
     top_k: int = 2
     """Experts that each token is sent to. 1 is the Switch layer."""
-    d_ff: int | None = None
-    """Hidden width of one expert. null: model.d_ff."""
+    d_ff: int | list[int] | None = None
+    """Hidden width of one expert; a list gives each expert its own. null: model.d_ff."""
     every: int = 1
     """Every nth layer is MoE (the nth, 2nth, ...), the others are dense."""
     num_shared_experts: int = 0
     """Experts of width d_ff that every token passes through, beside the routed ones."""
+    expert_bias: bool = False
+    """Biases on the experts' matrices."""
+    router: Literal["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"] = "softmax"
+    """softmax: the top_k most probable experts. sigmoid: by sigmoid score plus a bias that balances the load without a
+    loss. noisy: softmax with learned noise, importance and load losses. expert_choice: each expert takes its best
+    tokens; not causal, for language models see the README. sinkhorn: balanced over the micro-step in training; not
+    causal there. hash: by token id, not learned."""
+    jitter: float = 0.0
+    """With router = softmax, in training: multiply its input by uniform numbers in [1 - jitter, 1 + jitter]."""
+    num_groups: int = 1
+    """With softmax and sigmoid: experts are in this many groups of neighbours ..."""
+    top_k_groups: int = 1
+    """... and a token chooses within its best top_k_groups of them, so that it travels to few ranks."""
+    bias_update_rate: float = 1e-3
+    """With router = sigmoid: how much the balancing bias of an expert moves at every step."""
+    routed_scale: float = 1.0
+    """The weights of routed experts are multiplied by this."""
+    importance_loss_coef: float = 1e-2
+    """With router = noisy: weight of the squared coefficient of variation of the experts' summed weights."""
+    load_loss_coef: float = 1e-2
+    """With router = noisy: the same of the experts' expected load."""
+    sinkhorn_iterations: int = 8
+    """With router = sinkhorn: scalings of rows and columns."""
     renormalize: bool = True
     """Divide the top-k router weights by their sum. Never done at top_k = 1: the router would get no gradient."""
-    capacity_factor: float | None = 1.25
+    capacity_factor: CapacityFactor = 1.25
     """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
-    null: dropless."""
-    eval_capacity_factor: float | None = None
+    null: dropless. A list gives each MoE layer its own."""
+    capacity_schedule: dict[int, float | None] = field(default_factory=dict)
+    """{step: factor}: from that optimizer step on, counted from 0, the factor of all layers."""
+    eval_capacity_factor: CapacityFactor = None
     """The same for evaluation. null: evaluation drops nothing. When set, both losses are reported."""
     min_capacity: int = 1
     """Lower bound of C."""
@@ -44,16 +72,32 @@ class MoEConfig:
     drop_policy: Literal["position", "score", "random"] = "position"
     """Who stays when an expert is full: the first tokens, the highest router weights, or a keyed random choice.
     Only `position` is causal: under `score` and `random` a later token can displace an earlier one."""
+    overflow: Literal["drop", "reroute"] = "drop"
+    """What becomes of an assignment that finds its expert full. drop: it adds nothing, the residual carries the token.
+    reroute: it asks for the token's next choice that has room, until all experts were asked."""
     balance_loss_coef: float = 1e-2
     """Weight of the load-balancing loss, E * sum_i f_i P_i (Switch Transformers, eq. 4)."""
+    balance_scope: Literal["global", "local", "sequence"] = "global"
+    """Over which tokens that loss is taken: all of the micro-step, those of one rank, or each sequence on its own.
+    `local` depends on how many ranks there are."""
     z_loss_coef: float = 1e-3
     """Weight of the router z-loss, mean(logsumexp(logits)^2) (ST-MoE, eq. 5)."""
-    dispatch: Literal["auto", "local", "all_to_all"] = "auto"
-    """How rows reach their experts. auto: local at ep = 1, else all_to_all."""
+    dispatch: Literal["auto", "local", "all_to_all", "hierarchical", "all_gather"] = "auto"
+    """How rows reach their experts. all_to_all: straight to their rank. hierarchical: within the node first, then
+    across nodes in fewer, larger messages. all_gather: every rank of the group sees all tokens. auto: local at ep = 1,
+    else all_to_all."""
     wire: Literal["ragged", "padded"] = "ragged"
     """all_to_all messages: exactly the rows kept, or blocks padded to the largest so that all messages are equal."""
-    experts: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
-    """How the experts compute: one after another (the oracle), padded batched GEMM, or grouped GEMM."""
+    wire_dtype: Literal["same", "bf16", "fp8"] = "same"
+    """Precision of rows between ranks: that of the activations, or less. fp8 (e4m3, one scale a row) is for the way to
+    the experts; the way back and gradients then travel in bf16."""
+    overlap_chunks: int = 1
+    """Parts of a rank's experts whose rows travel on their own, so that one part computes while the next is on its way.
+    Divides num_experts / ep."""
+    experts: Literal["auto", "loop", "bmm", "grouped_mm", "triton"] = "auto"
+    """How the experts compute: one after another (the oracle), padded batched GEMM, grouped GEMM, or our Triton kernels
+    with gather, activation and weighting fused in. auto: grouped_mm, which on CPU is a fused loop of ours; loop where
+    experts differ in width."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,8 +120,8 @@ class ModelConfig:
     """Width of one head. null: d_model / num_heads."""
     d_ff: int = 1024
     """Hidden width of a dense feed-forward."""
-    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
-    """Of dense and expert feed-forwards. swiglu has a third matrix, the gate."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2"] = "swiglu"
+    """Of dense and expert feed-forwards. swiglu and geglu have a third matrix, the gate; relu2 is the squared ReLU."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     norm_eps: float = 1e-5
@@ -88,8 +132,11 @@ class ModelConfig:
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
     flash: the flash-attn package when installed, else torch's fused SDPA. auto: packed on CPU in bf16 up to 512 tokens,
     else flash."""
-    recompute: Literal["none", "block"] = "none"
-    """block: keep only each block's input and its routing, and run the block again in the backward pass."""
+    recompute: Literal["none", "activation", "block"] = "none"
+    """activation: experts keep their input and pre-activation alone, and activate again in the backward pass. block:
+    keep only each block's input and its routing, and run the block again."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
@@ -100,11 +147,21 @@ class ParallelConfig:
     __pydantic_config__ = STRICT
 
     ep: int = 1
-    """Ranks that share one set of experts."""
+    """Ranks over which one set of experts is spread."""
+    etp: int = 1
+    """Expert tensor parallelism: ranks that share the hidden units of every expert. One set of experts then lies on
+    ep * etp ranks."""
+    node_size: int | None = None
+    """Ranks of a node, for dispatch = hierarchical. null: LOCAL_WORLD_SIZE as torchrun sets it."""
     tp: int = 1
     """Ranks that share one copy of each dense matrix."""
     sequence_parallel: bool = False
     """Between tensor-parallel regions, each tp rank keeps only its slice of the tokens."""
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that one set of experts lies on."""
+        return self.ep * self.etp
 
 
 @dataclass(kw_only=True, slots=True)

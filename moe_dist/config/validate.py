@@ -7,8 +7,9 @@ what to change. `batch_shape` solves global_batch = micro_batch * accumulation *
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from moe_dist.config.moe_rules import moe_rules
+from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
 
 _BYTES = 256
@@ -59,7 +60,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
     """Checks a configuration against `world_size` ranks. Raises one ValueError with a line for every broken rule."""
     problems = [
         *_model_rules(config.model),
-        *_moe_rules(config),
+        *moe_rules(config),
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
         *_optim_rules(config),
@@ -77,9 +78,9 @@ def validate(config: Config, world_size: int) -> BatchShape:
 
 
 def _model_rules(model: ModelConfig) -> Iterator[str]:
-    yield from _at_least(1, model, "model", "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff")
-    yield from _above_zero(model, "model", "rope_theta norm_eps")
-    yield from _multiple(
+    yield from at_least(1, model, "model", "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff")
+    yield from above_zero(model, "model", "rope_theta norm_eps")
+    yield from multiple(
         "num_heads",
         model.num_heads,
         "num_kv_heads",
@@ -91,7 +92,7 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
             yield f"head_dim={model.head_dim} is odd; rotary embedding turns pairs of numbers: make model.head_dim even"
         return
     d_model, num_heads = model.d_model, model.num_heads
-    yield from _multiple("d_model", d_model, "num_heads", num_heads, "change one of them, or set model.head_dim")
+    yield from multiple("d_model", d_model, "num_heads", num_heads, "change one of them, or set model.head_dim")
     if num_heads >= 1 and d_model % num_heads == 0 and d_model // num_heads % 2:
         yield (
             f"head_dim=d_model/num_heads={d_model}/{num_heads}={d_model // num_heads} is odd; "
@@ -99,40 +100,14 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _moe_rules(config: Config) -> Iterator[str]:
-    moe, ep, num_layers = config.model.moe, config.parallel.ep, config.model.num_layers
-    yield from _at_least(1, moe, "model.moe", "top_k d_ff every")
-    yield from _at_least(0, moe, "model.moe", "num_experts num_shared_experts min_capacity")
-    yield from _at_least(0, moe, "model.moe", "balance_loss_coef z_loss_coef")
-    yield from _above_zero(moe, "model.moe", "capacity_factor eval_capacity_factor", "null is dropless")
-    if moe.num_experts == 0:
-        if ep > 1:
-            yield f"ep={ep} needs num_experts > 0; set parallel.ep to 1, or model.moe.num_experts to a multiple of {ep}"
-        if moe.num_shared_experts > 0:
-            yield f"num_shared_experts={moe.num_shared_experts} needs num_experts > 0; set it to 0 for a dense model"
-        return
-    yield from _multiple(
-        "num_experts",
-        moe.num_experts,
-        "ep",
-        ep,
-        "every rank of an expert-parallel group holds as many experts; change parallel.ep",
-    )
-    if moe.top_k > moe.num_experts:
-        yield f"top_k={moe.top_k} is larger than num_experts={moe.num_experts}; lower model.moe.top_k"
-    if moe.every > num_layers >= 1:
-        yield f"every={moe.every} is larger than num_layers={num_layers}, so no layer is MoE; lower model.moe.every"
-    if moe.dispatch == "local" and ep > 1:
-        yield f"dispatch=local with ep={ep} cannot reach experts on other ranks; set model.moe.dispatch to auto"
-
-
 def _tensor_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
     model, moe, tp, ep = config.model, config.model.moe, config.parallel.tp, config.parallel.ep
-    yield from _at_least(1, config.parallel, "parallel", "ep tp")
+    yield from at_least(1, config.parallel, "parallel", "ep tp etp node_size")
     if world_size < 1:
         yield f"world size {world_size} is below 1; start at least one rank"
     else:
-        for name, size in (("tp", tp), ("ep", ep)):
+        both = config.parallel.etp > 1
+        for name, size in (("tp", tp), ("ep*etp", config.parallel.expert_ranks) if both else ("ep", ep)):
             if size >= 1 and world_size % size:
                 yield f"{name}={size} does not divide world size {world_size}; change parallel.{name} or the ranks"
     if config.parallel.sequence_parallel and tp == 1:
@@ -144,16 +119,16 @@ def _tensor_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
         "seq_len": (config.train.seq_len, "train.seq_len"),
     }
     if moe.num_experts > 0 and moe.num_shared_experts > 0:
-        width = moe.num_shared_experts * (model.d_ff if moe.d_ff is None else moe.d_ff)
-        split["num_shared_experts*d_ff"] = (width, "the width of the shared experts")
+        width = max(moe.d_ff) if isinstance(moe.d_ff, list) else moe.d_ff or model.d_ff
+        split["num_shared_experts*d_ff"] = (moe.num_shared_experts * width, "the width of the shared experts")
     for name, (size, key) in split.items():
-        yield from _multiple(name, size, "tp", tp, f"each tensor-parallel rank takes an equal part; change {key}")
+        yield from multiple(name, size, "tp", tp, f"each tensor-parallel rank takes an equal part; change {key}")
 
 
 def _engine_rules(config: Config) -> Iterator[str]:
-    engine, ep = config.engine, config.parallel.ep
-    yield from _above_zero(engine, "engine", "grad_clip", "null clips nothing")
-    yield from _between(engine, "engine", "zero_stage", 0, 3)
+    engine, ep = config.engine, config.parallel.expert_ranks
+    yield from above_zero(engine, "engine", "grad_clip", "null clips nothing")
+    yield from between(engine, "engine", "zero_stage", 0, 3)
     if engine.name == "native":
         if engine.zero_stage > 0:
             yield f"zero_stage={engine.zero_stage} needs engine.name deepspeed; native replicates (engine.zero_stage 0)"
@@ -172,9 +147,9 @@ def _engine_rules(config: Config) -> Iterator[str]:
 
 def _optim_rules(config: Config) -> Iterator[str]:
     optim, steps = config.optim, config.train.steps
-    yield from _above_zero(optim, "optim", "lr eps decay_fraction")
-    yield from _at_least(0, optim, "optim", "weight_decay warmup_steps")
-    yield from _between(optim, "optim", "min_lr_ratio", 0, 1)
+    yield from above_zero(optim, "optim", "lr eps decay_fraction")
+    yield from at_least(0, optim, "optim", "weight_decay warmup_steps")
+    yield from between(optim, "optim", "min_lr_ratio", 0, 1)
     if optim.decay_fraction > 1:
         yield f"decay_fraction={optim.decay_fraction} is above 1, but a share of all steps; lower optim.decay_fraction"
     if optim.warmup_steps > steps >= 1:
@@ -202,10 +177,10 @@ def _data_rules(config: Config) -> Iterator[str]:
 
 def _run_rules(config: Config) -> Iterator[str]:
     run, train = config.run, config.train
-    yield from _at_least(1, train, "train", "steps seq_len threads")
-    yield from _between(train, "train", "seed", 0, 2**63 - 1)
-    yield from _at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last")
-    yield from _at_least(0, run, "run", "sample_tokens")
+    yield from at_least(1, train, "train", "steps seq_len threads")
+    yield from between(train, "train", "seed", 0, 2**63 - 1)
+    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last")
+    yield from at_least(0, run, "run", "sample_tokens")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run.name):
         yield (
             f"name={run.name!r} is not a simple file name; "
@@ -217,7 +192,7 @@ def _batch_rules(train: TrainConfig, dp: int) -> Iterator[str]:
     if dp < 1:
         yield f"dp={dp} is below 1; start at least one data-parallel rank"
         return
-    too_small = list(_at_least(1, train, "train", "global_batch micro_batch accumulation"))
+    too_small = list(at_least(1, train, "train", "global_batch micro_batch accumulation"))
     if too_small:
         yield from too_small
         return
@@ -236,29 +211,3 @@ def _batch_rules(train: TrainConfig, dp: int) -> Iterator[str]:
             f"global_batch={total} is not divisible by {name}*dp={factor}*{dp}={factor * dp}; "
             f"change train.global_batch, train.{name} or the number of ranks"
         )
-
-
-def _multiple(name: str, size: int, part: str, divisor: int, advice: str) -> Iterator[str]:
-    """Silent below 1: that is another rule's problem, and not to be divided by."""
-    if size >= 1 and divisor >= 1 and size % divisor:
-        yield f"{name}={size} is not divisible by {part}={divisor}; {advice}"
-
-
-def _at_least(low: int, section: Any, path: str, names: str) -> Iterator[str]:
-    for name in names.split():
-        value = getattr(section, name)
-        if value is not None and value < low:
-            yield f"{name}={value} is below {low}; set {path}.{name} to {low} or more"
-
-
-def _above_zero(section: Any, path: str, names: str, null: str = "") -> Iterator[str]:
-    for name in names.split():
-        value = getattr(section, name)
-        if value is not None and not value > 0:
-            yield f"{name}={value} is not above 0; raise {path}.{name}" + (f" ({null})" if null else "")
-
-
-def _between(section: Any, path: str, name: str, low: int, high: int) -> Iterator[str]:
-    value = getattr(section, name)
-    if not low <= value <= high:
-        yield f"{name}={value} is outside {low} to {high}; change {path}.{name}"

@@ -56,6 +56,29 @@ class Engine(Protocol):
         """Called after pieces were written: makes the compute weights follow the masters, and sets Adam's step."""
 
 
+class RouterLoads:
+    """Assignments to experts over the micro-steps of a step, for routers that balance themselves after it."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, Tensor] = {}
+
+    def add(self, output: DecoderOutput) -> None:
+        for stats in output.stats:
+            earlier = self.by_layer.get(stats.layer)
+            self.by_layer[stats.layer] = stats.load_E if earlier is None else earlier + stats.load_E
+
+    def settle(self, model: Decoder) -> None:
+        """Tell the routers, and begin again."""
+        model.balance_routers(self.by_layer)
+        self.by_layer = {}
+
+
+def held_buffers(model: Decoder, mesh: Mesh) -> Iterator[Piece]:
+    """State that is not trained, the same on every rank; it is saved among the weights."""
+    for name, buffer in model.named_buffers():
+        yield Piece(name, tuple(buffer.shape), 0, buffer.view(-1), mesh.rank == 0)
+
+
 def decay_groups(model: nn.Module) -> list[tuple[str, float, list[nn.Parameter]]]:
     """(name, weight-decay factor, parameters): matrices are decayed; norm scales are not."""
     groups = [("decay", 1.0, True), ("no_decay", 0.0, False)]

@@ -23,7 +23,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.engine.base import Kind, Piece, clip_by_global_norm, decay_groups, owns_replica
+from moe_dist.engine.base import (
+    Kind,
+    Piece,
+    RouterLoads,
+    clip_by_global_norm,
+    decay_groups,
+    held_buffers,
+    owns_replica,
+)
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
@@ -66,7 +74,7 @@ class DeepSpeedEngine:
         self.specs: dict[str, tuple[Any, ParamSpec]] = {
             n: (param, spec) for n, param, spec in logical_parameters(model)
         }
-        self.micro = 0
+        self.micro, self.loads = 0, RouterLoads()
         _mark_parameters(model, mesh)
         root: nn.Module = model
         if any(spec.shard == "expert" for _, spec in self.specs.values()):
@@ -83,6 +91,8 @@ class DeepSpeedEngine:
             )
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
+        for buffer in model.buffers():
+            buffer.data = buffer.data.float()  # DeepSpeed casts them with the parameters
         self.model = model
 
     def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
@@ -91,6 +101,7 @@ class DeepSpeedEngine:
         self.micro = (self.micro + 1) % self.accumulation
         if self.micro:
             self.engine.step()  # no boundary: DeepSpeed only counts
+        self.loads.add(output)
         return output
 
     def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
@@ -105,12 +116,15 @@ class DeepSpeedEngine:
             group["lr"] = lr
         norm = self._clip_by_true_norm() if self.stage == 0 else None
         self.engine.step()
+        self.loads.settle(self.model)
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         pieces = {0: self._whole, 1: self._partitions, 2: self._partitions, 3: self._zero3}[self.stage](kind)
         for name, start, values, owned in pieces:
             yield Piece(name, self.specs[name][1].logical_shape, start, values, owned)
+        if kind == "weight":
+            yield from held_buffers(self.model, self.mesh)
 
     def restore(self, optimizer_step: int) -> None:
         base = self.optimizer if self.stage == 0 else self.optimizer.optimizer

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.engine.base import Kind, Piece, clip_by_global_norm, compute_dtype, decay_groups, owns_replica
+from moe_dist.engine.base import (
+    Kind,
+    Piece,
+    RouterLoads,
+    clip_by_global_norm,
+    compute_dtype,
+    decay_groups,
+    held_buffers,
+    owns_replica,
+)
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
@@ -21,7 +30,7 @@ from moe_dist.parallel.sharding import logical_parameters, spec_of
 class NativeEngine:
     def __init__(self, model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int) -> None:
         self.model, self.mesh, self.grad_clip, self.accumulation = model, mesh, engine.grad_clip, accumulation
-        self.micro = 0
+        self.micro, self.loads = 0, RouterLoads()
         params = list(model.parameters())
         self.low_precision = engine.precision == "bf16"
         if self.low_precision:
@@ -51,6 +60,7 @@ class NativeEngine:
         if self.micro == self.accumulation:
             self.micro = 0
             self._reduce()
+        self.loads.add(output)
         return output
 
     @torch.no_grad()
@@ -66,6 +76,7 @@ class NativeEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._refresh()
+        self.loads.settle(self.model)
         return norm
 
     def held(self, kind: Kind) -> Iterator[Piece]:
@@ -78,6 +89,8 @@ class NativeEngine:
             else:
                 values = self._moment(master, kind)
             yield Piece(name, spec.logical_shape, spec.flat_start, values.view(-1), owns_replica(param, self.mesh))
+        if kind == "weight":
+            yield from held_buffers(self.model, self.mesh)
 
     def restore(self, optimizer_step: int) -> None:
         for master in self.masters.values():

@@ -1,7 +1,15 @@
 """Activations of feed-forward layers and their derivatives, written into given buffers or as autograd functions.
 
-SwiGLU (arXiv 2002.05202), silu(gate) * up, takes both projections packed side by side, [..., 2 F] -> [..., F]. The
-others are elementwise. Saving only the input and computing the activation again costs less than keeping it.
+| name   | hidden units                                                        |
+|--------|---------------------------------------------------------------------|
+| swiglu | silu(gate) * up (arXiv 2002.05202)                                  |
+| geglu  | gelu(gate) * up, gelu by the error function (arXiv 2002.05202)      |
+| gelu   | gelu(up), by the error function (arXiv 1606.08415)                  |
+| relu   | max(up, 0)                                                          |
+| relu2  | max(up, 0)^2 (arXiv 2109.08668)                                     |
+
+Gate and up are two tensors of the same shape. The gated ones keep just these for the backward pass: computing the
+activation again costs less than keeping it.
 """
 
 from typing import Any
@@ -11,70 +19,86 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NAMES = ("swiglu", "gelu", "relu")
+NAMES = ("swiglu", "geglu", "gelu", "relu", "relu2")
+
+_aten = torch.ops.aten
 
 
-def input_width(d_ff: int, name: str) -> int:
-    """Columns of the first projection: 2 d_ff for the gated activation."""
-    return 2 * d_ff if name == "swiglu" else d_ff
+def gated(name: str) -> bool:
+    """Whether the activation multiplies two projections; raises ValueError for a name that is none of NAMES."""
+    if name not in NAMES:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(NAMES)}")
+    return name in ("swiglu", "geglu")
 
 
-def activate(x: Tensor, name: str) -> Tensor:
-    """[..., 2 F] -> [..., F] for swiglu, elementwise otherwise."""
-    if name == "swiglu":
-        return swiglu(*x.chunk(2, dim=-1))
+def activate(up: Tensor, name: str, gate: Tensor | None = None) -> Tensor:
+    """Elementwise, differentiable; `gate` where gated(name) and only there."""
+    if gated(name) != (gate is not None):
+        raise ValueError(f"activation {name!r} {'needs a' if gate is None else 'takes no'} gate")
+    if gate is not None:
+        return _Gated.apply(gate, up, name)
     if name == "gelu":
-        return F.gelu(x)
-    if name == "relu":
-        return F.relu(x)
-    raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(NAMES)}")
+        return F.gelu(up)
+    return F.relu(up) if name == "relu" else F.relu(up).square()
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; keeps its two inputs for the backward pass and nothing else."""
-    return _SwiGLU.apply(gate, up)
+    return _Gated.apply(gate, up, "swiglu")
 
 
-def activate_into(x: Tensor, name: str, out: Tensor) -> Tensor:
-    """`activate` without autograd: fills `out`, [..., F], and returns it."""
-    if name == "swiglu":
-        gate, up = x.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=out)
-        return out.mul_(up)
+def activate_into(gate: Tensor | None, up: Tensor, name: str, out: Tensor) -> Tensor:
+    """`activate` without autograd: fills `out` and returns it."""
+    if gate is not None:
+        return _bend(gate, name, out).mul_(up)
     if name == "gelu":
-        return torch.ops.aten.gelu.out(x, out=out)
-    return torch.clamp_min(x, 0, out=out)
+        return _aten.gelu.out(up, out=out)
+    torch.clamp_min(up, 0, out=out)
+    return out if name == "relu" else out.square_()
 
 
-def activate_backward_into(x: Tensor, grad: Tensor, name: str, out: Tensor, grad_x: Tensor) -> None:
-    """From x and the gradient of the activation, both: `out` = the activation again, `grad_x` = the gradient of x.
-
-    x and grad_x: [..., 2 F] for swiglu; grad and out: [..., F]. `grad` is overwritten.
-    """
-    if name == "swiglu":
-        gate, up = x.chunk(2, dim=-1)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=out)
+def activate_backward_into(
+    grad: Tensor, gate: Tensor | None, up: Tensor, name: str, out: Tensor, grad_gate: Tensor | None, grad_up: Tensor
+) -> None:
+    """From the gradient of the activation: the gradients of gate and up, and `out` = the activation once more."""
+    if gate is not None and grad_gate is not None:
+        _bend(gate, name, out)
         torch.mul(grad, out, out=grad_up)
         out.mul_(up)
-        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+        torch.mul(grad, up, out=grad_gate)
+        _bend_backward(grad_gate, gate, name)
     elif name == "gelu":
-        torch.ops.aten.gelu.out(x, out=out)
-        torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad_x)
+        _aten.gelu.out(up, out=out)
+        _aten.gelu_backward.grad_input(grad, up, grad_input=grad_up)
     else:
-        torch.clamp_min(x, 0, out=out)
-        torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_x)
+        torch.clamp_min(up, 0, out=out)
+        if name == "relu":
+            _aten.threshold_backward.grad_input(grad, up, 0, grad_input=grad_up)
+        else:
+            torch.mul(grad, out, out=grad_up).mul_(2)
+            out.square_()
 
 
-class _SwiGLU(torch.autograd.Function):
+def _bend(gate: Tensor, name: str, out: Tensor) -> Tensor:
+    return (_aten.silu if name == "swiglu" else _aten.gelu).out(gate, out=out)
+
+
+def _bend_backward(grad: Tensor, gate: Tensor, name: str) -> Tensor:
+    """In place: grad becomes the gradient of the gate."""
+    backward = _aten.silu_backward if name == "swiglu" else _aten.gelu_backward
+    return backward.grad_input(grad, gate, grad_input=grad)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.name = name
+        return _bend(gate, name, torch.empty_like(gate)).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+        grad_up = _bend(gate, ctx.name, torch.empty_like(gate)).mul_(grad)
+        return _bend_backward(grad * up, gate, ctx.name), grad_up, None

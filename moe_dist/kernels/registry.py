@@ -4,6 +4,7 @@ The resolved config is what the run folder keeps and the log prints; nothing is 
 """
 
 import dataclasses
+from importlib.util import find_spec
 
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.flash import flash_provider
@@ -15,23 +16,31 @@ _SHORT = 512  # tokens up to which packed attention is the faster one on CPU in 
 def resolve_backends(
     model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None, precision: str = "fp32"
 ) -> ModelConfig:
-    """A copy of `model` in which every `auto` names its backend."""
-    moe, attention = model.moe, model.attention
+    """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on."""
+    moe, attention, kernels = model.moe, model.attention, model.kernels
     if attention == "auto":
         short = seq_len is not None and seq_len <= _SHORT
         attention = "packed" if short and device_type == "cpu" and precision == "bf16" else "flash"
+    if kernels == "auto":
+        kernels = "triton" if device_type == "cuda" and find_spec("triton") else "torch"
     if moe.dispatch == "auto":
         moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
     if moe.experts == "auto":
-        moe = dataclasses.replace(moe, experts="grouped_mm")
-    return dataclasses.replace(model, attention=attention, moe=moe)
+        uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
+        moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
 
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     """Names for the log and environment.json."""
     attention = flash_provider(device_type) if model.attention == "flash" else model.attention
-    if model.moe.num_experts == 0:
-        return {"attention": attention}
-    dispatch = model.moe.dispatch + (f" ({model.moe.wire})" if model.moe.dispatch == "all_to_all" else "")
-    experts = model.moe.experts + (" (cpu loop, fused)" if replaces(model.moe.experts, device_type) else "")
-    return {"attention": attention, "dispatch": dispatch, "experts": experts}
+    named = {"attention": attention, "kernels": model.kernels}
+    moe = model.moe
+    if moe.num_experts == 0:
+        return named
+    wire = [] if moe.dispatch == "local" else [moe.wire] if moe.dispatch == "all_to_all" else []
+    wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
+    wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
+    dispatch = moe.dispatch + (f" ({', '.join(wire)})" if wire else "")
+    experts = moe.experts + (" (cpu loop, fused)" if replaces(moe.experts, device_type) else "")
+    return named | {"dispatch": dispatch, "experts": experts}

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.config.schema import ModelConfig
+from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE, Replay
 from moe_dist.moe.losses import MoEStats
@@ -23,16 +24,16 @@ class DecoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
         super().__init__()
         tp, residual = mesh.tp, (2 * model.num_layers) ** -0.5
-        d_ff = model.moe.d_ff or model.d_ff if is_moe_layer(model, layer) else model.d_ff
+        widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
         self.attention = CausalSelfAttention(model, tp, sequence_parallel, width**-0.5 * residual)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
-        out_std = d_ff**-0.5 * residual
+        out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
             self.feed_forward: nn.Module = MoE(model, layer, mesh, sequence_parallel, out_std)
         else:
-            self.feed_forward = FeedForward(model.d_model, d_ff, model.activation, tp, sequence_parallel, out_std)
+            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, tp, sequence_parallel, out_std)
 
     def forward(
         self,

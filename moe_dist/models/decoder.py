@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from moe_dist.models.block import DecoderBlock
 from moe_dist.moe.layer import Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.moe.routing import StepContext
-from moe_dist.parallel.collectives import all_gather
+from moe_dist.parallel.collectives import all_gather, own_slice
 from moe_dist.parallel.linear import RMSNorm, VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, Mesh
@@ -43,7 +43,8 @@ class OutputProjection(nn.Module):
         self.tp, self.sequence_parallel = tp, sequence_parallel
         self.norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
         local = model.vocab_size // tp.size
-        spec = ParamSpec((model.vocab_size, model.d_model), "tensor", tp.rank * local, model.d_model**-0.5)
+        start = tp.rank * local * model.d_model
+        spec = ParamSpec((model.vocab_size, model.d_model), "tensor", start, model.d_model**-0.5)
         self.weight = parameter((local, model.d_model), spec) if tied is None else tied
 
     def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want) -> Tensor:
@@ -82,8 +83,14 @@ class Decoder(nn.Module):
         loss = result + sum(layer.aux_loss for layer in stats)
         return DecoderOutput(loss, result.detach(), stats)
 
+    def balance_routers(self, loads: dict[int, Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert by layer, over all ranks and micro-steps."""
+        for layer, load_E in loads.items():
+            self.blocks[layer].feed_forward.router.balance(load_E)
+
     def _hidden(self, tokens_BS: Tensor, step: StepContext) -> tuple[Tensor, tuple[MoEStats, ...]]:
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])
+        step = replace(step, seq_len=shape[1], token_ids_T=own_slice(tokens_BS.flatten(), self.tp))
         positions_S = torch.arange(shape[1], device=tokens_BS.device)
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.tp, self.sequence_parallel)
         if x_TD.dtype == torch.float64:

@@ -7,8 +7,11 @@ V vocabulary.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.activation import gated
+from moe_dist.moe.experts import expert_widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +29,22 @@ class ParameterCounts:
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """Count the parameters of a model.
 
-    Each block has two RMSNorm scales, attention and a feed-forward of either kind; there are no biases:
+    Each block has two RMSNorm scales, attention and a feed-forward of either kind; only experts can have biases:
 
         attention = D*H*P + 2*G*P*D + H*P*D
-        dense     = m*D*F                     m = 3 for swiglu (gate, up, down), else 2
-        MoE       = E*D + (E + shared)*m*D*F  the router, then the experts with their own F
+        dense     = m*D*F                     m = 3 with a gate (gate, up, down), else 2
+        MoE       = E*D + (E + shared)*m*D*F  the router (noisy: twice; hash: none), then the experts with their own F,
+                                              the mean where they differ
         model     = V*D (twice if not tied) + sum of blocks + D of the final norm
     """
     moe_layers = _moe_layers(model)
     embeddings = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     norms = (2 * model.num_layers + 1) * model.d_model
-    expert = moe_layers * model.moe.num_experts * _expert_parameters(model)
-    idle = moe_layers * (model.moe.num_experts - model.moe.top_k) * _expert_parameters(model)
-    total = embeddings + norms + _active_block_matrices(model) + idle
+    each = _expert_parameters(model) + _expert_biases(model)
+    expert = round(moe_layers * model.moe.num_experts * each)
+    idle = round(moe_layers * (model.moe.num_experts - model.moe.top_k) * each)
+    biases = round(moe_layers * model.moe.top_k * _expert_biases(model))
+    total = embeddings + norms + _active_block_matrices(model) + biases + idle
     return ParameterCounts(total=total, active=total - idle, expert=expert)
 
 
@@ -68,8 +74,10 @@ def _active_block_matrices(model: ModelConfig) -> int:
     head_dim = _head_dim(model)
     attention = 2 * model.d_model * head_dim * (model.num_heads + model.num_kv_heads)
     dense = _feed_forward_parameters(model, model.d_ff)
-    routed = moe.num_experts * model.d_model + (moe.top_k + moe.num_shared_experts) * _expert_parameters(model)
-    return model.num_layers * attention + (model.num_layers - moe_layers) * dense + moe_layers * routed
+    routed = (moe.top_k + moe.num_shared_experts) * _expert_parameters(model) if moe_layers else 0
+    router = {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
+    experts = round(moe_layers * (router + routed))
+    return model.num_layers * attention + (model.num_layers - moe_layers) * dense + experts
 
 
 def _moe_layers(model: ModelConfig) -> int:
@@ -77,12 +85,21 @@ def _moe_layers(model: ModelConfig) -> int:
     return model.num_layers // model.moe.every if model.moe.num_experts > 0 else 0
 
 
-def _expert_parameters(model: ModelConfig) -> int:
-    return _feed_forward_parameters(model, model.d_ff if model.moe.d_ff is None else model.moe.d_ff)
+def _expert_parameters(model: ModelConfig) -> Fraction:
+    """Matrices of one routed expert, the mean over experts."""
+    widths = expert_widths(model)
+    return Fraction(_feed_forward_parameters(model, sum(widths)), max(len(widths), 1))
+
+
+def _expert_biases(model: ModelConfig) -> Fraction:
+    widths = expert_widths(model)
+    if not model.moe.expert_bias:
+        return Fraction(0)
+    return (2 if gated(model.activation) else 1) * Fraction(sum(widths), len(widths)) + model.d_model
 
 
 def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:
-    return (3 if model.activation == "swiglu" else 2) * model.d_model * d_ff
+    return (3 if gated(model.activation) else 2) * model.d_model * d_ff
 
 
 def _head_dim(model: ModelConfig) -> int:

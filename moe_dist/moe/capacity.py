@@ -11,6 +11,10 @@ global order of tokens (`parallel/mesh.py`), which makes a global position a loc
 | score       | the highest router weights               | no: a later token with a higher weight displaces one |
 | random      | a keyed hash of (seed, step, layer, token) | no                                                 |
 
+What does not fit is dropped, or under `overflow: reroute` offered to the token's next choice: in rounds, in which the
+assignments still without a place compete by the same policy for the places left, until nobody asks or all are taken.
+Expert choice is the score policy with every token a candidate of every expert.
+
 Legend: T tokens, K top_k, N = T * K assignments in token order, E experts, W ranks that share the capacity.
 """
 
@@ -19,9 +23,10 @@ from fractions import Fraction
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.schema import CapacityFactor, MoEConfig
 from moe_dist.moe.routing import Routing, StepContext
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
@@ -31,14 +36,13 @@ from moe_dist.parallel.mesh import Group
 class DispatchPlan:
     """The decisions of one layer on this rank, none of them differentiable.
 
-    experts_TK: chosen experts. kept_TK: which assignments stay. order_N: assignments sorted by expert, stable.
-    counts_WE and kept_WE: assignments of each rank of the world before and after dropping, known on every rank.
-    capacity: C, or None when nothing is dropped.
+    experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
+    rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
+    when nothing is dropped.
     """
 
     experts_TK: Tensor
     kept_TK: Tensor
-    order_N: Tensor
     counts_WE: Tensor
     kept_WE: Tensor
     capacity: int | None
@@ -55,70 +59,144 @@ def expert_capacity(
 
 
 class Capacity:
-    """The capacity rule of one layer."""
+    """The capacity rule of one layer; `index` is its number among the MoE layers."""
 
-    def __init__(self, moe: MoEConfig, layer: int, world: Group) -> None:
-        self.moe, self.layer, self.world = moe, layer, world
+    def __init__(self, moe: MoEConfig, layer: int, world: Group, index: int = 0) -> None:
+        self.moe, self.layer, self.world, self.index = moe, layer, world, index
         self.peers = world if moe.capacity_scope == "global" else Group()
+        self.by_experts = moe.router == "expert_choice"
+
+    def factor(self, step: StepContext) -> float | None:
+        """The capacity factor in force: of the phase, the layer and the step."""
+        moe = self.moe
+        if step.phase != "train" and not self.by_experts:
+            return None if step.phase == "dropless" else self._of_layer(moe.eval_capacity_factor)
+        if step.phase == "eval" and moe.eval_capacity_factor is not None:
+            return self._of_layer(moe.eval_capacity_factor)
+        begun = [first for first in moe.capacity_schedule if first <= step.step]
+        return moe.capacity_schedule[max(begun)] if begun else self._of_layer(moe.capacity_factor)
 
     def __call__(self, routing: Routing, step: StepContext) -> DispatchPlan:
-        experts_TK = routing.experts_TK
+        moe, experts_TK = self.moe, routing.experts_TK
         tokens = experts_TK.shape[0] * self.peers.size
-        factor = {"train": self.moe.capacity_factor, "eval": self.moe.eval_capacity_factor, "dropless": None}[
-            step.phase
-        ]
-        limit = expert_capacity(factor, self.moe.top_k, tokens, self.moe.num_experts, self.moe.min_capacity)
-
-        experts_N = experts_TK.flatten()
-        order_N = experts_N.argsort(stable=True)
-        counts_E = experts_N.bincount(minlength=self.moe.num_experts)
-        counts_WE = all_gather(counts_E[None], self.world)
+        limit = expert_capacity(self.factor(step), moe.top_k, tokens, moe.num_experts, moe.min_capacity)
+        counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.world)
         if limit is None:
-            kept_N, kept_WE = torch.ones_like(experts_N, dtype=torch.bool), counts_WE
-        elif self.moe.drop_policy == "position":
-            kept_N, kept_WE = self._keep_first(experts_N, order_N, counts_WE, limit)
+            kept_TK, kept_WE = torch.ones_like(experts_TK, dtype=torch.bool), counts_WE
         else:
-            kept_N, kept_WE = self._keep_best(routing, step, counts_WE, limit)
-        plan = DispatchPlan(experts_TK, kept_N.view_as(experts_TK), order_N, counts_WE, kept_WE, limit)
+            room_E = torch.full((moe.num_experts,), limit, device=experts_TK.device)
+            first = _Round(experts_TK, None, counts_WE, routing.weights_TK.detach(), "drop")
+            kept_TK, kept_WE = self._keep(first, room_E, step)
+            if moe.overflow == "reroute":
+                experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, limit)
+        if self.by_experts:
+            counts_WE = kept_WE  # nobody was refused: the experts chose
+        plan = DispatchPlan(experts_TK, kept_TK, counts_WE, kept_WE, limit)
         if step.witness is not None:
             step.witness.decided(self.layer, plan.experts_TK, plan.kept_TK)
         return plan
 
-    def _keep_first(self, experts_N: Tensor, order_N: Tensor, counts_WE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """Global position of an assignment = its position among this rank's + what earlier ranks send."""
-        before_WE = counts_WE.cumsum(0) - counts_WE if self.peers.size > 1 else torch.zeros_like(counts_WE)
-        kept_WE = (limit - before_WE).clamp(min=0).minimum(counts_WE)
-        counts_E = counts_WE[self.world.rank]
-        position_N = _positions(order_N, counts_E)
-        return position_N < kept_WE[self.world.rank][experts_N], kept_WE
+    def _of_layer(self, factor: CapacityFactor) -> float | None:
+        return factor[self.index] if isinstance(factor, list) else factor
 
-    def _keep_best(self, routing: Routing, step: StepContext, counts_WE: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    def _reroute(
+        self, routing: Routing, step: StepContext, kept_TK: Tensor, kept_WE: Tensor, limit: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rounds over next choices. Every rank sees the same counts, so all of them leave after the same round."""
+        assert routing.preference_TE is not None, "routers give preferences when overflow is reroute"
+        num_experts, experts_TK = self.moe.num_experts, routing.experts_TK.clone()
+        tried_TE = torch.zeros_like(routing.preference_TE, dtype=torch.bool).scatter(1, experts_TK, True)
+        for number in range(1, num_experts):
+            # 1. The j-th homeless assignment of a token asks for the token's j-th best expert not yet tried.
+            left_TE = routing.preference_TE.masked_fill(tried_TE, -torch.inf)
+            ranked = left_TE.sort(dim=-1, descending=True, stable=True)
+            turn_TK = ((~kept_TK).cumsum(1) - 1).clamp(min=0)
+            score_TK = ranked.values.gather(1, turn_TK)
+            asks_TK = ~kept_TK & score_TK.isfinite()
+            experts_TK = torch.where(asks_TK, ranked.indices.gather(1, turn_TK), experts_TK)
+            tried_TE.scatter_(1, experts_TK, True)
+            # 2. They compete for the places left.
+            asked_E = experts_TK[asks_TK].bincount(minlength=num_experts)
+            asked_WE = all_gather(asked_E[None], self.world)
+            if not bool(asked_WE.any()) or self._full(kept_WE, limit):
+                break
+            room_E = limit - self._taken(kept_WE)
+            again = _Round(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
+            placed_TK, placed_WE = self._keep(again, room_E, step)
+            kept_TK, kept_WE = kept_TK | placed_TK, kept_WE + placed_WE
+        return experts_TK, kept_TK, kept_WE
+
+    def _taken(self, counts_WE: Tensor) -> Tensor:
+        """Over the ranks that share the capacity."""
+        return counts_WE.sum(0) if self.peers.size > 1 else counts_WE[self.world.rank]
+
+    def _full(self, kept_WE: Tensor, limit: int) -> bool:
+        """No place left on any rank."""
+        taken = kept_WE.sum(0) if self.peers.size == self.world.size else kept_WE
+        return bool((taken >= limit).all())
+
+    def _keep(self, ask: "_Round", room_E: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """(kept_TK, kept_WE) of one round: each expert takes its first room_E in the order of the policy."""
+        position = self.moe.drop_policy == "position" and not self.by_experts
+        kept_N, kept_WE = self._keep_first(ask, room_E) if position else self._keep_best(ask, room_E, step)
+        return kept_N.view_as(ask.experts_TK), kept_WE
+
+    def _keep_first(self, ask: "_Round", room_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Global position of an assignment = its position among this rank's + what earlier ranks send."""
+        counts_WE, rank = ask.counts_WE, self.world.rank
+        before_WE = counts_WE.cumsum(0) - counts_WE if self.peers.size > 1 else torch.zeros_like(counts_WE)
+        kept_WE = (room_E - before_WE).clamp(min=0).minimum(counts_WE)
+        if self.peers.size < self.world.size:
+            # Local scope: each rank's room is its own, and only that rank knows it.
+            kept_WE = all_gather(kept_WE[rank][None], self.world)
+        bucket_N = ask.bucket_N(self.moe.num_experts)
+        position_N = _positions(bucket_N.argsort(stable=True), bucket_N.bincount(minlength=self.moe.num_experts + 1))
+        return position_N < F.pad(kept_WE[rank], (0, 1))[bucket_N], kept_WE
+
+    def _keep_best(self, ask: "_Round", room_E: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """Every rank sees all assignments that compete and takes the same decision for all of them."""
-        num_experts, rank = self.moe.num_experts, self.peers.rank
-        experts_N = all_gather(routing.experts_TK.flatten(), self.peers)
-        local = routing.experts_TK.numel()
-        priority_N = self._priority(routing, step, experts_N.numel())
+        num_experts, rank, local = self.moe.num_experts, self.peers.rank, ask.experts_TK.numel()
+        bucket_N = all_gather(ask.bucket_N(num_experts), self.peers)
+        priority_N = self._priority(ask, step, bucket_N.numel())
         by_priority_N = priority_N.argsort(descending=True, stable=True)
-        order_N = by_priority_N[experts_N[by_priority_N].argsort(stable=True)]
-        kept_N = _positions(order_N, experts_N.bincount(minlength=num_experts)) < limit
+        order_N = by_priority_N[bucket_N[by_priority_N].argsort(stable=True)]
+        position_N = _positions(order_N, bucket_N.bincount(minlength=num_experts + 1))
+        kept_N = position_N < F.pad(room_E, (0, 1))[bucket_N]
 
         if self.peers.size > 1:
-            rank_N = torch.arange(self.peers.size, device=experts_N.device).repeat_interleave(local)
-            cells = (rank_N * num_experts + experts_N)[kept_N].bincount(minlength=self.peers.size * num_experts)
+            rank_N = torch.arange(self.peers.size, device=bucket_N.device).repeat_interleave(local)
+            cells = (rank_N * num_experts + bucket_N)[kept_N].bincount(minlength=self.peers.size * num_experts)
             kept_WE = cells.view(self.peers.size, num_experts)
         else:
-            kept_WE = all_gather(experts_N[kept_N].bincount(minlength=num_experts)[None], self.world)
+            kept_WE = all_gather(bucket_N[kept_N].bincount(minlength=num_experts)[None], self.world)
         return kept_N[rank * local : (rank + 1) * local], kept_WE
 
-    def _priority(self, routing: Routing, step: StepContext, assignments: int) -> Tensor:
-        if self.moe.drop_policy == "random":
+    def _priority(self, ask: "_Round", step: StepContext, assignments: int) -> Tensor:
+        if self.moe.drop_policy == "random" and not self.by_experts:
             first = 0 if self.peers.size > 1 else self.world.rank * assignments
-            index_N = torch.arange(first, first + assignments, device=routing.experts_TK.device)
-            return step.key.fold("drop", self.layer).uniform(index_N)
-        scores_N = all_gather(routing.weights_TK.detach().flatten(), self.peers)
+            index_N = torch.arange(first, first + assignments, device=ask.experts_TK.device)
+            return step.key.fold(ask.name, self.layer).uniform(index_N)
+        scores_N = all_gather(ask.score_TK.flatten(), self.peers)
         if step.witness is not None and self.peers.size == self.world.size:
-            scores_N = step.witness.scores(self.layer, "drop", scores_N)
+            scores_N = step.witness.scores(self.layer, ask.name, scores_N)
         return scores_N
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Assignments that ask for a place: asks_TK, or all of them when None. counts_WE: how many, by rank and expert."""
+
+    experts_TK: Tensor
+    asks_TK: Tensor | None
+    counts_WE: Tensor
+    score_TK: Tensor
+    name: str
+
+    def bucket_N(self, num_experts: int) -> Tensor:
+        """The expert of each assignment; those that ask for none are in a bucket of their own, the last."""
+        if self.asks_TK is None:
+            return self.experts_TK.flatten()
+        return torch.where(self.asks_TK, self.experts_TK, num_experts).flatten()
 
 
 def _positions(order_N: Tensor, counts_E: Tensor) -> Tensor:

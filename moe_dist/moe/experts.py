@@ -1,56 +1,96 @@
-"""The experts held by this rank: two grouped matrix products with an activation between them.
+"""The experts held by this rank.
 
-Legend: R rows, D d_model, F expert hidden width, e experts on this rank.
+Legend: X rows that arrived, R rows sorted by expert, D d_model, F expert hidden width, E experts, e experts here.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
-from moe_dist.kernels.activation import activate, input_width
-from moe_dist.kernels.grouped_mm import cpu
-from moe_dist.kernels.grouped_mm.reference import GROUPED_MM
+from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.activation import gated
+from moe_dist.kernels.grouped_mm import cpu, reference
+from moe_dist.kernels.grouped_mm.weights import ExpertWeights
+from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
 class Experts(nn.Module):
-    """E_i(x) = act(x W_in[i]) W_out[i] for rows sorted by expert.
+    """E_i(x) = act(x W_up[i]^T) W_out[i], or (act(x W_gate[i]^T) * x W_up[i]^T) W_out[i]; biases if asked for.
 
-    At ep > 1 each rank holds num_experts / ep of them and the parameters belong to the edp group. At ep = 1 they are
-    replicated like dense parameters; the tp ranks then see different slices of the tokens, so their gradients are
-    summed over tp here.
+    Every matrix is [E, F, D]: one hidden unit after the other, expert after expert. So a rank's part is a contiguous
+    range however the experts are cut: over ep by expert, and over etp by hidden units, where a rank holds `E * etp`
+    narrower experts of which an expert is the sum. Experts of different widths lie in [sum of widths, D].
+
+    Where the experts are cut, their parameters belong to the edp group. Otherwise they are replicated like dense ones;
+    the tp ranks then see different slices of the tokens, so their gradients are summed over tp here.
     """
 
-    def __init__(
-        self, num_experts: int, d_model: int, d_ff: int, activation: str, backend: str, mesh: Mesh, out_std: float
-    ) -> None:
+    def __init__(self, model: ModelConfig, mesh: Mesh, out_std: float) -> None:
         super().__init__()
-        if num_experts % mesh.ep.size:
-            raise ValueError(f"num_experts={num_experts} is not divisible by ep={mesh.ep.size}")
-        local = num_experts // mesh.ep.size
-        self.activation, self.backend = activation, backend
+        moe, d_model, etp = model.moe, model.d_model, mesh.etp
+        widths = expert_widths(model)
+        if moe.num_experts % (mesh.ep.size // etp):
+            raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={mesh.ep.size // etp}")
+        self.activation, self.backend = model.activation, moe.experts
+        self.recompute = model.recompute == "activation"
         self.slices = mesh.tp if mesh.ep.size == 1 else Group()
-        wide = input_width(d_ff, activation)
+        self.uniform = len(set(widths)) == 1
+        # This rank's narrower experts, e of them, and the expert that each is a part of.
+        local = moe.num_experts * etp // mesh.ep.size
+        first = mesh.ep.rank * local
+        parts = [widths[index // etp] // etp for index in range(moe.num_experts * etp)]
+        self.widths = tuple(parts[first : first + local])
+        start, total = sum(parts[:first]), sum(widths)
 
-        shard: Literal["expert", "replicated"] = "expert" if mesh.ep.size > 1 else "replicated"
+        def matrix(columns: int, std: float, vector: bool = False) -> nn.Parameter:
+            """One row of `columns` numbers for each hidden unit."""
+            logical = (len(widths), widths[0], columns) if self.uniform else (total, columns)
+            shape = (local, self.widths[0], columns) if self.uniform else (sum(self.widths), columns)
+            if vector:
+                logical, shape = logical[:-1], shape[:-1]
+            entries = tuple(width * columns for width in widths)
+            spec = ParamSpec(logical, shard, start * columns, std, entries, vector)
+            return parameter(shape, spec)
 
-        def stacked(rows: int, columns: int, std: float) -> nn.Parameter:
-            spec = ParamSpec((num_experts, rows, columns), shard, mesh.ep.rank * local, std, stacked=True)
-            return parameter((local, rows, columns), spec)
+        shard = "expert" if mesh.ep.size > 1 else "replicated"
+        has_gate = gated(model.activation)
+        self.w_gate = matrix(d_model, d_model**-0.5) if has_gate else None
+        self.w_up = matrix(d_model, d_model**-0.5)
+        self.w_out = matrix(d_model, out_std)
+        self.b_gate = self.b_up = self.b_out = None
+        if moe.expert_bias:
+            self.b_gate = matrix(1, 0.0, vector=True) if has_gate else None
+            self.b_up = matrix(1, 0.0, vector=True)
+            spec = ParamSpec((len(widths), d_model), shard, first * d_model, 0.0, vector=True)
+            self.b_out = parameter((local, d_model), spec)
 
-        self.w_in = stacked(d_model, wide, d_model**-0.5)
-        self.w_out = stacked(d_ff, d_model, out_std)
+    def weights(self) -> ExpertWeights:
+        """What the kernels take; gradients are summed over the ranks that see other slices of the tokens."""
+        held = (self.w_gate, self.w_up, self.w_out, self.b_gate, self.b_up, self.b_out)
+        return ExpertWeights(*(None if p is None else copy_to_group(p, self.slices) for p in held))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-        w_in, w_out = copy_to_group(self.w_in, self.slices), copy_to_group(self.w_out, self.slices)
-        if cpu.replaces(self.backend, rows_RD.device.type):
-            return cpu.feed_forward(rows_RD, w_in, w_out, rows_per_expert, self.activation)
-        if rows_RD.shape[0] == 0:
-            # Nothing arrived: stay in the graph, so that idle experts get zero gradients and no exchange is skipped.
-            return rows_RD + 0.0 * (w_in.sum() + w_out.sum())
-        matmul = GROUPED_MM[self.backend]
-        hidden_RF = activate(matmul(rows_RD, w_in, rows_per_expert), self.activation)
-        return matmul(hidden_RF, w_out, rows_per_expert)
+    def forward(
+        self, x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder, w: ExpertWeights | None = None
+    ) -> Tensor:
+        """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of the assignment: [X, D] -> [X, D].
+
+        `w`: those of a consecutive part of the experts, with an order over that part.
+        """
+        w = self.weights() if w is None else w
+        widths = None if self.uniform else self.widths
+        if cpu.replaces(self.backend, x_XD.device.type):
+            return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
+        if self.backend == "triton":
+            from moe_dist.kernels.grouped_mm import triton
+
+            return triton.feed_forward(x_XD, weights_XK, order, w, self.activation, not self.recompute)
+        return reference.feed_forward(x_XD, weights_XK, order, w, self.activation, self.backend, widths, self.recompute)
+
+
+def expert_widths(model: ModelConfig) -> Sequence[int]:
+    """Hidden width of every expert: model.moe.d_ff for each, one number for all, or model.d_ff."""
+    d_ff = model.moe.d_ff or model.d_ff
+    return tuple(d_ff) if isinstance(d_ff, list) else (d_ff,) * model.moe.num_experts

@@ -2,13 +2,13 @@
 
 from torch import Tensor, nn
 
-from moe_dist.kernels.activation import activate, swiglu
+from moe_dist.kernels.activation import activate, gated
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group
 
 
 class FeedForward(nn.Module):
-    """y = act(x W_up) W_down, or (silu(x W_gate) * x W_up) W_down for swiglu. x: [T, D] -> [T, D]."""
+    """y = act(x W_up) W_down, or with a gate (act(x W_gate) * x W_up) W_down. x: [T, D] -> [T, D]."""
 
     def __init__(
         self, d_model: int, d_ff: int, activation: str, tp: Group, sequence_parallel: bool, out_std: float
@@ -16,12 +16,12 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation, self.tp, self.sequence_parallel = activation, tp, sequence_parallel
         std = d_model**-0.5
-        self.gate = ColumnParallelLinear(d_model, d_ff, tp, std) if activation == "swiglu" else None
+        self.gate = ColumnParallelLinear(d_model, d_ff, tp, std) if gated(activation) else None
         self.up = ColumnParallelLinear(d_model, d_ff, tp, std)
         self.down = RowParallelLinear(d_ff, d_model, tp, out_std)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = enter(x_TD, self.tp, self.sequence_parallel)
-        up_TF = self.up(x_TD)
-        hidden_TF = activate(up_TF, self.activation) if self.gate is None else swiglu(self.gate(x_TD), up_TF)
+        gate_TF = None if self.gate is None else self.gate(x_TD)
+        hidden_TF = activate(self.up(x_TD), self.activation, gate_TF)
         return leave(self.down(hidden_TF), self.tp, self.sequence_parallel)

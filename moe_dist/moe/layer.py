@@ -1,43 +1,57 @@
 """The Mixture-of-Experts layer: route, cap, dispatch, compute, combine.
 
-Legend: T tokens, D d_model, R rows received by the local experts.
+Legend: T tokens, D d_model, X rows that arrived at this rank, K assignments of a token.
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from moe_dist.config.schema import ModelConfig
 from moe_dist.moe.capacity import Capacity, DispatchPlan
-from moe_dist.moe.dispatch import make_dispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.dispatch import make_dispatcher, split_experts
+from moe_dist.moe.experts import Experts, expert_widths
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.losses import MoEStats, moe_stats
-from moe_dist.moe.routing import SoftmaxRouter, StepContext
+from moe_dist.moe.routers import ROUTERS
+from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import gather_from_group, split_to_group
 from moe_dist.parallel.mesh import Mesh
 
 
+@dataclass
 class Replay:
     """Keeps one layer's decisions from the forward pass for its recomputation, where a tie could fall the other way."""
 
+    chosen_TK: Tensor | None = None
     plan: DispatchPlan | None = None
 
 
 class MoE(nn.Module):
     """Sparse feed-forward of one block. x_TD: full tokens, or this tp rank's slice under sequence parallelism."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool, out_std: float) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        mesh: Mesh,
+        sequence_parallel: bool = False,
+        out_std: float | None = None,
+    ) -> None:
         super().__init__()
         moe = model.moe
-        d_ff = moe.d_ff or model.d_ff
+        widths = expert_widths(model)
+        width = sum(widths) // len(widths)
+        out_std = width**-0.5 if out_std is None else out_std
         self.config, self.layer, self.sequence_parallel = moe, layer, sequence_parallel
-        self.tp, self.ep = mesh.tp, mesh.ep
-        self.router = SoftmaxRouter(model.d_model, moe.num_experts, moe.top_k, moe.renormalize, layer, mesh.tp)
-        self.capacity = Capacity(moe, layer, mesh.world)
-        self.dispatcher = make_dispatcher(moe.dispatch, moe.wire, mesh)
-        self.experts = Experts(moe.num_experts, model.d_model, d_ff, model.activation, moe.experts, mesh, out_std)
+        self.tp, self.etp = mesh.tp, mesh.etp
+        self.router = ROUTERS[moe.router](model, layer, mesh)
+        self.capacity = Capacity(moe, layer, mesh.world, index=(layer + 1) // moe.every - 1)
+        self.dispatcher = make_dispatcher(moe, mesh)
+        self.experts = Experts(model, mesh, out_std)
         self.shared = None
         if moe.num_shared_experts:
-            width = moe.num_shared_experts * d_ff
+            width *= moe.num_shared_experts
             self.shared = FeedForward(model.d_model, width, model.activation, mesh.tp, sequence_parallel, out_std)
 
     def forward(self, x_TD: Tensor, step: StepContext, replay: Replay | None = None) -> tuple[Tensor, MoEStats]:
@@ -46,12 +60,20 @@ class MoE(nn.Module):
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), stats
 
     def _routed(self, x_TD: Tensor, step: StepContext, replay: Replay) -> tuple[Tensor, MoEStats]:
-        routing = self.router(x_TD, step, replay.plan and replay.plan.experts_TK)
-        plan = replay.plan = replay.plan or self.capacity(routing, step)
-        rows_RD, trip = self.dispatcher.dispatch(x_TD, plan)
-        rows_RD = self.experts(rows_RD, trip.rows_per_expert)
-        y_TD = self.dispatcher.combine(rows_RD, routing.weights_TK, trip)
-        return y_TD, moe_stats(self.config, self.layer, routing, plan, self.tp.size, self.ep.size)
+        # 1. Who goes where, and who is let in.
+        routing = self.router(x_TD, step, replay.chosen_TK)
+        plan = self.capacity(routing, step) if replay.plan is None else replay.plan
+        replay.chosen_TK, replay.plan = routing.experts_TK, plan
+        weights_TK = routing.weights_TK
+        if self.config.overflow == "reroute":
+            weights_TK = self.router.weigh_again(routing, plan.experts_TK)
+        # 2. There, through the experts, and back.
+        finer, weights_TK = split_experts(plan, weights_TK, self.etp)
+        arrival = self.dispatcher.dispatch(x_TD, weights_TK, finer)
+        y_XD = self.experts(arrival.x_XD, arrival.weights_XK, arrival.order)
+        y_TD = self.dispatcher.combine(y_XD, weights_TK, arrival)
+        # 3. What it cost, and what the router is told.
+        return y_TD, moe_stats(self.config, self.layer, routing, plan, self.router, step, arrival.sent_bytes)
 
     def _own_tokens(self, x_TD: Tensor) -> Tensor:
         """Each tp rank dispatches its own slice, so that no token travels twice."""

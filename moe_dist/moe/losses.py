@@ -1,6 +1,6 @@
 """Auxiliary losses of the router and the statistics of one layer; pure functions, returned and never stored.
 
-Legend: T tokens on this rank, E experts, W ranks of the world.
+Legend: T tokens on this rank, E experts, C chunks of tokens that are balanced each on its own, W ranks of the world.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_dist.config.schema import MoEConfig
 from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.routing import Router, Routing, StepContext
+from moe_dist.parallel.collectives import all_reduce
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class MoEStats:
     """aux_loss carries the gradient, already weighted and divided by tp; the rest is for reporting.
 
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
-    the micro-step. load_E (assignments before dropping), kept_E and crossing (kept assignments whose expert another
-    rank holds, a scalar) are sums over the whole micro-step.
+    the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. sent_bytes: what
+    this rank sent to others in the forward pass. unserved: share of this rank's tokens that no expert took.
     """
 
     layer: int
@@ -29,44 +30,62 @@ class MoEStats:
     entropy: Tensor
     load_E: Tensor
     kept_E: Tensor
-    crossing: Tensor
+    unserved: Tensor
+    sent_bytes: int = 0
 
 
-def balance_loss(probs_TE: Tensor, load_E: Tensor) -> Tensor:
-    """E * sum_i f_i P_i (Switch Transformers, arXiv 2101.03961, eq. 4 to 6).
+def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: int) -> Tensor:
+    """E * sum_i f_i P_i (Switch Transformers, arXiv 2101.03961, eq. 4 to 6), the mean over chunks of tokens.
 
-    f_i: share of all assignments, before dropping, that chose expert i, over the whole micro-step (global-batch
-    balancing, arXiv 2501.11873); P_i: mean probability over this rank's tokens. Linear in P, so the mean of this over
-    ranks is the loss of the micro-step. Perfect balance scores 1, collapse on one expert E.
+    f_i: share of a chunk's assignments, before dropping, that chose expert i; P_i: the mean of its probabilities, here
+    the sums over this rank's tokens. Linear in P, so the mean of this over ranks is the loss of the micro-step when
+    counts_CE are those of whole chunks. Perfect balance scores 1, collapse on one expert E.
     """
-    share_E = load_E / load_E.sum()
-    return probs_TE.shape[1] * (share_E.to(probs_TE.dtype) * probs_TE.mean(0)).sum()
+    share_CE = counts_CE / counts_CE.sum(1, keepdim=True).clamp(min=1)
+    return prob_sums_CE.shape[1] * (share_CE.to(prob_sums_CE.dtype) * prob_sums_CE).sum() / max(tokens, 1)
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small."""
-    return logits_TE.logsumexp(dim=-1).square().mean()
+def whole_chunks(moe: MoEConfig, routing: Routing, plan: DispatchPlan, router: Router, step: StepContext) -> Tensor:
+    """Assignments by chunk and expert, counting every token of a chunk on whatever rank it is.
 
-
-def router_entropy(probs_TE: Tensor) -> Tensor:
-    """Mean entropy of a token's distribution over experts, in nats."""
-    return torch.special.entr(probs_TE).sum(-1).mean()
-
-
-def crossing_rows(kept_WE: Tensor, ep: int) -> Tensor:
-    """Kept assignments that travel to another rank, over the whole world: 0 at ep = 1.
-
-    An ep group is `ep` consecutive ranks, and its ith rank holds the ith part of the experts (parallel/mesh.py).
+    global: one chunk, the micro-step (global-batch balancing, arXiv 2501.11873). sequence: one a sequence, which tp may
+    cut (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20). local: one a rank (what Megatron and DeepSpeed do).
     """
-    world, num_experts = kept_WE.shape
-    from_to = kept_WE.view(world // ep, ep, ep, num_experts // ep).sum((0, 3))
-    return from_to.sum() - from_to.trace()
+    counts_CE = routing.stats.counts_CE
+    if moe.balance_scope == "global":
+        return plan.counts_WE.sum(0, keepdim=True)
+    if moe.balance_scope == "sequence" and step.seq_len is not None and router.slices.size > 1:
+        tokens = len(routing.experts_TK)
+        first = router.slices.rank * tokens // step.seq_len
+        whole = counts_CE.new_zeros(-(-router.slices.size * tokens // step.seq_len), counts_CE.shape[1])
+        whole[first : first + len(counts_CE)] = counts_CE
+        return all_reduce(whole, router.slices)[first : first + len(counts_CE)]
+    return counts_CE
 
 
-def moe_stats(moe: MoEConfig, layer: int, routing: Routing, plan: DispatchPlan, tp: int, ep: int) -> MoEStats:
+def moe_stats(
+    moe: MoEConfig, layer: int, routing: Routing, plan: DispatchPlan, router: Router, step: StepContext, sent_bytes: int
+) -> MoEStats:
     """Losses and load of one layer. Each tp rank adds the share of its slice of the tokens: 1 / tp."""
-    load_E, kept_E = plan.counts_WE.sum(0), plan.kept_WE.sum(0)
-    balance, z = balance_loss(routing.probs_TE, load_E), z_loss(routing.logits_TE)
-    aux = (moe.balance_loss_coef * balance + moe.z_loss_coef * z) / tp
-    entropy, crossing = router_entropy(routing.probs_TE.detach()), crossing_rows(plan.kept_WE, ep)
-    return MoEStats(layer, aux, balance.detach(), z.detach(), entropy, load_E, kept_E, crossing)
+    stats, tokens = routing.stats, max(len(routing.experts_TK), 1)
+    counts_CE = whole_chunks(moe, routing, plan, router, step)
+    balance = balance_loss(stats.prob_sums_CE, counts_CE, tokens)
+    # mean over tokens of logsumexp^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
+    z = stats.z_sum / tokens
+    aux = torch.zeros_like(z)
+    if router.has_losses:
+        aux = moe.balance_loss_coef * balance + moe.z_loss_coef * z
+    if routing.extra_loss is not None:
+        aux = aux + routing.extra_loss
+    unserved = (~plan.kept_TK.any(1)).sum() / tokens
+    return MoEStats(
+        layer,
+        aux / router.slices.size,
+        balance.detach(),
+        z.detach(),
+        stats.entropy_sum / tokens,
+        plan.counts_WE.sum(0),
+        plan.kept_WE.sum(0),
+        unserved,
+        sent_bytes,
+    )

@@ -1,6 +1,6 @@
-"""Who goes where, with which weight.
+"""Who goes where, with which weight: what every router takes and gives. The routers themselves are in routers.py.
 
-Legend: T tokens on this rank, D d_model, E experts, K top_k.
+Legend: T tokens on this rank, D d_model, E experts, K assignments of a token: top_k, or E under expert choice.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.route.reference import Routed, Score, best, route, scores_of
 from moe_dist.parallel.collectives import copy_to_group
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.random import RandomKey
-from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
 class Witness(Protocol):
@@ -28,56 +29,119 @@ class Witness(Protocol):
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a forward pass must know beside its tokens. Everything random is a function of `key`.
+    """What a forward pass must know beside its activations. Everything random is a function of `key`.
 
-    phase: `train` applies capacity_factor, `eval` eval_capacity_factor, `dropless` drops nothing.
+    phase: `train` applies capacity_factor, `eval` eval_capacity_factor, `dropless` drops nothing; noise is for `train`.
+    step: optimizer step, for schedules. seq_len: tokens of a sequence; None: all tokens are one. token_ids_T: ids of
+    this rank's tokens, for hash routing. parts: ranks whose local losses this process computes; one, unless a single
+    process stands for several.
     """
 
     key: RandomKey
     phase: Literal["train", "eval", "dropless"] = "train"
     witness: Witness | None = None
+    step: int = 0
+    seq_len: int | None = None
+    token_ids_T: Tensor | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
 class Routing:
-    """logits_TE and probs_TE in fp32; experts_TK int64, best first; weights_TK multiply the experts' outputs."""
+    """What a router says of this rank's tokens.
 
-    logits_TE: Tensor
-    probs_TE: Tensor
-    experts_TK: Tensor
-    weights_TK: Tensor
-
-
-class SoftmaxRouter(nn.Module):
-    """p = softmax(W x) in fp32; the top_k largest (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, eq. 1 and 2).
-
-    At top_k > 1 the chosen weights may be divided by their sum. At top_k = 1 they never are: p / p = 1 would cut the
-    router's gradient. `slices` is the tp group: each of its ranks routes its own slice of the tokens, so the gradient
-    of W is summed over it here.
+    experts_TK: int64, best first. weights_TK multiply the experts' outputs; fp32. preference_TE: by what experts were
+    chosen, larger is better, -inf for never, not differentiable; None where nobody asks. stats: sums over tokens for
+    the losses; chunks are those of the balancing scope. extra_loss: the router's own, already weighted.
     """
 
-    def __init__(
-        self, d_model: int, num_experts: int, top_k: int, renormalize: bool, layer: int, slices: Group
-    ) -> None:
+    experts_TK: Tensor
+    weights_TK: Tensor
+    logits_TE: Tensor
+    preference_TE: Tensor | None
+    stats: Routed
+    extra_loss: Tensor | None = None
+
+
+class Router(nn.Module):
+    """What routers share: weights of chosen experts, decisions under a witness, chunks of the balancing scope.
+
+    `slices` is the tp group: each of its ranks routes its own slice of the tokens.
+    """
+
+    score: Score = "softmax"
+    has_losses = True
+    """Whether balancing and z-loss have something to train."""
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
-        self.top_k, self.layer, self.slices = top_k, layer, slices
-        self.renormalize = renormalize and top_k > 1
-        self.weight = parameter((num_experts, d_model), ParamSpec((num_experts, d_model), std=d_model**-0.5))
+        self.moe, self.layer = model.moe, layer
+        self.slices, self.world = mesh.tp, mesh.world
+        self.kernels = model.kernels
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         """Route x_TD. `chosen_TK` repeats an earlier choice (a recomputed block) instead of choosing again."""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        weight_ED = copy_to_group(self.weight, self.slices).to(wide)
-        logits_TE = F.linear(x_TD.to(wide), weight_ED)
-        probs_TE = logits_TE.softmax(dim=-1)
-        if chosen_TK is None:
-            chosen_TK = self._choose(probs_TE.detach(), step)
-        weights_TK = probs_TE.gather(1, chosen_TK)
-        if self.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return Routing(logits_TE, probs_TE, chosen_TK, weights_TK)
+        raise NotImplementedError
 
-    def _choose(self, probs_TE: Tensor, step: StepContext) -> Tensor:
-        if step.witness is not None:
-            probs_TE = step.witness.scores(self.layer, "router", probs_TE)
-        return probs_TE.topk(self.top_k, dim=-1).indices
+    def routing(
+        self, logits_TE: Tensor, step: StepContext, chosen_TK: Tensor | None, preference_TE: Tensor | None = None
+    ) -> Routing:
+        """The usual end of a router: the best top_k by preference (or by score), weighed by their scores."""
+        stats = self.count(logits_TE, step, chosen_TK, preference_TE)
+        return Routing(stats.experts_TK, self.weigh(stats.scores_TK), logits_TE, preference_TE, stats)
+
+    def count(
+        self, logits_TE: Tensor, step: StepContext, chosen_TK: Tensor | None, preference_TE: Tensor | None = None
+    ) -> Routed:
+        """Choose, and sum what the losses need, in one pass."""
+        if chosen_TK is None and preference_TE is not None:
+            chosen_TK = best(preference_TE, self.moe.top_k)
+        chunk, first = self.chunk(len(logits_TE), step)
+        if self.kernels == "triton":
+            from moe_dist.kernels.route import triton
+
+            return triton.route(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
+        return route(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
+
+    def weigh(self, scores_TK: Tensor) -> Tensor:
+        """Scores of the chosen experts, divided by their sum if asked for: never at top_k = 1, where p / p = 1 would
+        cut the router's gradient."""
+        if self.moe.renormalize and self.moe.top_k > 1:
+            scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True)
+        return scores_TK * self.moe.routed_scale if self.moe.routed_scale != 1.0 else scores_TK
+
+    def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
+        """Weights of other experts than those first chosen: assignments that were rerouted."""
+        return self.weigh(scores_of(routing.logits_TE, self.score).gather(1, experts_TK))
+
+    def balance(self, load_E: Tensor) -> None:
+        """Called once an optimizer step with the assignments of all ranks and micro-steps, before dropping."""
+
+    def explicit(self, step: StepContext) -> bool:
+        """Whether preferences are needed, not only the choice."""
+        return step.witness is not None or self.moe.overflow == "reroute"
+
+    def settle(self, scores_TE: Tensor, step: StepContext) -> Tensor:
+        """Scores to decide by: not differentiable, and a reference's where verify compares with one."""
+        scores_TE = scores_TE.detach()
+        return scores_TE if step.witness is None else step.witness.scores(self.layer, "router", scores_TE)
+
+    def chunk(self, tokens: int, step: StepContext) -> tuple[int | None, int]:
+        """(tokens of a chunk, place of this rank's first token in its chunk) of the balancing scope."""
+        if self.moe.balance_scope == "sequence" and step.seq_len is not None:
+            return step.seq_len, self.slices.rank * tokens % step.seq_len
+        if self.moe.balance_scope == "local" and step.parts > 1:
+            return tokens // step.parts, 0
+        return None, 0
+
+    def draw_index(self, tokens: int, width: int, device: torch.device) -> Tensor:
+        """[T, width] indices of random numbers, a function of the global token index."""
+        first = self.world.rank * tokens * width
+        return torch.arange(first, first + tokens * width, device=device).view(tokens, width)
+
+
+def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group) -> Tensor:
+    """x W^T in fp32 (or float64), whatever the precision of the rest (Switch Transformers, section 2.4). The gradient
+    of W is summed over the ranks of `slices`."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.linear(x_TD.to(wide), copy_to_group(weight_ED, slices).to(wide))

@@ -7,6 +7,7 @@ Tensors are cut and joined along dim 0, which is always the tokens (or the rows 
 |---------------------|--------------------|--------------------|----------------------------------------------------|
 | copy_to_group       | identity           | all-reduce         | input of a column-parallel layer; shared parameters |
 | reduce_from_group   | all-reduce         | identity           | output of a row-parallel layer                     |
+| mean_over_group     | mean               | identity           | auxiliary losses of a mean over all tokens         |
 | split_to_group      | own slice          | all-gather         | tokens before an MoE layer under tp                |
 | gather_from_group   | all-gather         | own slice          | tokens after it                                    |
 | gather_sequence     | all-gather         | reduce-scatter     | sequence parallelism: into a tensor-parallel region |
@@ -100,6 +101,17 @@ class _ReduceFromGroup(torch.autograd.Function):
         return grad, None
 
 
+class _MeanOverGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), group) / group.size
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _SplitToGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -168,6 +180,12 @@ def copy_to_group(x: Tensor, group: Group) -> Tensor:
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """Sum over the group; the gradient passes unchanged."""
     return _ReduceFromGroup.apply(x, group) if group.size > 1 else x
+
+
+def mean_over_group(x: Tensor, group: Group) -> Tensor:
+    """Mean over the group; the gradient passes unchanged. For a loss that is a function of a mean over all ranks and
+    whose own gradients are averaged over them: each rank then adds what its own term of the mean contributes."""
+    return _MeanOverGroup.apply(x, group) if group.size > 1 else x
 
 
 def split_to_group(x: Tensor, group: Group) -> Tensor:

@@ -40,7 +40,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, tp: Group, std: float) -> None:
         super().__init__()
         local, start = _part(out_dim, tp, "out_dim")
-        self.weight = parameter((local, in_dim), ParamSpec((out_dim, in_dim), "tensor", start, std))
+        self.weight = parameter((local, in_dim), ParamSpec((out_dim, in_dim), "tensor", start * in_dim, std))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -52,7 +52,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, tp: Group, std: float) -> None:
         super().__init__()
         local, start = _part(in_dim, tp, "in_dim")
-        self.weight = parameter((local, out_dim), ParamSpec((in_dim, out_dim), "tensor", start, std))
+        self.weight = parameter((local, out_dim), ParamSpec((in_dim, out_dim), "tensor", start * out_dim, std))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
@@ -65,7 +65,8 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         local, self.start = _part(vocab_size, tp, "vocab_size")
         self.tp = tp
-        self.weight = parameter((local, d_model), ParamSpec((vocab_size, d_model), "tensor", self.start, std))
+        spec = ParamSpec((vocab_size, d_model), "tensor", self.start * d_model, std)
+        self.weight = parameter((local, d_model), spec)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         if self.tp.size == 1:

@@ -78,7 +78,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's groups along every axis."""
+    """One rank's groups along every axis. `etp`: ranks that share the hidden units of each expert; the ep group is the
+    ranks that one set of experts lies on, ep * etp of the config."""
 
     layout: Layout
     rank: int
@@ -87,6 +88,7 @@ class Mesh:
     dp: Group
     ep: Group
     edp: Group
+    etp: int = 1
 
 
 def single_process_mesh() -> Mesh:
@@ -95,16 +97,16 @@ def single_process_mesh() -> Mesh:
     return Mesh(Layout(), 0, alone, alone, alone, alone, alone)
 
 
-def create_mesh(ep: int, tp: int, timeout: timedelta | None = None) -> Mesh:
-    """Process groups for `ep` and `tp` over the initialised default group.
+def create_mesh(ep: int, tp: int, etp: int = 1, timeout: timedelta | None = None) -> Mesh:
+    """Process groups for `ep`, `etp` and `tp` over the initialised default group.
 
     Every rank must call this, with the same sizes. Raises ValueError when a size does not divide the world size.
     """
     if not dist.is_initialized():
-        Layout(1, ep, tp)
+        Layout(1, ep * etp, tp)
         return single_process_mesh()
     rank = dist.get_rank()
-    layout = Layout(dist.get_world_size(), ep, tp)
+    layout = Layout(dist.get_world_size(), ep * etp, tp)
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
 
     def group(axis: Axis) -> Group:
@@ -114,7 +116,8 @@ def create_mesh(ep: int, tp: int, timeout: timedelta | None = None) -> Mesh:
         mine = layout.ranks(axis, rank)
         return Group(mine, mine.index(rank), made[mine])
 
-    return Mesh(layout, rank, *(group(axis) for axis in ("world", "tp", "dp", "ep", "edp")))
+    world, tp_, dp, ep_, edp = (group(axis) for axis in ("world", "tp", "dp", "ep", "edp"))
+    return Mesh(layout, rank, world, tp_, dp, ep_, edp, etp)
 
 
 def _new_group(ranks: Sequence[int], world: int, timeout: timedelta | None) -> dist.ProcessGroup | None:

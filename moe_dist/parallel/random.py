@@ -7,6 +7,7 @@ counter-based hash of the key and the *global* token index, so every layout draw
 import hashlib
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _MASK = (1 << 63) - 1
@@ -33,6 +34,10 @@ class RandomKey:
         """
         bits = _mix(_mix(index ^ self.value) + _signed(0x9E3779B97F4A7C15))
         return _shift(bits, 11).double() * 2.0**-53
+
+    def normal(self, index: Tensor) -> Tensor:
+        """One standard normal number for each int64 index, float64: the inverse distribution function of `uniform`."""
+        return torch.special.ndtri(self.uniform(index) + 2.0**-54)
 
 
 def _mix(z: Tensor) -> Tensor:

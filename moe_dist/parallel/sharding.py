@@ -21,24 +21,23 @@ class ParamSpec:
     """One parameter's place in the logical model.
 
     shard: `replicated`, `tensor` (cut over tp) or `expert` (cut over ep; replicas of it form the edp group).
-    std: standard deviation of the initial normal values; None starts at one (norm scales).
+    flat_start: offset of this rank's first element in the flattened logical parameter; its range is contiguous.
+    std: standard deviation of the initial normal values; None starts at one (norm scales), 0 at zero (biases).
+    entries: elements of each part that is drawn on its own (one per expert), so that a rank draws only what it holds.
+    vector: one number per unit, a bias: no weight decay, whatever its number of dimensions.
     """
 
     logical_shape: tuple[int, ...]
     shard: Literal["replicated", "tensor", "expert"] = "replicated"
-    start: int = 0
+    flat_start: int = 0
     std: float | None = 0.02
-    stacked: bool = False
+    entries: tuple[int, ...] = ()
+    vector: bool = False
 
     @property
     def decay(self) -> bool:
         """Weight decay applies to matrices, not to norm scales and biases."""
-        return len(self.logical_shape) > 1
-
-    @property
-    def flat_start(self) -> int:
-        """Offset of this rank's first element in the flattened logical parameter."""
-        return self.start * prod(self.logical_shape[1:])
+        return len(self.logical_shape) > 1 and not self.vector
 
 
 def parameter(shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
@@ -62,23 +61,23 @@ def logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, P
 
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Fill every parameter from (seed, name), so that all layouts start from the same logical model.
-
-    A stacked parameter (experts along dim 0) is drawn one entry at a time: a rank draws only what it holds.
-    """
+    """Fill every parameter from (seed, name), so that all layouts start from the same logical model."""
     for name, param, spec in logical_parameters(module):
         key = RandomKey.of(seed, name)
         if spec.std is None:
             param.fill_(1.0)
-        elif spec.stacked:
-            for index, entry in enumerate(param.unbind(0), start=spec.start):
-                entry.copy_(_normal(spec.logical_shape[1:], spec.std, key.fold(index)))
-        else:
-            whole = _normal(spec.logical_shape, spec.std, key)
-            param.copy_(whole[spec.start : spec.start + param.shape[0]])
+            continue
+        flat, stop = param.view(-1), spec.flat_start + param.numel()
+        start = 0
+        for index, size in enumerate(spec.entries or (prod(spec.logical_shape),)):
+            first, last = max(start, spec.flat_start), min(start + size, stop)
+            if first < last:
+                whole = _normal(size, spec.std, key.fold(index) if spec.entries else key)
+                flat[first - spec.flat_start : last - spec.flat_start].copy_(whole[first - start : last - start])
+            start += size
 
 
-def _normal(shape: tuple[int, ...], std: float, key: RandomKey) -> Tensor:
+def _normal(size: int, std: float, key: RandomKey) -> Tensor:
     # Philox takes the whole key; torch's CPU generator would use 32 bits of it, and experts could start as twins.
     generator = np.random.Generator(np.random.Philox(key=key.value))
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)).mul_(std)
+    return torch.from_numpy(generator.standard_normal(size, dtype=np.float32)).mul_(std)

@@ -63,11 +63,11 @@ class Trainer:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
         model = resolve_backends(
-            config.model, config.parallel.ep, device.type, config.train.seq_len, config.engine.precision
+            config.model, config.parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
         )
         config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
-        self.mesh: Mesh = create_mesh(config.parallel.ep, config.parallel.tp)
+        self.mesh: Mesh = create_mesh(config.parallel.ep, config.parallel.tp, config.parallel.etp)
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.sampler = SequenceSampler(
             len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
@@ -177,7 +177,7 @@ class Trainer:
         for micro in range(shape.accumulation):
             mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
             tokens_BS, targets_BS = self._tensors(self.corpus.train, mine)
-            context = StepContext(self.key.fold(step, micro))
+            context = StepContext(self.key.fold(step, micro), step=step)
             outputs.append(self.engine.micro_step(tokens_BS, targets_BS, context))
         nll, aux, layers = self._gather_statistics(outputs)
         if not math.isfinite(nll + aux):
@@ -209,17 +209,18 @@ class Trainer:
         for output in outputs:
             values = [output.nll, sum((s.aux_loss.detach() for s in output.stats), output.nll.new_zeros(()))]
             for stats in output.stats:
-                values += [stats.entropy, stats.balance_loss, stats.z_loss]
-            per_micro.append(torch.stack([value.float() for value in values]))
+                values += [stats.entropy, stats.balance_loss, stats.z_loss, stats.unserved]
+                values.append(torch.tensor(stats.sent_bytes, device=self.device))
+            per_micro.append(torch.stack([value.double() for value in values]))
         mean = all_reduce(torch.stack(per_micro).mean(0), self.mesh.world) / self.mesh.layout.world
         nll, aux, *rest = mean.tolist()
         layers = []
         for index, stats in enumerate(outputs[0].stats):
             load_E = torch.stack([output.stats[index].load_E for output in outputs]).sum(0)
             kept_E = torch.stack([output.stats[index].kept_E for output in outputs]).sum(0)
-            crossing = int(sum(output.stats[index].crossing for output in outputs))
-            entropy, balance, z = rest[3 * index : 3 * index + 3]
-            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), crossing, entropy, balance, z))
+            entropy, balance, z, unserved, sent = rest[5 * index : 5 * index + 5]
+            sent = round(sent * self.mesh.layout.world * len(outputs))
+            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), entropy, balance, z, unserved, sent))
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
         return nll, aux * self.mesh.layout.tp, layers
 

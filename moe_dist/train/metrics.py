@@ -14,7 +14,8 @@ from typing import Any
 
 _SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
 _MOE = frozenset(
-    "drop_rate load_max_over_mean balance_loss z_loss router_entropy dispatch_rows_bytes dispatch_bytes".split()
+    "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
+    "dispatch_rows_bytes dispatch_bytes".split()
 )
 
 
@@ -27,12 +28,14 @@ class LayerLoad:
     """Assignments to each expert before dropping."""
     kept_E: list[int]
     """Assignments that each expert computed."""
-    crossing: int
-    """Those of them whose token is on another rank than the expert."""
     entropy: float
     """Of the router's probabilities, mean over tokens, in nats."""
     balance_loss: float
     z_loss: float
+    unserved: float
+    """Share of tokens that no expert took."""
+    sent_bytes: int
+    """Between ranks in the forward pass."""
 
 
 def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
@@ -43,8 +46,9 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
 
     With `row_bytes`, the bytes of one token's activation (d_model * element size), over all ranks, layers and
     micro-steps: dispatch_rows_bytes is what the experts receive, kept * row_bytes, the same in every layout.
-    dispatch_bytes is what crosses between ranks in the forward pass, 2 * crossing * row_bytes, there and back: 0 at
-    ep = 1. The backward pass moves as much again. Padding of `wire: padded` and the exchanged counts are not in it.
+    dispatch_bytes is what the dispatcher sends between ranks in the forward pass, there and back, padding included: 0
+    at ep = 1. The backward pass moves as much again. The exchanged counts are not in it. unserved_rate: share of tokens
+    that no expert took, mean over layers.
     """
     if not layers:
         return {}
@@ -52,6 +56,7 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
         {
             "layer": layer.layer,
             "drop_rate": _drop_rate([layer]),
+            "unserved_rate": sum(layer.unserved for layer in layers) / len(layers),
             "load_max_over_mean": max(layer.load_E) * len(layer.load_E) / sum(layer.load_E),
             "entropy": layer.entropy,
             "load": list(layer.load_E),
@@ -60,12 +65,13 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
     ]
     return {
         "drop_rate": _drop_rate(layers),
+        "unserved_rate": sum(layer.unserved for layer in layers) / len(layers),
         "load_max_over_mean": max(row["load_max_over_mean"] for row in rows),
         "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
         "z_loss": sum(layer.z_loss for layer in layers) / len(layers),
         "router_entropy": sum(layer.entropy for layer in layers) / len(layers),
         "dispatch_rows_bytes": sum(sum(layer.kept_E) for layer in layers) * row_bytes,
-        "dispatch_bytes": sum(layer.crossing for layer in layers) * row_bytes * 2,
+        "dispatch_bytes": sum(layer.sent_bytes for layer in layers),
         "layers": rows,
     }
 

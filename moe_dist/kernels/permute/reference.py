@@ -1,9 +1,8 @@
 """Moving rows to where their experts want them, and back with weights: gathers in both directions.
 
-A permutation is held twice, once from each side, so that forward and backward are both gathers: no scatter, no atomics,
-the same sum in the same order on every run.
+No scatter, no atomics: the same sum in the same order on every run.
 
-Legend: T tokens, K top_k, R rows, D width.
+Legend: X rows of x, K assignments of each, R rows sorted by expert, D width.
 """
 
 from typing import Any
@@ -13,67 +12,80 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.kernels.permute.order import RowOrder
 
-def gather_rows(x_TD: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
-    """rows[r] = x[source[r]]: [T, D] -> [R, D].
 
-    source_R: the token of each row; rows_TK: the row of each assignment (any valid index where kept_TK is False).
+def gather_rows(x_XD: Tensor, order: RowOrder) -> Tensor:
+    """rows[r] = x[source[r]]: [X, D] -> [R, D]."""
+    return _GatherRows.apply(x_XD, order)
+
+
+def combine_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+    """y[x] = sum over kept k of weights[x, k] * rows[rows_XK[x, k]]: [R, D] -> [X, D]; zero where nothing is kept.
+
+    weights_XK None counts every kept row once.
     """
-    return _GatherRows.apply(x_TD, source_R, rows_TK, kept_TK)
+    if weights_XK is None:
+        return _SumRows.apply(rows_RD, order)
+    return _CombineRows.apply(rows_RD, weights_XK, order)
 
 
-def combine_rows(rows_RD: Tensor, weights_TK: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
-    """y[t] = sum over kept k of weights[t, k] * rows[rows_TK[t, k]]: [R, D] -> [T, D]; zero where nothing is kept."""
-    return _CombineRows.apply(rows_RD, weights_TK, source_R, rows_TK, kept_TK)
-
-
-def _sum_rows(rows_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """sum_k weights[t, k] * rows[rows_TK[t, k]]; entries of weight zero may point anywhere."""
+def sum_rows(rows_RD: Tensor, rows_XK: Tensor, weights_XK: Tensor) -> Tensor:
+    """sum_k weights[x, k] * rows[rows_XK[x, k]], without autograd; entries of weight zero may point anywhere."""
     if rows_RD.shape[0] == 0:
-        return rows_RD.new_zeros(rows_TK.shape[0], rows_RD.shape[1])
+        return rows_RD.new_zeros(rows_XK.shape[0], rows_RD.shape[1])
     if rows_RD.device.type == "cpu":
         # One fused pass; accumulates bfloat16 rows in fp32.
-        return F.embedding_bag(rows_TK, rows_RD, mode="sum", per_sample_weights=weights_TK.to(rows_RD.dtype))
-    gathered_TKD = rows_RD.index_select(0, rows_TK.flatten()).view(*rows_TK.shape, -1)
+        return F.embedding_bag(rows_XK, rows_RD, mode="sum", per_sample_weights=weights_XK.to(rows_RD.dtype))
+    gathered_XKD = rows_RD.index_select(0, rows_XK.flatten()).view(*rows_XK.shape, -1)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
-    return torch.einsum("tkd,tk->td", gathered_TKD.to(wide), weights_TK.to(wide)).to(rows_RD.dtype)
+    return torch.einsum("xkd,xk->xd", gathered_XKD.to(wide), weights_XK.to(wide)).to(rows_RD.dtype)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_TK, kept_TK)
-        return x_TD.index_select(0, source_R)
+    def forward(ctx: Any, x_XD: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return x_XD.index_select(0, order.source_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        rows_TK, kept_TK = ctx.saved_tensors
-        return _sum_rows(grad_RD.contiguous(), rows_TK, kept_TK.to(grad_RD.dtype)), None, None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        order: RowOrder = ctx.order
+        return sum_rows(grad_RD.contiguous(), order.rows_XK, order.kept_XK.to(grad_RD.dtype)), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, order: RowOrder) -> Tensor:
+        ctx.order = order
+        return sum_rows(rows_RD, order.rows_XK, order.kept_XK.to(rows_RD.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None]:
+        return grad_XD.index_select(0, ctx.order.source_R), None
 
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, weights_TK: Tensor, source_R: Tensor, rows_TK: Tensor, kept_TK: Tensor
-    ) -> Tensor:
-        weights_TK = weights_TK * kept_TK
-        ctx.save_for_backward(rows_RD, weights_TK, source_R, rows_TK, kept_TK)
-        return _sum_rows(rows_RD, rows_TK, weights_TK)
+    def forward(ctx: Any, rows_RD: Tensor, weights_XK: Tensor, order: RowOrder) -> Tensor:
+        ctx.save_for_backward(rows_RD, weights_XK)
+        ctx.order = order
+        return sum_rows(rows_RD, order.rows_XK, weights_XK * order.kept_XK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        rows_RD, weights_TK, source_R, rows_TK, kept_TK = ctx.saved_tensors
+    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_RD, weights_XK = ctx.saved_tensors
+        order: RowOrder = ctx.order
         if rows_RD.shape[0] == 0:
-            return torch.zeros_like(rows_RD), torch.zeros_like(weights_TK), None, None, None
-        grad_rows_RD = grad_TD.index_select(0, source_R)
-        # d/dw[t, k] = <row, grad of its token>; made per row, then read by assignment.
+            return torch.zeros_like(rows_RD), torch.zeros_like(weights_XK), None
+        grad_rows_RD = grad_XD.index_select(0, order.source_R)
+        # d/dw[x, k] = <row, grad of its x>; made per row, then read by assignment.
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
         dots_R = torch.linalg.vecdot(rows_RD, grad_rows_RD).to(wide)
-        grad_weights_TK = dots_R[rows_TK] * kept_TK
-        # The row's own weight, found by writing each kept assignment's weight to its row: rows are unique, no sum.
-        weight_R = weights_TK.new_zeros(rows_RD.shape[0])
-        weight_R[rows_TK[kept_TK]] = weights_TK[kept_TK]
+        grad_weights_XK = dots_R[order.rows_XK] * order.kept_XK
+        weight_R = weights_XK.flatten()[order.slots_R]
         grad_rows_RD *= weight_R[:, None].to(grad_rows_RD.dtype)
-        return grad_rows_RD, grad_weights_TK.to(weights_TK.dtype), None, None, None
+        return grad_rows_RD, grad_weights_XK.to(weights_XK.dtype), None

@@ -51,7 +51,7 @@ def route(
     scores_TE = scores_of(logits_TE, score)
     if chosen_TK is None:
         by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-        chosen_TK = by_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        chosen_TK = best(by_TE, top_k)
     probs_TE = scores_TE if score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
     tokens, num_experts = logits_TE.shape
     chunk_T, chunks = chunks_of(tokens, chunk, first, logits_TE.device)
@@ -65,6 +65,11 @@ def route(
         z_sum=logits_TE.logsumexp(-1).square().sum(),
         entropy_sum=torch.special.entr(probs_TE.detach()).sum(),
     )
+
+
+def best(scores_TE: Tensor, top_k: int) -> Tensor:
+    """The top_k experts of each token, best first; among equals the one with the lower number."""
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
 def chunks_of(tokens: int, chunk: int | None, first: int, device: torch.device) -> tuple[Tensor, int]:

@@ -7,52 +7,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.kernels.activation import activate, activate_backward_into, activate_into, input_width, swiglu
+from moe_dist.kernels.activation import NAMES, activate, activate_backward_into, activate_into, gated, swiglu
 
-FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": lambda x: x[..., : x.shape[-1] // 2] * x[..., : x.shape[-1] // 2].sigmoid() * x[..., x.shape[-1] // 2 :],
-    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
-    "relu": lambda x: x * (x > 0),
+FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: gate * gate.sigmoid() * up,
+    "geglu": lambda gate, up: gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up,
+    "gelu": lambda gate, up: up * 0.5 * (1 + torch.erf(up / 2**0.5)),
+    "relu": lambda gate, up: up * (up > 0),
+    "relu2": lambda gate, up: (up * (up > 0)) ** 2,
 }
 
 
-def example(name: str) -> tuple[Tensor, Tensor]:
-    x = torch.randn(5, input_width(3, name), dtype=torch.float64, requires_grad=True)
-    return x, torch.randn(5, 3, dtype=torch.float64)
+def example(name: str) -> tuple[list[Tensor], Tensor]:
+    """(inputs, gradient): gate and up, or up alone."""
+    count = 2 if gated(name) else 1
+    inputs = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+    return inputs, torch.randn(5, 3, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+def call(name: str, inputs: list[Tensor]) -> Tensor:
+    return activate(inputs[-1], name, inputs[0] if gated(name) else None)
+
+
+def test_every_name_has_a_formula() -> None:
+    assert set(FORMULAS) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient(name: str) -> None:
-    x, grad = example(name)
-    expected = FORMULAS[name](x)
-    torch.testing.assert_close(activate(x, name), expected)
-    torch.testing.assert_close(torch.autograd.grad(activate(x, name), x, grad), torch.autograd.grad(expected, x, grad))
-    assert torch.autograd.gradcheck(lambda x: activate(x, name), x)
+    inputs, grad = example(name)
+    expected, actual = FORMULAS[name](inputs[0], inputs[-1]), call(name, inputs)
+    torch.testing.assert_close(actual, expected)
+    wanted = torch.autograd.grad(expected, inputs, grad)
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs, grad), wanted)
+    assert torch.autograd.gradcheck(lambda *inputs: call(name, inputs), inputs)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_into_buffers(name: str) -> None:
-    x, grad = example(name)
-    expected = FORMULAS[name](x)
-    (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    out, again, grad_x = (
-        torch.full_like(grad, torch.nan),
-        torch.full_like(grad, torch.nan),
-        torch.full_like(x, torch.nan),
-    )
-    assert activate_into(x.detach(), name, out) is out
-    activate_backward_into(x.detach(), grad.clone(), name, out=again, grad_x=grad_x)
+    inputs, grad = example(name)
+    expected = FORMULAS[name](inputs[0], inputs[-1])
+    wanted = torch.autograd.grad(expected, inputs, grad)
+    out, again, *grads = (torch.full_like(grad, torch.nan) for _ in range(2 + len(inputs)))
+    with torch.no_grad():
+        gate, up = inputs[0] if gated(name) else None, inputs[-1]
+        assert activate_into(gate, up, name, out) is out
+        kept = grad.clone()
+        activate_backward_into(grad, gate, up, name, again, grads[0] if gated(name) else None, grads[-1])
+    assert torch.equal(grad, kept)
     for actual in (out, again):
         torch.testing.assert_close(actual, expected.detach())
-    torch.testing.assert_close(grad_x.detach(), expected_grad)
+    torch.testing.assert_close(grads, list(wanted))
 
 
 def test_swiglu_of_two_tensors() -> None:
     gate, up = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(swiglu, (gate, up))
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="unknown activation 'tanh': choose one of swiglu, gelu, relu"):
+    with pytest.raises(ValueError, match="unknown activation 'tanh': choose one of swiglu, geglu, gelu, relu, relu2"):
         activate(torch.zeros(1), "tanh")
+
+
+@pytest.mark.parametrize(("name", "gate"), [("swiglu", None), ("relu", torch.zeros(1))])
+def test_gate_must_fit(name: str, gate: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=f"activation '{name}' (needs a|takes no) gate"):
+        activate(torch.zeros(1), name, gate)

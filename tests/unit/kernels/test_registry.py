@@ -25,7 +25,7 @@ def test_packed_attention_is_for_short_bf16_sequences_on_cpu() -> None:
 
 
 def test_what_was_chosen_stays() -> None:
-    model = ModelConfig(attention="torch", moe=MoEConfig(dispatch="all_to_all", experts="loop"))
+    model = ModelConfig(attention="torch", kernels="torch", moe=MoEConfig(dispatch="all_to_all", experts="loop"))
     assert resolve_backends(model, ep=1) == model
 
 

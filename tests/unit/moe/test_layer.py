@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.moe.layer import MoE, Replay
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -39,7 +40,7 @@ def mixtral_block(layer: MoE) -> nn.Module:
     block = mixtral.MixtralSparseMoeBlock(config)
     with torch.no_grad():
         block.gate.weight.copy_(layer.router.weight)
-        block.experts.gate_up_proj.copy_(layer.experts.w_in.transpose(1, 2))
+        block.experts.gate_up_proj.copy_(torch.cat([layer.experts.w_gate, layer.experts.w_up], dim=1))
         block.experts.down_proj.copy_(layer.experts.w_out.transpose(1, 2))
     return block
 
@@ -58,11 +59,20 @@ def test_dropless_is_mixtral(backend: str, count: int) -> None:
     close = dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x_TD.grad, other_TD.grad, **close)
     torch.testing.assert_close(layer.router.weight.grad, block.gate.weight.grad, **close)
-    torch.testing.assert_close(layer.experts.w_in.grad, block.experts.gate_up_proj.grad.transpose(1, 2), **close)
+    in_grad = torch.cat([layer.experts.w_gate.grad, layer.experts.w_up.grad], dim=1)
+    torch.testing.assert_close(in_grad, block.experts.gate_up_proj.grad, **close)
     torch.testing.assert_close(layer.experts.w_out.grad, block.experts.down_proj.grad.transpose(1, 2), **close)
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": lambda h: F.silu(h[..., :WIDTH]) * h[..., WIDTH:]}
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu2": lambda h: F.relu(h) ** 2, "swiglu": F.silu, "geglu": F.gelu}
+
+
+def expert(layer: MoE, i: int, x: Tensor) -> Tensor:
+    """E_i(x) from the definition, for a token or many."""
+    act, held = ACTIVATIONS[layer.experts.activation], layer.experts
+    if held.w_gate is None:
+        return act(x @ held.w_up[i].t()) @ held.w_out[i]
+    return (act(x @ held.w_gate[i].t()) * (x @ held.w_up[i].t())) @ held.w_out[i]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -75,7 +85,7 @@ def test_top_1_is_the_switch_formula(activation: str, backend: str) -> None:
     for x_D in x_TD:
         probs_E = (layer.router.weight @ x_D).softmax(-1)
         i = int(probs_E.argmax())
-        expected.append(probs_E[i] * (ACTIVATIONS[activation](x_D @ layer.experts.w_in[i]) @ layer.experts.w_out[i]))
+        expected.append(probs_E[i] * expert(layer, i, x_D))
     torch.testing.assert_close(y_TD, torch.stack(expected))
     params, weight_TD = list(layer.parameters()), torch.randn_like(y_TD)
     found = torch.autograd.grad((y_TD * weight_TD).sum(), params)
@@ -102,27 +112,27 @@ def forced(layer: MoE, expert: int) -> MoE:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("expert", range(E))
-def test_all_tokens_on_one_expert(backend: str, expert: int) -> None:
-    layer, x_TD = forced(layer_of(top_k=1, experts=backend), expert), tokens().abs()
+@pytest.mark.parametrize("only", range(E))
+def test_all_tokens_on_one_expert(backend: str, only: int) -> None:
+    layer, x_TD = forced(layer_of(top_k=1, experts=backend), only), tokens().abs()
     y_TD, stats = layer(x_TD, context())
-    assert stats.load_E.tolist() == [10 * (e == expert) for e in range(E)]
-    hidden_TF = ACTIVATIONS["swiglu"](x_TD @ layer.experts.w_in[expert])
-    p_T1 = (x_TD @ layer.router.weight.t()).softmax(-1)[:, expert, None]
-    torch.testing.assert_close(y_TD, p_T1 * (hidden_TF @ layer.experts.w_out[expert]))
+    assert stats.load_E.tolist() == [10 * (e == only) for e in range(E)]
+    p_T1 = (x_TD @ layer.router.weight.t()).softmax(-1)[:, only, None]
+    torch.testing.assert_close(y_TD, p_T1 * expert(layer, only, x_TD))
     y_TD.sum().backward()
     gradients(layer)
-    for grad in (layer.experts.w_in.grad, layer.experts.w_out.grad):
-        others = [e for e in range(E) if e != expert]
+    for grad in (layer.experts.w_gate.grad, layer.experts.w_up.grad, layer.experts.w_out.grad):
+        others = [e for e in range(E) if e != only]
         assert torch.equal(grad[others], torch.zeros_like(grad[others]))  # zero: neither missing nor NaN
-        assert grad[expert].abs().min() > 0
+        assert grad[only].abs().min() > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_at_all_still_gives_zero_gradients(backend: str) -> None:
     experts = layer_of(experts=backend).experts
     rows_RD = torch.zeros(0, D, requires_grad=True)
-    out_RD = experts(rows_RD, (0,) * E)
+    nothing = torch.zeros(0, 1)
+    out_RD = experts(rows_RD, None, RowOrder.of(nothing.long(), nothing.bool(), E))
     assert out_RD.shape == (0, D)
     out_RD.sum().backward()
     assert rows_RD.grad.shape == (0, D)

@@ -19,15 +19,15 @@ def holding(name: str, shape: tuple[int, ...], spec: ParamSpec, seed: int = 0) -
 
 
 def test_a_stacked_shard_is_a_slice() -> None:
-    whole = holding("w", (6, 3, 4), ParamSpec((6, 3, 4), stacked=True))
-    shard = holding("w", (2, 3, 4), ParamSpec((6, 3, 4), "expert", start=2, stacked=True))
+    whole = holding("w", (6, 3, 4), ParamSpec((6, 3, 4), entries=(12,) * 6))
+    shard = holding("w", (2, 3, 4), ParamSpec((6, 3, 4), "expert", 24, entries=(12,) * 6))
     assert torch.equal(shard, whole[2:4])
     assert all(not torch.equal(whole[i], whole[j]) for i in range(6) for j in range(i))
 
 
 def test_a_shard_of_rows_is_a_slice() -> None:
     whole = holding("w", (6, 4), ParamSpec((6, 4)))
-    shard = holding("w", (2, 4), ParamSpec((6, 4), "tensor", start=4))
+    shard = holding("w", (2, 4), ParamSpec((6, 4), "tensor", 16))
     assert torch.equal(shard, whole[4:])
 
 
@@ -45,17 +45,24 @@ def test_spread() -> None:
     assert torch.equal(holding("g", (5,), ParamSpec((5,), std=None)), torch.ones(5))
 
 
-def test_decay_and_flat_start() -> None:
+def test_a_shard_may_cut_an_entry() -> None:
+    """Expert tensor parallelism: half of the hidden units of each expert."""
+    whole = holding("w", (6, 4, 3), ParamSpec((6, 4, 3), entries=(12,) * 6))
+    shard = holding("w", (3, 2, 3), ParamSpec((6, 4, 3), "expert", 30, entries=(12,) * 6))
+    assert torch.equal(shard.flatten(), whole.flatten()[30:48])
+
+
+def test_decay() -> None:
     assert ParamSpec((4, 4)).decay
     assert not ParamSpec((4,)).decay
-    assert ParamSpec((6, 3, 4), start=2).flat_start == 24
+    assert not ParamSpec((4, 4), vector=True).decay
 
 
 def test_keys_that_share_their_low_32_bits_draw_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """`initialize` hands a key of 63 bits to manual_seed. Keys that agree in 32 of them make identical experts."""
     keys = iter((RandomKey(5), RandomKey(5 + (1 << 32))))
     monkeypatch.setattr(RandomKey, "fold", lambda self, *parts: next(keys))
-    experts = holding("w", (2, 3, 4), ParamSpec((2, 3, 4), stacked=True))
+    experts = holding("w", (2, 3, 4), ParamSpec((2, 3, 4), entries=(12,) * 2))
     assert not torch.equal(experts[0], experts[1])
 
 

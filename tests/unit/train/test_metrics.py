@@ -10,9 +10,9 @@ import pytest
 from moe_dist.train.metrics import LayerLoad, MetricsWriter, board_scalars, moe_record
 
 
-def layer_load(layer: int, load_E: list[int], kept_E: list[int], crossing: int = 0, **changes: float) -> LayerLoad:
-    numbers = {"entropy": 1.0, "balance_loss": 1.0, "z_loss": 0.5} | changes
-    return LayerLoad(layer=layer, load_E=load_E, kept_E=kept_E, crossing=crossing, **numbers)
+def layer_load(layer: int, load_E: list[int], kept_E: list[int], **changes: float) -> LayerLoad:
+    numbers = {"entropy": 1.0, "balance_loss": 1.0, "z_loss": 0.5, "unserved": 0.0, "sent_bytes": 0} | changes
+    return LayerLoad(layer=layer, load_E=load_E, kept_E=kept_E, **numbers)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -28,18 +28,19 @@ def written(run_dir: Path, steps: int) -> MetricsWriter:
 
 def test_moe_record_by_hand() -> None:
     # 8 assignments a layer: the first drops 2 of its 6 on expert 0, the second none; 2 of 16 in all
-    first = layer_load(0, [6, 2], [4, 2], crossing=3, entropy=0.25, balance_loss=1.5, z_loss=0.5)
-    second = layer_load(3, [4, 4], [4, 4], crossing=1, entropy=0.75, balance_loss=1.0, z_loss=1.5)
+    first = layer_load(0, [6, 2], [4, 2], sent_bytes=60, unserved=0.5, entropy=0.25, balance_loss=1.5, z_loss=0.5)
+    second = layer_load(3, [4, 4], [4, 4], sent_bytes=20, entropy=0.75, balance_loss=1.0, z_loss=1.5)
     record = moe_record([first, second], row_bytes=10)
     rows = record.pop("layers")
     assert record == {
         "drop_rate": 0.125,
+        "unserved_rate": 0.25,
         "load_max_over_mean": 1.5,
         "balance_loss": 1.25,
         "z_loss": 1.0,
         "router_entropy": 0.5,
         "dispatch_rows_bytes": 140,  # 14 kept rows
-        "dispatch_bytes": 80,  # 4 rows cross, there and back
+        "dispatch_bytes": 80,
     }
     assert rows == [
         {"layer": 0, "drop_rate": 0.25, "load_max_over_mean": 1.5, "entropy": 0.25, "load": [6, 2]},

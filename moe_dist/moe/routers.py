@@ -1,0 +1,236 @@
+"""The routers: equation, paper, and the few lines that differ.
+
+| router        | chooses by                                        | weight                     |
+|---------------|---------------------------------------------------|----------------------------|
+| softmax       | softmax(W x), with jitter if asked for            | that, renormalised or not  |
+| sigmoid       | sigmoid(W x) + b, b balanced without a loss       | the sigmoid                |
+| noisy         | W x + noise * softplus(W_noise x)                 | softmax over the chosen    |
+| expert_choice | each expert takes its best tokens                 | softmax(W x)               |
+| sinkhorn      | W x made doubly stochastic over the micro-step    | sigmoid or softmax of W x  |
+| hash          | a fixed hash of the token id                      | 1 / top_k                  |
+
+softmax and sigmoid choose within the best `top_k_groups` of `num_groups` groups of experts when asked to.
+
+Legend: T tokens on this rank, D d_model, E experts, K top_k.
+"""
+
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.route.reference import best, scores_of
+from moe_dist.moe.routing import Router, Routing, StepContext, fp32_logits
+from moe_dist.parallel.collectives import all_gather, mean_over_group
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.random import RandomKey
+from moe_dist.parallel.sharding import ParamSpec, parameter
+
+
+class SoftmaxRouter(Router):
+    """p = softmax(W x), the top_k largest (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, eq. 1 and 2).
+
+    jitter: in training, x is multiplied by a uniform number in [1 - jitter, 1 + jitter] for routing (Switch, sec. 2.2).
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+        super().__init__(model, layer, mesh)
+        shape = (self.moe.num_experts, model.d_model)
+        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+
+    def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices)
+        preference_TE = None
+        if chosen_TK is None and (self.explicit(step) or self.moe.num_groups > 1):
+            scores_TE = self.settle(scores_of(logits_TE, self.score), step)
+            preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=1)
+        return self.routing(logits_TE, step, chosen_TK, preference_TE)
+
+    def _jittered(self, x_TD: Tensor, step: StepContext) -> Tensor:
+        if self.moe.jitter == 0.0 or step.phase != "train":
+            return x_TD
+        index_TD = self.draw_index(*x_TD.shape, x_TD.device)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        factor_TD = 1 + self.moe.jitter * (2 * step.key.fold("jitter", self.layer).uniform(index_TD) - 1)
+        return x_TD.to(wide) * factor_TD.to(wide)
+
+
+class SigmoidRouter(Router):
+    """s = sigmoid(W x); the top_k largest of s + b, weighed by s (DeepSeek-V3, arXiv 2412.19437, eq. 15 and 16).
+
+    b is not trained: after every step it rises by bias_update_rate for experts with less than the mean load and falls
+    for those with more (loss-free balancing, arXiv 2408.15664, algorithm 1). It is part of checkpoints. Groups are
+    ranked by the sum of their best two experts.
+    """
+
+    score = "sigmoid"
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+        super().__init__(model, layer, mesh)
+        shape = (self.moe.num_experts, model.d_model)
+        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.bias_E: Tensor
+        self.register_buffer("bias_E", torch.zeros(self.moe.num_experts))
+
+    def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        logits_TE = fp32_logits(x_TD, self.weight, self.slices)
+        preference_TE = None
+        if chosen_TK is None:
+            scores_TE = self.settle(logits_TE.sigmoid() + self.bias_E, step)
+            preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=2)
+        return self.routing(logits_TE, step, chosen_TK, preference_TE)
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor) -> None:
+        self.bias_E += self.moe.bias_update_rate * (load_E.double().mean() - load_E).sign().to(self.bias_E.dtype)
+
+
+class NoisyRouter(Router):
+    """H = W x + n * softplus(W_noise x), n standard normal in training; softmax over the top_k largest of H
+    (Shazeer et al., arXiv 1701.06538, eq. 3 to 5).
+
+    Its losses are squared coefficients of variation over experts: of importance, the summed weights (eq. 6), and of
+    load, the summed probability to be chosen if an expert's noise were drawn again (eq. 8 to 11).
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+        super().__init__(model, layer, mesh)
+        shape = (self.moe.num_experts, model.d_model)
+        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.noise_weight = parameter(shape, ParamSpec(shape, std=0.0))
+
+    def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        clean_TE = fp32_logits(x_TD, self.weight, self.slices)
+        std_TE = F.softplus(fp32_logits(x_TD, self.noise_weight, self.slices))
+        noisy_TE = clean_TE
+        if step.phase == "train":
+            index_TE = self.draw_index(*clean_TE.shape, clean_TE.device)
+            noisy_TE = clean_TE + step.key.fold("noise", self.layer).normal(index_TE).to(clean_TE.dtype) * std_TE
+        preference_TE = self.settle(noisy_TE.softmax(-1), step) if chosen_TK is None else None
+        routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)
+        importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).mean(0)
+        extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.world))
+        if step.phase == "train" and self.moe.top_k < self.moe.num_experts:
+            load_E = self._chance(clean_TE, noisy_TE, std_TE, routing.experts_TK).mean(0)
+            extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.world))
+        return Routing(**(vars(routing) | {"extra_loss": extra}))
+
+    def weigh(self, scores_TK: Tensor) -> Tensor:
+        """The paper's softmax over the chosen alone; at top_k = 1 that is 1 and would teach the router nothing."""
+        return scores_TK / scores_TK.sum(-1, keepdim=True) if self.moe.top_k > 1 else scores_TK
+
+    def _chance(self, clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """P(x, i): expert i must beat the k-th largest of the *others*, which is the (k+1)-th of all if i is chosen."""
+        ranked = noisy_TE.topk(experts_TK.shape[1] + 1, dim=-1).values
+        chosen_TE = torch.zeros_like(clean_TE, dtype=torch.bool).scatter(1, experts_TK, True)
+        threshold_TE = torch.where(chosen_TE, ranked[:, -1:], ranked[:, -2:-1])
+        return torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
+
+
+class ExpertChoiceRouter(Router):
+    """S = softmax(W x); every expert takes the C tokens with the highest score in its column of S, weighed by it
+    (Zhou et al., arXiv 2202.09368, eq. 1 to 3).
+
+    Here: every token offers itself to all experts, and the capacity rule keeps the C best of each. top_k is the mean
+    number of experts of a token. Not causal: who is taken depends on later tokens, in training and in evaluation.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+        super().__init__(model, layer, mesh)
+        shape = (self.moe.num_experts, model.d_model)
+        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+
+    def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        logits_TE = fp32_logits(x_TD, self.weight, self.slices)
+        everyone_TE = torch.arange(self.moe.num_experts, device=x_TD.device).expand_as(logits_TE)
+        return self.routing(logits_TE, step, everyone_TE)
+
+    def weigh(self, scores_TK: Tensor) -> Tensor:
+        return scores_TK
+
+
+class SinkhornRouter(Router):
+    """Choose by W x after Sinkhorn's normalisation, which makes the micro-step's assignment nearly balanced; weigh by
+    sigmoid(W x) at top_k = 1, else by softmax (Clark et al., arXiv 2202.01169, section 3.1 and appendix B).
+
+    In training, exp(W x) of all tokens of the micro-step is scaled by rows and columns until both have equal sums, so
+    the choice is not causal; evaluation takes the largest of W x itself.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+        super().__init__(model, layer, mesh)
+        self.score = "sigmoid" if self.moe.top_k == 1 else "softmax"
+        shape = (self.moe.num_experts, model.d_model)
+        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+
+    def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        logits_TE = fp32_logits(x_TD, self.weight, self.slices)
+        if chosen_TK is not None:
+            return self.routing(logits_TE, step, chosen_TK)
+        preference_TE = logits_TE.detach()
+        if step.phase == "train":
+            everyone = all_gather(preference_TE, self.world)
+            first = self.world.rank * len(logits_TE)
+            preference_TE = sinkhorn(everyone, self.moe.sinkhorn_iterations)[first : first + len(logits_TE)]
+        return self.routing(logits_TE, step, None, self.settle(preference_TE.softmax(-1), step))
+
+
+class HashRouter(Router):
+    """Expert = a fixed hash of the token id, nothing is learned (Roller et al., arXiv 2106.04426, section 3).
+
+    The top_k experts are those with the highest hash of (layer, token id, expert), so they are distinct, and adding an
+    expert moves only the tokens that now belong to it.
+    """
+
+    has_losses = False
+
+    def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        num_experts = self.moe.num_experts
+        if step.token_ids_T is None or len(step.token_ids_T) != len(x_TD):
+            raise ValueError("router=hash needs the id of every token: set StepContext.token_ids_T")
+        index_TE = step.token_ids_T[:, None] * num_experts + torch.arange(num_experts, device=x_TD.device)
+        hashed_TE = RandomKey.of("hash", self.layer).uniform(index_TE)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        routing = self.routing(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)
+        equal_TK = torch.full_like(routing.weights_TK, 1 / self.moe.top_k)
+        return Routing(**(vars(routing) | {"weights_TK": equal_TK}))
+
+    def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
+        return routing.weights_TK
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "softmax": SoftmaxRouter,
+    "sigmoid": SigmoidRouter,
+    "noisy": NoisyRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "sinkhorn": SinkhornRouter,
+    "hash": HashRouter,
+}
+
+
+def limit_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best_of: int) -> Tensor:
+    """Scores outside each token's best groups become -inf (device-limited routing, DeepSeek-V2, arXiv 2405.04434,
+    section 2.2.2). A group is num_experts / num_groups neighbours, ranked by the sum of its `best_of` best experts."""
+    if num_groups == 1:
+        return scores_TE
+    grouped_TGe = scores_TE.unflatten(1, (num_groups, -1))
+    group_TG = grouped_TGe.topk(min(best_of, grouped_TGe.shape[2]), dim=-1).values.sum(-1)
+    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, best(group_TG, top_k_groups), True)
+    return grouped_TGe.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+
+
+def cv_squared(values_E: Tensor) -> Tensor:
+    """Squared coefficient of variation over experts: 0 when all are equal, E - 1 when one has everything."""
+    return values_E.var(unbiased=False) / values_E.mean().square().clamp(min=1e-20)
+
+
+def sinkhorn(logits_TE: Tensor, iterations: int) -> Tensor:
+    """log of exp(logits) scaled so that rows sum to 1 / T and columns to 1 / E; fp32 maths in log space."""
+    tokens, num_experts = logits_TE.shape
+    for _ in range(iterations):
+        logits_TE = logits_TE - logits_TE.logsumexp(0) - log(num_experts)
+        logits_TE = logits_TE - logits_TE.logsumexp(1, keepdim=True) - log(tokens)
+    return logits_TE
