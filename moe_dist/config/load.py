@@ -30,7 +30,11 @@ _EXPECTED = {
     "string_type": "text; put it in quotes",
     "list_type": "a list",
     "dataclass_type": "a section (key: value lines)",
+    "dict_type": "a mapping (key: value lines)",
+    "int_parsing": "an integer",
 }
+# Where a value may be of several types, pydantic adds the one that failed to the place of the error.
+_TYPE_TAG = re.compile(r"int|float|str|bool|\[key\]|(list|nullable|dict)\[.*\]")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -61,8 +65,8 @@ def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schem
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
         return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
     except ValidationError as error:
-        problems = [f"{source}: {_explain(cls, problem)}" for problem in error.errors(include_url=False)]
-        raise ValueError("\n".join(problems)) from None
+        problems = _explain_all(cls, error.errors(include_url=False))
+        raise ValueError("\n".join(f"{source}: {problem}" for problem in problems)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -136,9 +140,21 @@ def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, A
     }
 
 
-def _explain(cls: type, problem: ErrorDetails) -> str:
+def _explain_all(cls: type, problems: Sequence[ErrorDetails]) -> list[str]:
+    """A line for each wrong value. Where several types are allowed, pydantic reports it once for each of them."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        path = ".".join(str(part) for part in problem["loc"] if not _TYPE_TAG.fullmatch(str(part)))
+        line, expected = _explain(cls, path, problem), _EXPECTED.get(problem["type"])
+        if path in lines and expected is not None:
+            wrong, hint, advice = lines[path].partition("; ")
+            line = f"{wrong} or {expected}{hint}{advice}" if expected not in wrong else lines[path]
+        lines[path] = line
+    return [line for path, line in lines.items() if not any(other.startswith(f"{path}.") for other in lines)]
+
+
+def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
     """One pydantic error, in the words of somebody who edits YAML."""
-    path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "unexpected_keyword_argument":
         return f"{path}: unknown key{_advice(cls, path)}"
     if problem["type"] == "missing":

@@ -84,9 +84,8 @@ class Capacity:
         if limit is None:
             kept_TK, kept_WE = torch.ones_like(experts_TK, dtype=torch.bool), counts_WE
         else:
-            room_E = torch.full((moe.num_experts,), limit, device=experts_TK.device)
             first = _Round(experts_TK, None, counts_WE, routing.weights_TK.detach(), "drop")
-            kept_TK, kept_WE = self._keep(first, room_E, step)
+            kept_TK, kept_WE = self._keep(first, self._room(torch.zeros_like(counts_WE), limit), step)
             if moe.overflow == "reroute":
                 experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, limit)
         if self.by_experts:
@@ -118,42 +117,34 @@ class Capacity:
             # 2. They compete for the places left.
             asked_E = experts_TK[asks_TK].bincount(minlength=num_experts)
             asked_WE = all_gather(asked_E[None], self.world)
-            if not bool(asked_WE.any()) or self._full(kept_WE, limit):
+            if not bool(asked_WE.any()) or not bool((self._room(kept_WE, limit) > 0).any()):
                 break
-            room_E = limit - self._taken(kept_WE)
             again = _Round(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
-            placed_TK, placed_WE = self._keep(again, room_E, step)
+            placed_TK, placed_WE = self._keep(again, self._room(kept_WE, limit), step)
             kept_TK, kept_WE = kept_TK | placed_TK, kept_WE + placed_WE
         return experts_TK, kept_TK, kept_WE
 
-    def _taken(self, counts_WE: Tensor) -> Tensor:
-        """Over the ranks that share the capacity."""
-        return counts_WE.sum(0) if self.peers.size > 1 else counts_WE[self.world.rank]
+    def _room(self, kept_WE: Tensor, limit: int) -> Tensor:
+        """[1, E] places left of those that all ranks share, or [W, E] of each rank's own."""
+        shared = self.peers.size == self.world.size
+        return limit - (kept_WE.sum(0, keepdim=True) if shared else kept_WE)
 
-    def _full(self, kept_WE: Tensor, limit: int) -> bool:
-        """No place left on any rank."""
-        taken = kept_WE.sum(0) if self.peers.size == self.world.size else kept_WE
-        return bool((taken >= limit).all())
-
-    def _keep(self, ask: "_Round", room_E: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
-        """(kept_TK, kept_WE) of one round: each expert takes its first room_E in the order of the policy."""
+    def _keep(self, ask: "_Round", room_WE: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """(kept_TK, kept_WE) of one round: each expert takes its first `room` in the order of the policy."""
         position = self.moe.drop_policy == "position" and not self.by_experts
-        kept_N, kept_WE = self._keep_first(ask, room_E) if position else self._keep_best(ask, room_E, step)
+        kept_N, kept_WE = self._keep_first(ask, room_WE) if position else self._keep_best(ask, room_WE, step)
         return kept_N.view_as(ask.experts_TK), kept_WE
 
-    def _keep_first(self, ask: "_Round", room_E: Tensor) -> tuple[Tensor, Tensor]:
+    def _keep_first(self, ask: "_Round", room_WE: Tensor) -> tuple[Tensor, Tensor]:
         """Global position of an assignment = its position among this rank's + what earlier ranks send."""
         counts_WE, rank = ask.counts_WE, self.world.rank
         before_WE = counts_WE.cumsum(0) - counts_WE if self.peers.size > 1 else torch.zeros_like(counts_WE)
-        kept_WE = (room_E - before_WE).clamp(min=0).minimum(counts_WE)
-        if self.peers.size < self.world.size:
-            # Local scope: each rank's room is its own, and only that rank knows it.
-            kept_WE = all_gather(kept_WE[rank][None], self.world)
+        kept_WE = (room_WE - before_WE).clamp(min=0).minimum(counts_WE)
         bucket_N = ask.bucket_N(self.moe.num_experts)
         position_N = _positions(bucket_N.argsort(stable=True), bucket_N.bincount(minlength=self.moe.num_experts + 1))
         return position_N < F.pad(kept_WE[rank], (0, 1))[bucket_N], kept_WE
 
-    def _keep_best(self, ask: "_Round", room_E: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+    def _keep_best(self, ask: "_Round", room_WE: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """Every rank sees all assignments that compete and takes the same decision for all of them."""
         num_experts, rank, local = self.moe.num_experts, self.peers.rank, ask.experts_TK.numel()
         bucket_N = all_gather(ask.bucket_N(num_experts), self.peers)
@@ -161,7 +152,8 @@ class Capacity:
         by_priority_N = priority_N.argsort(descending=True, stable=True)
         order_N = by_priority_N[bucket_N[by_priority_N].argsort(stable=True)]
         position_N = _positions(order_N, bucket_N.bincount(minlength=num_experts + 1))
-        kept_N = position_N < F.pad(room_E, (0, 1))[bucket_N]
+        own_E = room_WE[self.world.rank if len(room_WE) > 1 else 0]
+        kept_N = position_N < F.pad(own_E, (0, 1))[bucket_N]
 
         if self.peers.size > 1:
             rank_N = torch.arange(self.peers.size, device=bucket_N.device).repeat_interleave(local)

@@ -44,7 +44,7 @@ class SoftmaxRouter(Router):
         logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices)
         preference_TE = None
         if chosen_TK is None and (self.explicit(step) or self.moe.num_groups > 1):
-            scores_TE = self.settle(scores_of(logits_TE, self.score), step)
+            scores_TE = self.settle(scores_of(logits_TE.detach(), self.score), step)
             preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=1)
         return self.routing(logits_TE, step, chosen_TK, preference_TE)
 
@@ -78,7 +78,7 @@ class SigmoidRouter(Router):
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
         preference_TE = None
         if chosen_TK is None:
-            scores_TE = self.settle(logits_TE.sigmoid() + self.bias_E, step)
+            scores_TE = self.settle(logits_TE.detach().sigmoid() + self.bias_E, step)
             preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=2)
         return self.routing(logits_TE, step, chosen_TK, preference_TE)
 
@@ -108,7 +108,7 @@ class NoisyRouter(Router):
         if step.phase == "train":
             index_TE = self.draw_index(*clean_TE.shape, clean_TE.device)
             noisy_TE = clean_TE + step.key.fold("noise", self.layer).normal(index_TE).to(clean_TE.dtype) * std_TE
-        preference_TE = self.settle(noisy_TE.softmax(-1), step) if chosen_TK is None else None
+        preference_TE = self.settle(noisy_TE.detach().softmax(-1), step) if chosen_TK is None else None
         routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)
         importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).mean(0)
         extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.world))
@@ -190,7 +190,8 @@ class HashRouter(Router):
         num_experts = self.moe.num_experts
         if step.token_ids_T is None or len(step.token_ids_T) != len(x_TD):
             raise ValueError("router=hash needs the id of every token: set StepContext.token_ids_T")
-        index_TE = step.token_ids_T[:, None] * num_experts + torch.arange(num_experts, device=x_TD.device)
+        # Far apart, so that a token's hash for an expert does not depend on how many experts there are.
+        index_TE = (step.token_ids_T[:, None] << 20) + torch.arange(num_experts, device=x_TD.device)
         hashed_TE = RandomKey.of("hash", self.layer).uniform(index_TE)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         routing = self.routing(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)

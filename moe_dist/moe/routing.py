@@ -122,8 +122,8 @@ class Router(nn.Module):
         return step.witness is not None or self.moe.overflow == "reroute"
 
     def settle(self, scores_TE: Tensor, step: StepContext) -> Tensor:
-        """Scores to decide by: not differentiable, and a reference's where verify compares with one."""
-        scores_TE = scores_TE.detach()
+        """Scores to decide by: a reference's where verify compares with one. Give them detached: a recomputed block
+        does not come here, and must save the same tensors."""
         return scores_TE if step.witness is None else step.witness.scores(self.layer, "router", scores_TE)
 
     def chunk(self, tokens: int, step: StepContext) -> tuple[int | None, int]:

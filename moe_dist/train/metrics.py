@@ -56,7 +56,7 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
         {
             "layer": layer.layer,
             "drop_rate": _drop_rate([layer]),
-            "unserved_rate": sum(layer.unserved for layer in layers) / len(layers),
+            "unserved_rate": layer.unserved,
             "load_max_over_mean": max(layer.load_E) * len(layer.load_E) / sum(layer.load_E),
             "entropy": layer.entropy,
             "load": list(layer.load_E),

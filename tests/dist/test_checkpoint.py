@@ -66,8 +66,8 @@ def check_native_to_any_layout_and_back(folder: str) -> None:
     run.train(0, SAVED)
     path = save(Path(folder) / "first", run.engine, SAVED, RUN, keep_last=1)
     saved = state(run)
-    w_in = saved["weight"]["blocks.0.feed_forward.experts.w_in"]
-    assert len({tuple(expert.flatten()[:4].tolist()) for expert in w_in}) == len(w_in), "experts must be distinct"
+    w_up = saved["weight"]["blocks.0.feed_forward.experts.w_up"]
+    assert len({tuple(expert.flatten()[:4].tolist()) for expert in w_up}) == len(w_up), "experts must be distinct"
     losses = run.train(SAVED, CONTINUED)
     if dist.get_rank() == 0:
         (Path(folder) / "losses.json").write_text(json.dumps(losses))
@@ -148,7 +148,7 @@ def check_another_model_is_refused_on_every_rank(folder: str) -> None:
     for changes, name in (
         (
             {"model__moe__num_experts": 8},
-            "w_in has shape [4, 32, 96] here, but has shape [8, 32, 96] in",
+            "w_gate has shape [4, 48, 32] here, but has shape [8, 48, 32] in",
         ),
         ({"model__num_layers": 3}, "blocks.2.attention.key_value.weight is absent here"),
         ({"model__num_layers": 1}, "blocks.1.attention.key_value.weight has shape [16, 32] here, but is absent"),

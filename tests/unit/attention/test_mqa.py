@@ -104,7 +104,7 @@ def test_every_query_head_reads_its_own_key_value_head(heads: int, kv_heads: int
     assert all_k_BSGP.shape == (*shape, kv_heads, width)
     for rank in range(tp):
         part = KeyValueHeads(D, heads, kv_heads, width, Group(tuple(range(tp)), rank))
-        start = spec_of(part.weight).start
+        start = spec_of(part.weight).flat_start // D
         with torch.no_grad():
             part.weight.copy_(whole.weight[start : start + len(part.weight)])
         k_BSGP, v_BSGP = part(x_TD, shape)

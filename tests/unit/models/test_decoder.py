@@ -112,7 +112,7 @@ def test_the_seed_fixes_the_weights() -> None:
 
 def test_layers_and_experts_start_differently() -> None:
     params = dict(decoder(num_layers=3).named_parameters())
-    weights = [params[f"blocks.{layer}.feed_forward.experts.w_in"][e] for layer in range(3) for e in range(4)]
+    weights = [params[f"blocks.{layer}.feed_forward.experts.w_up"][e] for layer in range(3) for e in range(4)]
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 

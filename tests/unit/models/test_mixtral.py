@@ -43,7 +43,8 @@ def copied(model: Decoder) -> nn.Module:
             theirs.self_attn.v_proj.weight.copy_(key_value_G2PD[:, 1].flatten(0, 1))
             theirs.self_attn.o_proj.weight.copy_(ours.attention.out.weight.t())
             theirs.mlp.gate.weight.copy_(ours.feed_forward.router.weight)
-            theirs.mlp.experts.gate_up_proj.copy_(ours.feed_forward.experts.w_in.transpose(1, 2))
+            experts = ours.feed_forward.experts
+            theirs.mlp.experts.gate_up_proj.copy_(torch.cat([experts.w_gate, experts.w_up], dim=1))
             theirs.mlp.experts.down_proj.copy_(ours.feed_forward.experts.w_out.transpose(1, 2))
     return other
 
@@ -75,7 +76,8 @@ def test_logits_loss_and_gradients_are_mixtrals(kv_heads: int, attention: str) -
         (ours.attention.query.weight, last.self_attn.q_proj.weight.grad),
         (ours.attention.out.weight, last.self_attn.o_proj.weight.grad.t()),
         (ours.feed_forward.router.weight, last.mlp.gate.weight.grad),
-        (ours.feed_forward.experts.w_in, last.mlp.experts.gate_up_proj.grad.transpose(1, 2)),
+        (ours.feed_forward.experts.w_gate, last.mlp.experts.gate_up_proj.grad.chunk(2, dim=1)[0]),
+        (ours.feed_forward.experts.w_up, last.mlp.experts.gate_up_proj.grad.chunk(2, dim=1)[1]),
         (ours.feed_forward.experts.w_out, last.mlp.experts.down_proj.grad.transpose(1, 2)),
     ):
         assert (found.grad - expected).norm() < 2e-5 * expected.norm()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.config.schema import MoEConfig
+from moe_dist.kernels.route.reference import route
 from moe_dist.moe import capacity
 from moe_dist.moe.capacity import Capacity, DispatchPlan, expert_capacity
 from moe_dist.moe.routing import Routing, StepContext
@@ -22,8 +23,14 @@ POLICIES = ("position", "score", "random")
 def routing_of(experts_TK: list[list[int]] | Tensor, scores_TK: list[list[float]], num_experts: int) -> Routing:
     """A Routing as the capacity rule reads it: only the chosen experts' probabilities are filled in."""
     experts, scores = torch.as_tensor(experts_TK), torch.tensor(scores_TK)
-    probs_TE = torch.zeros(len(experts), num_experts).scatter(1, experts, scores)
-    return Routing(probs_TE.log(), probs_TE, experts, scores)
+    return as_routing(torch.zeros(len(experts), num_experts).scatter(1, experts, scores), experts)
+
+
+def as_routing(probs_TE: Tensor, experts_TK: Tensor, mine: slice = slice(None)) -> Routing:
+    """The `mine` part of a routing: weights and preferences are the probabilities."""
+    probs_TE, experts_TK = probs_TE[mine], experts_TK[mine]
+    stats = route(probs_TE.log(), experts_TK.shape[1], chosen_TK=experts_TK)
+    return Routing(experts_TK, probs_TE.gather(1, experts_TK), probs_TE.log(), probs_TE, stats)
 
 
 def random_routing(tokens: int, num_experts: int, top_k: int, seed: int) -> Routing:
@@ -31,11 +38,11 @@ def random_routing(tokens: int, num_experts: int, top_k: int, seed: int) -> Rout
     logits_TE = torch.randint(-2, 3, (tokens, num_experts), generator=torch.Generator().manual_seed(seed)).float()
     probs_TE = logits_TE.softmax(-1)
     experts_TK = probs_TE.topk(top_k).indices
-    return Routing(logits_TE, probs_TE, experts_TK, probs_TE.gather(1, experts_TK))
+    return as_routing(probs_TE, experts_TK)
 
 
 def plan_of(routing: Routing, step: StepContext | None = None, layer: int = 0, **moe: object) -> DispatchPlan:
-    tokens_experts = dict(num_experts=routing.probs_TE.shape[1], top_k=routing.experts_TK.shape[1])
+    tokens_experts = dict(num_experts=routing.logits_TE.shape[1], top_k=routing.experts_TK.shape[1])
     return Capacity(MoEConfig(**(tokens_experts | moe)), layer, Group())(routing, step or context())
 
 
@@ -68,7 +75,6 @@ def test_four_tokens_capacity_two_by_hand() -> None:
         assert plan.capacity == 2
         assert plan.counts_WE.tolist() == [[3, 1]]
         assert plan.kept_WE.tolist() == [[2, 1]]
-        assert plan.order_N.tolist() == [0, 1, 3, 2]
 
 
 def test_second_choices_queue_in_token_order_by_hand() -> None:
@@ -89,7 +95,7 @@ def test_equal_scores_fall_back_on_position() -> None:
 def kept_by_loop(routing: Routing, limit: int, policy: str, step: StepContext, layer: int) -> list[bool]:
     """Assignments queue one after another for their expert's places."""
     experts = routing.experts_TK.flatten().tolist()
-    scores = routing.probs_TE.gather(1, routing.experts_TK).flatten().tolist()
+    scores = routing.weights_TK.flatten().tolist()
     draws = step.key.fold("drop", layer).uniform(torch.arange(len(experts))).tolist()
     priority = {"position": [0.0] * len(experts), "score": scores, "random": draws}[policy]
     kept, taken = [False] * len(experts), dict.fromkeys(experts, 0)
@@ -118,7 +124,6 @@ def test_against_a_loop(tokens: int, sizes: tuple[int, int], factor: float, leas
     assert torch.equal(stayed, chosen.clamp(max=plan.capacity))
     assert torch.equal(stayed, plan.experts_TK[plan.kept_TK].bincount(minlength=num_experts))
     assert chosen.sum() == tokens * top_k == plan.kept_TK.sum() + (~plan.kept_TK).sum()
-    assert plan.order_N.tolist() == sorted(range(tokens * top_k), key=lambda n: plan.experts_TK.flatten()[n].item())
 
 
 def test_random_dropping_is_a_function_of_its_key() -> None:
@@ -163,7 +168,7 @@ def test_position_is_causal() -> None:
     """A token added at the end changes nothing for those before, as long as C is the same."""
     for seed in range(20):
         routing = random_routing(8, 4, 2, seed)
-        cut = Routing(*(tensor[:7] for tensor in (routing.logits_TE, routing.probs_TE, routing.experts_TK)), None)
+        cut = as_routing(routing.preference_TE, routing.experts_TK, slice(7))
         limits = dict(capacity_factor=0.001, min_capacity=2, drop_policy="position")
         assert torch.equal(plan_of(routing, **limits).kept_TK[:7], plan_of(cut, **limits).kept_TK)
 
@@ -205,8 +210,7 @@ def plans_on_ranks(
 
     def work(group: Group) -> DispatchPlan:
         mine = slice(group.rank * size, (group.rank + 1) * size)
-        tensors = (routing.logits_TE, routing.probs_TE, routing.experts_TK, routing.weights_TK)
-        return Capacity(moe, 1, group)(Routing(*(tensor[mine] for tensor in tensors)), step)
+        return Capacity(moe, 1, group)(as_routing(routing.preference_TE, routing.experts_TK, mine), step)
 
     with monkeypatch.context() as patch:
         patch.setattr(capacity, "all_gather", ranks.all_gather)
@@ -251,3 +255,94 @@ def test_local_random_dropping_differs_between_ranks(monkeypatch: pytest.MonkeyP
     routing = routing_of([[0]] * 64, [[0.5]] * 64, num_experts=2)
     first, second = plans_on_ranks(monkeypatch, 2, routing, context(), moe)
     assert not torch.equal(first.kept_TK, second.kept_TK)
+
+
+def rerouted_by_loop(routing: Routing, limit: int, policy: str, step: StepContext, layer: int) -> list[list[int]]:
+    """The expert of every assignment, -1 if it found none: token after token, round after round."""
+    preference, tokens = routing.preference_TE.tolist(), range(len(routing.experts_TK))
+    top_k, num_experts = routing.experts_TK.shape[1], len(preference[0])
+    asks = {(t, k): e for t in tokens for k, e in enumerate(routing.experts_TK[t].tolist())}
+    placed, tried, taken = {}, {t: set(routing.experts_TK[t].tolist()) for t in tokens}, [0] * num_experts
+    for number in range(num_experts):
+        name = f"reroute {number}" if number else "drop"
+        draws = step.key.fold(name, layer).uniform(torch.arange(len(tokens) * top_k)).tolist()
+        priority = {"position": dict.fromkeys(asks, 0.0)}
+        priority["random"] = {(t, k): draws[t * top_k + k] for t, k in asks}
+        priority["score"] = {(t, k): preference[t][e] for (t, k), e in asks.items()}
+        rank = priority[policy]
+        for t, k in sorted(asks, key=lambda at, rank=rank: (-rank[at], at)):
+            if taken[asks[t, k]] < limit:
+                taken[asks[t, k]] += 1
+                placed[t, k] = asks[t, k]
+        asks = {}
+        for t in tokens:
+            left = sorted(set(range(num_experts)) - tried[t], key=lambda e: (-preference[t][e], e))
+            asks |= zip([(t, k) for k in range(top_k) if (t, k) not in placed], left, strict=False)
+            tried[t] |= {asks[t, k] for k in range(top_k) if (t, k) in asks}
+    return [[placed.get((t, k), -1) for k in range(top_k)] for t in tokens]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    tokens=st.integers(1, 12),
+    sizes=st.integers(1, 5).flatmap(lambda e: st.tuples(st.just(e), st.integers(1, min(e, 3)))),
+    factor=st.sampled_from([0.1, 0.5, 1.0, 1.25]),
+    policy=st.sampled_from(POLICIES),
+    seed=st.integers(0, 999),
+)
+def test_rerouting_against_a_loop(tokens: int, sizes: tuple[int, int], factor: float, policy: str, seed: int) -> None:
+    num_experts, top_k = sizes
+    routing, step = random_routing(tokens, num_experts, top_k, seed), context(seed)
+    plan = plan_of(routing, step, 3, capacity_factor=factor, drop_policy=policy, overflow="reroute")
+    expected = torch.tensor(rerouted_by_loop(routing, plan.capacity, policy, step, layer=3))
+    assert torch.equal(torch.where(plan.kept_TK, plan.experts_TK, -1), expected)
+    assert torch.equal(plan.kept_WE[0], plan.experts_TK[plan.kept_TK].bincount(minlength=num_experts))
+    assert torch.equal(plan.counts_WE[0], routing.experts_TK.flatten().bincount(minlength=num_experts))
+    assert all(len(set(row)) == len(row) for row in plan.experts_TK.tolist()), "a token met an expert twice"
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rerouting_on_ranks(policy: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = MoEConfig(
+        num_experts=4, top_k=2, capacity_factor=0.75, drop_policy=policy, overflow="reroute", capacity_scope=scope
+    )
+    for seed in range(5):
+        routing, step = random_routing(16, 4, 2, seed), context(seed)
+        plans = plans_on_ranks(monkeypatch, 4, routing, step, moe)
+        if scope == "global":
+            alone = Capacity(moe, 1, Group())(routing, step)
+            assert torch.equal(torch.cat([plan.kept_TK for plan in plans]), alone.kept_TK)
+            assert torch.equal(torch.cat([plan.experts_TK for plan in plans]), alone.experts_TK)
+        for rank, plan in enumerate(plans):
+            assert torch.equal(plan.kept_WE, plans[0].kept_WE)
+            assert torch.equal(plan.kept_WE[rank], plan.experts_TK[plan.kept_TK].bincount(minlength=4))
+            total = plan.kept_WE.sum(0) if scope == "global" else plan.kept_WE
+            assert (total <= plan.capacity).all()
+
+
+def test_factors_of_layers_and_steps() -> None:
+    """A list gives each MoE layer its own factor; a schedule changes it as training goes."""
+    routing = routing_of([[0]] * 8, [[0.5]] * 8, num_experts=2)
+
+    def limit(index: int = 0, step: int = 0, phase: str = "train", **moe: object) -> int | None:
+        rule = Capacity(MoEConfig(num_experts=2, top_k=1, **moe), 5, Group(), index)
+        return rule(routing, StepContext(context().key, phase, step=step)).capacity
+
+    factors = dict(capacity_factor=[0.25, None, 1.5], eval_capacity_factor=[1.0, 2.0, None])
+    assert [limit(i, **factors) for i in range(3)] == [1, None, 6]
+    assert [limit(i, phase="eval", **factors) for i in range(3)] == [4, 8, None]
+    schedule = dict(capacity_factor=2.0, capacity_schedule={10: 1.0, 20: 0.5, 30: None})
+    assert [limit(step=step, **schedule) for step in (0, 9, 10, 19, 20, 29, 30, 99)] == [8, 8, 4, 4, 2, 2, None, None]
+    assert limit(step=25, phase="dropless", **schedule) is None
+
+
+def test_experts_choose_their_tokens() -> None:
+    """Each of 3 experts takes the ceil(1 * 1 * 4 / 3) = 2 tokens that score highest for it; token 3 gets nobody."""
+    probs_TE = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.5, 0.3, 0.2], [0.1, 0.2, 0.05]])
+    routing = as_routing(probs_TE, torch.arange(3).expand(4, 3))
+    moe = MoEConfig(num_experts=3, top_k=1, router="expert_choice", capacity_factor=1.0)
+    for phase in ("train", "eval", "dropless"):
+        plan = Capacity(moe, 0, Group())(routing, context(phase=phase))
+        assert plan.kept_TK.T.tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
+        assert plan.counts_WE.tolist() == plan.kept_WE.tolist() == [[2, 2, 2]]

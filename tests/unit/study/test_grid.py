@@ -51,7 +51,7 @@ def test_names_of_axes_are_as_short_as_they_can_be() -> None:
         ("seeds: [0, 1]", "ranks: 0", "ranks=0 is below 1"),
         ("name: toy", "name: ../toy", "name='../toy' is not a simple file name"),
         ("capacity_factor:", "capacty_factor:", "moe.capacty_factor: unknown key; did you mean capacity_factor?"),
-        ("[0.5, null]", "[0.5, none]", "capacity_factor: 'none' is not a number; write null for none"),
+        ("[0.5, null]", "[0.5, none]", "capacity_factor: 'none' is not a number or a list; write null for none"),
         ("[0.5, null]", "[0.5, -1]", "capacity_factor=-1-seed=0: capacity_factor=-1.0 is not above 0"),
         ("train.steps: 8", "train.steps: 0", "study.yaml: steps=0 is below 1"),
         ("[0.5, null]", "[]", "axes.model.moe.capacity_factor is empty"),

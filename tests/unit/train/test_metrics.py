@@ -43,8 +43,22 @@ def test_moe_record_by_hand() -> None:
         "dispatch_bytes": 80,
     }
     assert rows == [
-        {"layer": 0, "drop_rate": 0.25, "load_max_over_mean": 1.5, "entropy": 0.25, "load": [6, 2]},
-        {"layer": 3, "drop_rate": 0.0, "load_max_over_mean": 1.0, "entropy": 0.75, "load": [4, 4]},
+        {
+            "layer": 0,
+            "drop_rate": 0.25,
+            "unserved_rate": 0.5,
+            "load_max_over_mean": 1.5,
+            "entropy": 0.25,
+            "load": [6, 2],
+        },
+        {
+            "layer": 3,
+            "drop_rate": 0.0,
+            "unserved_rate": 0.0,
+            "load_max_over_mean": 1.0,
+            "entropy": 0.75,
+            "load": [4, 4],
+        },
     ]
 
 
@@ -146,6 +160,7 @@ def test_board_tags() -> None:
         "system/mfu": 0.4,
         "validation/loss": 2.0,
         "moe/drop_rate": 0.25,
+        "moe/unserved_rate": 0.0,
         "moe/load_max_over_mean": 1.5,
         "moe/balance_loss": 1.0,
         "moe/z_loss": 0.5,
