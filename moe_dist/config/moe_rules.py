@@ -52,6 +52,8 @@ def _width_rules(config: Config) -> Iterator[str]:
             yield f"experts={moe.experts} needs experts of one width; set model.moe.experts to auto"
         if len(set(moe.d_ff)) > 1 and etp > 1:
             yield f"etp={etp} needs experts of one width, got {sorted(set(moe.d_ff))}; set parallel.etp to 1"
+        if len(set(moe.d_ff)) > 1 and moe.overlap_chunks > 1:
+            yield f"overlap_chunks={moe.overlap_chunks} needs experts of one width; set model.moe.overlap_chunks to 1"
         if moe.num_shared_experts > 0 and len(set(moe.d_ff)) > 1:
             yield "num_shared_experts has no width when experts differ in d_ff; set it to 0"
     if moe.expert_bias and etp > 1:

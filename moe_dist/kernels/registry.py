@@ -38,7 +38,7 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     moe = model.moe
     if moe.num_experts == 0:
         return named
-    wire = [] if moe.dispatch == "local" else [moe.wire] if moe.dispatch == "all_to_all" else []
+    wire: list[str] = [moe.wire] if moe.dispatch == "all_to_all" else []
     wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
     wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
     dispatch = moe.dispatch + (f" ({', '.join(wire)})" if wire else "")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.schema import ModelConfig
 from moe_dist.models.block import DecoderBlock
-from moe_dist.moe.layer import Replay
+from moe_dist.moe.layer import MoE, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_gather, own_slice
@@ -86,7 +86,9 @@ class Decoder(nn.Module):
     def balance_routers(self, loads: dict[int, Tensor]) -> None:
         """Once an optimizer step: assignments to each expert by layer, over all ranks and micro-steps."""
         for layer, load_E in loads.items():
-            self.blocks[layer].feed_forward.router.balance(load_E)
+            moe = self.blocks[layer].feed_forward
+            assert isinstance(moe, MoE), "loads are of MoE layers"
+            moe.router.balance(load_E)
 
     def _hidden(self, tokens_BS: Tensor, step: StepContext) -> tuple[Tensor, tuple[MoEStats, ...]]:
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])

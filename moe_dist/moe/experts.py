@@ -14,7 +14,7 @@ from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.parallel.sharding import ParamSpec, parameter
+from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
 
 
 class Experts(nn.Module):
@@ -37,40 +37,41 @@ class Experts(nn.Module):
         self.activation, self.backend = model.activation, moe.experts
         self.recompute = model.recompute == "activation"
         self.slices = mesh.tp if mesh.ep.size == 1 else Group()
-        self.uniform = len(set(widths)) == 1
-        # This rank's narrower experts, e of them, and the expert that each is a part of.
+        self.logical, self.uniform = widths, len(set(widths)) == 1
+        # This rank's narrower experts, e of them: which part of the logical hidden units they are.
         local = moe.num_experts * etp // mesh.ep.size
         first = mesh.ep.rank * local
         parts = [widths[index // etp] // etp for index in range(moe.num_experts * etp)]
-        self.widths = tuple(parts[first : first + local])
-        start, total = sum(parts[:first]), sum(widths)
+        self.widths, self.first_unit = tuple(parts[first : first + local]), sum(parts[:first])
+        self.shard: Shard = "expert" if mesh.ep.size > 1 else "replicated"
 
-        def matrix(columns: int, std: float, vector: bool = False) -> nn.Parameter:
-            """One row of `columns` numbers for each hidden unit."""
-            logical = (len(widths), widths[0], columns) if self.uniform else (total, columns)
-            shape = (local, self.widths[0], columns) if self.uniform else (sum(self.widths), columns)
-            if vector:
-                logical, shape = logical[:-1], shape[:-1]
-            entries = tuple(width * columns for width in widths)
-            spec = ParamSpec(logical, shard, start * columns, std, entries, vector)
-            return parameter(shape, spec)
+        has_gate, in_std = gated(model.activation), d_model**-0.5
+        self.w_gate = self._units(d_model, in_std) if has_gate else None
+        self.w_up = self._units(d_model, in_std)
+        self.w_out = self._units(d_model, out_std)
+        self.b_gate = self._units(None, 0.0) if has_gate and moe.expert_bias else None
+        self.b_up = self._units(None, 0.0) if moe.expert_bias else None
+        spec = ParamSpec((len(widths), d_model), self.shard, first * d_model, 0.0, vector=True)
+        self.b_out = parameter((local, d_model), spec) if moe.expert_bias else None
 
-        shard = "expert" if mesh.ep.size > 1 else "replicated"
-        has_gate = gated(model.activation)
-        self.w_gate = matrix(d_model, d_model**-0.5) if has_gate else None
-        self.w_up = matrix(d_model, d_model**-0.5)
-        self.w_out = matrix(d_model, out_std)
-        self.b_gate = self.b_up = self.b_out = None
-        if moe.expert_bias:
-            self.b_gate = matrix(1, 0.0, vector=True) if has_gate else None
-            self.b_up = matrix(1, 0.0, vector=True)
-            spec = ParamSpec((len(widths), d_model), shard, first * d_model, 0.0, vector=True)
-            self.b_out = parameter((local, d_model), spec)
+    def _units(self, columns: int | None, std: float) -> nn.Parameter:
+        """A row of `columns` numbers for every hidden unit, or one number each when None."""
+        wide = () if columns is None else (columns,)
+        each = columns or 1
+        logical: tuple[int, ...] = (len(self.logical), self.logical[0]) if self.uniform else (sum(self.logical),)
+        shape: tuple[int, ...] = (len(self.widths), self.widths[0]) if self.uniform else (sum(self.widths),)
+        entries = tuple(width * each for width in self.logical)
+        spec = ParamSpec(logical + wide, self.shard, self.first_unit * each, std, entries, vector=columns is None)
+        return parameter(shape + wide, spec)
 
     def weights(self) -> ExpertWeights:
         """What the kernels take; gradients are summed over the ranks that see other slices of the tokens."""
-        held = (self.w_gate, self.w_up, self.w_out, self.b_gate, self.b_up, self.b_out)
-        return ExpertWeights(*(None if p is None else copy_to_group(p, self.slices) for p in held))
+
+        def summed(p: nn.Parameter | None) -> Tensor | None:
+            return None if p is None else copy_to_group(p, self.slices)
+
+        up, out = copy_to_group(self.w_up, self.slices), copy_to_group(self.w_out, self.slices)
+        return ExpertWeights(summed(self.w_gate), up, out, summed(self.b_gate), summed(self.b_up), summed(self.b_out))
 
     def forward(
         self, x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder, w: ExpertWeights | None = None

@@ -51,7 +51,7 @@ class SoftmaxRouter(Router):
     def _jittered(self, x_TD: Tensor, step: StepContext) -> Tensor:
         if self.moe.jitter == 0.0 or step.phase != "train":
             return x_TD
-        index_TD = self.draw_index(*x_TD.shape, x_TD.device)
+        index_TD = self.draw_index(x_TD)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         factor_TD = 1 + self.moe.jitter * (2 * step.key.fold("jitter", self.layer).uniform(index_TD) - 1)
         return x_TD.to(wide) * factor_TD.to(wide)
@@ -106,7 +106,7 @@ class NoisyRouter(Router):
         std_TE = F.softplus(fp32_logits(x_TD, self.noise_weight, self.slices))
         noisy_TE = clean_TE
         if step.phase == "train":
-            index_TE = self.draw_index(*clean_TE.shape, clean_TE.device)
+            index_TE = self.draw_index(clean_TE)
             noisy_TE = clean_TE + step.key.fold("noise", self.layer).normal(index_TE).to(clean_TE.dtype) * std_TE
         preference_TE = self.settle(noisy_TE.detach().softmax(-1), step) if chosen_TK is None else None
         routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)

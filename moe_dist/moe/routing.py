@@ -134,10 +134,10 @@ class Router(nn.Module):
             return tokens // step.parts, 0
         return None, 0
 
-    def draw_index(self, tokens: int, width: int, device: torch.device) -> Tensor:
-        """[T, width] indices of random numbers, a function of the global token index."""
-        first = self.world.rank * tokens * width
-        return torch.arange(first, first + tokens * width, device=device).view(tokens, width)
+    def draw_index(self, like: Tensor) -> Tensor:
+        """An index for each element of `like`, [T, width], by which to draw: a function of the global token index."""
+        first = self.world.rank * like.numel()
+        return torch.arange(first, first + like.numel(), device=like.device).view_as(like)
 
 
 def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from moe_dist.parallel.random import RandomKey
 
+Shard = Literal["replicated", "tensor", "expert"]
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -28,7 +30,7 @@ class ParamSpec:
     """
 
     logical_shape: tuple[int, ...]
-    shard: Literal["replicated", "tensor", "expert"] = "replicated"
+    shard: Shard = "replicated"
     flat_start: int = 0
     std: float | None = 0.02
     entries: tuple[int, ...] = ()

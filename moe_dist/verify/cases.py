@@ -14,14 +14,18 @@ LAYOUT_AXES: Axes = {
     "tp": ("1", "2"),
     "sp": ("off", "on"),
     "zero": ("native", "0", "1", "2", "3"),
-    "wire": ("ragged", "padded"),
+    "etp": ("1", "2"),
+    "dispatch": ("ragged", "padded", "hierarchical", "all_gather", "overlap"),
 }
 SETTING_AXES: Axes = {
     "top_k": ("1", "2"),
     "drops": ("position", "score", "random", "dropless"),
     "accumulation": ("1", "4"),
+    "router": ("softmax", "jitter", "groups", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"),
+    "overflow": ("drop", "reroute"),
+    "balance": ("global", "local", "sequence"),
     "experts": ("grouped_mm", "bmm", "loop"),
-    "recompute": ("none", "block"),
+    "recompute": ("none", "activation", "block"),
 }
 QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
 QUICK_SETTINGS: Axes = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
@@ -34,13 +38,20 @@ class Setting:
     top_k: str = "2"
     drops: str = "position"
     accumulation: str = "1"
+    router: str = "softmax"
+    overflow: str = "drop"
+    balance: str = "global"
     experts: str = "grouped_mm"
     recompute: str = "none"
 
     def __str__(self) -> str:
-        extra = "" if self.experts == "grouped_mm" else f", {self.experts}"
-        extra += "" if self.recompute == "none" else ", recompute"
-        return f"top-{self.top_k}, {self.drops}, accumulation {self.accumulation}{extra}"
+        plain = Setting()
+        extra = [
+            f"{name} {getattr(self, name)}"
+            for name in ("router", "overflow", "balance", "experts", "recompute")
+            if getattr(self, name) != getattr(plain, name)
+        ]
+        return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
 
 
 @dataclass(frozen=True)
@@ -51,12 +62,13 @@ class LayoutCase:
     tp: str = "1"
     sp: str = "off"
     zero: str = "native"
-    wire: str = "ragged"
+    etp: str = "1"
+    dispatch: str = "ragged"
 
     def __str__(self) -> str:
         engine = "native" if self.zero == "native" else f"ZeRO-{self.zero}"
-        extra = (" sp" if self.sp == "on" else "") + (" padded" if self.wire == "padded" else "")
-        return f"ep={self.ep} tp={self.tp}{extra} {engine}"
+        extra = ("" if self.etp == "1" else f" etp={self.etp}") + (" sp" if self.sp == "on" else "")
+        return f"ep={self.ep} tp={self.tp}{extra} {engine}" + ("" if self.dispatch == "ragged" else f" {self.dispatch}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,14 @@ class Options:
     tie_tolerance: float = 1e-5
 
 
+_ROUTERS: dict[str, dict[str, object]] = {
+    "softmax": {},
+    "jitter": {"jitter": 0.1},
+    "groups": {"num_groups": 2, "top_k_groups": 1},
+    "sigmoid": {"router": "sigmoid", "bias_update_rate": 0.01},
+}
+
+
 def parse_axes(given: Sequence[str], axes: Axes, default: Axes) -> Axes:
     """`ep=1,2 tp=1` -> {"ep": ("1", "2"), "tp": ("1",)}; axes not given take their default."""
     chosen = dict(default)
@@ -81,7 +101,7 @@ def parse_axes(given: Sequence[str], axes: Axes, default: Axes) -> Axes:
             raise ValueError(f"{text!r}: unknown axis {name!r}; choose from {', '.join(axes)}")
         wanted = tuple(dict.fromkeys(value for value in values.split(",") if value))
         for value in wanted or ("",):
-            number = name in ("ep", "tp", "top_k", "accumulation") and value.isdigit() and int(value) > 0
+            number = name in ("ep", "tp", "etp", "top_k", "accumulation") and value.isdigit() and int(value) > 0
             if value not in axes[name] and not number:
                 raise ValueError(f"{text!r}: {value!r} is no value of {name}; choose from {', '.join(axes[name])}")
         chosen[name] = wanted
@@ -101,29 +121,44 @@ def every_setting() -> tuple[Setting, ...]:
 
 
 def layouts_of(axes: Axes) -> tuple[LayoutCase, ...]:
-    """All combinations but those that say the same twice: sp without tp, a padded wire without ep."""
+    """All combinations but those that say the same twice: sp without tp, ways to travel where nothing does."""
     cases = (LayoutCase(**dict(zip(axes, values, strict=True))) for values in product(*axes.values()))
-    both_sp, both_wires = len(axes.get("sp", ())) > 1, len(axes.get("wire", ())) > 1
+    both_sp, ways = len(axes.get("sp", ())) > 1, len(axes.get("dispatch", ())) > 1
     return tuple(
         case
         for case in cases
         if not (both_sp and case.sp == "on" and case.tp == "1")
-        and not (both_wires and case.wire == "padded" and case.ep == "1")
+        and not (ways and case.dispatch != "ragged" and case.ep == case.etp == "1")
     )
+
+
+def every_layout() -> tuple[LayoutCase, ...]:
+    """All sizes under all engines; each other axis varied on its own."""
+    core = ("ep", "tp", "sp", "zero")
+    combined = layouts_of({name: LAYOUT_AXES[name] for name in core})
+    ways = layouts_of({"ep": ("2", "4"), "tp": ("1", "2"), "dispatch": LAYOUT_AXES["dispatch"][1:]})
+    etp = layouts_of({"ep": ("1", "2"), "tp": ("1", "2"), "zero": ("native", "1"), "etp": LAYOUT_AXES["etp"][1:]})
+    return combined + ways + etp
 
 
 def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Config:
     """The tiny run of one case; `layout` None is the single-process reference."""
     layout = layout or LayoutCase()
     dropless, native = setting.drops == "dropless", layout.zero == "native"
-    moe = {
-        "num_experts": 4,
+    overlap = layout.dispatch == "overlap"
+    kind = layout.dispatch if layout.dispatch in ("hierarchical", "all_gather") else "auto"
+    moe = _ROUTERS.get(setting.router, {"router": setting.router}) | {
+        "num_experts": 8,
         "top_k": int(setting.top_k),
         "d_ff": 48,
         "num_shared_experts": 1,
         "capacity_factor": None if dropless else 1.0,
         "drop_policy": "position" if dropless else setting.drops,
-        "wire": layout.wire,
+        "overflow": setting.overflow,
+        "balance_scope": setting.balance,
+        "dispatch": kind,
+        "wire": "padded" if layout.dispatch == "padded" else "ragged",
+        "overlap_chunks": 2 if overlap else 1,
         "experts": setting.experts,
     }
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
@@ -133,7 +168,13 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
     optim = {"lr": 1e-4, "eps": 1e-4, "warmup_steps": min(10, steps)}
     values = {
         "model": model | {"moe": moe},
-        "parallel": {"ep": int(layout.ep), "tp": int(layout.tp), "sequence_parallel": layout.sp == "on"},
+        "parallel": {
+            "ep": int(layout.ep),
+            "etp": int(layout.etp),
+            "tp": int(layout.tp),
+            "sequence_parallel": layout.sp == "on",
+            "node_size": 2,  # two nodes of two, so that hierarchical dispatch has something to cross
+        },
         "engine": engine | {"grad_clip": 0.5},
         "optim": optim,
         "train": {"steps": steps, "seq_len": 16, "global_batch": 16, "accumulation": int(setting.accumulation)},

@@ -21,6 +21,7 @@ from moe_dist.verify.cases import (
     Axes,
     Options,
     Setting,
+    every_layout,
     every_setting,
     layouts_of,
     parse_axes,
@@ -58,7 +59,9 @@ def verify(args: Sequence[str]) -> int:
         every_setting()
         if given.all and not given.settings
         else settings_of(parse_axes(given.settings, SETTING_AXES, QUICK_SETTINGS)),
-        layouts_of(parse_axes(given.layouts, LAYOUT_AXES, LAYOUT_AXES if given.all else QUICK_LAYOUTS)),
+        every_layout()
+        if given.all and not given.layouts
+        else layouts_of(parse_axes(given.layouts, LAYOUT_AXES, QUICK_LAYOUTS)),
         given.steps,
     )
     rank = rank_from_environment(os.environ)
@@ -113,7 +116,7 @@ def run_cases(options: Options, device: torch.device) -> bool:
 
 def _shared_reference(setting: Setting, options: Options, device: torch.device) -> Reference:
     """Rank 0 trains it alone; everybody gets it."""
-    box = [train_reference(setting, options, device) if dist.get_rank() == 0 else None]
+    box = [train_reference(setting, options, device, dist.get_world_size()) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     assert box[0] is not None
     return box[0]

@@ -19,7 +19,7 @@ from moe_dist.train.schedule import learning_rate
 from moe_dist.verify.cases import LayoutCase, Options, Setting, case_config
 from moe_dist.verify.witness import Comparer, Differences, Recorder, Tape
 
-Meshes = dict[tuple[int, int], Mesh]
+Meshes = dict[tuple[int, int, int], Mesh]
 
 _KEY = RandomKey.of("verify")
 
@@ -55,9 +55,10 @@ class Report:
         )
 
 
-def train_reference(setting: Setting, options: Options, device: torch.device) -> Reference:
-    """Train in this process alone and keep everything that layouts are compared with."""
-    run = _Run(case_config(setting, None, options.steps), single_process_mesh(), device)
+def train_reference(setting: Setting, options: Options, device: torch.device, world: int = 1) -> Reference:
+    """Train in this process alone and keep everything that layouts are compared with. Where a loss is taken by rank
+    (balance local), the process takes it for `world` ranks."""
+    run = _Run(case_config(setting, None, options.steps), single_process_mesh(), device, parts=world)
     reference = Reference()
     for step in range(options.steps):
         loss = run.forward_backward(step, lambda micro, step=step: Recorder(reference.tape, step, micro))
@@ -77,7 +78,7 @@ def compare_layout(
     """
     config = case_config(setting, layout, options.steps)
     validate(config, torch.distributed.get_world_size())
-    sizes = (config.parallel.ep, config.parallel.tp)
+    sizes = (config.parallel.ep, config.parallel.tp, config.parallel.etp)
     if sizes not in meshes:
         meshes[sizes] = create_mesh(*sizes)
     mesh = meshes[sizes]
@@ -106,9 +107,9 @@ def _worse(one: float, other: float) -> float:
 class _Run:
     """A tiny training run whose sequences are a function of the step alone."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device) -> None:
-        self.config = replace(config, model=resolve_backends(config.model, config.parallel.ep))
-        self.mesh, self.device = mesh, device
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device, parts: int = 1) -> None:
+        self.config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
+        self.mesh, self.device, self.parts = mesh, device, parts
         self.shape = validate(config, mesh.layout.world)
         model = Decoder(self.config.model, mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
         self.engine: Engine = make_engine(
@@ -120,7 +121,7 @@ class _Run:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for micro in range(self.shape.accumulation):
             tokens_BS, targets_BS = self._batch(step, micro)
-            context = StepContext(_KEY.fold(step, micro), witness=witness_of(micro))
+            context = StepContext(_KEY.fold(step, micro), witness=witness_of(micro), step=step, parts=self.parts)
             total += self.engine.micro_step(tokens_BS, targets_BS, context).nll.double()
         return float(all_reduce(total, self.mesh.dp)) / self.shape.accumulation / self.mesh.layout.dp
 
