@@ -64,7 +64,7 @@ class TinyRun:
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32) -> None:
         self.shape = validate(config, mesh.layout.world)
-        config = replace(config, model=resolve_backends(config.model, config.parallel.ep))
+        config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
         self.config, self.mesh = config, mesh
         model = Decoder(config.model, mesh, config.parallel.sequence_parallel, config.train.seed).to(dtype)
         self.engine: Engine = make_engine(
@@ -101,6 +101,8 @@ class TinyRun:
 def logical(engine: Engine, kind: Kind) -> dict[str, Tensor]:
     """Every logical parameter whole, on every rank; each element must have exactly one owner."""
     shapes = {name: spec.logical_shape for name, _, spec in logical_parameters(engine.model)}
+    if kind == "weight":
+        shapes |= {name: tuple(buffer.shape) for name, buffer in engine.model.named_buffers()}
     sizes = [prod(shape) for shape in shapes.values()]
     values, owners = torch.zeros(2, sum(sizes), dtype=torch.float64)
     starts = dict(zip(shapes, accumulate(sizes, initial=0), strict=False))

@@ -22,6 +22,8 @@ DEEPSPEED = {"engine__name": "deepspeed"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "native": NATIVE,
     "native-sp-ep4": {"parallel__ep": 4, "parallel__tp": 2, "parallel__sequence_parallel": True},
+    "native-etp2": {"parallel__ep": 2, "parallel__etp": 2},
+    "zero1-etp4-tp2": DEEPSPEED | {"engine__zero_stage": 1, "parallel__etp": 4, "parallel__tp": 2},
     "zero0": DEEPSPEED | {"parallel__ep": 2},
     "zero1-ep4": DEEPSPEED | {"engine__zero_stage": 1, "parallel__ep": 4},
     "zero1-ep2-tp2": DEEPSPEED | {"engine__zero_stage": 1} | NATIVE,
@@ -32,6 +34,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero2-bf16": DEEPSPEED | {"engine__zero_stage": 2, "engine__precision": "bf16", "parallel__ep": 2},
     "zero3-bf16": DEEPSPEED | {"engine__zero_stage": 3, "engine__precision": "bf16"},
 }
+# A router whose balancing bias is state that no optimizer holds.
+BALANCED = {"model__moe__router": "sigmoid", "model__moe__bias_update_rate": 0.01}
 RUN = {"data": "nothing"}
 SAVED, CONTINUED = 3, 6
 OTHER_WEIGHTS = {"train__seed": 1}  # what a load must overwrite
@@ -40,8 +44,8 @@ State = dict[str, dict[str, torch.Tensor]]
 
 
 def start(changes: dict[str, Any]) -> TinyRun:
-    config = tiny_config(**changes)
-    return TinyRun(config, create_mesh(config.parallel.ep, config.parallel.tp))
+    config = tiny_config(**BALANCED | changes)
+    return TinyRun(config, create_mesh(config.parallel.ep, config.parallel.tp, config.parallel.etp))
 
 
 def state(run: TinyRun) -> State:
@@ -66,6 +70,7 @@ def check_native_to_any_layout_and_back(folder: str) -> None:
     run.train(0, SAVED)
     path = save(Path(folder) / "first", run.engine, SAVED, RUN, keep_last=1)
     saved = state(run)
+    assert saved["weight"]["blocks.0.feed_forward.router.bias_E"].abs().max() > 0
     w_up = saved["weight"]["blocks.0.feed_forward.experts.w_up"]
     assert len({tuple(expert.flatten()[:4].tolist()) for expert in w_up}) == len(w_up), "experts must be distinct"
     losses = run.train(SAVED, CONTINUED)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import pytest
+from math import prod
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -251,7 +252,7 @@ def compare_layer(build: Callable[[Group, bool], Layer], tp: Group, sequence_par
     torch.testing.assert_close(y_TD.detach(), cut(expected_TD.detach()))
     torch.testing.assert_close(own_TD.grad, cut(x_TD.grad))
     for (name, param), (_, reference) in zip(part.named_parameters(), whole.named_parameters(), strict=True):
-        first = spec_of(param).start
+        first = spec_of(param).flat_start // prod(param.shape[1:])
         rows = slice(first, first + param.shape[0])
         torch.testing.assert_close(param.detach(), reference.detach()[rows])
         torch.testing.assert_close(param.grad, reference.grad[rows], msg=lambda text, name=name: f"{name}: {text}")
