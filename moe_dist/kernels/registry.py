@@ -4,11 +4,17 @@ The resolved config is what the run folder keeps and the log prints; nothing is 
 """
 
 import dataclasses
+from collections.abc import Callable
 from importlib.util import find_spec
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
+from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
+from moe_dist.kernels.route.reference import Routed, route
 
 _SHORT = 512  # tokens up to which packed attention is the faster one on CPU in bf16; in fp32 it never is
 
@@ -29,6 +35,26 @@ def resolve_backends(
         uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
         moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
     return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
+
+
+def route_kernel(kernels: str) -> Callable[..., Routed]:
+    """`route` of kernels/route."""
+    if kernels == "triton":
+        from moe_dist.kernels.route.triton import route as fused
+
+        return fused
+    return route
+
+
+def norm_kernel(kernels: str, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """`rms_norm(x, weight, eps)` of kernels/norm; torch's own on devices that have one."""
+    if kernels == "triton":
+        from moe_dist.kernels.norm.triton import rms_norm as fused
+
+        return fused
+    if device_type == "cpu":
+        return cpu_rms_norm
+    return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
 
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:

@@ -4,12 +4,12 @@ from torch import Tensor, nn
 
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.moe.routing import StepContext
-from moe_dist.parallel.linear import RMSNorm
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -26,9 +26,9 @@ class DecoderBlock(nn.Module):
         tp, residual = mesh.tp, (2 * model.num_layers) ** -0.5
         widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
         self.attention = CausalSelfAttention(model, tp, sequence_parallel, width**-0.5 * residual)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
             self.feed_forward: nn.Module = MoE(model, layer, mesh, sequence_parallel, out_std)

@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.models.block import DecoderBlock
 from moe_dist.moe.layer import MoE, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_gather, own_slice
-from moe_dist.parallel.linear import RMSNorm, VocabParallelEmbedding, enter, leave
+from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
@@ -41,7 +42,7 @@ class OutputProjection(nn.Module):
     def __init__(self, model: ModelConfig, tp: Group, sequence_parallel: bool, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
-        self.norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel)
+        self.norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
         local = model.vocab_size // tp.size
         start = tp.rank * local * model.d_model
         spec = ParamSpec((model.vocab_size, model.d_model), "tensor", start, model.d_model**-0.5)

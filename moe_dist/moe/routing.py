@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config.schema import ModelConfig
-from moe_dist.kernels.route.reference import Routed, Score, best, route, scores_of
+from moe_dist.kernels.registry import route_kernel
+from moe_dist.kernels.route.reference import Routed, Score, best, scores_of
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.random import RandomKey
@@ -77,7 +78,7 @@ class Router(nn.Module):
         super().__init__()
         self.moe, self.layer = model.moe, layer
         self.slices, self.world = mesh.tp, mesh.world
-        self.kernels = model.kernels
+        self.route = route_kernel(model.kernels)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         """Route x_TD. `chosen_TK` repeats an earlier choice (a recomputed block) instead of choosing again."""
@@ -97,11 +98,7 @@ class Router(nn.Module):
         if chosen_TK is None and preference_TE is not None:
             chosen_TK = best(preference_TE, self.moe.top_k)
         chunk, first = self.chunk(len(logits_TE), step)
-        if self.kernels == "triton":
-            from moe_dist.kernels.route import triton
-
-            return triton.route(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
-        return route(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
+        return self.route(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
         """Scores of the chosen experts, divided by their sum if asked for: never at top_k = 1, where p / p = 1 would

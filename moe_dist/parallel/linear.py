@@ -6,12 +6,8 @@ column-parallel layers (weight [out, in], cut over out) may follow in any number
 are cut over the same group.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe_dist.parallel.collectives import copy_to_group, gather_sequence, reduce_from_group, scatter_sequence
 from moe_dist.parallel.mesh import Group
@@ -75,46 +71,3 @@ class VocabParallelEmbedding(nn.Module):
         absent_T = (local_T < 0) | (local_T >= self.weight.shape[0])
         rows_TD = F.embedding(local_T.masked_fill(absent_T, 0), self.weight)
         return rows_TD.masked_fill(absent_T[:, None], 0.0)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * g (arXiv 1910.07467), in fp32 inside.
-
-    Under sequence parallelism each rank sees a slice of the tokens, so the gradient of g is summed over tp.
-    """
-
-    def __init__(self, dim: int, eps: float, tp: Group, sequence_parallel: bool) -> None:
-        super().__init__()
-        self.eps = eps
-        self.shared = tp if sequence_parallel else Group()
-        self.weight = parameter((dim,), ParamSpec((dim,), std=None))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = copy_to_group(self.weight, self.shared)
-        if x.device.type == "cpu":
-            return _RMSNorm.apply(x, weight, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """On CPU torch has no kernel for it, only a composition that autograd differentiates step by step. With
-    n = x / rms(x) and p = dy * n:  dg = sum over tokens of p,  dx = (dy * g - n * mean(p * g)) / rms(x)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean_square.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        normed, wide_weight = x * inverse, weight.to(inverse.dtype)
-        product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(0)
-        mean = (product @ wide_weight).div_(x.shape[-1])
-        grad_x = (grad * wide_weight).addcmul_(normed, mean[..., None], value=-1).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -11,12 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.parallel import collectives as c
-from moe_dist.parallel.linear import RMSNorm, VocabParallelEmbedding, enter, leave
+from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, create_mesh
 from moe_dist.parallel.sharding import initialize, spec_of

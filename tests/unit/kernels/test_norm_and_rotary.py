@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_dist.attention.rotary import apply_rotary, rotary_table
-from moe_dist.parallel.linear import RMSNorm
+from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.parallel.mesh import Group
 
 
