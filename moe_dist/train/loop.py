@@ -30,6 +30,7 @@ from moe_dist.engine.base import Engine, compute_dtype, make_engine
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
 from moe_dist.models.flops import parameter_counts, train_flops_per_token
+from moe_dist.moe.causality import causality_notes
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh
@@ -155,7 +156,7 @@ class Trainer:
                 record = self._train_step(step)
                 done = step + 1
                 if done % run.eval_every == 0 or done == total:
-                    record |= self.evaluate()
+                    record |= self.evaluate(done)
                 if writer is not None:
                     writer.log(record)
                     progress.update(record, total)
@@ -224,17 +225,17 @@ class Trainer:
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
         return nll, aux * self.mesh.layout.tp, layers
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Validation loss without dropping, and with eval_capacity_factor when it is set."""
         record = {}
-        loss = self._validation_loss("dropless")
+        loss = self._validation_loss("dropless", step)
         record["validation_loss"] = loss
         record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1)
         if self.config.model.moe.eval_capacity_factor is not None:
-            record["validation_loss_capped"] = self._validation_loss("eval")
+            record["validation_loss_capped"] = self._validation_loss("eval", step)
         return record
 
-    def _validation_loss(self, phase: Any) -> float:
+    def _validation_loss(self, phase: Any, step: int) -> float:
         split, layout, train = self.corpus.validation, self.mesh.layout, self.config.train
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         batches = validation_batches(
@@ -247,7 +248,7 @@ class Trainer:
         )
         for index, (starts, weights) in enumerate(batches):
             tokens_BS, targets_BS = self._tensors(split, starts)
-            context = StepContext(RandomKey.of(train.seed, "validation", index), phase)
+            context = StepContext(RandomKey.of(train.seed, "validation", index), phase, step=step)
             losses_BS = self.engine.evaluate(tokens_BS, targets_BS, context, "token_losses")
             weights_B = torch.from_numpy(weights).to(self.device, torch.float64)
             total += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
@@ -290,5 +291,6 @@ class Trainer:
             f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
             f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
             f"steps {first + 1} to {config.train.steps}",
+            *(f"note      {note}" for note in causality_notes(config.model.moe)),
             f"peak      {self.peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({self.peak.source})",
         ]

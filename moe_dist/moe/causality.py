@@ -1,0 +1,33 @@
+"""What a configuration lets later tokens do to earlier ones, in words for whoever starts a run."""
+
+from collections.abc import Iterator
+
+from moe_dist.config.schema import MoEConfig
+
+
+def causality_notes(moe: MoEConfig) -> Iterator[str]:
+    """A line for each choice under which a token's output depends on tokens after it. Silent when none does.
+
+    Every limit on capacity lets tokens displace one another; only drop_policy `position` keeps to their order.
+    """
+    if moe.num_experts == 0:
+        return
+    if moe.router == "expert_choice":
+        yield (
+            "router=expert_choice is not causal: experts pick among all tokens, later ones included, in training and "
+            "in evaluation; a language model's losses then look better than its generation"
+        )
+        return
+    if moe.router == "sinkhorn":
+        yield "router=sinkhorn is not causal in training: it balances over all tokens of the micro-step; evaluation is"
+    limited = moe.capacity_factor is not None or moe.capacity_schedule
+    if limited and moe.drop_policy != "position":
+        yield (
+            f"drop_policy={moe.drop_policy} is not causal in training: a later token can take an earlier one's place; "
+            "evaluation without eval_capacity_factor is"
+        )
+    elif limited and moe.overflow == "reroute":
+        yield (
+            "overflow=reroute is not causal in training: a token that asks again finds places that later tokens took; "
+            "evaluation without eval_capacity_factor is"
+        )
