@@ -120,5 +120,11 @@ def _dispatch_rules(config: Config) -> Iterator[str]:
             moe.overlap_chunks,
             "lower model.moe.overlap_chunks",
         )
+    node = config.parallel.node_size
+    if moe.dispatch == "hierarchical" and node is not None and node < ranks and ranks % node:
+        yield (
+            f"dispatch=hierarchical needs ep groups that lie evenly on nodes, but {name}={size} is not divisible by "
+            f"node_size={node}; change parallel.node_size, or set model.moe.dispatch to all_to_all"
+        )
     if moe.overlap_chunks > 1 and moe.dispatch not in ("auto", "all_to_all"):
         yield f"overlap_chunks={moe.overlap_chunks} is of dispatch=all_to_all, not {moe.dispatch}; set it to 1"

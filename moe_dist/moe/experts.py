@@ -73,15 +73,35 @@ class Experts(nn.Module):
         up, out = copy_to_group(self.w_up, self.slices), copy_to_group(self.w_out, self.slices)
         return ExpertWeights(summed(self.w_gate), up, out, summed(self.b_gate), summed(self.b_up), summed(self.b_out))
 
+    def parts(self, number: int) -> list[tuple[ExpertWeights, tuple[int, ...]]]:
+        """Weights and widths of consecutive parts of equally many experts. Each parameter is cut once: its gradient is
+        put together once, not summed from as many of its full size."""
+        each = len(self.widths) // number
+        widths = [self.widths[first : first + each] for first in range(0, len(self.widths), each)]
+        w = self.weights()
+        cut: list[Sequence[Tensor | None]] = []
+        for field, p in zip(w._fields, w, strict=True):
+            if p is None:
+                cut.append((None,) * number)
+            else:
+                by_expert = self.uniform or field == "out_bias"
+                cut.append(p.split([each if by_expert else sum(part) for part in widths]))
+        return list(zip(map(ExpertWeights._make, zip(*cut, strict=True)), widths, strict=True))
+
     def forward(
-        self, x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder, w: ExpertWeights | None = None
+        self,
+        x_XD: Tensor,
+        weights_XK: Tensor | None,
+        order: RowOrder,
+        w: ExpertWeights | None = None,
+        widths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of the assignment: [X, D] -> [X, D].
 
-        `w`: those of a consecutive part of the experts, with an order over that part.
+        `w` and `widths`: one of `parts`, with an order over its experts.
         """
         w = self.weights() if w is None else w
-        widths = None if self.uniform else self.widths
+        widths = None if self.uniform else widths or self.widths
         if cpu.replaces(self.backend, x_XD.device.type):
             return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
         if self.backend == "triton":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dist.config.schema import ModelConfig
 from moe_dist.moe.capacity import Capacity, DispatchPlan
 from moe_dist.moe.dispatch import make_dispatcher, split_experts
+from moe_dist.moe.dispatch.overlap import overlapped
 from moe_dist.moe.experts import Experts, expert_widths
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.losses import MoEStats, moe_stats
@@ -69,11 +70,17 @@ class MoE(nn.Module):
             weights_TK = self.router.weigh_again(routing, plan.experts_TK)
         # 2. There, through the experts, and back.
         finer, weights_TK = split_experts(plan, weights_TK, self.etp)
-        arrival = self.dispatcher.dispatch(x_TD, weights_TK, finer)
-        y_XD = self.experts(arrival.x_XD, arrival.weights_XK, arrival.order)
-        y_TD = self.dispatcher.combine(y_XD, weights_TK, arrival)
+        if self.config.overlap_chunks > 1:
+            y_TD, sent_bytes = overlapped(
+                self.dispatcher, self.experts, x_TD, weights_TK, finer, self.config.overlap_chunks
+            )
+        else:
+            arrival = self.dispatcher.dispatch(x_TD, weights_TK, finer)
+            y_XD = self.experts(arrival.x_XD, arrival.weights_XK, arrival.order)
+            y_TD = self.dispatcher.combine(y_XD, weights_TK, arrival)
+            sent_bytes = arrival.sent_bytes
         # 3. What it cost, and what the router is told.
-        return y_TD, moe_stats(self.config, self.layer, routing, plan, self.router, step, arrival.sent_bytes)
+        return y_TD, moe_stats(self.config, self.layer, routing, plan, self.router, step, sent_bytes)
 
     def _own_tokens(self, x_TD: Tensor) -> Tensor:
         """Each tp rank dispatches its own slice, so that no token travels twice."""

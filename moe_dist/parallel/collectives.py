@@ -18,6 +18,7 @@ Tensors are cut and joined along dim 0, which is always the tokens (or the rows 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,11 +72,35 @@ def exchange_rows(x: Tensor, send: Sequence[int], receive: Sequence[int], group:
 
     x: [sum(send), ...] -> [sum(receive), ...]. Not differentiable.
     """
+    return start_exchange(x, send, receive, group).wait()
+
+
+@dataclass
+class Pending:
+    """An exchange under way. It keeps what it reads and writes until `wait`, which gives the rows received."""
+
+    rows: Tensor
+    sent: Tensor | None = None
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.sent = None
+        return self.rows
+
+
+def start_exchange(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, out: Tensor | None = None
+) -> Pending:
+    """`exchange_rows` that returns at once. All ranks must start their exchanges in the same order. `out`: contiguous,
+    to receive into."""
     if group.size == 1:
-        return x
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=group.process_group)
-    return out
+        return Pending(x if out is None else out.copy_(x))
+    x = x.contiguous()
+    out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
+    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
+    return Pending(out, x, work)
 
 
 class _CopyToGroup(torch.autograd.Function):

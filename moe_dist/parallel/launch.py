@@ -125,6 +125,7 @@ def _export(rank: Rank) -> None:
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.world),
         LOCAL_RANK=str(rank.local_rank),
+        LOCAL_WORLD_SIZE=str(rank.local_world),
         MASTER_ADDR=host,
         MASTER_PORT=str(port),
     )

@@ -6,30 +6,37 @@
 World = dp x tp. Ranks of one tp group are neighbours; an ep group is `ep` consecutive ranks of the whole world, so
 expert parallelism folds over tensor parallelism (MoE Parallel Folding, arXiv 2504.14960). The world's rank order is
 also the global order of tokens: rank r = dp_rank * tp + tp_rank holds the r-th slice of the micro-step's tokens.
+
+A node is `node_size` consecutive ranks. An ep group that spans nodes is cut both ways, for exchanges in two steps:
+`ep_node` are its ranks on one node, `ep_across` its ranks with the same place on each of its nodes.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.distributed as dist
 
-Axis = Literal["world", "tp", "dp", "ep", "edp"]
+Axis = Literal["world", "tp", "dp", "ep", "edp", "ep_node", "ep_across"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes. Raises ValueError when they do not fit the world."""
+    """Sizes of the axes; node_size None is one node. Raises ValueError when they do not fit the world."""
 
     world: int = 1
     ep: int = 1
     tp: int = 1
+    node_size: int | None = None
 
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("ep", self.ep)):
             if size < 1 or self.world % size:
                 raise ValueError(f"{axis}={size} does not divide world size {self.world}")
+        if self.node_size is not None and self.node_size < 1:
+            raise ValueError(f"node_size={self.node_size} is below 1")
 
     @property
     def dp(self) -> int:
@@ -40,6 +47,22 @@ class Layout:
     def edp(self) -> int:
         """Expert-data-parallel size: ranks that hold the same experts."""
         return self.world // self.ep
+
+    @property
+    def even_nodes(self) -> bool:
+        """Whether every ep group has equally many ranks on each of its nodes."""
+        node = self.node_size or self.world
+        return node >= self.world or node % self.ep == 0 or self.ep % node == 0
+
+    @property
+    def ep_local(self) -> int:
+        """Ranks of an ep group on one node. Raises ValueError when its nodes hold unequal numbers of them."""
+        if not self.even_nodes:
+            raise ValueError(
+                f"ep groups of {self.ep} consecutive ranks lie unevenly on nodes of node_size={self.node_size}: "
+                "make one a multiple of the other, or use dispatch=all_to_all"
+            )
+        return min(self.ep, self.node_size or self.world)
 
     def ranks(self, axis: Axis, rank: int) -> tuple[int, ...]:
         """Members of the group of `axis` that `rank` belongs to, in order."""
@@ -54,13 +77,27 @@ class Layout:
                 return tuple(range(rank // self.ep * self.ep, (rank // self.ep + 1) * self.ep))
             case "edp":
                 return tuple(range(rank % self.ep, self.world, self.ep))
-        raise ValueError(f"unknown axis {axis!r}: choose one of world, tp, dp, ep, edp")
+            case "ep_node":
+                first = rank // self.ep_local * self.ep_local
+                return tuple(range(first, first + self.ep_local))
+            case "ep_across":
+                start = rank // self.ep * self.ep
+                return tuple(range(start + rank % self.ep_local, start + self.ep, self.ep_local))
+        raise ValueError(f"unknown axis {axis!r}: choose one of {', '.join(get_args(Axis))}")
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
         """All groups of `axis`; together they hold every rank once."""
-        first = {"world": 1, "tp": self.world, "dp": self.tp, "ep": self.world, "edp": self.ep}[axis]
-        step = {"world": 1, "tp": self.tp, "dp": 1, "ep": self.ep, "edp": 1}[axis]
-        return [self.ranks(axis, rank) for rank in range(0, first, step)]
+        world = range(self.world)
+        match axis:  # the first rank of every group
+            case "ep_node":
+                firsts = list(world[:: self.ep_local])
+            case "ep_across":
+                firsts = [start + place for start in world[:: self.ep] for place in range(self.ep_local)]
+            case _:
+                stop = {"world": 1, "tp": self.world, "dp": self.tp, "ep": self.world, "edp": self.ep}[axis]
+                step = {"world": 1, "tp": self.tp, "dp": 1, "ep": self.ep, "edp": 1}[axis]
+                firsts = list(range(0, stop, step))
+        return [self.ranks(axis, rank) for rank in firsts]
 
 
 @dataclass(frozen=True)
@@ -79,7 +116,8 @@ class Group:
 @dataclass(frozen=True)
 class Mesh:
     """One rank's groups along every axis. `etp`: ranks that share the hidden units of each expert; the ep group is the
-    ranks that one set of experts lies on, ep * etp of the config."""
+    ranks that one set of experts lies on, ep * etp of the config. ep_node and ep_across are groups of one where
+    layout.even_nodes is false."""
 
     layout: Layout
     rank: int
@@ -89,6 +127,8 @@ class Mesh:
     ep: Group
     edp: Group
     etp: int = 1
+    ep_node: Group = Group()
+    ep_across: Group = Group()
 
 
 def single_process_mesh() -> Mesh:
@@ -97,16 +137,19 @@ def single_process_mesh() -> Mesh:
     return Mesh(Layout(), 0, alone, alone, alone, alone, alone)
 
 
-def create_mesh(ep: int, tp: int, etp: int = 1, timeout: timedelta | None = None) -> Mesh:
+def create_mesh(ep: int, tp: int, etp: int = 1, timeout: timedelta | None = None, node_size: int | None = None) -> Mesh:
     """Process groups for `ep`, `etp` and `tp` over the initialised default group.
 
-    Every rank must call this, with the same sizes. Raises ValueError when a size does not divide the world size.
+    node_size: ranks of a node; None asks LOCAL_WORLD_SIZE, and is the whole world where that is not set. Every rank
+    must call this, with the same sizes. Raises ValueError when a size does not divide the world size.
     """
     if not dist.is_initialized():
         Layout(1, ep * etp, tp)
         return single_process_mesh()
-    rank = dist.get_rank()
-    layout = Layout(dist.get_world_size(), ep * etp, tp)
+    rank, local = dist.get_rank(), os.environ.get("LOCAL_WORLD_SIZE")
+    if node_size is None and local is not None:
+        node_size = int(local)
+    layout = Layout(dist.get_world_size(), ep * etp, tp, node_size)
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
 
     def group(axis: Axis) -> Group:
@@ -117,7 +160,9 @@ def create_mesh(ep: int, tp: int, etp: int = 1, timeout: timedelta | None = None
         return Group(mine, mine.index(rank), made[mine])
 
     world, tp_, dp, ep_, edp = (group(axis) for axis in ("world", "tp", "dp", "ep", "edp"))
-    return Mesh(layout, rank, world, tp_, dp, ep_, edp, etp)
+    # Uneven nodes matter to the hierarchical dispatcher alone, which refuses them.
+    node, across = (group("ep_node"), group("ep_across")) if layout.even_nodes else (Group(), Group())
+    return Mesh(layout, rank, world, tp_, dp, ep_, edp, etp, node, across)
 
 
 def _new_group(ranks: Sequence[int], world: int, timeout: timedelta | None) -> dist.ProcessGroup | None:

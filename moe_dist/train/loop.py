@@ -68,7 +68,8 @@ class Trainer:
         )
         config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
-        self.mesh: Mesh = create_mesh(config.parallel.ep, config.parallel.tp, config.parallel.etp)
+        parallel = config.parallel
+        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size=parallel.node_size)
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.sampler = SequenceSampler(
             len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed

@@ -1,26 +1,45 @@
-"""The MoE layer and the decoder over all-to-all against one process that holds all experts and all tokens."""
+"""The MoE layer and the decoder over several ranks against one process that holds all experts and all tokens."""
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import Config, ModelConfig, MoEConfig
+from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.kernels.registry import resolve_backends
+from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import Routing, StepContext
+from moe_dist.parallel import collectives
 from moe_dist.parallel.collectives import all_gather, all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from tests.dist.helpers import KEY, TinyRun, assert_same, logical, run_checks, tiny_config
+from tests.dist.helpers import KEY, TinyRun, assert_same, logical, raised, run_checks, tiny_config
 
 T, D, E = 32, 8, 8  # tokens of the whole micro-step, width, experts
-LAYOUTS = [(ep, tp, sp) for ep in (1, 2, 4) for tp, sp in ((1, False), (2, False), (2, True))]
+TENSOR = ((1, False), (2, False), (2, True))  # tp, sequence_parallel
+LAYOUTS = [(ep, tp, sp) for ep in (1, 2, 4) for tp, sp in TENSOR]
 FLOAT64 = dict(rtol=1e-9, atol=1e-11)
+# All ways to carry rows, and ranks of a node. `overlap_chunks` divides the experts of a rank, of which ep 4 leaves two.
+CARRIERS: list[tuple[dict[str, Any], int | None]] = [
+    (dict(dispatch="all_to_all"), None),
+    (dict(dispatch="all_to_all", wire="padded"), None),
+    (dict(dispatch="all_to_all", overlap_chunks=2), None),
+    (dict(dispatch="all_to_all", overlap_chunks=2, wire="padded"), None),
+    (dict(dispatch="hierarchical"), 1),
+    (dict(dispatch="hierarchical"), 2),
+    (dict(dispatch="hierarchical"), 4),
+    (dict(dispatch="all_gather"), None),
+]
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -28,109 +47,251 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def layer(moe: MoEConfig, mesh: Mesh, sequence_parallel: bool = False) -> MoE:
-    model = ModelConfig(d_model=D, num_heads=2, d_ff=12, moe=moe)
-    built = MoE(resolve_backends(model, mesh.ep.size), 0, mesh, sequence_parallel, 0.3).double()
-    initialize(built, seed=1)
-    return built
+def one_sided() -> Tensor:
+    """Tokens that all want the same expert."""
+    x_TD = draw(0, T, D).abs() + 1
+    x_TD[:, 1:] *= 1e-3
+    return x_TD
 
 
-def meshes() -> dict[tuple[int, int], Mesh]:
-    return {(ep, tp): create_mesh(ep, tp) for ep, tp in sorted({(ep, tp) for ep, tp, _ in LAYOUTS})}
+@dataclass
+class Outcome:
+    """What one layer gives on this rank; gradients of parameters as they are before any reduction."""
+
+    y_TD: Tensor
+    grad_x_TD: Tensor
+    grad_weights_TK: Tensor | None  # none where rerouted assignments are weighed again
+    load: list[int]
+    kept: list[int]
+    grads: dict[str, Tensor]
+    sent_bytes: int = 0
+
+
+@dataclass
+class Case:
+    """A layer and the tokens of the whole micro-step; the loss weighs outputs and, if asked for, the auxiliary loss."""
+
+    moe: MoEConfig
+    x_TD: Tensor = field(default_factory=lambda: draw(0, T, D))
+    auxiliary: bool = True
+    activation: str = "swiglu"
+    dtype: torch.dtype = torch.float64
+
+    def run(self, mesh: Mesh, moe: MoEConfig, sequence_parallel: bool, own: slice) -> tuple[Outcome, MoE]:
+        model = ModelConfig(d_model=D, num_heads=2, d_ff=12, activation=self.activation, moe=moe)
+        layer = MoE(resolve_backends(model, mesh.ep.size), 0, mesh, sequence_parallel, 0.3).to(self.dtype)
+        initialize(layer, seed=1)
+        held: list[Tensor] = []
+        layer.router.register_forward_hook(lambda *call: call[2].weights_TK.retain_grad() or held.append(call[2]))
+        x_TD = self.x_TD[own].to(self.dtype).requires_grad_()
+        y_TD, stats = layer(x_TD, StepContext(KEY))
+        loss = (y_TD * draw(1, *self.x_TD.shape)[own].to(self.dtype)).sum()
+        if self.auxiliary:
+            loss = loss + stats.aux_loss / mesh.layout.dp
+        loss.backward()
+        grads = {name: param.grad for name, param in layer.named_parameters()}
+        load, kept = stats.load_E.tolist(), stats.kept_E.tolist()
+        found = Outcome(y_TD.detach(), x_TD.grad, held[0].weights_TK.grad, load, kept, grads, stats.sent_bytes)
+        return found, layer
+
+    def alone(self) -> Outcome:
+        """The oracle."""
+        plain = replace(self.moe, dispatch="local", overlap_chunks=1, wire_dtype="same")
+        return self.run(single_process_mesh(), plain, False, slice(None))[0]
+
+    def compare(
+        self,
+        expected: Outcome,
+        mesh: Mesh,
+        how: dict[str, Any],
+        sequence_parallel: bool = False,
+        tokens: Sequence[int] | None = None,
+    ) -> None:
+        """Output, gradients of tokens, combine weights and parameters. tokens: of each rank, where they are not equal."""
+        cut = mesh.world if sequence_parallel or mesh.tp.size == 1 else mesh.dp
+        own = part_of(cut.rank, tokens or (len(self.x_TD) // cut.size,) * cut.size)
+        routed = part_of(mesh.rank, tokens or (len(self.x_TD) // mesh.world.size,) * mesh.world.size)
+        moe = replace(self.moe, **how)
+        found, layer = self.run(mesh, moe, sequence_parallel, own)
+        where = f"ep {mesh.layout.ep} etp {mesh.etp} tp {mesh.tp.size} {sequence_parallel=} nodes {mesh.ep_node.size} {moe}"
+        pairs = [("y", found.y_TD, expected.y_TD[own]), ("x", found.grad_x_TD, expected.grad_x_TD[own])]
+        if expected.grad_weights_TK is not None:
+            pairs.append(("weights", found.grad_weights_TK, expected.grad_weights_TK[routed]))
+        for name, actual, whole in pairs:
+            torch.testing.assert_close(actual, whole, **FLOAT64, msg=lambda text, name=name: f"{name} {text}\n{where}")
+        assert (found.load, found.kept) == (expected.load, expected.kept), where
+        for name, param in layer.named_parameters():
+            spec = spec_of(param)
+            grad = all_reduce(found.grads[name].clone(), mesh.edp if spec.shard == "expert" else mesh.dp)
+            whole = expected.grads[name].view(-1)[spec.flat_start : spec.flat_start + grad.numel()]
+            torch.testing.assert_close(
+                grad.view(-1), whole, **FLOAT64, msg=lambda text, name=name: f"{name} {text}\n{where}"
+            )
+
+
+def part_of(rank: int, tokens: Sequence[int]) -> slice:
+    first = sum(tokens[:rank])
+    return slice(first, first + tokens[rank])
+
+
+@cache
+def mesh_of(ep: int, tp: int = 1, etp: int = 1, node_size: int | None = None) -> Mesh:
+    """Process groups are dear: each mesh is made once in a process."""
+    return create_mesh(ep, tp, etp, node_size=node_size)
+
+
+def carriers(ep: int, etp: int) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """Those that make sense where experts lie on ep * etp ranks."""
+    if ep * etp == 1:
+        yield dict(dispatch="local"), None
+    for how, node_size in CARRIERS:
+        if ep * etp > 1 or node_size in (None, 1):
+            yield how, node_size
+
+
+CASES = [
+    Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=1.0, num_shared_experts=1, experts="loop")),
+    Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=0.8, drop_policy="score"), activation="relu"),
+    Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=1.0, drop_policy="random", overflow="reroute")),
+    Case(MoEConfig(num_experts=E, top_k=3, capacity_factor=None)),
+    Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=None, expert_bias=True, d_ff=[12, 8, 4, 10, 6, 12, 2, 8])),
+    # All tokens want one expert. Under `position` the last ranks then lose every token; most ranks get no rows.
+    Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=None), one_sided()),
+    Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=1.0, experts="loop"), one_sided()),
+]
 
 
 def check_layer() -> None:
-    """Every drop policy, both wires, every layout of 4 ranks; "local" where all experts are here, and all_to_all."""
-    made = meshes()
-    for policy, factor, top_k in (("position", 1.0, 2), ("score", 0.8, 1), ("random", 1.0, 2), ("position", None, 3)):
-        moe = MoEConfig(
-            num_experts=E, top_k=top_k, capacity_factor=factor, drop_policy=policy, num_shared_experts=1, experts="loop"
-        )
-        for ep, tp, sp in LAYOUTS:
-            for dispatch, wire in (("all_to_all", "ragged"), ("all_to_all", "padded"), ("local", "ragged")):
-                if dispatch == "all_to_all" or ep == 1:
-                    compare_layer(replace(moe, dispatch=dispatch, wire=wire), made[ep, tp], sp, draw(0, T, D))
-
-
-def compare_layer(moe: MoEConfig, mesh: Mesh, sequence_parallel: bool, x_TD: Tensor) -> None:
-    """Output, gradient of the input and of every weight. The loss weighs outputs and the auxiliary loss."""
-    tokens, weight_TD = len(x_TD), draw(1, *x_TD.shape)
-    whole = layer(replace(moe, dispatch="local"), single_process_mesh())
-    x_TD = x_TD.clone().requires_grad_()
-    expected_TD, expected = whole(x_TD, StepContext(KEY))
-    ((expected_TD * weight_TD).sum() + expected.aux_loss).backward()
-
-    part = layer(moe, mesh, sequence_parallel)
-    cut = mesh.world if sequence_parallel or mesh.tp.size == 1 else mesh.dp
-    own = slice(cut.rank * (tokens // cut.size), (cut.rank + 1) * (tokens // cut.size))
-    own_TD = x_TD.detach()[own].clone().requires_grad_()
-    y_TD, stats = part(own_TD, StepContext(KEY))
-    ((y_TD * weight_TD[own]).sum() + stats.aux_loss / mesh.layout.dp).backward()
-
-    torch.testing.assert_close(y_TD.detach(), expected_TD.detach()[own], **FLOAT64)
-    torch.testing.assert_close(own_TD.grad, x_TD.grad[own], **FLOAT64)
-    assert stats.load_E.tolist() == expected.load_E.tolist()
-    assert stats.kept_E.tolist() == expected.kept_E.tolist()
-    for (name, param), (_, reference) in zip(part.named_parameters(), whole.named_parameters(), strict=True):
-        spec = spec_of(param)
-        rows = slice(spec.start, spec.start + param.shape[0])
-        grad = all_reduce(param.grad.clone(), mesh.edp if spec.shard == "expert" else mesh.dp)
-        torch.testing.assert_close(grad, reference.grad[rows], **FLOAT64, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def check_ranks_that_send_or_receive_nothing() -> None:
-    """All tokens want expert 0. Under `position` the last ranks then lose every token, and most ranks get no rows."""
-    x_TD = draw(0, T, D).abs() + 1
-    x_TD[:, 1:] *= 1e-3
-    for factor in (None, 1.0):
-        moe = MoEConfig(num_experts=E, top_k=1, capacity_factor=factor, dispatch="all_to_all", experts="loop")
-        for wire in ("ragged", "padded"):
-            for ep, tp in ((2, 1), (4, 1), (4, 2)):
-                compare_layer(replace(moe, wire=wire), create_mesh(ep, tp), tp > 1, x_TD)
+    """Every way to carry rows, in every layout of 4 ranks, means what one process means."""
+    for number, case in enumerate(CASES):
+        expected = case.alone()
+        # The first case meets every layout, the others sequence parallelism or none beside tp 1.
+        for tp, sequence_parallel in TENSOR if number == 0 else (TENSOR[0], TENSOR[1 + number % 2]):
+            for ep, etp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
+                if etp > 1 and case.moe.expert_bias:
+                    continue  # validate refuses it
+                for how, node_size in carriers(ep, etp):
+                    case.compare(expected, mesh_of(ep, tp, etp, node_size), how, sequence_parallel)
+    assert max(CASES[-1].alone().load) == T
 
 
 def check_ranks_without_tokens() -> None:
     """Ranks hold 3, 0, 5 and 0 tokens: they all take part in every exchange."""
-    mesh, tokens = create_mesh(4, 1), (3, 0, 5, 0)
-    alone = single_process_mesh()
-    x_TD, experts_TK = draw(0, sum(tokens), D), torch.arange(sum(tokens) * 2).view(-1, 2) * 3 % E
-    weights_TK, scale_ED = draw(2, sum(tokens), 2), draw(3, E, D)
-    first = sum(tokens[: mesh.rank])
-    own = slice(first, first + tokens[mesh.rank])
-    moe = MoEConfig(num_experts=E, capacity_factor=None)
+    tokens = (3, 0, 5, 0)
+    for top_k in (1, 2):
+        moe = MoEConfig(num_experts=E, top_k=top_k, capacity_factor=None)
+        case = Case(moe, draw(0, sum(tokens), D), auxiliary=False)
+        expected = case.alone()
+        for ep, etp in ((2, 1), (4, 1), (2, 2)):
+            for how, node_size in carriers(ep, etp):
+                case.compare(expected, mesh_of(ep, 1, etp, node_size), how, tokens=tokens)
 
-    def outcome(dispatcher: Any, here: Mesh, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Expert i multiplies by scale_ED[i]; output and gradients of tokens and combine weights."""
-        x, weights = x_TD[rows].clone().requires_grad_(), weights_TK[rows].clone().requires_grad_()
-        probs = torch.zeros(len(x), E, dtype=torch.float64)
-        plan = Capacity(moe, 0, here.world)(Routing(probs, probs, experts_TK[rows], weights), StepContext(KEY))
-        rows_RD, trip = dispatcher.dispatch(x, plan)
-        local = E // here.ep.size
-        scale_eD = scale_ED[here.ep.rank * local : (here.ep.rank + 1) * local]
-        scaled_RD = rows_RD * scale_eD.repeat_interleave(torch.tensor(trip.rows_per_expert), 0)
-        y = dispatcher.combine(scaled_RD, weights, trip)
-        (y * torch.arange(1.0, D + 1)).sum().backward()
-        return y.detach(), x.grad, weights.grad
 
-    expected = outcome(LocalDispatcher(alone), alone, slice(None))
-    for wire in ("ragged", "padded"):
-        found = outcome(AllToAllDispatcher(mesh, wire), mesh, own)
-        for actual, whole in zip(found, expected, strict=True):
-            torch.testing.assert_close(actual, whole[own], **FLOAT64)
+def check_overlap_changes_no_bit() -> None:
+    """The same rows and products in every number of parts. (Products of `loop` read rows in place, and MKL's last bit
+    depends on their alignment: 16 numbers keep it.)"""
+    mesh, moe = mesh_of(2), MoEConfig(num_experts=E, top_k=2, capacity_factor=1.0, dispatch="all_to_all")
+    own = part_of(mesh.rank, (T // 4,) * 4)
+    for changes in (dict(), dict(wire="padded"), dict(wire_dtype="bf16"), dict(wire_dtype="fp8"), dict(experts="loop", d_ff=16)):
+        case = Case(replace(moe, **changes))
+        whole, _ = case.run(mesh, case.moe, False, own)
+        for parts in (2, 4):
+            found, _ = case.run(mesh, replace(case.moe, overlap_chunks=parts), False, own)
+            off = float((found.y_TD - whole.y_TD).abs().max())
+            assert torch.equal(found.y_TD, whole.y_TD), f"{changes} {parts} parts: {off}"
+            close = dict(rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(found.grad_x_TD, whole.grad_x_TD, **close)
+            torch.testing.assert_close(found.grad_weights_TK, whole.grad_weights_TK, **close)
+            assert_same(found.grads, whole.grads, **close)
+            if "wire" not in changes:  # each part is padded to its own fullest expert
+                assert found.sent_bytes == whole.sent_bytes
+
+
+def check_low_precision_wires() -> None:
+    """bf16 and fp8 agree with `same` as far as they can, and send what their formats say."""
+    moe = MoEConfig(num_experts=E, top_k=2, capacity_factor=1.0)
+    for how, node_size in CARRIERS:
+        mesh = mesh_of(4, 1, 1, node_size)
+        own = part_of(mesh.rank, (T // 4,) * 4)
+        case = Case(replace(moe, **how), dtype=torch.float32)
+        exact, _ = case.run(mesh, case.moe, False, own)
+        for wire_dtype, tolerance in (("bf16", 2e-2), ("fp8", 8e-2)):
+            found, _ = case.run(mesh, replace(case.moe, wire_dtype=wire_dtype), False, own)
+            assert found.kept == exact.kept
+            pairs = [("y", found.y_TD, exact.y_TD), ("x", found.grad_x_TD, exact.grad_x_TD)]
+            pairs += [("weights", found.grad_weights_TK, exact.grad_weights_TK)]
+            pairs += [(name, found.grads[name], exact.grads[name]) for name in exact.grads]
+            for name, actual, expected in pairs:
+                off = float((actual - expected).norm() / expected.norm())
+                assert 0 < off < tolerance, f"{how} {wire_dtype} {name}: {off}"
+        if how["dispatch"] != "all_gather":
+            bf16, _ = case.run(mesh, replace(case.moe, wire_dtype="bf16"), False, own)
+            assert bf16.sent_bytes * 2 == exact.sent_bytes > 0
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """What every exchange of rows sends to other ranks; counts (int64) are none."""
+    sent: list[int] = []
+    own = dict(exchange=dist.all_to_all_single, gather=collectives._all_gather, scatter=collectives._reduce_scatter)
+
+    def exchange(out: Tensor, x: Tensor, receive: list[int], send: list[int], group: Any, async_op: bool) -> Any:
+        sent.append(x[:1].nbytes and (len(x) - send[dist.get_rank(group)]) * x[0].nbytes)
+        return own["exchange"](out, x, receive, send, group=group, async_op=async_op)
+
+    def gather(out: Tensor, x: Tensor, group: Any) -> Any:
+        sent.append(0 if x.dtype == torch.int64 else out.nbytes - x.nbytes)
+        return own["gather"](out, x, group=group)
+
+    def scatter(out: Tensor, x: Tensor, group: Any) -> Any:
+        sent.append(x.nbytes - out.nbytes)
+        return own["scatter"](out, x, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives.dist, "all_to_all_single", exchange)
+        patch.setattr(collectives, "_all_gather", gather)
+        patch.setattr(collectives, "_reduce_scatter", scatter)
+        yield sent
+
+
+def check_sent_bytes() -> None:
+    """What dispatchers say they send is what they send, for every wire."""
+    for how, node_size in CARRIERS:
+        mesh = mesh_of(4, 1, 1, node_size)
+        logits_TE = draw(mesh.rank, 6, E).float()
+        stats = route(logits_TE, 2)
+        plan = Capacity(MoEConfig(num_experts=E, capacity_factor=0.9), 0, mesh.world)(
+            Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats), StepContext(KEY)
+        )
+        if "overlap_chunks" in how:
+            continue  # check_overlap_changes_no_bit: the same as without
+        for wire_dtype in ("same", "bf16", "fp8"):
+            dispatcher = make_dispatcher(MoEConfig(num_experts=E, **how, wire_dtype=wire_dtype), mesh)
+            with counted_bytes() as sent:
+                arrival = dispatcher.dispatch(draw(5, 6, D).float(), stats.scores_TK, plan)
+                rows_RD = gather_rows(arrival.x_XD, arrival.order)
+                y_XD = combine_rows(rows_RD, arrival.weights_XK, arrival.order)
+                dispatcher.combine(y_XD, stats.scores_TK, arrival)
+            assert arrival.sent_bytes == sum(sent) > 0, (how, wire_dtype, node_size, sent)
+
+
+def check_uneven_nodes() -> None:
+    mesh = mesh_of(4, node_size=3)
+    message = raised(ValueError, make_dispatcher, MoEConfig(dispatch="hierarchical"), mesh)
+    assert "ep groups of 4 consecutive ranks lie unevenly on nodes of node_size=3" in message
+    make_dispatcher(MoEConfig(dispatch="all_to_all"), mesh)
 
 
 def check_local_capacity_is_each_ranks_own() -> None:
     """capacity_scope local: every rank drops what it would drop alone."""
-    moe = MoEConfig(
-        num_experts=E, top_k=2, capacity_factor=0.5, capacity_scope="local", dispatch="all_to_all", experts="loop"
-    )
-    x_TD, mesh = draw(0, T, D), create_mesh(4, 1)
-    own_TD = x_TD.chunk(4)[mesh.rank]
-    y_TD, stats = layer(moe, mesh)(own_TD, StepContext(KEY))
-    alone_TD, alone = layer(replace(moe, dispatch="local"), single_process_mesh())(own_TD, StepContext(KEY))
-    torch.testing.assert_close(y_TD, alone_TD, **FLOAT64)
-    assert stats.kept_E.tolist() == all_reduce(alone.kept_E.clone(), mesh.world).tolist()
-    assert stats.kept_E.sum() < stats.load_E.sum() == T * 2
+    moe = MoEConfig(num_experts=E, top_k=2, capacity_factor=0.5, capacity_scope="local", dispatch="all_to_all")
+    case, mesh = Case(moe), mesh_of(4)
+    own = part_of(mesh.rank, (T // 4,) * 4)
+    found, _ = case.run(mesh, moe, False, own)
+    alone, _ = case.run(single_process_mesh(), replace(moe, dispatch="local"), False, own)
+    torch.testing.assert_close(found.y_TD, alone.y_TD, **FLOAT64)
+    assert found.kept == all_reduce(torch.tensor(alone.kept), mesh.world).tolist()
+    assert sum(found.kept) < sum(found.load) == T * 2
 
 
 def check_decoder() -> None:
@@ -138,6 +299,7 @@ def check_decoder() -> None:
     changes: dict[str, Any] = {
         "model__moe__experts": "loop",
         "model__moe__capacity_factor": 1.0,
+        "model__moe__num_experts": 8,
         "train__accumulation": 2,
     }
     alone = TinyRun(tiny_config(**changes), single_process_mesh(), torch.float64)
@@ -145,16 +307,16 @@ def check_decoder() -> None:
     grads, norm = logical(alone.engine, "grad"), alone.engine.update(1e-3)
     logits = all_logits(alone)
     for ep, tp, sp in LAYOUTS:
-        mesh = create_mesh(ep, tp)
-        for wire, recompute in (("ragged", "none"), ("padded", "block")):
+        mesh = mesh_of(ep, tp, node_size=2)
+        hows: list[dict[str, Any]] = [dict(wire="ragged", recompute="none"), dict(wire="padded", recompute="block")]
+        if ep == 4:
+            hows += [dict(overlap_chunks=2, recompute="block"), dict(dispatch="hierarchical", recompute="block")]
+            hows += [dict(dispatch="all_gather", recompute="block")]
+        for how in hows:
+            recompute = how.pop("recompute")
             layout = {"parallel__ep": ep, "parallel__tp": tp, "parallel__sequence_parallel": sp}
-            config = tiny_config(
-                **changes,
-                **layout,
-                model__moe__dispatch="all_to_all",
-                model__moe__wire=wire,
-                model__recompute=recompute,
-            )
+            carried = {f"model__moe__{name}": value for name, value in (dict(dispatch="all_to_all") | how).items()}
+            config = tiny_config(**changes, **layout, **carried, model__recompute=recompute)
             run = TinyRun(config, mesh, torch.float64)
             found, output = run.forward_backward(0)
             assert abs(found - loss) < 1e-10, (config, found, loss)
@@ -182,8 +344,11 @@ def test_four_ranks_mean_what_one_process_means() -> None:
         4,
         [
             check_layer,
-            check_ranks_that_send_or_receive_nothing,
             check_ranks_without_tokens,
+            check_overlap_changes_no_bit,
+            check_low_precision_wires,
+            check_sent_bytes,
+            check_uneven_nodes,
             check_local_capacity_is_each_ranks_own,
             check_decoder,
         ],

@@ -1,16 +1,28 @@
 """The dispatcher named by config; `auto` has been resolved before (kernels/registry.py)."""
 
 from moe_dist.config.schema import MoEConfig
+from moe_dist.moe.dispatch.all_gather import AllGatherDispatcher
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.base import Arrival, Dispatcher, LocalDispatcher, split_experts
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.parallel.mesh import Mesh
 
 __all__ = ["Arrival", "Dispatcher", "make_dispatcher", "split_experts"]
 
 
 def make_dispatcher(moe: MoEConfig, mesh: Mesh) -> Dispatcher:
-    if moe.dispatch == "local":
-        return LocalDispatcher(mesh)
-    if moe.dispatch == "all_to_all":
-        return AllToAllDispatcher(mesh, moe.wire)
+    """Raises ValueError for a kind that is not there, or that cannot do what else is asked for."""
+    if moe.overlap_chunks > 1 and moe.dispatch != "all_to_all":
+        raise ValueError(
+            f"overlap_chunks={moe.overlap_chunks} is of dispatch=all_to_all, not {moe.dispatch}: set it to 1"
+        )
+    match moe.dispatch:
+        case "local":
+            return LocalDispatcher(mesh)
+        case "all_to_all":
+            return AllToAllDispatcher(mesh, moe.wire, moe.wire_dtype)
+        case "hierarchical":
+            return HierarchicalDispatcher(mesh, moe.wire_dtype)
+        case "all_gather":
+            return AllGatherDispatcher(mesh, moe.wire_dtype)
     raise ValueError(f"unknown dispatch {moe.dispatch!r}: choose local, all_to_all, hierarchical or all_gather")

@@ -3,9 +3,11 @@
 wire `ragged` sends exactly the kept rows; `padded` sends a block of equal size for every (rank, expert), so that every
 message has the same length.
 
-Legend: T tokens on this rank, K top_k, D d_model, E experts, e experts held here, S rows sent, X rows that arrived.
+Legend: T tokens on this rank, K top_k, D d_model, S rows sent, X rows that arrived, P ranks of the ep group, e experts
+of each. sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,90 +17,93 @@ from torch import Tensor
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.dispatch.base import Arrival, order_of
-from moe_dist.parallel.collectives import all_to_all
+from moe_dist.moe.dispatch.base import Arrival
+from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, sent_rows
+from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
+from moe_dist.parallel.collectives import start_exchange
 from moe_dist.parallel.mesh import Group, Mesh
 
 
-@dataclass(frozen=True)
-class Trip:
-    """home: the rows as they left. send, receive: rows exchanged with each rank of the group. packed_S: the place of
-    each row in the padded message, None on a ragged wire."""
-
-    home: RowOrder
-    send: tuple[int, ...]
-    receive: tuple[int, ...]
-    packed_S: Tensor | None
-
-
 class AllToAllDispatcher:
-    def __init__(self, mesh: Mesh, wire: Literal["ragged", "padded"]) -> None:
-        self.ep, self.wire = mesh.ep, wire
+    def __init__(self, mesh: Mesh, wire: Literal["ragged", "padded"], wire_dtype: Format = "same") -> None:
+        self.ep, self.padded, self.wire = mesh.ep, wire == "padded", Wire.of(wire_dtype)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
         # 1. Gather kept assignments, sorted by expert, hence by the rank that holds it.
         home = order_of(plan)
         rows_SD = gather_rows(x_TD, home)
-        # 2. Who sends how much to whom: known already, the counts travelled with the capacity rule.
-        sent_EE = plan.kept_WE[list(self.ep.ranks)].cpu()  # ep ranks x all experts
-        trip, order = (_padded if self.wire == "padded" else _ragged)(home, sent_EE, self.ep, x_TD.device)
+        # 2. Who sends how much to whom.
+        route, order = self.route(sent_rows(plan, self.ep), x_TD.device)
         # 3. Exchange.
-        if trip.packed_S is not None:
-            rows_SD = rows_SD.new_zeros(sum(trip.send), rows_SD.shape[1]).index_copy(0, trip.packed_S, rows_SD)
-        x_XD = all_to_all(rows_SD, trip.send, trip.receive, self.ep)
-        return Arrival(x_XD, None, order, trip, self._sent_bytes(trip, x_XD))
+        x_XD = carry_out(rows_SD, route, self.wire)
+        return Arrival(x_XD, None, order, (home, route), self.wire.sent_bytes(route, x_TD))
 
     def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
-        trip: Trip = arrival.trip
-        rows_SD = all_to_all(y_XD, trip.receive, trip.send, self.ep)
-        if trip.packed_S is not None:
-            rows_SD = rows_SD.index_select(0, trip.packed_S)
-        return combine_rows(rows_SD, weights_TK, trip.home)
+        home, route = arrival.trip
+        return combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
 
-    def _sent_bytes(self, trip: Trip, rows: Tensor) -> int:
-        away = sum(trip.send) - trip.send[self.ep.rank] + sum(trip.receive) - trip.receive[self.ep.rank]
-        return away * rows.shape[1] * rows.element_size()
+    def route(self, sent_PPe: Tensor, device: torch.device) -> tuple["DirectRoute", RowOrder]:
+        """How rows travel, and the experts they arrive for. Rows leave as (rank, its expert)."""
+        return (_padded if self.padded else _ragged)(sent_PPe, self.ep, device)
 
 
-def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int) -> RowOrder:
-    """Rows that go to one expert each, slots_R listing them expert after expert; rows not listed are padding."""
-    rows_X = torch.zeros(arrived, dtype=torch.int64, device=slots_R.device)
-    kept_X = torch.zeros(arrived, dtype=torch.bool, device=slots_R.device)
-    rows_X[slots_R] = torch.arange(slots_R.numel(), device=slots_R.device)
-    kept_X[slots_R] = True
-    return RowOrder(counts_e, slots_R, rows_X[:, None], kept_X[:, None])
+@dataclass(frozen=True)
+class DirectRoute:
+    """send, receive: rows exchanged with each rank of the group. packed_S: the place of each row in the padded message,
+    None on a ragged wire."""
+
+    ep: Group
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    packed_S: Tensor | None = None
+
+    @property
+    def away(self) -> tuple[int, int]:
+        return sum(self.send) - self.send[self.ep.rank], sum(self.receive) - self.receive[self.ep.rank]
+
+    def there(self, rows_SD: Tensor, form: Format) -> Tensor:
+        return self.start_there(rows_SD, form)()
+
+    def back(self, rows_XD: Tensor, form: Format) -> Tensor:
+        return self.start_back(rows_XD, form)()
+
+    def start_there(self, rows_SD: Tensor, form: Format) -> Callable[[], Tensor]:
+        """Sends; the result waits for what arrives and returns it."""
+        packed, dtype = pack(rows_SD, form), rows_SD.dtype
+        if self.packed_S is not None:
+            packed = packed.new_zeros(sum(self.send), packed.shape[1]).index_copy_(0, self.packed_S, packed)
+        pending = start_exchange(packed, self.send, self.receive, self.ep)
+        return lambda: unpack(pending.wait(), form, dtype)
+
+    def start_back(self, rows_XD: Tensor, form: Format, out_SD: Tensor | None = None) -> Callable[[], Tensor]:
+        """The same for the way back. `out_SD`: where the rows go."""
+        packed, dtype = pack(rows_XD, form), rows_XD.dtype
+        # Received in place, unless they must be unpacked first.
+        direct = out_SD if packed.dtype == dtype and self.packed_S is None else None
+        pending = start_exchange(packed, self.receive, self.send, self.ep, direct)
+
+        def take() -> Tensor:
+            rows = pending.wait()
+            if self.packed_S is not None:
+                rows = rows.index_select(0, self.packed_S)
+            rows = unpack(rows, form, dtype)
+            return rows if out_SD is None or rows is out_SD else out_SD.copy_(rows)
+
+        return take
 
 
-def held_here(sent_EE: Tensor, ep: Group) -> Tensor:
-    """[ep, e]: rows that each rank of the group sends to this rank's experts."""
-    return sent_EE.view(ep.size, ep.size, -1)[:, ep.rank]
-
-
-def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Concatenated [start, start + length) of every cell, in row-major order."""
-    starts, lengths = starts.flatten(), lengths.flatten()
-    shift = starts - (lengths.cumsum(0) - lengths)
-    total = int(lengths.sum())
-    return torch.arange(total, device=starts.device) + shift.repeat_interleave(lengths)
-
-
-def _ragged(home: RowOrder, sent_EE: Tensor, ep: Group, device: torch.device) -> tuple[Trip, RowOrder]:
+def _ragged(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectRoute, RowOrder]:
     """Rows arrive as (source rank, local expert); the order lists them as (local expert, source rank)."""
-    send = sent_EE[ep.rank].view(ep.size, -1).sum(1)
-    held = held_here(sent_EE, ep)
-    starts = (held.flatten().cumsum(0) - held.flatten()).view_as(held)
-    slots_R = ranges(starts.t(), held.t()).to(device)
-    trip = Trip(home, tuple(send.tolist()), tuple(held.sum(1).tolist()), None)
-    return trip, arrival_order(slots_R, held.sum(0).to(device), int(held.sum()))
+    send, held_Pe = sent_PPe[ep.rank].sum(1), sent_PPe[:, ep.rank]
+    route = DirectRoute(ep, tuple(send.tolist()), tuple(held_Pe.sum(1).tolist()))
+    return route, dense_arrival(held_Pe, device)
 
 
-def _padded(home: RowOrder, sent_EE: Tensor, ep: Group, device: torch.device) -> tuple[Trip, RowOrder]:
+def _padded(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectRoute, RowOrder]:
     """Every (source rank, expert) has a block of the same size, the largest that any pair of the group needs."""
-    block, num_experts = max(int(sent_EE.max()), 1), sent_EE.shape[1]
-    local = num_experts // ep.size
-    held = held_here(sent_EE, ep)
-    packed_S = ranges(torch.arange(num_experts) * block, sent_EE[ep.rank]).to(device)
-    cell = torch.arange(ep.size * local).view(ep.size, local) * block
-    slots_R = ranges(cell.t(), held.t()).to(device)
+    block, local, held_Pe = max(int(sent_PPe.max()), 1), sent_PPe.shape[2], sent_PPe[:, ep.rank]
+    cell_Pe = torch.arange(ep.size * local).view(ep.size, local) * block
+    packed_S = ranges(cell_Pe, sent_PPe[ep.rank]).to(device)
+    slots_R = ranges(cell_Pe.t(), held_Pe.t()).to(device)
     sizes = (local * block,) * ep.size
-    return Trip(home, sizes, sizes, packed_S), arrival_order(slots_R, held.sum(0).to(device), sum(sizes))
+    return DirectRoute(ep, sizes, sizes, packed_S), arrival_order(slots_R, held_Pe.sum(0).to(device), sum(sizes))

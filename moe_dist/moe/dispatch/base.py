@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.dispatch.counts import order_of
 from moe_dist.parallel.mesh import Mesh
 
 
@@ -52,11 +53,6 @@ class LocalDispatcher:
 
     def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
         return y_XD
-
-
-def order_of(plan: DispatchPlan) -> RowOrder:
-    """Kept assignments of this rank sorted by expert, over all experts."""
-    return RowOrder.of(plan.experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
 
 
 def split_experts(plan: DispatchPlan, weights_TK: Tensor, parts: int) -> tuple[DispatchPlan, Tensor]:

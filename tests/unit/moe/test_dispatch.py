@@ -1,5 +1,6 @@
 """There and back again: with experts that change nothing, a token returns as its kept weights times itself."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,20 +8,26 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.schema import MoEConfig
+from moe_dist.kernels.permute.reference import combine_rows, gather_rows
+from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity, DispatchPlan
-from moe_dist.moe.dispatch import Dispatcher, make_dispatcher
+from moe_dist.moe.dispatch import Arrival, Dispatcher, make_dispatcher, split_experts
+from moe_dist.moe.dispatch.counts import order_of, ranges, sent_rows, transposed
+from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.wire import Wire, pack, row_bytes, unpack
 from moe_dist.moe.routing import Routing
-from moe_dist.parallel.mesh import Group, Layout, single_process_mesh
-from tests.unit.helpers import context, idle_mesh
+from moe_dist.parallel.mesh import Group, Layout, Mesh, single_process_mesh
+from tests.unit.helpers import context, idle_group, idle_mesh
 
-KINDS = [("local", "ragged"), ("all_to_all", "ragged"), ("all_to_all", "padded")]
+KINDS = [dict(dispatch=kind) for kind in ("local", "all_to_all", "hierarchical", "all_gather")]
+KINDS += [dict(dispatch="all_to_all", wire="padded")]
 E = 5
 
 
-@pytest.fixture(params=KINDS, ids=" ".join)
+@pytest.fixture(params=KINDS, ids=lambda kind: " ".join(kind.values()))
 def dispatcher(request: pytest.FixtureRequest) -> Dispatcher:
     """Every kind on a single rank, where an exchange leaves rows where they are."""
-    return make_dispatcher(*request.param, single_process_mesh())
+    return make_dispatcher(MoEConfig(**request.param), single_process_mesh())
 
 
 def planned(tokens: int, top_k: int, factor: float | None, seed: int = 0) -> tuple[Tensor, Tensor, DispatchPlan]:
@@ -28,32 +35,40 @@ def planned(tokens: int, top_k: int, factor: float | None, seed: int = 0) -> tup
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, E, generator=generator, dtype=torch.float64)
     logits_TE[:, 1] = -100
-    probs_TE = logits_TE.softmax(-1)
-    experts_TK = probs_TE.topk(top_k).indices
+    stats = route(logits_TE, top_k)
     weights_TK = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
     moe = MoEConfig(num_experts=E, top_k=top_k, capacity_factor=factor)
-    plan = Capacity(moe, 0, Group())(Routing(logits_TE, probs_TE, experts_TK, weights_TK), context())
+    plan = Capacity(moe, 0, Group())(Routing(stats.experts_TK, weights_TK, logits_TE, None, stats), context())
     return torch.randn(tokens, 3, generator=generator, dtype=torch.float64), weights_TK, plan
+
+
+def scaled(arrival: Arrival, scale_E: Tensor) -> Tensor:
+    """Expert i multiplies by scale_E[i]."""
+    scale_R = scale_E.repeat_interleave(torch.tensor(arrival.order.rows_per_expert))
+    rows_RD = gather_rows(arrival.x_XD, arrival.order) * scale_R[:, None]
+    return combine_rows(rows_RD, arrival.weights_XK, arrival.order)
 
 
 @pytest.mark.parametrize("factor", [None, 0.3, 0.8])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_identity_experts(dispatcher: Dispatcher, top_k: int, factor: float | None) -> None:
     x_TD, weights_TK, plan = planned(11, top_k, factor)
-    rows_RD, trip = dispatcher.dispatch(x_TD, plan)
-    y_TD = dispatcher.combine(rows_RD, weights_TK, trip)
+    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
+    y_TD = dispatcher.combine(scaled(arrival, torch.ones(E)), weights_TK, arrival)
     torch.testing.assert_close(y_TD, (weights_TK * plan.kept_TK).sum(-1, keepdim=True) * x_TD)
     assert plan.kept_TK.all() == (factor is None)
+    assert arrival.sent_bytes == 0
 
 
 @pytest.mark.parametrize("factor", [None, 0.3])
-def test_rows_lie_expert_after_expert(dispatcher: Dispatcher, factor: float | None) -> None:
-    x_TD, _, plan = planned(11, 2, factor)
-    rows_RD, trip = dispatcher.dispatch(x_TD, plan)
+def test_rows_in_order_lie_expert_after_expert(dispatcher: Dispatcher, factor: float | None) -> None:
+    x_TD, weights_TK, plan = planned(11, 2, factor)
+    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
     expected = [x_TD[t] for e in range(E) for t in range(11) if (plan.kept_TK[t] & (plan.experts_TK[t] == e)).any()]
-    assert torch.equal(rows_RD, torch.stack(expected))
-    assert list(trip.rows_per_expert) == plan.experts_TK[plan.kept_TK].bincount(minlength=E).tolist()
-    assert trip.rows_per_expert[1] == 0
+    assert torch.equal(gather_rows(arrival.x_XD, arrival.order), torch.stack(expected))
+    counts = arrival.order.rows_per_expert
+    assert list(counts) == plan.experts_TK[plan.kept_TK].bincount(minlength=E).tolist()
+    assert counts[1] == 0
 
 
 @pytest.mark.parametrize("factor", [None, 0.3])
@@ -62,9 +77,8 @@ def test_distinct_experts_and_gradients(dispatcher: Dispatcher, factor: float | 
     x_TD, weights_TK, plan = planned(7, 2, factor)
     x_TD.requires_grad_()
     weights_TK.requires_grad_()
-    rows_RD, trip = dispatcher.dispatch(x_TD, plan)
-    scale_R = (torch.arange(E) + 2.0).double().repeat_interleave(torch.tensor(trip.rows_per_expert))
-    y_TD = dispatcher.combine(rows_RD * scale_R[:, None], weights_TK, trip)
+    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
+    y_TD = dispatcher.combine(scaled(arrival, torch.arange(E) + 2.0), weights_TK, arrival)
     expected = ((plan.experts_TK + 2) * plan.kept_TK * weights_TK).sum(-1, keepdim=True) * x_TD
     torch.testing.assert_close(y_TD, expected)
     weight_TD = torch.randn_like(y_TD)
@@ -74,8 +88,8 @@ def test_distinct_experts_and_gradients(dispatcher: Dispatcher, factor: float | 
 
 def test_dropped_tokens_come_back_as_zero(dispatcher: Dispatcher) -> None:
     x_TD, weights_TK, plan = planned(12, 1, 0.3)
-    rows_RD, trip = dispatcher.dispatch(x_TD, plan)
-    y_TD = dispatcher.combine(rows_RD, weights_TK, trip)
+    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
+    y_TD = dispatcher.combine(scaled(arrival, torch.ones(E)), weights_TK, arrival)
     dropped_T = ~plan.kept_TK[:, 0]
     assert dropped_T.sum() >= 8  # C = ceil(0.3 * 12 / 5) = 1: at most 4 used experts keep one each
     assert torch.equal(y_TD[dropped_T], torch.zeros_like(y_TD[dropped_T]))
@@ -87,19 +101,150 @@ def test_nothing_kept(dispatcher: Dispatcher) -> None:
     x_TD.requires_grad_()
     weights_TK.requires_grad_()
     nothing = replace(plan, kept_TK=torch.zeros_like(plan.kept_TK), kept_WE=torch.zeros_like(plan.kept_WE))
-    rows_RD, trip = dispatcher.dispatch(x_TD, nothing)
-    assert rows_RD.shape == (0, 3)
-    assert trip.rows_per_expert == (0,) * E
-    y_TD = dispatcher.combine(rows_RD, weights_TK, trip)
+    arrival = dispatcher.dispatch(x_TD, weights_TK, nothing)
+    assert arrival.order.slots_R.numel() == 0
+    assert arrival.order.rows_per_expert == (0,) * E
+    y_TD = dispatcher.combine(scaled(arrival, torch.ones(E)), weights_TK, arrival)
     assert torch.equal(y_TD, torch.zeros(6, 3, dtype=torch.float64))
     y_TD.sum().backward()
     assert torch.equal(x_TD.grad, torch.zeros_like(x_TD))
     assert torch.equal(weights_TK.grad, torch.zeros_like(weights_TK))
 
 
+def test_an_expert_in_parts_is_their_sum(dispatcher: Dispatcher) -> None:
+    """Part p of expert i multiplies by 3 i + p: together by 9 i + 3."""
+    x_TD, weights_TK, plan = planned(7, 2, 0.8)
+    finer, finer_weights = split_experts(plan, weights_TK, 3)
+    arrival = dispatcher.dispatch(x_TD, finer_weights, finer)
+    y_TD = dispatcher.combine(scaled(arrival, torch.arange(3.0 * E)), finer_weights, arrival)
+    factor_TK = (9 * plan.experts_TK + 3) * plan.kept_TK * weights_TK
+    torch.testing.assert_close(y_TD, factor_TK.sum(-1, keepdim=True) * x_TD)
+
+
 def test_dispatchers_that_cannot_be_made() -> None:
     mesh = idle_mesh(Layout(world=2, ep=2), rank=0)
     with pytest.raises(ValueError, match="dispatch=local needs all experts on every rank, but ep=2"):
-        make_dispatcher("local", "ragged", mesh)
-    with pytest.raises(ValueError, match="unknown dispatch 'hierarchical'"):
-        make_dispatcher("hierarchical", "ragged", mesh)
+        make_dispatcher(MoEConfig(dispatch="local"), mesh)
+    with pytest.raises(ValueError, match=r"'pigeon': choose local, all_to_all, hierarchical or all_gather"):
+        make_dispatcher(MoEConfig(dispatch="pigeon"), mesh)
+    for kind in ("local", "hierarchical", "all_gather"):
+        with pytest.raises(ValueError, match=f"overlap_chunks=2 is of dispatch=all_to_all, not {kind}"):
+            make_dispatcher(MoEConfig(dispatch=kind, overlap_chunks=2), single_process_mesh())
+    with pytest.raises(ValueError, match="ep groups of 6 consecutive ranks lie unevenly on nodes of node_size=4"):
+        make_dispatcher(MoEConfig(dispatch="hierarchical"), idle_mesh(Layout(world=12, ep=6, node_size=4), rank=0))
+
+
+# Who sends what, without sending it
+
+
+def test_ranges_by_hand() -> None:
+    assert ranges(torch.tensor([5, 0, 9]), torch.tensor([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    # a: 0 1, b: 2, c: nothing, d: 3 4 5, read column by column: a c b d
+    assert transposed(torch.tensor([[2, 1], [0, 3]])).tolist() == [0, 1, 2, 3, 4, 5]
+    # a: 0, b: 1 2, c: 3 4 5, d: nothing: a c b d
+    assert transposed(torch.tensor([[1, 2], [3, 0]])).tolist() == [0, 3, 4, 5, 1, 2]
+
+
+def exchanged(rows: list[Tensor], send: Callable[[int], tuple[int, ...]], groups: list[list[int]]) -> list[Tensor]:
+    """All-to-all of every group of ranks, in one process."""
+    out = list(rows)
+    for ranks in groups:
+        cut = {rank: rows[rank].split(list(send(rank))) for rank in ranks}
+        for place, rank in enumerate(ranks):
+            out[rank] = torch.cat([cut[other][place] for other in ranks])
+    return out
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 3, 4, 6, 12])
+def test_two_steps_end_where_one_does(node_size: int) -> None:
+    """12 ranks of 2 experts: rows are (source, expert, number), and must arrive by source, then by expert."""
+    ranks, local = 12, 2
+    sent_PPe = torch.randint(0, 4, (ranks, ranks, local), generator=torch.Generator().manual_seed(node_size))
+    layout = Layout(ranks, ranks, node_size=node_size)
+    routes, rows = [], []
+    for rank in range(ranks):
+        dispatcher = HierarchicalDispatcher(hierarchical_mesh(layout, rank))
+        routes.append(dispatcher._route(sent_PPe, torch.device("cpu")))
+        place_E, sent_E = dispatcher._departure(local), sent_PPe[rank].flatten()
+        by_place = place_E.argsort()
+        expert_S = by_place.repeat_interleave(sent_E[by_place])
+        rows.append(torch.stack([torch.full_like(expert_S, rank), expert_S], 1))
+    nodes = [list(layout.ranks("ep_node", rank)) for rank in range(0, ranks, node_size)]
+    across = [list(layout.ranks("ep_across", rank)) for rank in range(node_size)]
+    halfway = exchanged(rows, lambda rank: routes[rank].node_send, nodes)
+    for rank, route_ in enumerate(routes):
+        assert len(halfway[rank]) == sum(route_.node_receive)
+        if route_.forth_M is not None:
+            halfway[rank] = halfway[rank][route_.forth_M]
+            assert torch.equal(route_.forth_M[route_.back_M], torch.arange(len(route_.forth_M)))
+    arrived = exchanged(halfway, lambda rank: routes[rank].across_send, across)
+    for rank, route_ in enumerate(routes):
+        held_Pe = sent_PPe[:, rank]
+        expected = [
+            [source, rank * local + k]
+            for source in range(ranks)
+            for k in range(local)
+            for _ in range(held_Pe[source, k])
+        ]
+        assert arrived[rank].tolist() == expected
+        assert sum(route_.across_receive) == len(expected)
+
+
+def hierarchical_mesh(layout: Layout, rank: int) -> Mesh:
+    groups = {axis: idle_group(layout.ranks(axis, rank), rank) for axis in ("ep_node", "ep_across")}
+    return replace(idle_mesh(layout, rank), **groups)
+
+
+def test_counts_are_those_of_the_ranks_of_the_group() -> None:
+    """8 ranks, ep 4: the second group's counts are rows 4 to 7 of kept_WE."""
+    kept_WE = torch.arange(8 * 12).view(8, 12)
+    plan = DispatchPlan(torch.zeros(0, 1), torch.zeros(0, 1), kept_WE, kept_WE, None)
+    sent_PPe = sent_rows(plan, idle_group((4, 5, 6, 7), 6))
+    assert sent_PPe.shape == (4, 4, 3)
+    assert torch.equal(sent_PPe.flatten(1), kept_WE[4:])
+
+
+def test_order_by_place() -> None:
+    """Tokens want experts 2, 0, 1, 2; expert 2 leaves first, then 0; expert 1's is dropped."""
+    experts_TK, kept_TK = torch.tensor([[2], [0], [1], [2]]), torch.tensor([[True], [True], [False], [True]])
+    plan = DispatchPlan(experts_TK, kept_TK, torch.zeros(1, 3), torch.zeros(1, 3), None)
+    assert order_of(plan).slots_R.tolist() == [1, 0, 3]
+    assert order_of(plan, torch.tensor([1, 2, 0])).slots_R.tolist() == [0, 3, 1]
+
+
+# What travels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_packed_rows(dtype: torch.dtype) -> None:
+    rows_SD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).mul(torch.logspace(-20, 20, 6)[:, None])
+    rows_SD = rows_SD.to(dtype)
+    rows_SD[2] = 0
+    for form, tolerance in (("same", 0.0), ("bf16", 2**-8), ("fp8", 2**-4)):
+        packed = pack(rows_SD, form)
+        assert packed[0].nbytes == row_bytes(64, dtype, form)
+        found_SD = unpack(packed, form, dtype)
+        assert found_SD.dtype == dtype
+        # Relative to each number, but for what fp8 loses below its smallest: 2^-9 of a scale, which is 1/448 of a row.
+        floor_S1 = rows_SD.abs().amax(1, keepdim=True).double() * (2**-10 / 448 if form == "fp8" else 0.0)
+        off_SD = (found_SD.double() - rows_SD.double()).abs()
+        assert (off_SD <= tolerance * rows_SD.double().abs() + floor_S1).all(), form
+    assert row_bytes(64, torch.float32, "fp8") == 68  # the row's scale is 4 bytes
+
+
+def test_packed_rows_that_are_not_finite_stay_so() -> None:
+    rows_SD = torch.ones(3, 4)
+    rows_SD[0, 1], rows_SD[1, 2] = torch.nan, torch.inf
+    for form in ("bf16", "fp8"):
+        found_SD = unpack(pack(rows_SD, form), form, torch.float32)
+        assert not found_SD[0].isfinite().all() and not found_SD[1].isfinite().all()
+        assert torch.equal(found_SD[2], rows_SD[2])
+
+
+def test_no_rows_to_pack() -> None:
+    for form in ("same", "bf16", "fp8"):
+        assert unpack(pack(torch.zeros(0, 8), form), form, torch.float32).shape == (0, 8)
+
+
+def test_only_the_way_out_is_fp8() -> None:
+    assert (Wire.of("same"), Wire.of("bf16"), Wire.of("fp8")) == (("same",) * 2, ("bf16",) * 2, ("fp8", "bf16"))

@@ -6,7 +6,7 @@ import pytest
 
 from moe_dist.parallel.mesh import Layout, create_mesh, single_process_mesh
 
-AXES = ("world", "tp", "dp", "ep", "edp")
+AXES = ("world", "tp", "dp", "ep", "edp", "ep_node", "ep_across")
 
 
 def test_eight_ranks_by_hand() -> None:
@@ -34,6 +34,7 @@ def test_groups_partition_the_world(world: int) -> None:
     for ep, tp in product(divisors, divisors):
         layout = Layout(world, ep, tp)
         sizes = {"world": world, "tp": tp, "dp": world // tp, "ep": ep, "edp": world // ep}
+        sizes |= {"ep_node": ep, "ep_across": 1}  # one node
         for axis in AXES:
             groups = layout.groups(axis)
             assert sorted(rank for group in groups for rank in group) == list(range(world))
@@ -43,12 +44,58 @@ def test_groups_partition_the_world(world: int) -> None:
 
 
 def test_sixteen_thousand_ranks() -> None:
-    layout = Layout(world=16384, ep=64, tp=8)
+    layout = Layout(world=16384, ep=64, tp=8, node_size=8)
     assert (layout.dp, layout.edp) == (2048, 256)
-    assert [len(layout.groups(axis)) for axis in AXES] == [1, 2048, 8, 256, 64]
+    assert [len(layout.groups(axis)) for axis in AXES] == [1, 2048, 8, 256, 64, 2048, 2048]
+    assert layout.ranks("ep_node", 16383) == tuple(range(16376, 16384))
+    assert layout.ranks("ep_across", 16383) == tuple(range(16327, 16384, 8))
     assert layout.ranks("ep", 16383) == tuple(range(16320, 16384))
     assert layout.ranks("edp", 65) == tuple(range(1, 16384, 64))
     assert layout.ranks("dp", 16383) == tuple(range(7, 16384, 8))
+
+
+def test_an_ep_group_on_two_nodes_by_hand() -> None:
+    layout = Layout(world=8, ep=4, node_size=2)
+    assert layout.ep_local == 2
+    assert layout.groups("ep_node") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert layout.groups("ep_across") == [(0, 2), (1, 3), (4, 6), (5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "node_size", "local"),
+    [
+        (8, 4, None, 4),
+        (8, 4, 1, 1),
+        (8, 4, 2, 2),
+        (8, 4, 4, 4),
+        (8, 4, 8, 4),
+        (8, 4, 64, 4),
+        (24, 3, 6, 3),
+        (6, 3, 8, 3),
+    ],
+)
+def test_groups_on_nodes_partition_the_world(world: int, ep: int, node_size: int | None, local: int) -> None:
+    layout = Layout(world, ep, node_size=node_size)
+    for axis, size in (("ep_node", local), ("ep_across", ep // local)):
+        groups = layout.groups(axis)
+        assert sorted(rank for group in groups for rank in group) == list(range(world))
+        assert {len(group) for group in groups} == {size}
+        for group in groups:
+            assert all(layout.ranks(axis, rank) == group for rank in group)
+            assert {rank // ep for rank in group} == {group[0] // ep}
+            where = {rank // (node_size or world) for rank in group}
+            assert len(where) == (1 if axis == "ep_node" else ep // local)
+
+
+@pytest.mark.parametrize(("world", "ep", "node_size"), [(12, 6, 4), (12, 3, 4), (12, 4, 3), (16, 8, 5)])
+def test_ep_groups_that_lie_unevenly_on_nodes(world: int, ep: int, node_size: int) -> None:
+    layout = Layout(world, ep, node_size=node_size)
+    assert not layout.even_nodes
+    assert layout.ranks("ep", 0) == tuple(range(ep))  # all else works
+    with pytest.raises(
+        ValueError, match=f"{ep} consecutive ranks lie unevenly on nodes of node_size={node_size}: make"
+    ):
+        layout.groups("ep_node")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +106,7 @@ def test_sixteen_thousand_ranks() -> None:
         (dict(world=4, ep=8), "ep=8 does not divide world size 4"),
         (dict(world=4, tp=0), "tp=0 does not divide world size 4"),
         (dict(world=4, ep=-2), "ep=-2 does not divide world size 4"),
+        (dict(world=4, node_size=0), "node_size=0 is below 1"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:

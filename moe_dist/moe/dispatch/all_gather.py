@@ -1,0 +1,81 @@
+"""Every rank of the ep group sees all its tokens, and computes what its own experts add to each.
+
+There: all-gather of tokens, weights and decisions. Back: reduce-scatter, which also sums over experts. More bytes than
+all-to-all unless top_k comes near the number of ranks, but messages of one size, known without the counts.
+
+Legend: T tokens of the fullest rank of the group (others are padded), X = P * T tokens of all, P ranks of the group, K
+top_k, D d_model, e experts of each rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.dispatch.base import Arrival
+from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
+from moe_dist.parallel.collectives import all_gather, exchange_rows, gather_sequence, reduce_scatter
+from moe_dist.parallel.mesh import Group, Mesh
+
+
+class AllGatherDispatcher:
+    def __init__(self, mesh: Mesh, wire_dtype: Format = "same") -> None:
+        self.ep, self.wire = mesh.ep, Wire.of(wire_dtype)
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
+        # 1. Ranks may hold unequal numbers of tokens; only they know how many.
+        own = len(x_TD)
+        missing = self._most_tokens(own, x_TD.device) - own
+        x_TD, weights_TK = _pad(x_TD, missing), _pad(weights_TK, missing)
+        # 2. One message says where each assignment goes; dropped ones and those of padding go nowhere.
+        num_experts = plan.kept_WE.shape[1]
+        target_TK = torch.where(plan.kept_TK, plan.experts_TK, num_experts).to(torch.int32)
+        target_XK = all_gather(_pad(target_TK, missing, num_experts), self.ep)
+        # 3. Tokens and weights; a weight's gradient comes from the rank of its expert.
+        route = GatherRoute(self.ep, len(x_TD))
+        x_XD, weights_XK = carry_out(x_TD, route, self.wire), gather_sequence(weights_TK, self.ep)
+        # 4. Assignments of this rank's experts.
+        local = num_experts // self.ep.size
+        target_XK = target_XK - self.ep.rank * local
+        order = RowOrder.of(target_XK, (target_XK >= 0) & (target_XK < local), local)
+        decided = (self.ep.size - 1) * weights_TK.numel() * (weights_TK.itemsize + target_TK.itemsize)
+        return Arrival(x_XD, weights_XK, order, (own, route), self.wire.sent_bytes(route, x_TD) + decided)
+
+    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
+        own, route = arrival.trip
+        y_TD = carry_home(y_XD, route, self.wire)
+        return y_TD if len(y_TD) == own else y_TD[:own]
+
+    def _most_tokens(self, own: int, device: torch.device) -> int:
+        return int(all_gather(torch.tensor([own], device=device), self.ep).max())
+
+
+@dataclass(frozen=True)
+class GatherRoute:
+    """`tokens` of each rank to all of them, and the sums back."""
+
+    ep: Group
+    tokens: int
+
+    @property
+    def away(self) -> tuple[int, int]:
+        others = (self.ep.size - 1) * self.tokens
+        return others, others
+
+    def there(self, rows_TD: Tensor, form: Format) -> Tensor:
+        return unpack(all_gather(pack(rows_TD, form), self.ep), form, rows_TD.dtype)
+
+    def back(self, rows_XD: Tensor, form: Format) -> Tensor:
+        if form == "same" or self.ep.size == 1:
+            return reduce_scatter(rows_XD, self.ep)
+        # Low precision is for the wire alone: exchanged as it is, summed in the precision of the rows.
+        sizes = (self.tokens,) * self.ep.size
+        parts_XD = unpack(exchange_rows(pack(rows_XD, form), sizes, sizes, self.ep), form, rows_XD.dtype)
+        return parts_XD.view(self.ep.size, self.tokens, -1).sum(0)
+
+
+def _pad(values: Tensor, rows: int, fill: int = 0) -> Tensor:
+    return values if rows == 0 else F.pad(values, (0, 0, 0, rows), value=fill)

@@ -1,0 +1,54 @@
+"""Who sends how many rows to whom: arithmetic on counts that every rank knows, on the host.
+
+Legend: P ranks of the ep group, e experts of each, E = P * e experts, X rows that arrived, R rows sorted by expert.
+sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.parallel.mesh import Group
+
+
+def sent_rows(plan: DispatchPlan, ep: Group) -> Tensor:
+    """sent_PPe. Known already: the counts travelled with the capacity rule."""
+    first = ep.ranks[0]  # an ep group is consecutive ranks of the world
+    return plan.kept_WE[first : first + ep.size].cpu().view(ep.size, ep.size, -1)
+
+
+def order_of(plan: DispatchPlan, place_E: Tensor | None = None) -> RowOrder:
+    """Kept assignments of this rank sorted by expert, or by place_E[expert], a permutation."""
+    experts_TK = plan.experts_TK if place_E is None else place_E[plan.experts_TK]
+    return RowOrder.of(experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
+
+
+def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int) -> RowOrder:
+    """Rows that go to one expert each, slots_R listing them expert after expert; rows not listed are padding."""
+    rows_X = torch.zeros(arrived, dtype=torch.int64, device=slots_R.device)
+    kept_X = torch.zeros(arrived, dtype=torch.bool, device=slots_R.device)
+    rows_X[slots_R] = torch.arange(slots_R.numel(), device=slots_R.device)
+    kept_X[slots_R] = True
+    return RowOrder(counts_e, slots_R, rows_X[:, None], kept_X[:, None])
+
+
+def dense_arrival(held_Pe: Tensor, device: torch.device) -> RowOrder:
+    """The order of rows that arrive as (source rank, local expert), held_Pe of each, without padding."""
+    slots_R = transposed(held_Pe).to(device)
+    return arrival_order(slots_R, held_Pe.sum(0).to(device), slots_R.numel())
+
+
+def transposed(cells_IJ: Tensor) -> Tensor:
+    """Rows lie cell after cell in (i, j) order: their indices in (j, i) order."""
+    flat = cells_IJ.flatten()
+    starts_IJ = (flat.cumsum(0) - flat).view_as(cells_IJ)
+    return ranges(starts_IJ.t(), cells_IJ.t())
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Concatenated [start, start + length) of every cell, in row-major order."""
+    starts, lengths = starts.flatten(), lengths.flatten()
+    shift = starts - (lengths.cumsum(0) - lengths)
+    total = int(lengths.sum())
+    return torch.arange(total, device=starts.device) + shift.repeat_interleave(lengths)

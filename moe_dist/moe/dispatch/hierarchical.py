@@ -1,0 +1,116 @@
+"""All-to-all in two steps: within the node, then across nodes in fewer, larger messages.
+
+A row for rank (node, place) first goes to the rank of its own node with that place, over the fast links inside; there
+rows of the whole node for that destination gather, and travel on together. A rank then exchanges with the other places
+of its node and the same place of other nodes, not with every rank of the group (the 2D all-to-all of Tutel, arXiv
+2206.03382, section 3.4). Where the group lies in one node, or has one rank on each, one of the steps moves nothing.
+
+Legend: T tokens on this rank, D d_model, S rows sent, M rows halfway, X rows that arrived, P ranks of the ep group, N
+its nodes, L its ranks on each, e experts of each rank. sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.kernels.permute.reference import combine_rows, gather_rows
+from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.dispatch.base import Arrival
+from moe_dist.moe.dispatch.counts import dense_arrival, order_of, sent_rows, transposed
+from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
+from moe_dist.parallel.collectives import exchange_rows
+from moe_dist.parallel.mesh import Group, Mesh
+
+
+class HierarchicalDispatcher:
+    """Raises ValueError when the nodes of an ep group hold unequal numbers of its ranks."""
+
+    def __init__(self, mesh: Mesh, wire_dtype: Format = "same") -> None:
+        self.ep, self.node, self.across, self.wire = mesh.ep, mesh.ep_node, mesh.ep_across, Wire.of(wire_dtype)
+        local = mesh.layout.ep_local
+        assert (self.node.size, self.across.size) == (local, mesh.ep.size // local), "groups of another layout"
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
+        # 1. Gather kept assignments, sorted by the place of their rank on its node, then by node, then by expert.
+        sent_PPe = sent_rows(plan, self.ep)
+        home = order_of(plan, self._departure(sent_PPe.shape[2]).to(x_TD.device))
+        rows_SD = gather_rows(x_TD, home)
+        # 2. Two exchanges. Rows arrive as over one: by source rank, then by expert.
+        route = self._route(sent_PPe, x_TD.device)
+        x_XD = carry_out(rows_SD, route, self.wire)
+        order = dense_arrival(sent_PPe[:, self.ep.rank], x_TD.device)
+        return Arrival(x_XD, None, order, (home, route), self.wire.sent_bytes(route, x_TD))
+
+    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
+        home, route = arrival.trip
+        return combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
+
+    def _departure(self, local_experts: int) -> Tensor:
+        """place_E: where rows of each expert stand among those that leave."""
+        places = torch.arange(self.ep.size * local_experts).view(self.node.size, self.across.size, local_experts)
+        return places.transpose(0, 1).flatten()
+
+    def _route(self, sent_PPe: Tensor, device: torch.device) -> "TwoStepRoute":
+        nodes, places = self.across.size, self.node.size
+        # [from node, from place, to node, to place]
+        sent_NLNL = sent_PPe.sum(2).view(nodes, places, nodes, places)
+        node, place = self.across.rank, self.node.rank
+        # Halfway, this rank holds what its node sends to its place on every node: as (from place, to node).
+        half_LN = sent_NLNL[node, :, :, place]
+        forth_M = transposed(half_LN).to(device) if nodes > 1 and places > 1 else None
+        return TwoStepRoute(
+            self.node,
+            self.across,
+            node_send=_listed(sent_NLNL[node, place].sum(0)),
+            node_receive=_listed(half_LN.sum(1)),
+            across_send=_listed(half_LN.sum(0)),
+            across_receive=_listed(sent_NLNL[:, :, node, place].sum(1)),
+            forth_M=forth_M,
+            back_M=None if forth_M is None else forth_M.argsort(),
+        )
+
+
+@dataclass(frozen=True)
+class TwoStepRoute:
+    """Rows exchanged with each rank of both groups. forth_M: halfway, the row that comes at each place when sorted by
+    the node they go on to; back_M its inverse; None where they are sorted as they come."""
+
+    node: Group
+    across: Group
+    node_send: tuple[int, ...]
+    node_receive: tuple[int, ...]
+    across_send: tuple[int, ...]
+    across_receive: tuple[int, ...]
+    forth_M: Tensor | None
+    back_M: Tensor | None
+
+    @property
+    def away(self) -> tuple[int, int]:
+        there = _others(self.node_send, self.node) + _others(self.across_send, self.across)
+        return there, _others(self.across_receive, self.across) + _others(self.node_receive, self.node)
+
+    def there(self, rows_SD: Tensor, form: Format) -> Tensor:
+        packed = exchange_rows(pack(rows_SD, form), self.node_send, self.node_receive, self.node)
+        packed = _reorder(packed, self.forth_M)
+        packed = exchange_rows(packed, self.across_send, self.across_receive, self.across)
+        return unpack(packed, form, rows_SD.dtype)
+
+    def back(self, rows_XD: Tensor, form: Format) -> Tensor:
+        packed = exchange_rows(pack(rows_XD, form), self.across_receive, self.across_send, self.across)
+        packed = _reorder(packed, self.back_M)
+        packed = exchange_rows(packed, self.node_receive, self.node_send, self.node)
+        return unpack(packed, form, rows_XD.dtype)
+
+
+def _reorder(rows: Tensor, index: Tensor | None) -> Tensor:
+    return rows if index is None else rows.index_select(0, index)
+
+
+def _listed(counts: Tensor) -> tuple[int, ...]:
+    return tuple(counts.tolist())
+
+
+def _others(counts: tuple[int, ...], group: Group) -> int:
+    """Of rows for each rank of the group, those for others than this one."""
+    return sum(counts) - counts[group.rank]

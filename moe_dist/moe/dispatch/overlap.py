@@ -1,0 +1,166 @@
+"""All-to-all behind the experts: a rank's experts in consecutive parts, the rows of one travel while another computes.
+
+Forward, with 3 parts ("<" starts an exchange, ">" waits for it):
+
+    there    <0 >0 <1          >1 <2          >2
+    compute            E0             E1           E2
+    back                  <0             <1           <2  >0 >1 >2
+
+The backward pass is this read from right to left, which is also the order in which autograd takes nodes that are
+ready: latest first. Rows stay in shared buffers, where each part is a range, so nothing is cut or joined; what autograd
+sees is a token for each exchange, so that starting and waiting are nodes of their own. Every rank makes the same nodes
+in the same order, also for parts without rows, so exchanges meet.
+
+Legend: T tokens on this rank, K top_k, D d_model, S rows sent, X rows of one part that arrived, P ranks of the ep
+group, e experts of each, n parts. sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_dist.kernels.permute.reference import combine_rows, gather_rows
+from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectRoute
+from moe_dist.moe.dispatch.base import Dispatcher
+from moe_dist.moe.dispatch.counts import order_of, sent_rows
+from moe_dist.moe.dispatch.wire import Wire
+from moe_dist.moe.experts import Experts
+
+
+def overlapped(
+    dispatcher: Dispatcher, experts: Experts, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, parts: int
+) -> tuple[Tensor, int]:
+    """What dispatch, experts and combine give together, in `parts` parts: (y_TD, sent_bytes)."""
+    assert isinstance(dispatcher, AllToAllDispatcher), "make_dispatcher refuses to overlap others"
+    # 1. Gather kept assignments sorted by part, then by rank, then by expert.
+    sent_PPe = sent_rows(plan, dispatcher.ep)
+    home = order_of(plan, _departure(sent_PPe, parts).to(x_TD.device))
+    rows_SD = gather_rows(x_TD, home)
+    # 2. Each part travels like a dispatch of its own.
+    sent_nPPe = sent_PPe.unflatten(2, (parts, -1)).permute(2, 0, 1, 3)
+    routes, orders = zip(*(dispatcher.route(sent, x_TD.device) for sent in sent_nPPe), strict=True)
+    sizes = sent_nPPe[:, dispatcher.ep.rank].sum((1, 2)).tolist()
+    voyage = _Voyage(list(routes), sizes, dispatcher.wire)
+    # 3. There, compute, back.
+    tokens = voyage.load(rows_SD)
+    on_the_way, sent_home = voyage.start(0, tokens[0]), []
+    for i, (w, widths) in enumerate(experts.parts(parts)):
+        x_XD = voyage.arrive(i, on_the_way)
+        if i + 1 < parts:
+            on_the_way = voyage.start(i + 1, tokens[i + 1])
+        y_XD = experts(x_XD, None, orders[i], w, widths)
+        sent_home.append(voyage.start_home(i, y_XD))
+    y_SD = voyage.unload(sent_home)
+    return combine_rows(y_SD, weights_TK, home), sum(dispatcher.wire.sent_bytes(route, x_TD) for route in routes)
+
+
+def _departure(sent_PPe: Tensor, parts: int) -> Tensor:
+    """place_E: where rows of each expert stand among those that leave."""
+    ranks, local = sent_PPe.shape[1:]
+    places = torch.arange(ranks * local).view(parts, ranks, local // parts)
+    return places.transpose(0, 1).flatten()
+
+
+class _Voyage:
+    """Buffers and exchanges of all parts. Each public method is one node of autograd's graph, with what it does forward
+    and what it does backward; tokens tie the nodes together and carry no numbers."""
+
+    def __init__(self, routes: list[DirectRoute], sizes: list[int], wire: Wire) -> None:
+        self.routes, self.sizes, self.wire = routes, sizes, wire
+        # Rows or gradients of all parts at home, and exchanges that were started: `there` goes from home to experts.
+        self.home: dict[str, tuple[Tensor, ...]] = {}
+        self.whole: dict[str, Tensor] = {}
+        self.there: dict[int, Callable[[], Tensor]] = {}
+        self.back: dict[int, Callable[[], Tensor]] = {}
+
+    def load(self, rows_SD: Tensor) -> tuple[Tensor, ...]:
+        def forward(rows_SD: Tensor) -> tuple[Tensor, ...]:
+            self._keep("rows", rows_SD)
+            return tuple(rows_SD.new_zeros(()) for _ in self.sizes)
+
+        def backward(*_: Tensor) -> tuple[Tensor]:
+            return (self._drop("grads"),)
+
+        return _node(forward, backward, rows_SD)
+
+    def start(self, i: int, token: Tensor) -> Tensor:
+        def forward(token: Tensor) -> Tensor:
+            self.there[i] = self.routes[i].start_there(self.home["rows"][i], self.wire.out)
+            if i + 1 == len(self.sizes):
+                self._drop("rows")
+            return token.clone()
+
+        def backward(token: Tensor) -> tuple[Tensor]:
+            self.back.pop(i)()  # its gradients are now in "grads"
+            return (token,)
+
+        return _node(forward, backward, token)
+
+    def arrive(self, i: int, token: Tensor) -> Tensor:
+        def forward(token: Tensor) -> Tensor:
+            return self.there.pop(i)()
+
+        def backward(grad_XD: Tensor) -> tuple[Tensor]:
+            if "grads" not in self.home:
+                self._keep("grads", grad_XD.new_empty(sum(self.sizes), grad_XD.shape[1]))
+            self.back[i] = self.routes[i].start_back(grad_XD, self.wire.rest, self.home["grads"][i])
+            return (grad_XD.new_zeros(()),)
+
+        return _node(forward, backward, token)
+
+    def start_home(self, i: int, y_XD: Tensor) -> Tensor:
+        def forward(y_XD: Tensor) -> Tensor:
+            if "results" not in self.home:
+                self._keep("results", y_XD.new_empty(sum(self.sizes), y_XD.shape[1]))
+            self.back[i] = self.routes[i].start_back(y_XD, self.wire.rest, self.home["results"][i])
+            return y_XD.new_zeros(())
+
+        def backward(_: Tensor) -> tuple[Tensor]:
+            return (self.there.pop(i)(),)
+
+        return _node(forward, backward, y_XD)
+
+    def unload(self, tokens: list[Tensor]) -> Tensor:
+        def forward(*tokens: Tensor) -> Tensor:
+            for i in range(len(tokens)):
+                self.back.pop(i)()
+            return self._drop("results")
+
+        def backward(grad_SD: Tensor) -> tuple[Tensor, ...]:
+            # All of them now: there is nothing to compute before the last part's gradients are with its experts.
+            parts = grad_SD.split(self.sizes)
+            for i in reversed(range(len(parts))):
+                self.there[i] = self.routes[i].start_there(parts[i], self.wire.rest)
+            return tuple(grad_SD.new_zeros(()) for _ in parts)
+
+        return _node(forward, backward, *tokens)
+
+    def _keep(self, name: str, whole_SD: Tensor) -> None:
+        self.whole[name], self.home[name] = whole_SD, whole_SD.split(self.sizes)
+
+    def _drop(self, name: str) -> Tensor:
+        """Buffers must not outlive their use: results that know this graph would keep it alive in a circle."""
+        del self.home[name]
+        return self.whole.pop(name)
+
+
+def _node(forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
+    return _Node.apply(forward, backward, *inputs)
+
+
+class _Node(torch.autograd.Function):
+    """Does `forward` on its inputs in the forward pass, and `backward` on their gradients in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
+        ctx.backward_of_node = backward
+        return forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.backward_of_node(*grads)
