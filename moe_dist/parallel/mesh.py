@@ -137,7 +137,7 @@ def single_process_mesh() -> Mesh:
     return Mesh(Layout(), 0, alone, alone, alone, alone, alone)
 
 
-def create_mesh(ep: int, tp: int, etp: int = 1, timeout: timedelta | None = None, node_size: int | None = None) -> Mesh:
+def create_mesh(ep: int, tp: int, etp: int = 1, node_size: int | None = None, timeout: timedelta | None = None) -> Mesh:
     """Process groups for `ep`, `etp` and `tp` over the initialised default group.
 
     node_size: ranks of a node; None asks LOCAL_WORLD_SIZE, and is the whole world where that is not set. Every rank

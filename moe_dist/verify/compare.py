@@ -19,7 +19,7 @@ from moe_dist.train.schedule import learning_rate
 from moe_dist.verify.cases import LayoutCase, Options, Setting, case_config
 from moe_dist.verify.witness import Comparer, Differences, Recorder, Tape
 
-Meshes = dict[tuple[int, int, int], Mesh]
+Meshes = dict[tuple[int, int, int, int | None], Mesh]
 
 _KEY = RandomKey.of("verify")
 
@@ -78,7 +78,7 @@ def compare_layout(
     """
     config = case_config(setting, layout, options.steps)
     validate(config, torch.distributed.get_world_size())
-    sizes = (config.parallel.ep, config.parallel.tp, config.parallel.etp)
+    sizes = (config.parallel.ep, config.parallel.tp, config.parallel.etp, config.parallel.node_size)
     if sizes not in meshes:
         meshes[sizes] = create_mesh(*sizes)
     mesh = meshes[sizes]
