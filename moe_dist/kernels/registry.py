@@ -4,6 +4,7 @@ The resolved config is what the run folder keeps and the log prints; nothing is 
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -22,7 +23,10 @@ _SHORT = 512  # tokens up to which packed attention is the faster one on CPU in 
 def resolve_backends(
     model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None, precision: str = "fp32"
 ) -> ModelConfig:
-    """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on."""
+    """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on.
+
+    Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter.
+    """
     moe, attention, kernels = model.moe, model.attention, model.kernels
     if attention == "auto":
         short = seq_len is not None and seq_len <= _SHORT
@@ -34,7 +38,20 @@ def resolve_backends(
     if moe.experts == "auto":
         uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
         moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    for name, chosen, instead in (("kernels", kernels, "torch"), ("moe.experts", moe.experts, "grouped_mm")):
+        if chosen == "triton":
+            _check_triton(f"model.{name}", instead, device_type)
     return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
+
+
+def _check_triton(field: str, instead: str, device_type: str) -> None:
+    if find_spec("triton") is None:
+        raise ValueError(f"{field}=triton, but triton is not installed: pip install triton, or set it to {instead}")
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{field}=triton needs a GPU, but this run is on cpu: set it to {instead} "
+            "(TRITON_INTERPRET=1 runs the kernels on CPU, slowly, to look at their numbers)"
+        )
 
 
 def route_kernel(kernels: str) -> Callable[..., Routed]:

@@ -105,9 +105,9 @@ class Experts(nn.Module):
         if cpu.replaces(self.backend, x_XD.device.type):
             return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
         if self.backend == "triton":
-            from moe_dist.kernels.grouped_mm import triton
+            from moe_dist.kernels.grouped_mm.triton import feed_forward as fused
 
-            return triton.feed_forward(x_XD, weights_XK, order, w, self.activation, not self.recompute)
+            return fused(x_XD, weights_XK, order, w, self.activation, keep_activation=not self.recompute)
         return reference.feed_forward(x_XD, weights_XK, order, w, self.activation, self.backend, widths, self.recompute)
 
 

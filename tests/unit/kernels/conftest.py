@@ -1,22 +1,11 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter.
+"""What tests of kernels share."""
 
-Triton asks for the variable where `triton.jit` decorates, also in its own library while it is first imported; so it is
-set here, before any test module of this folder imports a kernel.
-"""
-
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    late = "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ
-    assert not late, "triton was imported before it was told to interpret: set TRITON_INTERPRET=1 for this run"
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """`auto` names a backend once, and the names in the log say what will run."""
 
+import pytest
+
 from moe_dist.config.schema import ModelConfig, MoEConfig
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 
@@ -36,3 +38,21 @@ def test_names() -> None:
     assert names["dispatch"] == "all_to_all (ragged)"
     assert describe_backends(model, "cuda")["experts"] == "grouped_mm"
     assert "experts" not in describe_backends(resolve_backends(ModelConfig(moe=MoEConfig(num_experts=0)), 1), "cpu")
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, kernels = ModelConfig(moe=MoEConfig(experts="triton")), ModelConfig(kernels="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backends(experts, 1).moe.experts == resolve_backends(kernels, 1).kernels == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for model, words in (
+        (experts, "model.moe.experts=triton.*to grouped_mm"),
+        (kernels, "model.kernels=triton.*torch"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resolve_backends(model, 1, "cpu")
+        assert resolve_backends(model, 1, "cuda")
+    monkeypatch.setattr("moe_dist.kernels.registry.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        resolve_backends(experts, 1, "cuda")
+    assert resolve_backends(ModelConfig(), 1, "cuda").kernels == "torch"
