@@ -1,3 +1,23 @@
 """moe_dist: distributed training of Mixture-of-Experts transformers, with one meaning in any layout."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_dist.moe.mixture import MixtureOfExperts as MixtureOfExperts
+
 __version__ = "0.1.0"
+
+# Where the public layers are. They are imported when first asked for: `import moe_dist` does not import torch.
+_LAYERS = {"MixtureOfExperts": "moe_dist.moe.mixture"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAYERS:
+        raise AttributeError(f"module 'moe_dist' has no attribute {name!r}; it has {', '.join(sorted(_LAYERS))}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAYERS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAYERS])

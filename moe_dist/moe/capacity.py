@@ -1,6 +1,7 @@
 """Which assignments are kept when experts are full.
 
-C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)); an expert takes its C first assignments
+C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)), where experts that are closed (surgery.py)
+do not count; an expert takes its C first assignments
 in the order that `drop_policy` sets, the others are dropped. Under `global` scope the tokens of all ranks of the
 micro-step compete, in global token order, so the dropped set is the same in every layout. The world's rank order is the
 global order of tokens (`parallel/mesh.py`), which makes a global position a local one plus the counts of ranks before.
@@ -79,7 +80,8 @@ class Capacity:
     def __call__(self, routing: Routing, step: StepContext) -> DispatchPlan:
         moe, experts_TK = self.moe, routing.experts_TK
         tokens = experts_TK.shape[0] * self.peers.size
-        limit = expert_capacity(self.factor(step), moe.top_k, tokens, moe.num_experts, moe.min_capacity)
+        taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
+        limit = expert_capacity(self.factor(step), moe.top_k, tokens, taking_part, moe.min_capacity)
         counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.world)
         if limit is None:
             kept_TK, kept_WE = torch.ones_like(experts_TK, dtype=torch.bool), counts_WE
@@ -87,7 +89,10 @@ class Capacity:
             first = _Round(experts_TK, None, counts_WE, routing.weights_TK.detach(), "drop")
             kept_TK, kept_WE = self._keep(first, self._room(torch.zeros_like(counts_WE), limit), step)
             if moe.overflow == "reroute":
-                experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, limit)
+                limit_E = torch.full((moe.num_experts,), limit, device=experts_TK.device)
+                if routing.open_e is not None:  # closed experts have no place left
+                    limit_E = torch.zeros_like(limit_E).index_fill(0, routing.open_e, limit)
+                experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, limit_E)
         if self.by_experts:
             counts_WE = kept_WE  # nobody was refused: the experts chose
         plan = DispatchPlan(experts_TK, kept_TK, counts_WE, kept_WE, limit)
@@ -99,7 +104,7 @@ class Capacity:
         return factor[self.index] if isinstance(factor, list) else factor
 
     def _reroute(
-        self, routing: Routing, step: StepContext, kept_TK: Tensor, kept_WE: Tensor, limit: int
+        self, routing: Routing, step: StepContext, kept_TK: Tensor, kept_WE: Tensor, limit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rounds over next choices. Every rank sees the same counts, so all of them leave after the same round."""
         assert routing.preference_TE is not None, "routers give preferences when overflow is reroute"
@@ -124,7 +129,7 @@ class Capacity:
             kept_TK, kept_WE = kept_TK | placed_TK, kept_WE + placed_WE
         return experts_TK, kept_TK, kept_WE
 
-    def _room(self, kept_WE: Tensor, limit: int) -> Tensor:
+    def _room(self, kept_WE: Tensor, limit: int | Tensor) -> Tensor:
         """[1, E] places left of those that all ranks share, or [W, E] of each rank's own."""
         shared = self.peers.size == self.world.size
         return limit - (kept_WE.sum(0, keepdim=True) if shared else kept_WE)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_dist.config.schema import ModelConfig
+from moe_dist.moe import surgery
 from moe_dist.moe.capacity import Capacity, DispatchPlan
 from moe_dist.moe.dispatch import make_dispatcher, split_experts
 from moe_dist.moe.dispatch.overlap import overlapped
@@ -45,6 +46,7 @@ class MoE(nn.Module):
         width = sum(widths) // len(widths)
         out_std = width**-0.5 if out_std is None else out_std
         self.config, self.layer, self.sequence_parallel = moe, layer, sequence_parallel
+        self.model, self.mesh, self.out_std = model, mesh, out_std
         self.tp, self.etp = mesh.tp, mesh.etp
         self.router = ROUTERS[moe.router](model, layer, mesh)
         self.capacity = Capacity(moe, layer, mesh.world, index=(layer + 1) // moe.every - 1)
@@ -62,7 +64,7 @@ class MoE(nn.Module):
 
     def _routed(self, x_TD: Tensor, step: StepContext, replay: Replay) -> tuple[Tensor, MoEStats]:
         # 1. Who goes where, and who is let in.
-        routing = self.router(x_TD, step, replay.chosen_TK)
+        routing = self.router.route(x_TD, step, replay.chosen_TK)
         plan = self.capacity(routing, step) if replay.plan is None else replay.plan
         replay.chosen_TK, replay.plan = routing.experts_TK, plan
         weights_TK = routing.weights_TK
@@ -81,6 +83,10 @@ class MoE(nn.Module):
             sent_bytes = arrival.sent_bytes
         # 3. What it cost, and what the router is told.
         return y_TD, moe_stats(self.config, self.layer, routing, plan, self.router, step, sent_bytes)
+
+    add_experts, split_experts = surgery.add_experts, surgery.split_experts
+    open_experts, close_experts = surgery.open_experts, surgery.close_experts
+    remove_experts, merge_experts = surgery.remove_experts, surgery.merge_experts
 
     def _own_tokens(self, x_TD: Tensor) -> Tensor:
         """Each tp rank dispatches its own slice, so that no token travels twice."""

@@ -69,7 +69,10 @@ def moe_stats(
     """Losses and load of one layer. Each tp rank adds the share of its slice of the tokens: 1 / tp."""
     stats, tokens = routing.stats, max(len(routing.experts_TK), 1)
     counts_CE = whole_chunks(moe, routing, plan, router, step)
-    balance = balance_loss(stats.prob_sums_CE, counts_CE, tokens)
+    prob_sums_CE = stats.prob_sums_CE
+    if routing.open_e is not None:  # a closed expert has no share in the balance
+        prob_sums_CE, counts_CE = prob_sums_CE[:, routing.open_e], counts_CE[:, routing.open_e]
+    balance = balance_loss(prob_sums_CE, counts_CE, tokens)
     # mean over tokens of logsumexp^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
     z = stats.z_sum / tokens
     aux = torch.zeros_like(z)

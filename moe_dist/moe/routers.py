@@ -84,7 +84,11 @@ class SigmoidRouter(Router):
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:
-        self.bias_E += self.moe.bias_update_rate * (load_E.double().mean() - load_E).sign().to(self.bias_E.dtype)
+        # Closed experts have no load: they neither lower the mean nor rise towards it.
+        takes_part_E = self.open_E.to(load_E.device, torch.float64)
+        mean = (load_E * takes_part_E).sum() / takes_part_E.sum()
+        move_E = (mean - load_E).sign() * takes_part_E
+        self.bias_E += self.moe.bias_update_rate * move_E.to(self.bias_E)
 
 
 class NoisyRouter(Router):
@@ -180,18 +184,24 @@ class SinkhornRouter(Router):
 class HashRouter(Router):
     """Expert = a fixed hash of the token id, nothing is learned (Roller et al., arXiv 2106.04426, section 3).
 
-    The top_k experts are those with the highest hash of (layer, token id, expert), so they are distinct, and adding an
-    expert moves only the tokens that now belong to it.
+    The top_k experts are those with the highest hash of (layer, token id, name of the expert), so they are distinct,
+    and adding or removing an expert moves only the tokens that now belong to it, or did. names_E: what experts are
+    called for good, whatever their number becomes.
     """
 
     has_losses = False
+
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+        super().__init__(model, layer, mesh)
+        self.names_E: Tensor
+        self.register_buffer("names_E", torch.arange(self.moe.num_experts))
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         num_experts = self.moe.num_experts
         if step.token_ids_T is None or len(step.token_ids_T) != len(x_TD):
             raise ValueError("router=hash needs the id of every token: set StepContext.token_ids_T")
         # Far apart, so that a token's hash for an expert does not depend on how many experts there are.
-        index_TE = (step.token_ids_T[:, None] << 20) + torch.arange(num_experts, device=x_TD.device)
+        index_TE = (step.token_ids_T[:, None] << 20) + self.names_E
         hashed_TE = RandomKey.of("hash", self.layer).uniform(index_TE)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         routing = self.routing(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)

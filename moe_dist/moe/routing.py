@@ -1,14 +1,17 @@
 """Who goes where, with which weight: what every router takes and gives. The routers themselves are in routers.py.
 
-Legend: T tokens on this rank, D d_model, E experts, K assignments of a token: top_k, or E under expert choice.
+Legend: T tokens on this rank, D d_model, E experts, e open experts, K assignments of a token: top_k, or E under expert
+choice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.registry import route_kernel
@@ -53,7 +56,8 @@ class Routing:
 
     experts_TK: int64, best first. weights_TK multiply the experts' outputs; fp32. preference_TE: by what experts were
     chosen, larger is better, -inf for never, not differentiable; None where nobody asks. stats: sums over tokens for
-    the losses; chunks are those of the balancing scope. extra_loss: the router's own, already weighted.
+    the losses; chunks are those of the balancing scope. extra_loss: the router's own, already weighted. open_e: numbers
+    of the experts that take part, None: all. To the others no token goes; their logits are -inf.
     """
 
     experts_TK: Tensor
@@ -62,12 +66,15 @@ class Routing:
     preference_TE: Tensor | None
     stats: Routed
     extra_loss: Tensor | None = None
+    open_e: Tensor | None = None
 
 
 class Router(nn.Module):
     """What routers share: weights of chosen experts, decisions under a witness, chunks of the balancing scope.
 
-    `slices` is the tp group: each of its ranks routes its own slice of the tokens.
+    `slices` is the tp group: each of its ranks routes its own slice of the tokens. open_E: 1 for experts that take
+    part, 0 for those that are closed (surgery.py); part of checkpoints. All that a router holds has a row for each
+    expert.
     """
 
     score: Score = "softmax"
@@ -78,7 +85,46 @@ class Router(nn.Module):
         super().__init__()
         self.moe, self.layer = model.moe, layer
         self.slices, self.world = mesh.tp, mesh.world
-        self.route = route_kernel(model.kernels)
+        self.kernel = route_kernel(model.kernels)
+        self.open_E: Tensor
+        self.register_buffer("open_E", torch.ones(self.moe.num_experts))
+        self._read: tuple[Tensor, int, Tensor | None] | None = None
+
+    def route(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
+        """`forward` where closed experts do not exist: not for probabilities, noise, losses nor capacity.
+
+        So closing an expert is a logit of -inf, and to the bit what a layer without that expert does: the router of the
+        open experts is computed, and its results are numbered among all.
+        """
+        open_e = self.open_ids()
+        if open_e is None:
+            return self(x_TD, step, chosen_TK)
+        if chosen_TK is not None:
+            chosen_TK = self._place(open_e)[chosen_TK]
+        rows = {name: v.index_select(0, open_e) for name, v in chain(self.named_parameters(), self.named_buffers())}
+        whole = self.moe
+        groups = max(1, whole.num_groups * len(open_e) // whole.num_experts)  # groups are open or closed as a whole
+        self.moe = replace(whole, num_experts=len(open_e), num_groups=groups)
+        try:
+            routing = functional_call(self, rows, (x_TD, step, chosen_TK))
+        finally:
+            self.moe = whole
+        return among_all(routing, open_e, whole.num_experts)
+
+    def open_ids(self) -> Tensor | None:
+        """Numbers of the open experts, None when all are. Read again only after open_E was written to: reading waits
+        for the device."""
+        version = -1 if self.open_E.is_inference() else self.open_E._version
+        if self._read is None or self._read[0] is not self.open_E or self._read[1] != version or version < 0:
+            open_e = self.open_E.nonzero().flatten()
+            self._read = (self.open_E, version, None if len(open_e) == len(self.open_E) else open_e)
+        return self._read[2]
+
+    def _place(self, open_e: Tensor) -> Tensor:
+        """[E]: the place of an expert among the open ones."""
+        return torch.zeros_like(self.open_E, dtype=torch.int64).index_copy(
+            0, open_e, torch.arange(len(open_e), device=open_e.device)
+        )
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         """Route x_TD. `chosen_TK` repeats an earlier choice (a recomputed block) instead of choosing again."""
@@ -98,7 +144,7 @@ class Router(nn.Module):
         if chosen_TK is None and preference_TE is not None:
             chosen_TK = best(preference_TE, self.moe.top_k)
         chunk, first = self.chunk(len(logits_TE), step)
-        return self.route(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
+        return self.kernel(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
         """Scores of the chosen experts, divided by their sum if asked for: never at top_k = 1, where p / p = 1 would
@@ -109,7 +155,10 @@ class Router(nn.Module):
 
     def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
         """Weights of other experts than those first chosen: assignments that were rerouted."""
-        return self.weigh(scores_of(routing.logits_TE, self.score).gather(1, experts_TK))
+        logits_TE = routing.logits_TE
+        if routing.open_e is not None:
+            logits_TE, experts_TK = logits_TE[:, routing.open_e], self._place(routing.open_e)[experts_TK]
+        return self.weigh(scores_of(logits_TE, self.score).gather(1, experts_TK))
 
     def balance(self, load_E: Tensor) -> None:
         """Called once an optimizer step with the assignments of all ranks and micro-steps, before dropping."""
@@ -135,6 +184,29 @@ class Router(nn.Module):
         """An index for each element of `like`, [T, width], by which to draw: a function of the global token index."""
         first = self.world.rank * like.numel()
         return torch.arange(first, first + like.numel(), device=like.device).view_as(like)
+
+
+def among_all(routing: Routing, open_e: Tensor, num_experts: int) -> Routing:
+    """From numbers among the open experts to numbers among all; closed ones have no tokens and logits of -inf."""
+
+    def widen(values_XE: Tensor, fill: float) -> Tensor:
+        return values_XE.new_full((len(values_XE), num_experts), fill).index_copy(1, open_e, values_XE)
+
+    preference_TE, experts_TK = routing.preference_TE, open_e[routing.experts_TK]
+    stats = replace(
+        routing.stats,
+        experts_TK=experts_TK,
+        counts_CE=widen(routing.stats.counts_CE, 0),
+        prob_sums_CE=widen(routing.stats.prob_sums_CE, 0.0),
+    )
+    return replace(
+        routing,
+        experts_TK=experts_TK,
+        logits_TE=widen(routing.logits_TE, -torch.inf),
+        preference_TE=None if preference_TE is None else widen(preference_TE, -torch.inf),
+        stats=stats,
+        open_e=open_e,
+    )
 
 
 def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group) -> Tensor:
