@@ -12,8 +12,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.layout import Manifest, Range
 from moe_dist.checkpoint.store import file_digest
-from moe_dist.engine.base import STATE_KINDS, Engine
-from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 
 
 class Reader:
@@ -89,7 +88,7 @@ def load(folder: Path, engine: Engine) -> Manifest:
 
 def _check_shapes(reader: Reader, engine: Engine) -> None:
     """By the whole model, not by what this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
-    needed = {name: list(spec.logical_shape) for name, _, spec in logical_parameters(engine.model)}
+    needed = logical_shapes(engine.model)
     stored = reader.manifest.shapes
     for name in sorted(needed.keys() | stored.keys()):
         if stored.get(name) != needed.get(name):

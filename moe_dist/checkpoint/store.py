@@ -17,8 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from moe_dist.checkpoint.layout import MANIFEST, Manifest, Range, ShardFile
-from moe_dist.engine.base import STATE_KINDS, Engine
-from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -39,8 +38,8 @@ def save(root: Path, engine: Engine, step: int, run: dict[str, Any], keep_last: 
     shards = _together(final, draft, rank, lambda: _write_shard(draft, engine))
 
     def commit() -> None:
-        shapes = {name: list(spec.logical_shape) for name, _, spec in logical_parameters(engine.model)}
-        manifest = Manifest(step=step, shapes=dict(sorted(shapes.items())), files=shards, run=run)
+        shapes = dict(sorted(logical_shapes(engine.model).items()))
+        manifest = Manifest(step=step, shapes=shapes, files=shards, run=run)
         _write_durably(draft / MANIFEST, manifest.dumps())
         _commit(draft, final)
         _prune(root, keep_last)

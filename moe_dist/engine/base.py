@@ -16,7 +16,7 @@ from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import spec_of
+from moe_dist.parallel.sharding import logical_parameters, spec_of
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "grad"]
 STATE_KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -77,6 +77,12 @@ def held_buffers(model: Decoder, mesh: Mesh) -> Iterator[Piece]:
     """State that is not trained, the same on every rank; it is saved among the weights."""
     for name, buffer in model.named_buffers():
         yield Piece(name, tuple(buffer.shape), 0, buffer.view(-1), mesh.rank == 0)
+
+
+def logical_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of everything that `held("weight")` lists, in all layouts."""
+    shapes = {name: list(spec.logical_shape) for name, _, spec in logical_parameters(model)}
+    return shapes | {name: list(buffer.shape) for name, buffer in model.named_buffers()}
 
 
 def decay_groups(model: nn.Module) -> list[tuple[str, float, list[nn.Parameter]]]:
