@@ -1,5 +1,6 @@
 """The MoE layer and the decoder over several ranks against one process that holds all experts and all tokens."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -275,7 +276,13 @@ def check_sent_bytes() -> None:
             assert arrival.sent_bytes == sum(sent) > 0, (how, wire_dtype, node_size, sent)
 
 
-def check_uneven_nodes() -> None:
+def check_nodes() -> None:
+    """LOCAL_WORLD_SIZE says how large a node is, and `spawn` sets it; uneven nodes are refused where they matter."""
+    assert (create_mesh(4, 1).ep_node.size, os.environ["LOCAL_WORLD_SIZE"]) == (4, "4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        mesh = create_mesh(4, 1)
+    assert (mesh.ep_node.size, mesh.ep_across.size) == (2, 2)
     mesh = mesh_of(4, node_size=3)
     message = raised(ValueError, make_dispatcher, MoEConfig(dispatch="hierarchical"), mesh)
     assert "ep groups of 4 consecutive ranks lie unevenly on nodes of node_size=3" in message
@@ -348,7 +355,7 @@ def test_four_ranks_mean_what_one_process_means() -> None:
             check_overlap_changes_no_bit,
             check_low_precision_wires,
             check_sent_bytes,
-            check_uneven_nodes,
+            check_nodes,
             check_local_capacity_is_each_ranks_own,
             check_decoder,
         ],

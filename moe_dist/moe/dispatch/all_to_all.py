@@ -104,6 +104,5 @@ def _padded(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectRo
     block, local, held_Pe = max(int(sent_PPe.max()), 1), sent_PPe.shape[2], sent_PPe[:, ep.rank]
     cell_Pe = torch.arange(ep.size * local).view(ep.size, local) * block
     packed_S = ranges(cell_Pe, sent_PPe[ep.rank]).to(device)
-    slots_R = ranges(cell_Pe.t(), held_Pe.t()).to(device)
-    sizes = (local * block,) * ep.size
-    return DirectRoute(ep, sizes, sizes, packed_S), arrival_order(slots_R, held_Pe.sum(0).to(device), sum(sizes))
+    slots_R, sizes = ranges(cell_Pe.t(), held_Pe.t()), (local * block,) * ep.size
+    return DirectRoute(ep, sizes, sizes, packed_S), arrival_order(slots_R, held_Pe.sum(0), sum(sizes), device)

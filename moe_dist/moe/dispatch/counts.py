@@ -24,19 +24,22 @@ def order_of(plan: DispatchPlan, place_E: Tensor | None = None) -> RowOrder:
     return RowOrder.of(experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
 
 
-def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int) -> RowOrder:
+def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch.device) -> RowOrder:
     """Rows that go to one expert each, slots_R listing them expert after expert; rows not listed are padding."""
-    rows_X = torch.zeros(arrived, dtype=torch.int64, device=slots_R.device)
-    kept_X = torch.zeros(arrived, dtype=torch.bool, device=slots_R.device)
-    rows_X[slots_R] = torch.arange(slots_R.numel(), device=slots_R.device)
+    rows_per_expert, slots_R = tuple(counts_e.tolist()), slots_R.to(device)
+    rows_X = torch.zeros(arrived, dtype=torch.int64, device=device)
+    kept_X = torch.zeros(arrived, dtype=torch.bool, device=device)
+    rows_X[slots_R] = torch.arange(slots_R.numel(), device=device)
     kept_X[slots_R] = True
-    return RowOrder(counts_e, slots_R, rows_X[:, None], kept_X[:, None])
+    order = RowOrder(counts_e.to(device), slots_R, rows_X[:, None], kept_X[:, None])
+    vars(order)["rows_per_expert"] = rows_per_expert  # the host knows: nobody needs to wait for the device to ask
+    return order
 
 
 def dense_arrival(held_Pe: Tensor, device: torch.device) -> RowOrder:
     """The order of rows that arrive as (source rank, local expert), held_Pe of each, without padding."""
-    slots_R = transposed(held_Pe).to(device)
-    return arrival_order(slots_R, held_Pe.sum(0).to(device), slots_R.numel())
+    slots_R = transposed(held_Pe)
+    return arrival_order(slots_R, held_Pe.sum(0), slots_R.numel(), device)
 
 
 def transposed(cells_IJ: Tensor) -> Tensor:

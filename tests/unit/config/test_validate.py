@@ -89,6 +89,10 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"engine__name": "deepspeed", "engine__precision": "bf16"},
         ),
         ("dispatch=local with ep=2", {"model__moe__dispatch": "local", "parallel__ep": 2}),
+        (
+            "dispatch=hierarchical needs ep groups that lie evenly on nodes, but ep=4 is not divisible by node_size=3",
+            {"model__moe__dispatch": "hierarchical", "parallel__ep": 4, "parallel__node_size": 3},
+        ),
         ("ep=2 needs num_experts > 0", {"parallel__ep": 2, "model__moe__num_experts": 0}),
         (
             "num_shared_experts=1 needs num_experts > 0",
