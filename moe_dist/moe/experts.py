@@ -11,6 +11,7 @@ from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm import cpu, reference
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
+from moe_dist.kernels.permute.backend import permutation
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
@@ -36,6 +37,7 @@ class Experts(nn.Module):
             raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={mesh.ep.size // etp}")
         self.activation, self.backend = model.activation, moe.experts
         self.recompute = model.recompute == "activation"
+        self.permute = permutation(model.kernels)
         self.slices = mesh.tp if mesh.ep.size == 1 else Group()
         self.logical, self.uniform = widths, len(set(widths)) == 1
         # This rank's narrower experts, e of them: which part of the logical hidden units they are.
@@ -108,7 +110,9 @@ class Experts(nn.Module):
             from moe_dist.kernels.grouped_mm.triton import feed_forward as fused
 
             return fused(x_XD, weights_XK, order, w, self.activation, keep_activation=not self.recompute)
-        return reference.feed_forward(x_XD, weights_XK, order, w, self.activation, self.backend, widths, self.recompute)
+        return reference.feed_forward(
+            x_XD, weights_XK, order, w, self.activation, self.backend, widths, self.recompute, self.permute
+        )
 
 
 def expert_widths(model: ModelConfig) -> Sequence[int]:

@@ -50,7 +50,7 @@ class MoE(nn.Module):
         self.tp, self.etp = mesh.tp, mesh.etp
         self.router = ROUTERS[moe.router](model, layer, mesh)
         self.capacity = Capacity(moe, layer, mesh.world, index=(layer + 1) // moe.every - 1)
-        self.dispatcher = make_dispatcher(moe, mesh)
+        self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
         self.experts = Experts(model, mesh, out_std)
         self.shared = None
         if moe.num_shared_experts:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.kernels.activation import activate
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 
 Matmul = Callable[[Tensor, Sequence[Tensor] | Tensor, Sequence[int]], Tensor]
 
@@ -32,17 +32,19 @@ def feed_forward(
     backend: str,
     widths: Sequence[int] | None = None,
     recompute: bool = False,
+    permute: Permutation | None = None,
 ) -> Tensor:
     """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of the assignment: [X, D] -> [X, D].
 
     widths: hidden width of each expert where they differ; gate, up and out are then [sum of widths, D], and only `loop`
     can compute. recompute: keep the pre-activation alone and activate again in the backward pass.
     """
-    rows_RD = gather_rows(x_XD, order)
+    permute = permute or Permutation()
+    rows_RD = permute.gather_rows(x_XD, order)
     if rows_RD.shape[0] == 0:
         # Nothing arrived: stay in the graph, so that idle experts get zero gradients and no exchange is skipped.
         idle = sum(p.sum() for p in w if p is not None) * 0.0
-        return combine_rows(rows_RD + idle, weights_XK, order)
+        return permute.combine_rows(rows_RD + idle, weights_XK, order)
     counts = order.rows_per_expert
     if widths is None:
         matmul = GROUPED_MM[backend]
@@ -56,7 +58,7 @@ def feed_forward(
         rows_RD = checkpoint(out, gate_RF, up_RF, use_reentrant=False) if recompute else out(gate_RF, up_RF)
     else:
         rows_RD = _different_widths(rows_RD, counts, w, activation, widths)
-    return combine_rows(rows_RD, weights_XK, order)
+    return permute.combine_rows(rows_RD, weights_XK, order)
 
 
 def loop(rows_RN: Tensor, weight_eNM: Tensor, rows_per_expert: Sequence[int]) -> Tensor:

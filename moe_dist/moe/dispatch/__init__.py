@@ -1,6 +1,7 @@
 """The dispatcher named by config; `auto` has been resolved before (kernels/registry.py)."""
 
 from moe_dist.config.schema import MoEConfig
+from moe_dist.kernels.permute.backend import permutation
 from moe_dist.moe.dispatch.all_gather import AllGatherDispatcher
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.base import Arrival, Dispatcher, LocalDispatcher, split_experts
@@ -10,19 +11,20 @@ from moe_dist.parallel.mesh import Mesh
 __all__ = ["Arrival", "Dispatcher", "make_dispatcher", "split_experts"]
 
 
-def make_dispatcher(moe: MoEConfig, mesh: Mesh) -> Dispatcher:
+def make_dispatcher(moe: MoEConfig, mesh: Mesh, kernels: str = "torch") -> Dispatcher:
     """Raises ValueError for a kind that is not there, or that cannot do what else is asked for."""
     if moe.overlap_chunks > 1 and moe.dispatch != "all_to_all":
         raise ValueError(
             f"overlap_chunks={moe.overlap_chunks} is of dispatch=all_to_all, not {moe.dispatch}: set it to 1"
         )
+    permute = permutation(kernels)
     match moe.dispatch:
         case "local":
-            return LocalDispatcher(mesh)
+            return LocalDispatcher(mesh, permute)
         case "all_to_all":
-            return AllToAllDispatcher(mesh, moe.wire, moe.wire_dtype)
+            return AllToAllDispatcher(mesh, permute, moe.wire, moe.wire_dtype)
         case "hierarchical":
-            return HierarchicalDispatcher(mesh, moe.wire_dtype)
+            return HierarchicalDispatcher(mesh, permute, moe.wire_dtype)
         case "all_gather":
-            return AllGatherDispatcher(mesh, moe.wire_dtype)
+            return AllGatherDispatcher(mesh, permute, moe.wire_dtype)
     raise ValueError(f"unknown dispatch {moe.dispatch!r}: choose local, all_to_all, hierarchical or all_gather")

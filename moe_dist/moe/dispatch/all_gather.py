@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.moe.dispatch.base import Arrival
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
@@ -22,8 +22,8 @@ from moe_dist.parallel.mesh import Group, Mesh
 
 
 class AllGatherDispatcher:
-    def __init__(self, mesh: Mesh, wire_dtype: Format = "same") -> None:
-        self.ep, self.wire = mesh.ep, Wire.of(wire_dtype)
+    def __init__(self, mesh: Mesh, permute: Permutation, wire_dtype: Format = "same") -> None:
+        self.ep, self.permute, self.wire = mesh.ep, permute, Wire.of(wire_dtype)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
         # 1. Ranks may hold unequal numbers of tokens; only they know how many.
@@ -40,7 +40,7 @@ class AllGatherDispatcher:
         # 4. Assignments of this rank's experts.
         local = num_experts // self.ep.size
         target_XK = target_XK - self.ep.rank * local
-        order = RowOrder.of(target_XK, (target_XK >= 0) & (target_XK < local), local)
+        order = self.permute.sort_rows(target_XK, (target_XK >= 0) & (target_XK < local), local)
         decided = (self.ep.size - 1) * weights_TK.numel() * (weights_TK.itemsize + target_TK.itemsize)
         return Arrival(x_XD, weights_XK, order, (own, route), self.wire.sent_bytes(route, x_TD) + decided)
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.moe.dispatch.base import Arrival
 from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, sent_rows
@@ -25,13 +25,15 @@ from moe_dist.parallel.mesh import Group, Mesh
 
 
 class AllToAllDispatcher:
-    def __init__(self, mesh: Mesh, wire: Literal["ragged", "padded"], wire_dtype: Format = "same") -> None:
-        self.ep, self.padded, self.wire = mesh.ep, wire == "padded", Wire.of(wire_dtype)
+    def __init__(
+        self, mesh: Mesh, permute: Permutation, wire: Literal["ragged", "padded"], wire_dtype: Format = "same"
+    ) -> None:
+        self.ep, self.permute, self.padded, self.wire = mesh.ep, permute, wire == "padded", Wire.of(wire_dtype)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
         # 1. Gather kept assignments, sorted by expert, hence by the rank that holds it.
-        home = order_of(plan)
-        rows_SD = gather_rows(x_TD, home)
+        home = order_of(plan, self.permute)
+        rows_SD = self.permute.gather_rows(x_TD, home)
         # 2. Who sends how much to whom.
         route, order = self.route(sent_rows(plan, self.ep), x_TD.device)
         # 3. Exchange.
@@ -40,7 +42,7 @@ class AllToAllDispatcher:
 
     def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
         home, route = arrival.trip
-        return combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
+        return self.permute.combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
 
     def route(self, sent_PPe: Tensor, device: torch.device) -> tuple["DirectRoute", RowOrder]:
         """How rows travel, and the experts they arrive for. Rows leave as (rank, its expert)."""

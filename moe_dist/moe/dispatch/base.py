@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.moe.dispatch.counts import order_of
@@ -44,12 +45,13 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here, so nothing travels. The oracle of the others."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, permute: Permutation) -> None:
+        self.permute = permute
         if mesh.ep.size > 1:
             raise ValueError(f"dispatch=local needs all experts on every rank, but ep={mesh.ep.size}: use all_to_all")
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
-        return Arrival(x_TD, weights_TK, order_of(plan), trip=None)
+        return Arrival(x_TD, weights_TK, order_of(plan, self.permute), trip=None)
 
     def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
         return y_XD

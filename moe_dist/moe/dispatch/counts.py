@@ -7,6 +7,7 @@ sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
 import torch
 from torch import Tensor
 
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.parallel.mesh import Group
@@ -18,10 +19,10 @@ def sent_rows(plan: DispatchPlan, ep: Group) -> Tensor:
     return plan.kept_WE[first : first + ep.size].cpu().view(ep.size, ep.size, -1)
 
 
-def order_of(plan: DispatchPlan, place_E: Tensor | None = None) -> RowOrder:
+def order_of(plan: DispatchPlan, permute: Permutation, place_E: Tensor | None = None) -> RowOrder:
     """Kept assignments of this rank sorted by expert, or by place_E[expert], a permutation."""
     experts_TK = plan.experts_TK if place_E is None else place_E[plan.experts_TK]
-    return RowOrder.of(experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
+    return permute.sort_rows(experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
 
 
 def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch.device) -> RowOrder:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.kernels.permute.reference import combine_rows, gather_rows
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.moe.dispatch.base import Arrival
 from moe_dist.moe.dispatch.counts import dense_arrival, order_of, sent_rows, transposed
@@ -26,7 +26,8 @@ from moe_dist.parallel.mesh import Group, Mesh
 class HierarchicalDispatcher:
     """Raises ValueError when the nodes of an ep group hold unequal numbers of its ranks."""
 
-    def __init__(self, mesh: Mesh, wire_dtype: Format = "same") -> None:
+    def __init__(self, mesh: Mesh, permute: Permutation, wire_dtype: Format = "same") -> None:
+        self.permute = permute
         self.ep, self.node, self.across, self.wire = mesh.ep, mesh.ep_node, mesh.ep_across, Wire.of(wire_dtype)
         local = mesh.layout.ep_local
         assert (self.node.size, self.across.size) == (local, mesh.ep.size // local), "groups of another layout"
@@ -34,8 +35,8 @@ class HierarchicalDispatcher:
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
         # 1. Gather kept assignments, sorted by the place of their rank on its node, then by node, then by expert.
         sent_PPe = sent_rows(plan, self.ep)
-        home = order_of(plan, self._departure(sent_PPe.shape[2]).to(x_TD.device))
-        rows_SD = gather_rows(x_TD, home)
+        home = order_of(plan, self.permute, self._departure(sent_PPe.shape[2]).to(x_TD.device))
+        rows_SD = self.permute.gather_rows(x_TD, home)
         # 2. Two exchanges. Rows arrive as over one: by source rank, then by expert.
         route = self._route(sent_PPe, x_TD.device)
         x_XD = carry_out(rows_SD, route, self.wire)
@@ -44,7 +45,7 @@ class HierarchicalDispatcher:
 
     def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
         home, route = arrival.trip
-        return combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
+        return self.permute.combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
 
     def _departure(self, local_experts: int) -> Tensor:
         """place_E: where rows of each expert stand among those that leave."""

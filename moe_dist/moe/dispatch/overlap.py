@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectRoute
 from moe_dist.moe.dispatch.base import Dispatcher
@@ -38,8 +37,8 @@ def overlapped(
     assert isinstance(dispatcher, AllToAllDispatcher), "make_dispatcher refuses to overlap others"
     # 1. Gather kept assignments sorted by part, then by rank, then by expert.
     sent_PPe = sent_rows(plan, dispatcher.ep)
-    home = order_of(plan, _departure(sent_PPe, parts).to(x_TD.device))
-    rows_SD = gather_rows(x_TD, home)
+    home = order_of(plan, dispatcher.permute, _departure(sent_PPe, parts).to(x_TD.device))
+    rows_SD = dispatcher.permute.gather_rows(x_TD, home)
     # 2. Each part travels like a dispatch of its own.
     sent_nPPe = sent_PPe.unflatten(2, (parts, -1)).permute(2, 0, 1, 3)
     routes, orders = zip(*(dispatcher.route(sent, x_TD.device) for sent in sent_nPPe), strict=True)
@@ -55,7 +54,9 @@ def overlapped(
         y_XD = experts(x_XD, None, orders[i], w, widths)
         sent_home.append(voyage.start_home(i, y_XD))
     y_SD = voyage.unload(sent_home)
-    return combine_rows(y_SD, weights_TK, home), sum(dispatcher.wire.sent_bytes(route, x_TD) for route in routes)
+    return dispatcher.permute.combine_rows(y_SD, weights_TK, home), sum(
+        dispatcher.wire.sent_bytes(route, x_TD) for route in routes
+    )
 
 
 def _departure(sent_PPe: Tensor, parts: int) -> Tensor:

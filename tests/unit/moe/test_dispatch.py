@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.schema import MoEConfig
+from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity, DispatchPlan
@@ -163,7 +164,7 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
     layout = Layout(ranks, ranks, node_size=node_size)
     routes, rows = [], []
     for rank in range(ranks):
-        dispatcher = HierarchicalDispatcher(hierarchical_mesh(layout, rank))
+        dispatcher = HierarchicalDispatcher(hierarchical_mesh(layout, rank), Permutation())
         routes.append(dispatcher._route(sent_PPe, torch.device("cpu")))
         place_E, sent_E = dispatcher._departure(local), sent_PPe[rank].flatten()
         by_place = place_E.argsort()
@@ -208,8 +209,8 @@ def test_order_by_place() -> None:
     """Tokens want experts 2, 0, 1, 2; expert 2 leaves first, then 0; expert 1's is dropped."""
     experts_TK, kept_TK = torch.tensor([[2], [0], [1], [2]]), torch.tensor([[True], [True], [False], [True]])
     plan = DispatchPlan(experts_TK, kept_TK, torch.zeros(1, 3), torch.zeros(1, 3), None)
-    assert order_of(plan).slots_R.tolist() == [1, 0, 3]
-    assert order_of(plan, torch.tensor([1, 2, 0])).slots_R.tolist() == [0, 3, 1]
+    assert order_of(plan, Permutation()).slots_R.tolist() == [1, 0, 3]
+    assert order_of(plan, Permutation(), torch.tensor([1, 2, 0])).slots_R.tolist() == [0, 3, 1]
 
 
 # What travels

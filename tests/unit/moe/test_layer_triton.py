@@ -25,10 +25,11 @@ def outcome(router: str, **changes: object) -> dict[str, Tensor]:
     return gradients(layer) | {"x": x_TD.grad, "y": y_TD, "aux": stats.aux_loss, "load": stats.load_E.float()}
 
 
+@pytest.mark.parametrize("experts", ["loop", "triton"])
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn"])
-def test_layer(router: str) -> None:
+def test_layer(router: str, experts: str) -> None:
     settings = {"capacity_factor": 0.75, "balance_scope": "sequence", "num_shared_experts": 1, "expert_bias": True}
-    expected, found = outcome(router, **settings), outcome(router, **settings, **TRITON)
+    expected, found = outcome(router, **settings), outcome(router, **settings, **TRITON | {"experts": experts})
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
