@@ -11,16 +11,12 @@ slower moment of the machine meets all of them. A step is forward, backward, cli
 """
 
 import argparse
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 import transformers
+from race import cpu_name, profile, race, restart_like_a_launch_script
 from torch import Tensor
 
 from moe_dist.config.schema import EngineConfig, ModelConfig, MoEConfig, OptimConfig
@@ -32,7 +28,6 @@ from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.random import RandomKey
 
-LAUNCH_ENV = Path(__file__).resolve().parents[1] / "launch/env.sh"
 OPTIM = OptimConfig(lr=3e-4)
 Step = Callable[[Tensor], float]  # tokens [B, S + 1] -> loss
 
@@ -104,42 +99,6 @@ def theirs(model: ModelConfig, precision: str) -> Step:
     return step
 
 
-def race(
-    contestants: dict[str, Step], steps: int, warm_up: int, shape: tuple[int, int], vocab: int
-) -> dict[str, float]:
-    """Median seconds of a step of each contestant, taking turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    generator = torch.Generator().manual_seed(0)
-    for index in range(warm_up + steps):
-        tokens = torch.randint(vocab, (shape[0], shape[1] + 1), generator=generator)
-        for name, step in contestants.items():
-            start = time.perf_counter()
-            step(tokens)
-            if index >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def profile(step: Step, shape: tuple[int, int], vocab: int) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(3):
-            step(torch.randint(vocab, (shape[0], shape[1] + 1)))
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
-
-
-def restart_like_a_launch_script() -> None:
-    """Threads and malloc are set when a process starts: begin again with launch/env.sh, for all contestants alike."""
-    if os.environ.get("BENCHMARK_ENV") != "ready":
-        script = 'source "$0" 1 && BENCHMARK_ENV=ready exec "$@"'
-        os.execvp("bash", ["bash", "-c", script, str(LAUNCH_ENV), sys.executable, *sys.argv])
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
@@ -162,7 +121,9 @@ def main() -> None:
         contestants = {f"moe_dist {m.moe.experts}": ours(m, precision) for m in routed}
         first = next(iter(contestants.values()))
         contestants |= {"transformers": theirs(model, precision), "dense bound": ours(dense, precision)}
-        seconds = race(contestants, args.steps, args.warm_up, shape, model.vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randint, model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
+        seconds = race(contestants, draw, args.steps, args.warm_up)
 
         note = "; transformers keeps parameters and moments in bf16, moe_dist in fp32" if precision == "bf16" else ""
         backends = ", ".join(f"{k}: {v}" for k, v in describe_backends(model, "cpu").items())
@@ -175,7 +136,7 @@ def main() -> None:
             rates = f"{tokens:10.0f}{ratios[0]:16.2f}{ratios[1]:9.2f}{tokens * flops / 1e9:9.0f}"
             print(f"{name:24}{median * 1e3:8.0f}{rates}")
         if args.profile:
-            profile(first, shape, model.vocab_size)
+            profile(first, draw)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def activate_into(gate: Tensor | None, up: Tensor, name: str, out: Tensor) -> Te
 def activate_backward_into(
     grad: Tensor, gate: Tensor | None, up: Tensor, name: str, out: Tensor, grad_gate: Tensor | None, grad_up: Tensor
 ) -> None:
-    """From the gradient of the activation: the gradients of gate and up, and `out` = the activation once more."""
+    """From the gradient of the activation: the gradients of gate and up, and `out` = the activation once more.
+
+    For relu, `out` may be `up` where that has been activated in place.
+    """
     if gate is not None and grad_gate is not None:
         _bend(gate, name, out)
         torch.mul(grad, out, out=grad_up)
@@ -71,7 +74,8 @@ def activate_backward_into(
         _aten.gelu.out(up, out=out)
         _aten.gelu_backward.grad_input(grad, up, grad_input=grad_up)
     else:
-        torch.clamp_min(up, 0, out=out)
+        if out is not up:
+            torch.clamp_min(up, 0, out=out)
         if name == "relu":
             _aten.threshold_backward.grad_input(grad, up, 0, grad_input=grad_up)
         else:

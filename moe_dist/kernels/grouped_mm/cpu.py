@@ -1,19 +1,20 @@
 """The experts on CPU: gather, products, activation and weighted sum in one pass over the experts.
 
 What makes it faster than a permutation, grouped products and a permutation back: an expert's rows are gathered into a
-small buffer and are still in cache for each of its products and activations, forward and backward; products write
-where their result is wanted; only x and the pre-activations are kept, rows and activations are made again; the weights
-of the sum are folded into the smallest tensors (outputs, not hidden units), and their gradient is read off the hidden
-units, so that the experts' outputs are never kept.
+small buffer and are still in cache for each of its products and activations, forward and backward; only x and the
+pre-activations are kept, rows and activations are made again; the weights of the sum are folded into the smallest
+tensors (rows of width D, not hidden units), and their gradient is read off the hidden units, so that the experts'
+outputs are never kept.
 
-Low precision adds zero rows to each expert's up to a multiple of `_BLOCK`: oneDNN compiles a kernel for every new
-number of rows, and experts receive another number at each step. In a buffer of all rows they lie where the next
+Where products are compiled for every new number of rows (onednn.py), each expert's rows are followed by zero rows up
+to a multiple of the block: experts receive another number at each step. In a buffer of all rows they lie where the next
 expert's rows will be written, so they cost no place; in the backward pass their gradients are zeros.
 
 Legend: X rows of x, K assignments of each, R rows kept, sorted by expert, D d_model, F hidden units of an expert, e
-experts, C rows of the fullest expert, c rows of this one; C, c and P (rows of all experts) count the zero rows.
+experts, C rows of the fullest expert, c rows of this one; C and c count the zero rows.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,10 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.activation import activate_backward_into, activate_into, gated
+from moe_dist.kernels.grouped_mm.onednn import linear, row_block
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
-
-_BLOCK = 16
 
 
 def replaces(backend: str, device_type: str) -> bool:
@@ -52,12 +52,11 @@ def feed_forward(
 
 
 class _Span(NamedTuple):
-    """Where one expert's rows are: start to stop among R; `size` with the zero rows; `cells` among P x F."""
+    """Where one expert's rows are among R: start to stop; `size` counts the zero rows after them."""
 
     start: int
     stop: int
     size: int
-    cells: slice
 
     @property
     def padded(self) -> slice:
@@ -75,122 +74,111 @@ class _FeedForward(torch.autograd.Function):
         weights_XK: Tensor | None,
         *parts: Tensor | None,
     ) -> Tensor:
-        w = ExpertWeights._make(parts)
-        block = _BLOCK if x_XD.dtype in (torch.bfloat16, torch.float16) else 1
-        spans = _spans(order.rows_per_expert, widths or (w.up.shape[1],) * w.up.shape[0], block)
-        pre = x_XD.new_empty(1 if w.gate is None else 2, spans[-1].cells.stop)
-        x_CD, act = x_XD.new_empty(_most_rows(spans), x_XD.shape[1]), x_XD.new_empty(_most_cells(spans))
+        block = row_block(x_XD.dtype)
+        spans = _spans(order.rows_per_expert, block)
+        x_CD = x_XD.new_empty(max(span.size for span in spans), x_XD.shape[1])
         y_RD = x_XD.new_empty(spans[-1].stop + block, x_XD.shape[1])
-        for span, own in zip(spans, _each(w, widths), strict=True):
+        pre: list[Tensor | None] = []
+        for span, own in zip(spans, _each(ExpertWeights._make(parts), widths), strict=True):
             if span.size == 0:
+                pre += [None, None]
                 continue
             x_cD = _gather(x_XD, order.source_R, span, x_CD)
-            gate_cF, up_cF = None, _linear(x_cD, own.up.t(), own.up_bias, _hidden(pre[-1], span))
-            if own.gate is not None:
-                gate_cF = _linear(x_cD, own.gate.t(), own.gate_bias, _hidden(pre[0], span))
-            act_cF = activate_into(gate_cF, up_cF, name, act[: up_cF.numel()].view_as(up_cF))
-            _linear(act_cF, own.out, own.out_bias, y_RD[span.padded])
-        ctx.save_for_backward(x_XD, weights_XK, pre, *parts)
-        ctx.order, ctx.name, ctx.widths, ctx.spans, ctx.block = order, name, widths, spans, block
+            gate_cF = None if own.gate is None else linear(x_cD, own.gate, own.gate_bias)
+            up_cF = linear(x_cD, own.up, own.up_bias)
+            act_cF = activate_into(gate_cF, up_cF, name, torch.empty_like(up_cF))
+            linear(act_cF, own.out.t(), own.out_bias, out=y_RD[span.padded])
+            pre += [gate_cF, up_cF]
+        ctx.save_for_backward(x_XD, weights_XK, *parts, *pre)
+        ctx.order, ctx.name, ctx.widths, ctx.spans = order, name, widths, spans
         return _sum_rows(y_RD, weights_XK, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor | None, ...]:
-        x_XD, weights_XK, pre, *parts = ctx.saved_tensors
-        order, spans, grad_XD = ctx.order, ctx.spans, grad_XD.contiguous()
-        grads = ExpertWeights._make(None if part is None else torch.empty_like(part) for part in parts)
-        padded = spans[-1].stop + ctx.block
-        grad_x_RD, weight_R = x_XD.new_empty(padded, x_XD.shape[1]), None
+        x_XD, weights_XK, *saved = ctx.saved_tensors
+        parts, pre = saved[: len(ExpertWeights._fields)], saved[len(ExpertWeights._fields) :]
+        grads = [None if part is None else torch.empty_like(part) for part in parts]
+        order, spans, grad_XD, block = ctx.order, ctx.spans, grad_XD.contiguous(), row_block(x_XD.dtype)
+        x_CD, grad_CD = x_XD.new_empty(2, max(span.size for span in spans), x_XD.shape[1])
+        grad_x_RD = x_XD.new_empty(spans[-1].stop + block, x_XD.shape[1])
+        weight_R = dots_R = None
         if weights_XK is not None:
             # Blocks reach past the last row: those weights are read, but multiply zeros.
-            weight_R = F.pad(weights_XK.flatten()[order.slots_R].to(x_XD.dtype), (0, ctx.block))
-        scratch = _Scratch(spans, ctx.name, x_XD)
-        owns, own_grads = _each(ExpertWeights._make(parts), ctx.widths), _each(grads, ctx.widths)
-        for span, own, grad in zip(spans, owns, own_grads, strict=True):
+            weight_R = F.pad(weights_XK.flatten()[order.slots_R].to(x_XD.dtype), (0, block))
+            dots_R = weights_XK.new_empty(spans[-1].stop)
+        owns, own_grads = (_each(ExpertWeights._make(w), ctx.widths) for w in (parts, grads))
+        for span, own, grad, gate_cF, up_cF in zip(spans, owns, own_grads, pre[::2], pre[1::2], strict=True):
             if span.size == 0:
                 _zero(grad)
                 continue
-            x_cD = _gather(x_XD, order.source_R, span, scratch.x_CD)
-            grad_cD = _gather(grad_XD, order.source_R, span, scratch.grad_CD)
-            pre_cF = [_hidden(part, span) for part in pre]
-            weight_c = None if weight_R is None else weight_R[span.padded]
-            _backward(x_cD, grad_cD, pre_cF, weight_c, own, grad, scratch, grad_x_RD[span.padded], span)
+            x_cD = _gather(x_XD, order.source_R, span, x_CD)
+            grad_cD = _gather(grad_XD, order.source_R, span, grad_CD)
+            hidden = _through_activation(grad_cD, gate_cF, up_cF, own, ctx.name)
+            weight_c = None
+            if weight_R is not None and dots_R is not None:
+                dots_R[span.start : span.stop] = hidden.dots(grad_cD, own)[: span.stop - span.start]
+                # Each product of a row with a gradient needs its weight once: D is the smaller side to carry it.
+                weight_c = weight_R[span.padded]
+                x_cD.mul_(weight_c[:, None])
+                grad_cD.mul_(weight_c[:, None])
+            hidden.into_parameters(x_cD, grad_cD, weight_c, grad)
+            hidden.into_rows(own, grad_x_RD[span.padded])
         grad_weights_XK = None
         if weights_XK is not None:
-            dots_N = weights_XK.new_zeros(weights_XK.numel())
-            dots_N[order.slots_R] = scratch.dots_R.to(dots_N.dtype)
-            grad_weights_XK = dots_N.view_as(weights_XK)
+            grad_weights_XK = weights_XK.new_zeros(weights_XK.shape)
+            grad_weights_XK.view(-1)[order.slots_R] = dots_R
         return None, None, None, _sum_rows(grad_x_RD, weights_XK, order), grad_weights_XK, *grads
 
 
-class _Scratch:
-    """What the experts' backward passes share: buffers for one expert, and the weights' gradients of all rows."""
+class _Hidden(NamedTuple):
+    """One expert's hidden units in the backward pass: activations, their gradients, those of the pre-activations."""
 
-    def __init__(self, spans: list[_Span], name: str, like: Tensor) -> None:
-        self.name = name
-        self.x_CD, self.grad_CD = like.new_empty(2, _most_rows(spans), like.shape[1]).unbind(0)
-        self.hidden = like.new_empty(4 if gated(name) else 3, _most_cells(spans))
-        self.dots_R = like.new_empty(spans[-1].stop, dtype=torch.promote_types(like.dtype, torch.float32))
+    act_cF: Tensor
+    grad_act_cF: Tensor
+    grad_gate_cF: Tensor | None
+    grad_up_cF: Tensor
 
+    def dots(self, grad_cD: Tensor, own: ExpertWeights) -> Tensor:
+        """<E(x), grad> of each row, the gradient of its weight: <act, grad_act>, as E(x) = act out + bias."""
+        wide = torch.promote_types(grad_cD.dtype, torch.float32)
+        dots_c = self.grad_act_cF.mul_(self.act_cF).sum(-1, dtype=wide)
+        return dots_c if own.out_bias is None else dots_c + torch.mv(grad_cD, own.out_bias)
 
-def _backward(
-    x_cD: Tensor,
-    grad_cD: Tensor,
-    pre_cF: list[Tensor],
-    weight_c: Tensor | None,
-    own: ExpertWeights,
-    grad: ExpertWeights,
-    scratch: _Scratch,
-    grad_x_cD: Tensor,
-    span: _Span,
-) -> None:
-    """Fills `grad`, grad_x_cD (not yet times the weight) and the gradients of weights, <E(x), grad_y>; overwrites
-    x_cD and grad_cD."""
-    up_cF = pre_cF[-1]
-    act_cF, grad_act_cF, *grad_pre_cF = (part[: up_cF.numel()].view_as(up_cF) for part in scratch.hidden)
-    torch.mm(grad_cD, own.out.t(), out=grad_act_cF)
-    gates = (None, None) if own.gate is None else (pre_cF[0], grad_pre_cF[0])
-    activate_backward_into(grad_act_cF, gates[0], up_cF, scratch.name, act_cF, gates[1], grad_pre_cF[-1])
-    if weight_c is not None:
-        dots_c = scratch.dots_R[span.start : span.stop]
-        torch.sum(grad_act_cF.mul_(act_cF)[: len(dots_c)], -1, dtype=dots_c.dtype, out=dots_c)
-        if own.out_bias is not None:
-            dots_c += torch.mv(grad_cD, own.out_bias)[: len(dots_c)]
-        # From here on each product of a row needs its weight once: D is the smaller side to carry it.
-        x_cD.mul_(weight_c[:, None])
-        grad_cD.mul_(weight_c[:, None])
-    torch.mm(act_cF.t(), grad_cD, out=grad.out)
-    if grad.out_bias is not None:
-        torch.sum(grad_cD, 0, out=grad.out_bias)
-    torch.mm(grad_pre_cF[-1], own.up, out=grad_x_cD)
-    if own.gate is not None:
-        grad_x_cD.addmm_(grad_pre_cF[0], own.gate)
-    wanted = [grad.up] if grad.gate is None else [grad.gate, grad.up]
-    biases = [grad.up_bias] if grad.gate is None else [grad.gate_bias, grad.up_bias]
-    for weight_grad, bias_grad, hidden_cF in zip(wanted, biases, grad_pre_cF, strict=True):
-        torch.mm(hidden_cF.t(), x_cD, out=weight_grad)
-        if bias_grad is not None and weight_c is not None:
-            torch.mm(weight_c[None], hidden_cF, out=bias_grad[None])
-        elif bias_grad is not None:
-            torch.sum(hidden_cF, 0, out=bias_grad)
+    def into_parameters(self, x_cD: Tensor, grad_cD: Tensor, weight_c: Tensor | None, grad: ExpertWeights) -> None:
+        """Fill the expert's gradients; x and grad are weighed already, the hidden units are not."""
+        torch.mm(self.act_cF.t(), grad_cD, out=grad.out)
+        if grad.out_bias is not None:
+            torch.sum(grad_cD, 0, out=grad.out_bias)
+        inputs = ((grad.gate, grad.gate_bias, self.grad_gate_cF), (grad.up, grad.up_bias, self.grad_up_cF))
+        for grad_weight_FD, grad_bias_F, hidden_cF in inputs:
+            if hidden_cF is None:
+                continue
+            torch.mm(hidden_cF.t(), x_cD, out=grad_weight_FD)
+            if grad_bias_F is not None and weight_c is not None:
+                torch.mm(weight_c[None], hidden_cF, out=grad_bias_F[None])
+            elif grad_bias_F is not None:
+                torch.sum(hidden_cF, 0, out=grad_bias_F)
+
+    def into_rows(self, own: ExpertWeights, out_cD: Tensor) -> None:
+        """Fill the gradient of the rows, without their weight."""
+        linear(self.grad_up_cF, own.up.t(), out=out_cD)
+        if own.gate is not None and self.grad_gate_cF is not None:
+            out_cD += linear(self.grad_gate_cF, own.gate.t())
 
 
-def _spans(rows_per_expert: tuple[int, ...], widths: tuple[int, ...], block: int) -> list[_Span]:
-    spans, start, cell = [], 0, 0
-    for count, width in zip(rows_per_expert, widths, strict=True):
-        size = -(-count // block) * block
-        spans.append(_Span(start, start + count, size, slice(cell, cell + size * width)))
-        start, cell = start + count, cell + size * width
-    return spans
+def _through_activation(
+    grad_cD: Tensor, gate_cF: Tensor | None, up_cF: Tensor, own: ExpertWeights, name: str
+) -> _Hidden:
+    grad_act_cF, act_cF, grad_up_cF = linear(grad_cD, own.out), torch.empty_like(up_cF), torch.empty_like(up_cF)
+    grad_gate_cF = None if gate_cF is None else torch.empty_like(gate_cF)
+    activate_backward_into(grad_act_cF, gate_cF, up_cF, name, act_cF, grad_gate_cF, grad_up_cF)
+    return _Hidden(act_cF, grad_act_cF, grad_gate_cF, grad_up_cF)
 
 
-def _most_rows(spans: list[_Span]) -> int:
-    return max(span.size for span in spans)
-
-
-def _most_cells(spans: list[_Span]) -> int:
-    return max(span.cells.stop - span.cells.start for span in spans)
+def _spans(rows_per_expert: tuple[int, ...], block: int) -> list[_Span]:
+    ends = itertools.accumulate(rows_per_expert)
+    return [_Span(end - n, end, -(-n // block) * block) for n, end in zip(rows_per_expert, ends, strict=True)]
 
 
 def _each(w: ExpertWeights, widths: tuple[int, ...] | None) -> list[ExpertWeights]:
@@ -203,10 +191,6 @@ def _each(w: ExpertWeights, widths: tuple[int, ...] | None) -> list[ExpertWeight
         else:
             cut.append(part.unbind(0) if widths is None or field == "out_bias" else part.split(widths))
     return [ExpertWeights._make(own) for own in zip(*cut, strict=True)]
-
-
-def _hidden(flat: Tensor, span: _Span) -> Tensor:
-    return flat[span.cells].view(span.size, -1)
 
 
 def _gather(x_XD: Tensor, source_R: Tensor, span: _Span, out_CD: Tensor) -> Tensor:
@@ -222,10 +206,6 @@ def _zero(grad: ExpertWeights) -> None:
     for part in grad:
         if part is not None:
             part.zero_()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 
 
 def _sum_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
