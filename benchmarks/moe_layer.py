@@ -9,7 +9,7 @@ Cells: shapes (a) and (b) of benchmarks/cells.py, dropless and capacity factor 1
 dropless with 128 tokens, where reading and writing the experts' weights is all the work. GFLOP/s count the chosen
 experts' products, nothing dropped; their share is of the largest rate of one product on this machine.
 
-Results are added to benchmarks/moe_layer.json, cell by cell; `--plot` draws them.
+Results are added to plots/moe_layer.json, cell by cell; `--plot` draws them.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=4, help="rounds before them")
     parser.add_argument("--profile", action="store_true", help="also print where our layer's time goes")
-    parser.add_argument("--json", type=Path, default=HERE / "moe_layer.json")
+    parser.add_argument("--json", type=Path, default=HERE / "plots/moe_layer.json")
     parser.add_argument("--plot", action="store_true", help="only draw what is in the JSON file")
     args = parser.parse_args()
     if args.plot:
