@@ -1,4 +1,4 @@
-"""The MoE layer and the decoder over several ranks against one process that holds all experts and all tokens."""
+"""The MoE layer over several ranks against one process that holds all experts and all tokens."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.config import Config, ModelConfig, MoEConfig
+from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.kernels.route.reference import route
@@ -21,14 +21,13 @@ from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import Routing, StepContext
 from moe_dist.parallel import collectives
-from moe_dist.parallel.collectives import all_gather, all_reduce
+from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from tests.dist.helpers import KEY, TinyRun, assert_same, logical, raised, run_checks, tiny_config
+from tests.dist.helpers import KEY, assert_same, raised, run_checks
 
 T, D, E = 32, 8, 8  # tokens of the whole micro-step, width, experts
 TENSOR = ((1, False), (2, False), (2, True))  # tp, sequence_parallel
-LAYOUTS = [(ep, tp, sp) for ep in (1, 2, 4) for tp, sp in TENSOR]
 FLOAT64 = dict(rtol=1e-9, atol=1e-11)
 # All ways to carry rows, and ranks of a node. `overlap_chunks` divides the experts of a rank, of which ep 4 leaves two.
 CARRIERS: list[tuple[dict[str, Any], int | None]] = [
@@ -108,13 +107,13 @@ class Case:
         sequence_parallel: bool = False,
         tokens: Sequence[int] | None = None,
     ) -> None:
-        """Output, gradients of tokens, combine weights and parameters. tokens: of each rank, where they are not equal."""
+        """Output, gradients of tokens, combine weights and parameters. tokens: of each rank, where not equal."""
         cut = mesh.world if sequence_parallel or mesh.tp.size == 1 else mesh.dp
         own = part_of(cut.rank, tokens or (len(self.x_TD) // cut.size,) * cut.size)
         routed = part_of(mesh.rank, tokens or (len(self.x_TD) // mesh.world.size,) * mesh.world.size)
         moe = replace(self.moe, **how)
         found, layer = self.run(mesh, moe, sequence_parallel, own)
-        where = f"ep {mesh.layout.ep} etp {mesh.etp} tp {mesh.tp.size} {sequence_parallel=} nodes {mesh.ep_node.size} {moe}"
+        where = f"ranks {mesh.layout} etp {mesh.etp} {sequence_parallel=} {moe}"
         pairs = [("y", found.y_TD, expected.y_TD[own]), ("x", found.grad_x_TD, expected.grad_x_TD[own])]
         if expected.grad_weights_TK is not None:
             pairs.append(("weights", found.grad_weights_TK, expected.grad_weights_TK[routed]))
@@ -166,13 +165,14 @@ def check_layer() -> None:
     """Every way to carry rows, in every layout of 4 ranks, means what one process means."""
     for number, case in enumerate(CASES):
         expected = case.alone()
-        # The first case meets every layout, the others sequence parallelism or none beside tp 1.
+        # The first case meets everything; the others sequence parallelism or none beside tp 1, and no padded overlap.
         for tp, sequence_parallel in TENSOR if number == 0 else (TENSOR[0], TENSOR[1 + number % 2]):
             for ep, etp in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
                 if etp > 1 and case.moe.expert_bias:
                     continue  # validate refuses it
                 for how, node_size in carriers(ep, etp):
-                    case.compare(expected, mesh_of(ep, tp, etp, node_size), how, sequence_parallel)
+                    if number == 0 or {"wire", "overlap_chunks"} - how.keys():
+                        case.compare(expected, mesh_of(ep, tp, etp, node_size), how, sequence_parallel)
     assert max(CASES[-1].alone().load) == T
 
 
@@ -193,7 +193,8 @@ def check_overlap_changes_no_bit() -> None:
     depends on their alignment: 16 numbers keep it.)"""
     mesh, moe = mesh_of(2), MoEConfig(num_experts=E, top_k=2, capacity_factor=1.0, dispatch="all_to_all")
     own = part_of(mesh.rank, (T // 4,) * 4)
-    for changes in (dict(), dict(wire="padded"), dict(wire_dtype="bf16"), dict(wire_dtype="fp8"), dict(experts="loop", d_ff=16)):
+    wires = [dict(wire="padded"), dict(wire_dtype="bf16"), dict(wire_dtype="fp8")]
+    for changes in (dict(), *wires, dict(experts="loop", d_ff=16)):
         case = Case(replace(moe, **changes))
         whole, _ = case.run(mesh, case.moe, False, own)
         for parts in (2, 4):
@@ -301,51 +302,6 @@ def check_local_capacity_is_each_ranks_own() -> None:
     assert sum(found.kept) < sum(found.load) == T * 2
 
 
-def check_decoder() -> None:
-    """Loss, statistics, logits and every reduced gradient, in float64 through the native engine."""
-    changes: dict[str, Any] = {
-        "model__moe__experts": "loop",
-        "model__moe__capacity_factor": 1.0,
-        "model__moe__num_experts": 8,
-        "train__accumulation": 2,
-    }
-    alone = TinyRun(tiny_config(**changes), single_process_mesh(), torch.float64)
-    loss, expected = alone.forward_backward(0)
-    grads, norm = logical(alone.engine, "grad"), alone.engine.update(1e-3)
-    logits = all_logits(alone)
-    for ep, tp, sp in LAYOUTS:
-        mesh = mesh_of(ep, tp, node_size=2)
-        hows: list[dict[str, Any]] = [dict(wire="ragged", recompute="none"), dict(wire="padded", recompute="block")]
-        if ep == 4:
-            hows += [dict(overlap_chunks=2, recompute="block"), dict(dispatch="hierarchical", recompute="block")]
-            hows += [dict(dispatch="all_gather", recompute="block")]
-        for how in hows:
-            recompute = how.pop("recompute")
-            layout = {"parallel__ep": ep, "parallel__tp": tp, "parallel__sequence_parallel": sp}
-            carried = {f"model__moe__{name}": value for name, value in (dict(dispatch="all_to_all") | how).items()}
-            config = tiny_config(**changes, **layout, **carried, model__recompute=recompute)
-            run = TinyRun(config, mesh, torch.float64)
-            found, output = run.forward_backward(0)
-            assert abs(found - loss) < 1e-10, (config, found, loss)
-            for stats, reference in zip(output.stats, expected.stats, strict=True):
-                assert stats.load_E.tolist() == reference.load_E.tolist()
-                assert stats.kept_E.tolist() == reference.kept_E.tolist()
-            assert_same(logical(run.engine, "grad"), grads, rtol=1e-7, atol=1e-10)
-            assert abs(run.engine.update(1e-3) / norm - 1) < 1e-9
-            torch.testing.assert_close(all_logits(run), logits, rtol=1e-7, atol=1e-9)
-
-
-def all_logits(run: TinyRun) -> Tensor:
-    """Logits of the next micro-batch, dropless, of all sequences."""
-    tokens_BS, targets_BS = run.batch(1)
-    context = StepContext(KEY, "dropless")
-    logits_BSV = run.engine.evaluate(tokens_BS, None, context, "logits")
-    losses_BS = run.engine.evaluate(tokens_BS, targets_BS, context, "token_losses")
-    chosen_BS = logits_BSV.log_softmax(-1).gather(2, targets_BS[..., None])[..., 0]
-    torch.testing.assert_close(losses_BS, -chosen_BS, rtol=1e-7, atol=1e-9)
-    return all_gather(logits_BSV, run.mesh.dp)
-
-
 def test_four_ranks_mean_what_one_process_means() -> None:
     run_checks(
         4,
@@ -357,61 +313,5 @@ def test_four_ranks_mean_what_one_process_means() -> None:
             check_sent_bytes,
             check_nodes,
             check_local_capacity_is_each_ranks_own,
-            check_decoder,
         ],
     )
-
-
-def check_idle_experts(steps: int, changes: dict[str, Any]) -> None:
-    """Every token goes to expert 0 for many steps: the others' gradients are zero, and nobody waits for them."""
-    config: Config = tiny_config(
-        parallel__ep=4,
-        model__num_layers=1,
-        model__moe__top_k=1,
-        model__moe__balance_loss_coef=0.0,  # both would pull the router away from expert 0
-        model__moe__z_loss_coef=0.0,
-        **changes,
-    )
-    run = TinyRun(config, create_mesh(4, 1))
-    with torch.no_grad():
-        for piece in run.engine.held("weight"):
-            # The first feature of every token is large, and only expert 0 looks at it.
-            if piece.name == "embedding.weight":
-                set_column(piece.values, piece.start, 32, 4.0)
-            elif piece.name.endswith("router.weight"):
-                piece.values.zero_()
-                if piece.start == 0 and len(piece.values):
-                    piece.values[0] = 20.0
-    run.engine.restore(0)
-    for step in range(steps):
-        loss, output = run.forward_backward(step)
-        load = output.stats[0].load_E.tolist()
-        assert load == [128, 0, 0, 0], f"step {step}: {load}"
-        for piece in run.engine.held("grad"):
-            if "experts.w_" in piece.name:
-                square = float(piece.values.double().square().sum())
-                assert (square > 0) is (dist.get_rank() == 0), f"step {step}: {piece.name} {square}"
-        norm = run.engine.update(config.optim.lr)
-        assert 0 < norm < 1e6 and 0 < loss < 10, f"step {step}: loss {loss}, norm {norm}"
-
-
-def set_column(values: Tensor, start: int, width: int, value: float) -> None:
-    """Set the first column of this range of a flattened [rows, width] matrix."""
-    index = torch.arange(start, start + values.numel())
-    values[index % width == 0] = value
-
-
-IDLE: list[tuple[int, dict[str, Any]]] = [
-    (100, {"model__moe__capacity_factor": None}),
-    (20, {"model__moe__capacity_factor": 1.0, "model__moe__wire": "padded"}),
-    (100, {"model__moe__capacity_factor": None, "engine__name": "deepspeed", "engine__zero_stage": 1}),
-]
-
-
-def check_all_idle_cases() -> None:
-    for steps, changes in IDLE:
-        check_idle_experts(steps, changes)
-
-
-def test_idle_experts_and_ranks_never_hang() -> None:
-    run_checks(4, [check_all_idle_cases])
