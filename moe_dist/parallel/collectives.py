@@ -12,7 +12,6 @@ Tensors are cut and joined along dim 0, which is always the tokens (or the rows 
 | gather_from_group   | all-gather         | own slice          | tokens after it                                    |
 | gather_sequence     | all-gather         | reduce-scatter     | sequence parallelism: into a tensor-parallel region |
 | scatter_sequence    | reduce-scatter     | all-gather         | sequence parallelism: out of it                    |
-| all_to_all          | rows to their rank | rows back          | expert dispatch and combine                        |
 
 (Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, arXiv 2205.05198, section 4.2.)
 """
@@ -185,18 +184,6 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather(grad, ctx.group), None
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return exchange_rows(x, send, receive, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange_rows(grad, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
     """Identity; the gradient is summed over the group."""
     return _CopyToGroup.apply(x, group) if group.size > 1 else x
@@ -231,8 +218,3 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
 def scatter_sequence(x: Tensor, group: Group) -> Tensor:
     """Partial sums -> own slice of the sum; the gradient slices are gathered."""
     return _ScatterSequence.apply(x, group) if group.size > 1 else x
-
-
-def all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-    """Differentiable `exchange_rows`."""
-    return _AllToAll.apply(x, send, receive, group) if group.size > 1 else x

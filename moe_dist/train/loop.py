@@ -69,7 +69,9 @@ class Trainer:
         config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
         parallel = config.parallel
-        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size=parallel.node_size)
+        # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
+        node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
+        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size)
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.sampler = SequenceSampler(
             len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
