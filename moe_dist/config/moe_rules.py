@@ -78,7 +78,9 @@ def _capacity_rules(config: Config) -> Iterator[str]:
     if moe.capacity_schedule and isinstance(moe.capacity_factor, list):
         yield "capacity_schedule sets the factor of all layers; make capacity_factor one number, or clear the schedule"
     if moe.router == "expert_choice":
-        if moe.capacity_factor is None or None in moe.capacity_schedule.values():
+        factors = [moe.capacity_factor, *moe.capacity_schedule.values()]
+        factors += moe.eval_capacity_factor if isinstance(moe.eval_capacity_factor, list) else []
+        if any(None in factor if isinstance(factor, list) else factor is None for factor in factors):
             yield "router=expert_choice needs a capacity_factor, how many tokens an expert takes; set it to 1.0"
         if moe.overflow == "reroute":
             yield "overflow=reroute has no meaning for router=expert_choice, which refuses nobody; set it to drop"
@@ -120,11 +122,7 @@ def _dispatch_rules(config: Config) -> Iterator[str]:
             moe.overlap_chunks,
             "lower model.moe.overlap_chunks",
         )
-    node = config.parallel.node_size
-    if moe.dispatch == "hierarchical" and node is not None and node < ranks and ranks % node:
-        yield (
-            f"dispatch=hierarchical needs ep groups that lie evenly on nodes, but {name}={size} is not divisible by "
-            f"node_size={node}; change parallel.node_size, or set model.moe.dispatch to all_to_all"
-        )
+    if moe.wire != "ragged" and moe.dispatch not in ("auto", "all_to_all"):
+        yield f"wire={moe.wire} is of dispatch=all_to_all, not {moe.dispatch}; set model.moe.wire to ragged"
     if moe.overlap_chunks > 1 and moe.dispatch not in ("auto", "all_to_all"):
         yield f"overlap_chunks={moe.overlap_chunks} is of dispatch=all_to_all, not {moe.dispatch}; set it to 1"

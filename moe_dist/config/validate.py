@@ -110,14 +110,22 @@ def _tensor_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
         for name, size in (("tp", tp), ("ep*etp", config.parallel.expert_ranks) if both else ("ep", ep)):
             if size >= 1 and world_size % size:
                 yield f"{name}={size} does not divide world size {world_size}; change parallel.{name} or the ranks"
+    node, ranks = config.parallel.node_size, config.parallel.expert_ranks
+    across = node is not None and world_size > node >= 1 and ranks >= 1
+    if moe.dispatch == "hierarchical" and across and node and ranks % node and node % ranks:
+        yield (
+            f"dispatch=hierarchical needs ep groups that lie evenly on nodes, but neither of ep*etp={ranks} and "
+            f"node_size={node} divides the other; change parallel.node_size, or set dispatch to all_to_all"
+        )
     if config.parallel.sequence_parallel and tp == 1:
         yield "sequence_parallel=true needs tp > 1; set parallel.sequence_parallel to false or raise parallel.tp"
     split = {
         "num_heads": (model.num_heads, "model.num_heads"),
-        "d_ff": (model.d_ff, "model.d_ff"),
         "vocab_size": (model.vocab_size, "model.vocab_size"),
         "seq_len": (config.train.seq_len, "train.seq_len"),
     }
+    if moe.num_experts == 0 or moe.every > 1:
+        split["d_ff"] = (model.d_ff, "model.d_ff")
     if moe.num_experts > 0 and moe.num_shared_experts > 0:
         width = max(moe.d_ff) if isinstance(moe.d_ff, list) else moe.d_ff or model.d_ff
         split["num_shared_experts*d_ff"] = (moe.num_shared_experts * width, "the width of the shared experts")
@@ -127,6 +135,7 @@ def _tensor_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
 
 def _engine_rules(config: Config) -> Iterator[str]:
     engine, ep = config.engine, config.parallel.expert_ranks
+    name = "ep" if config.parallel.etp == 1 else "ep*etp"
     yield from above_zero(engine, "engine", "grad_clip", "null clips nothing")
     yield from between(engine, "engine", "zero_stage", 0, 3)
     if engine.name == "native":
@@ -135,7 +144,7 @@ def _engine_rules(config: Config) -> Iterator[str]:
         return
     if engine.zero_stage == 3 and ep > 1:
         yield (
-            f"zero_stage=3 with ep={ep} is not supported: DeepSpeed partitions every parameter over the full "
+            f"zero_stage=3 with {name}={ep} is not supported: DeepSpeed partitions every parameter over the full "
             "data-parallel group, but experts at ep > 1 differ between those ranks; set engine.zero_stage to 1 or 2"
         )
     if engine.zero_stage == 0 and engine.precision == "bf16":

@@ -91,9 +91,6 @@ class DeepSpeedEngine:
             )
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.float()  # DeepSpeed casts them with the parameters
         self.model = model
 
     def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:

@@ -13,8 +13,8 @@ from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.upcycle import become, upcycled_config
-from moe_dist.parallel.mesh import Mesh, single_process_mesh
+from moe_dist.moe.upcycle import become, check_rules, upcycled_config
+from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import logical_parameters
 
 
@@ -23,7 +23,6 @@ def upcycle_decoder(
     moe: MoEConfig,
     layers: Sequence[int] | None = None,
     *,
-    mesh: Mesh | None = None,
     noise: float = 0.0,
     seed: int = 0,
     preserve: bool = True,
@@ -41,8 +40,9 @@ def upcycle_decoder(
     if layers is not None:
         moe = replace(moe, every=_every(layers, model.num_layers))
     wanted = replace(model, moe=moe)
+    check_rules(wanted)
     wanted = resolve_backends(upcycled_config(wanted) if preserve else wanted, ep=1)
-    new = Decoder(wanted, mesh or single_process_mesh(), seed=seed).to(decoder.embedding.weight)
+    new = Decoder(wanted, single_process_mesh(), seed=seed).to(decoder.embedding.weight)
     for index, (block, before) in enumerate(zip(new.blocks, decoder.blocks, strict=True)):
         layer, dense, name = block.feed_forward, before.feed_forward, f"blocks.{index}.feed_forward."
         if isinstance(layer, MoE):

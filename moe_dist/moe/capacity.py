@@ -83,6 +83,7 @@ class Capacity:
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
         limit = expert_capacity(self.factor(step), moe.top_k, tokens, taking_part, moe.min_capacity)
         counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.world)
+        self._check_equal(counts_WE, limit)
         if limit is None:
             kept_TK, kept_WE = torch.ones_like(experts_TK, dtype=torch.bool), counts_WE
         else:
@@ -99,6 +100,17 @@ class Capacity:
         if step.witness is not None:
             step.witness.decided(self.layer, plan.experts_TK, plan.kept_TK)
         return plan
+
+    def _check_equal(self, counts_WE: Tensor, limit: int | None) -> None:
+        """Every rank would count its own limit, and exchanges would not fit. The same error on all ranks."""
+        if limit is None or self.world.size == 1:
+            return
+        assignments = counts_WE.sum(1).tolist()
+        if len(set(assignments)) > 1:
+            raise ValueError(
+                f"ranks hold unequal numbers of tokens, {assignments} assignments, but share one capacity: give every "
+                "rank as many tokens (pad, or drop the last batch), or set capacity_factor to null"
+            )
 
     def _of_layer(self, factor: CapacityFactor) -> float | None:
         return factor[self.index] if isinstance(factor, list) else factor
@@ -127,7 +139,8 @@ class Capacity:
             again = _Round(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
             placed_TK, placed_WE = self._keep(again, self._room(kept_WE, limit), step)
             kept_TK, kept_WE = kept_TK | placed_TK, kept_WE + placed_WE
-        return experts_TK, kept_TK, kept_WE
+        # Who found no place is where it was at first: whom it asked in vain must not change the weights of the others.
+        return torch.where(kept_TK, experts_TK, routing.experts_TK), kept_TK, kept_WE
 
     def _room(self, kept_WE: Tensor, limit: int | Tensor) -> Tensor:
         """[1, E] places left of those that all ranks share, or [W, E] of each rank's own."""

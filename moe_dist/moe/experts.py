@@ -5,6 +5,7 @@ Legend: X rows that arrived, R rows sorted by expert, D d_model, F expert hidden
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from moe_dist.config.schema import ModelConfig
@@ -104,6 +105,23 @@ class Experts(nn.Module):
         """
         w = self.weights() if w is None else w
         widths = None if self.uniform else widths or self.widths
+        device_type = x_XD.device.type
+        if torch.is_autocast_enabled(device_type):
+            # The kernels are single functions, so their inputs are cast here, once.
+            dtype = torch.get_autocast_dtype(device_type)
+            x_XD, w = x_XD.to(dtype), ExpertWeights._make(None if p is None else p.to(dtype) for p in w)
+            with torch.autocast(device_type, enabled=False):
+                return self._compute(x_XD, weights_XK, order, w, widths)
+        return self._compute(x_XD, weights_XK, order, w, widths)
+
+    def _compute(
+        self,
+        x_XD: Tensor,
+        weights_XK: Tensor | None,
+        order: RowOrder,
+        w: ExpertWeights,
+        widths: tuple[int, ...] | None,
+    ) -> Tensor:
         if cpu.replaces(self.backend, x_XD.device.type):
             return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
         if self.backend == "triton":

@@ -54,7 +54,7 @@ def whole_chunks(moe: MoEConfig, routing: Routing, plan: DispatchPlan, router: R
     counts_CE = routing.stats.counts_CE
     if moe.balance_scope == "global":
         return plan.counts_WE.sum(0, keepdim=True)
-    if moe.balance_scope == "sequence" and step.seq_len is not None and router.slices.size > 1:
+    if moe.balance_scope == "sequence" and step.seq_len and router.slices.size > 1:
         tokens = len(routing.experts_TK)
         first = router.slices.rank * tokens // step.seq_len
         whole = counts_CE.new_zeros(-(-router.slices.size * tokens // step.seq_len), counts_CE.shape[1])

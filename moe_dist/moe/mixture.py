@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_dist.config.load import parse_as
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig
 from moe_dist.kernels.activation import gated
@@ -27,10 +28,11 @@ class MixtureOfExperts(nn.Module):
 
     d_ff: hidden width of one expert. expert_capacity_factor: in training an expert takes at most
     ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless. Evaluation drops
-    nothing unless eval_capacity_factor is given. activation: gelu, as in the usual feed-forward; swiglu and geglu have
-    a third matrix. seed: of initial weights and of everything random; None draws one from torch's generator, so that
-    layers differ. mesh: process groups to cut the experts over; the input is then this rank's tokens, equally many on
-    every rank, and every rank must call. options: any other field of MoEConfig, such as router, expert_bias,
+    nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too). device: where
+    the layer starts, and for which kernels are chosen. activation: gelu, as in the usual feed-forward; swiglu and geglu
+    have a third matrix. seed: of initial weights and of everything random; None draws one from torch's generator, so
+    that layers differ. mesh: process groups to cut the experts over; the input is then this rank's tokens, equally many
+    on every rank, and every rank must call. options: any other field of MoEConfig, such as router, expert_bias,
     drop_policy, balance_loss_coef.
 
     Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index). `step`
@@ -50,24 +52,30 @@ class MixtureOfExperts(nn.Module):
         activation: Activation = "gelu",
         seed: int | None = None,
         mesh: Mesh | None = None,
+        device: torch.device | str = "cpu",
         **options: Any,
     ) -> None:
         super().__init__()
+        if "capacity_factor" in options:
+            raise ValueError("capacity_factor is called expert_capacity_factor here: give that one")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
         mesh = mesh or single_process_mesh()
         if seed is None:
             if mesh.world.size > 1:
                 raise ValueError(f"seed=None on {mesh.world.size} ranks, which must draw the same weights: give a seed")
-            seed = int(torch.randint(2**63 - 1, ()))
-        options = {"capacity_factor": expert_capacity_factor} | options
-        model = _model(d_model, d_ff, activation, dict(num_experts=num_experts, top_k=top_k) | options, mesh)
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
+        options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
+        model = _model(d_model, d_ff, activation, options, mesh, torch.device(device).type)
         self.d_model, self.dropout, self.seed, self.step = d_model, dropout, seed, 0
         self.dp = mesh.dp
         self.moe = MoE(model, 0, mesh)
         self._counts_E: Tensor | None = None
         self._since_balance: Tensor | None = None
         initialize(self, seed)
+        self.to(device)
 
     def forward(
         self, x: Tensor, return_aux_loss: bool = False, *, token_ids: Tensor | None = None, step: int | None = None
@@ -79,8 +87,9 @@ class MixtureOfExperts(nn.Module):
         x_TD = x.reshape(-1, self.d_model)
         context = self._context(x, token_ids, step)
         y_TD, stats = self.moe(x_TD, context)
-        self._counts_E = stats.load_E
-        if self.training:
+        if not _runs_again():
+            self._counts_E = stats.load_E
+        if self.training and not _runs_again():
             earlier = self._since_balance
             self._since_balance = stats.load_E if earlier is None else earlier + stats.load_E
         y = self._dropped_out(y_TD, context).view(x.shape)
@@ -144,6 +153,11 @@ class MixtureOfExperts(nn.Module):
 
     def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
         if step is None:
+            if self.training and _runs_again():
+                raise ValueError(
+                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
+                    "other random numbers: give forward the same `step` both times"
+                )
             step = self.step
             self.step += int(self.training)
         return StepContext(
@@ -163,16 +177,17 @@ class MixtureOfExperts(nn.Module):
         return y_TD * stays_TD / (1 - self.dropout)
 
 
-def _model(d_model: int, d_ff: int, activation: Activation, options: dict[str, Any], mesh: Mesh) -> ModelConfig:
+def _model(
+    d_model: int, d_ff: int, activation: Activation, options: dict[str, Any], mesh: Mesh, device_type: str
+) -> ModelConfig:
     """The layer as a model of one layer, whose rules it must keep."""
     known = {field.name for field in fields(MoEConfig)} - {"every", "d_ff"}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
     gated(activation)  # raises for a name that is none of NAMES
-    model = ModelConfig(
-        d_model=d_model, d_ff=d_ff, num_layers=1, num_heads=1, activation=activation, moe=MoEConfig(**options)
-    )
+    moe = parse_as(MoEConfig, options, "MixtureOfExperts")
+    model = ModelConfig(d_model=d_model, d_ff=d_ff, num_layers=1, num_heads=1, activation=activation, moe=moe)
     ep = mesh.ep.size // mesh.etp
     problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]
     if model.moe.num_experts < 1:
@@ -180,4 +195,9 @@ def _model(d_model: int, d_ff: int, activation: Activation, options: dict[str, A
     problems += moe_rules(Config(model=model, parallel=ParallelConfig(ep=ep, etp=mesh.etp, tp=mesh.tp.size)))
     if problems:
         raise ValueError("\n".join(problems))
-    return resolve_backends(model, mesh.ep.size)
+    return resolve_backends(model, mesh.ep.size, device_type)
+
+
+def _runs_again() -> bool:
+    """Whether this is inside a backward pass: a forward pass there is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)

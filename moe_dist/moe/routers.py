@@ -114,16 +114,17 @@ class NoisyRouter(Router):
             noisy_TE = clean_TE + step.key.fold("noise", self.layer).normal(index_TE).to(clean_TE.dtype) * std_TE
         preference_TE = self.settle(noisy_TE.detach().softmax(-1), step) if chosen_TK is None else None
         routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)
-        importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).mean(0)
+        importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).sum(0)
+        importance_E = importance_E / max(len(x_TD), 1)
         extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.world))
         if step.phase == "train" and self.moe.top_k < self.moe.num_experts:
-            load_E = self._chance(clean_TE, noisy_TE, std_TE, routing.experts_TK).mean(0)
+            load_E = self._chance(clean_TE, noisy_TE, std_TE, routing.experts_TK).sum(0) / max(len(x_TD), 1)
             extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.world))
         return Routing(**(vars(routing) | {"extra_loss": extra}))
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
         """The paper's softmax over the chosen alone; at top_k = 1 that is 1 and would teach the router nothing."""
-        return scores_TK / scores_TK.sum(-1, keepdim=True) if self.moe.top_k > 1 else scores_TK
+        return self.scaled(scores_TK / scores_TK.sum(-1, keepdim=True) if self.moe.top_k > 1 else scores_TK)
 
     def _chance(self, clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """P(x, i): expert i must beat the k-th largest of the *others*, which is the (k+1)-th of all if i is chosen."""
@@ -152,7 +153,7 @@ class ExpertChoiceRouter(Router):
         return self.routing(logits_TE, step, everyone_TE)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
-        return scores_TK
+        return self.scaled(scores_TK)
 
 
 class SinkhornRouter(Router):
@@ -175,10 +176,16 @@ class SinkhornRouter(Router):
             return self.routing(logits_TE, step, chosen_TK)
         preference_TE = logits_TE.detach()
         if step.phase == "train":
+            self._check_equal(len(preference_TE))
             everyone = all_gather(preference_TE, self.world)
             first = self.world.rank * len(logits_TE)
             preference_TE = sinkhorn(everyone, self.moe.sinkhorn_iterations)[first : first + len(logits_TE)]
         return self.routing(logits_TE, step, None, self.settle(preference_TE.softmax(-1), step))
+
+    def _check_equal(self, tokens: int) -> None:
+        held = all_gather(torch.tensor([tokens], device=self.weight.device), self.world).tolist()
+        if len(set(held)) > 1:
+            raise ValueError(f"router=sinkhorn balances over all ranks, but they hold {held} tokens: give each as many")
 
 
 class HashRouter(Router):
@@ -198,14 +205,15 @@ class HashRouter(Router):
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         num_experts = self.moe.num_experts
-        if step.token_ids_T is None or len(step.token_ids_T) != len(x_TD):
-            raise ValueError("router=hash needs the id of every token: set StepContext.token_ids_T")
+        ids_T = step.token_ids_T
+        if ids_T is None or len(ids_T) != len(x_TD) or ids_T.is_floating_point():
+            raise ValueError("router=hash needs the id of every token, an integer: give token_ids")
         # Far apart, so that a token's hash for an expert does not depend on how many experts there are.
-        index_TE = (step.token_ids_T[:, None] << 20) + self.names_E
+        index_TE = (ids_T.long()[:, None] << 20) + self.names_E
         hashed_TE = RandomKey.of("hash", self.layer).uniform(index_TE)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         routing = self.routing(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)
-        equal_TK = torch.full_like(routing.weights_TK, 1 / self.moe.top_k)
+        equal_TK = torch.full_like(routing.weights_TK, self.moe.routed_scale / self.moe.top_k)
         return Routing(**(vars(routing) | {"weights_TK": equal_TK}))
 
     def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
@@ -243,5 +251,5 @@ def sinkhorn(logits_TE: Tensor, iterations: int) -> Tensor:
     tokens, num_experts = logits_TE.shape
     for _ in range(iterations):
         logits_TE = logits_TE - logits_TE.logsumexp(0) - log(num_experts)
-        logits_TE = logits_TE - logits_TE.logsumexp(1, keepdim=True) - log(tokens)
+        logits_TE = logits_TE - logits_TE.logsumexp(1, keepdim=True) - log(max(tokens, 1))
     return logits_TE

@@ -4,6 +4,7 @@ Legend: T tokens on this rank, D d_model, E experts, e open experts, K assignmen
 choice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, Protocol
@@ -126,6 +127,16 @@ class Router(nn.Module):
             0, open_e, torch.arange(len(open_e), device=open_e.device)
         )
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "Router":
+        """Moves buffers, but never to less than fp32: in bf16 a small step of a bias would be lost."""
+        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype.itemsize < before.dtype.itemsize and before.dtype.itemsize <= 4:
+                self._buffers[name] = before.to(after.device)
+        return self
+
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         """Route x_TD. `chosen_TK` repeats an earlier choice (a recomputed block) instead of choosing again."""
         raise NotImplementedError
@@ -150,8 +161,12 @@ class Router(nn.Module):
         """Scores of the chosen experts, divided by their sum if asked for: never at top_k = 1, where p / p = 1 would
         cut the router's gradient."""
         if self.moe.renormalize and self.moe.top_k > 1:
-            scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True)
-        return scores_TK * self.moe.routed_scale if self.moe.routed_scale != 1.0 else scores_TK
+            # Sigmoids can all be zero.
+            scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TK.dtype).tiny)
+        return self.scaled(scores_TK)
+
+    def scaled(self, weights_TK: Tensor) -> Tensor:
+        return weights_TK * self.moe.routed_scale if self.moe.routed_scale != 1.0 else weights_TK
 
     def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
         """Weights of other experts than those first chosen: assignments that were rerouted."""
@@ -174,7 +189,7 @@ class Router(nn.Module):
 
     def chunk(self, tokens: int, step: StepContext) -> tuple[int | None, int]:
         """(tokens of a chunk, place of this rank's first token in its chunk) of the balancing scope."""
-        if self.moe.balance_scope == "sequence" and step.seq_len is not None:
+        if self.moe.balance_scope == "sequence" and step.seq_len:
             return step.seq_len, self.slices.rank * tokens % step.seq_len
         if self.moe.balance_scope == "local" and step.parts > 1:
             return tokens // step.parts, 0
@@ -213,4 +228,5 @@ def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group) -> Tensor:
     """x W^T in fp32 (or float64), whatever the precision of the rest (Switch Transformers, section 2.4). The gradient
     of W is summed over the ranks of `slices`."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    return F.linear(x_TD.to(wide), copy_to_group(weight_ED, slices).to(wide))
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.to(wide), copy_to_group(weight_ED, slices).to(wide))

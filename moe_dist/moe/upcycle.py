@@ -22,12 +22,13 @@ from dataclasses import replace
 
 import torch
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.moe_rules import moe_rules
+from moe_dist.config.schema import Config, ModelConfig, MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE
-from moe_dist.parallel.mesh import Mesh, single_process_mesh
+from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import initialize, spec_of
 
@@ -39,21 +40,22 @@ def upcycle(
     model: ModelConfig,
     *,
     layer: int = 0,
-    mesh: Mesh | None = None,
     noise: float = 0.0,
     seed: int = 0,
     name: str = "",
     preserve: bool = True,
 ) -> MoE:
-    """An MoE layer as `model.moe` says, every expert a copy of `dense`. Raises ValueError where they do not fit.
+    """An MoE layer as `model.moe` says, every expert a copy of `dense`, on one process: its checkpoint loads into any
+    layout. Raises ValueError where they do not fit.
 
     noise: normal noise on each expert's matrices, relative to their standard deviation; 0 keeps the function.
     preserve: set router and routed_scale by the table above, and refuse what cannot be the dense layer; False: a random
     router and the config as it is. seed, name: of the random router, as in `initialize`.
     """
+    check_rules(model)
     model = resolve_backends(upcycled_config(model) if preserve else model, ep=1)
     std = spec_of(dense.down.weight).std
-    moe = MoE(model, layer, mesh or single_process_mesh(), dense.sequence_parallel, std).to(dense.up.weight)
+    moe = MoE(model, layer, single_process_mesh(), dense.sequence_parallel, std).to(dense.up.weight)
     initialize(moe, seed, name)
     become(moe, dense, noise=noise, seed=seed, name=name, preserve=preserve)
     return moe
@@ -75,6 +77,12 @@ def become(moe: MoE, dense: FeedForward, *, noise: float, seed: int, name: str, 
     if preserve and not sums_to_one(moe.config):
         for param in moe.router.parameters():
             param.mul_(_NEARLY_ZERO[moe.router.score])  # the logits' standard deviation was 1
+
+
+def check_rules(model: ModelConfig) -> None:
+    problems = list(moe_rules(Config(model=model)))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def sums_to_one(moe: MoEConfig) -> bool:

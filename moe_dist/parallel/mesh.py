@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
@@ -111,6 +111,9 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        return self  # a copied layer talks to the same ranks
 
 
 @dataclass(frozen=True)

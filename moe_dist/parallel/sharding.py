@@ -7,7 +7,7 @@ Initial values are a function of (seed, logical name, index along dim 0 where th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,10 +42,21 @@ class ParamSpec:
         return len(self.logical_shape) > 1 and not self.vector
 
 
+class PlacedParameter(nn.Parameter):
+    """A parameter that keeps its `spec` when it is copied, as the models of moving averages are."""
+
+    spec: ParamSpec
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PlacedParameter":
+        copied: PlacedParameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied.spec = self.spec
+        return copied
+
+
 def parameter(shape: tuple[int, ...], spec: ParamSpec) -> nn.Parameter:
     """An uninitialised parameter that knows its place; `initialize` fills it."""
-    param = nn.Parameter(torch.empty(shape))
-    param.spec = spec  # type: ignore[attr-defined]
+    param = PlacedParameter(torch.empty(shape))
+    param.spec = spec
     return param
 
 

@@ -290,6 +290,16 @@ def check_nodes() -> None:
     make_dispatcher(MoEConfig(dispatch="all_to_all"), mesh)
 
 
+def check_unequal_tokens_under_capacity_are_refused() -> None:
+    """On every rank, and before an exchange whose sizes would not fit."""
+    mesh = mesh_of(4)
+    for router in ("softmax", "sinkhorn"):
+        moe = MoEConfig(num_experts=E, capacity_factor=1.0, dispatch="all_to_all", experts="loop", router=router)
+        layer = MoE(ModelConfig(d_model=D, d_ff=12, kernels="torch", moe=moe), 0, mesh).double()
+        message = raised(ValueError, layer, draw(0, 3 + mesh.rank, D), StepContext(KEY))
+        assert "tokens" in message and "give" in message, message
+
+
 def check_local_capacity_is_each_ranks_own() -> None:
     """capacity_scope local: every rank drops what it would drop alone."""
     moe = MoEConfig(num_experts=E, top_k=2, capacity_factor=0.5, capacity_scope="local", dispatch="all_to_all")
@@ -312,6 +322,7 @@ def test_four_ranks_mean_what_one_process_means() -> None:
             check_low_precision_wires,
             check_sent_bytes,
             check_nodes,
+            check_unequal_tokens_under_capacity_are_refused,
             check_local_capacity_is_each_ranks_own,
         ],
     )

@@ -119,7 +119,8 @@ def check_run_folder(run: Path, config_file: Path, world: int, ep: int) -> None:
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000010", "step-000020"]
     reader = Reader(run / "checkpoints" / "step-000020")
     assert reader.manifest.step == STEPS and reader.check_digests(0, 1) == []
-    for name, shape in reader.manifest.shapes.items():
+    shapes = {name: shape for name, shape in reader.manifest.shapes.items() if ".router.open_E" not in name}
+    for name, shape in shapes.items():
         size = 1
         for length in shape:
             size *= length

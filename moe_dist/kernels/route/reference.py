@@ -52,7 +52,7 @@ def route(
     if chosen_TK is None:
         by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
         chosen_TK = best(by_TE, top_k)
-    probs_TE = scores_TE if score == "softmax" else scores_TE / scores_TE.sum(-1, keepdim=True)
+    probs_TE = scores_TE if score == "softmax" else shares(scores_TE)
     tokens, num_experts = logits_TE.shape
     chunk_T, chunks = chunks_of(tokens, chunk, first, logits_TE.device)
     prob_sums_CE = probs_TE.new_zeros(chunks, num_experts).index_add(0, chunk_T, probs_TE)
@@ -65,6 +65,11 @@ def route(
         z_sum=logits_TE.logsumexp(-1).square().sum(),
         entropy_sum=torch.special.entr(probs_TE.detach()).sum(),
     )
+
+
+def shares(scores_TE: Tensor) -> Tensor:
+    """Divided by their sum; zero where all are zero, as sigmoids can be."""
+    return scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
 
 
 def best(scores_TE: Tensor, top_k: int) -> Tensor:

@@ -19,6 +19,7 @@ from moe_dist.kernels.launch import check_launch
 from moe_dist.kernels.route.reference import Routed, Score
 
 MAX_EXPERTS = 1024
+TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal fp32: sigmoids can all be zero
 _TILE = 2048  # logits of a block: 16 a thread, whose 64-bit keys must fit into registers too
 
 
@@ -203,7 +204,7 @@ def _forward(
     scores_BE = probs_BE
     if SIGMOID:
         scores_BE = 1.0 / (1.0 + tl.exp(-logits_BE))
-        probs_BE = scores_BE / tl.sum(scores_BE, 1)[:, None]
+        probs_BE = scores_BE / tl.maximum(tl.sum(scores_BE, 1), TINY)[:, None]
 
     # 2. What the losses need of this block.
     out_E = tl.program_id(0).to(tl.int64) * E + expert_E
@@ -276,7 +277,7 @@ def _backward(
 
     if SIGMOID:
         scores_BE = 1.0 / (1.0 + tl.exp(-logits_BE))
-        sum_B = tl.sum(scores_BE, 1)
+        sum_B = tl.maximum(tl.sum(scores_BE, 1), TINY)
         mean_B = tl.sum(scores_BE * grad_probs_E[None, :], 1) / sum_B
         grad_scores_BE += (grad_probs_E[None, :] - mean_B[:, None]) / sum_B[:, None]
         grad_BE = grad_scores_BE * scores_BE * (1.0 - scores_BE)

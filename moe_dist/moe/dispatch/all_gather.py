@@ -74,7 +74,7 @@ class GatherRoute:
         # Low precision is for the wire alone: exchanged as it is, summed in the precision of the rows.
         sizes = (self.tokens,) * self.ep.size
         parts_XD = unpack(exchange_rows(pack(rows_XD, form), sizes, sizes, self.ep), form, rows_XD.dtype)
-        return parts_XD.view(self.ep.size, self.tokens, -1).sum(0)
+        return parts_XD.view(self.ep.size, self.tokens, rows_XD.shape[1]).sum(0)
 
 
 def _pad(values: Tensor, rows: int, fill: int = 0) -> Tensor:

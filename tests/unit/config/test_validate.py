@@ -69,7 +69,7 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("d_model=100 is not divisible by num_heads=8", {"model__d_model": 100}),
         ("head_dim=33 is odd", {"model__head_dim": 33}),
         ("head_dim=d_model/num_heads=24/8=3 is odd", {"model__d_model": 24}),
-        ("d_ff=1023 is not divisible by tp=2", {"model__d_ff": 1023, "parallel__tp": 2}),
+        ("d_ff=1023 is not divisible by tp=2", {"model__d_ff": 1023, "parallel__tp": 2, "model__moe__every": 2}),
         ("vocab_size=257 is not divisible by tp=2", {"model__vocab_size": 257, "parallel__tp": 2}),
         ("seq_len=255 is not divisible by tp=2", {"train__seq_len": 255, "parallel__tp": 2}),
         (
@@ -90,7 +90,7 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ),
         ("dispatch=local with ep=2", {"model__moe__dispatch": "local", "parallel__ep": 2}),
         (
-            "dispatch=hierarchical needs ep groups that lie evenly on nodes, but ep=4 is not divisible by node_size=3",
+            "dispatch=hierarchical needs ep groups that lie evenly on nodes, but neither of ep*etp=4 and node_size=3",
             {"model__moe__dispatch": "hierarchical", "parallel__ep": 4, "parallel__node_size": 3},
         ),
         ("ep=2 needs num_experts > 0", {"parallel__ep": 2, "model__moe__num_experts": 0}),
