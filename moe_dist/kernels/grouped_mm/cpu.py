@@ -6,9 +6,9 @@ pre-activations are kept, rows and activations are made again; the weights of th
 tensors (rows of width D, not hidden units), and their gradient is read off the hidden units, so that the experts'
 outputs are never kept.
 
-Where products are compiled for every new number of rows (onednn.py), each expert's rows are followed by zero rows up
-to a multiple of the block: experts receive another number at each step. In a buffer of all rows they lie where the next
-expert's rows will be written, so they cost no place; in the backward pass their gradients are zeros.
+Where products are compiled for every new number of rows (onednn.py), an expert's rows are followed by zero rows up to a
+rounder number: experts receive another number at each step. In a buffer of all rows they lie where the next expert's
+rows will be written, so they cost no place; in the backward pass their gradients are zeros.
 
 Legend: X rows of x, K assignments of each, R rows kept, sorted by expert, D d_model, F hidden units of an expert, e
 experts, C rows of the fullest expert, c rows of this one; C and c count the zero rows.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.activation import activate_backward_into, activate_into, gated
-from moe_dist.kernels.grouped_mm.onednn import linear, row_block
+from moe_dist.kernels.grouped_mm.onednn import ROUNDING, add_linear, linear, rows_computed
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 
@@ -74,10 +74,9 @@ class _FeedForward(torch.autograd.Function):
         weights_XK: Tensor | None,
         *parts: Tensor | None,
     ) -> Tensor:
-        block = row_block(x_XD.dtype)
-        spans = _spans(order.rows_per_expert, block)
+        spans = _spans(order.rows_per_expert, x_XD.dtype)
         x_CD = x_XD.new_empty(max(span.size for span in spans), x_XD.shape[1])
-        y_RD = x_XD.new_empty(spans[-1].stop + block, x_XD.shape[1])
+        y_RD = x_XD.new_empty(spans[-1].stop + ROUNDING, x_XD.shape[1])
         pre: list[Tensor | None] = []
         for span, own in zip(spans, _each(ExpertWeights._make(parts), widths), strict=True):
             if span.size == 0:
@@ -86,7 +85,7 @@ class _FeedForward(torch.autograd.Function):
             x_cD = _gather(x_XD, order.source_R, span, x_CD)
             gate_cF = None if own.gate is None else linear(x_cD, own.gate, own.gate_bias)
             up_cF = linear(x_cD, own.up, own.up_bias)
-            act_cF = activate_into(gate_cF, up_cF, name, torch.empty_like(up_cF))
+            act_cF = activate_into(gate_cF, up_cF, name, _activation_buffer(up_cF, name))
             linear(act_cF, own.out.t(), own.out_bias, out=y_RD[span.padded])
             pre += [gate_cF, up_cF]
         ctx.save_for_backward(x_XD, weights_XK, *parts, *pre)
@@ -99,13 +98,13 @@ class _FeedForward(torch.autograd.Function):
         x_XD, weights_XK, *saved = ctx.saved_tensors
         parts, pre = saved[: len(ExpertWeights._fields)], saved[len(ExpertWeights._fields) :]
         grads = [None if part is None else torch.empty_like(part) for part in parts]
-        order, spans, grad_XD, block = ctx.order, ctx.spans, grad_XD.contiguous(), row_block(x_XD.dtype)
+        order, spans, grad_XD = ctx.order, ctx.spans, grad_XD.contiguous()
         x_CD, grad_CD = x_XD.new_empty(2, max(span.size for span in spans), x_XD.shape[1])
-        grad_x_RD = x_XD.new_empty(spans[-1].stop + block, x_XD.shape[1])
+        grad_x_RD = x_XD.new_empty(spans[-1].stop + ROUNDING, x_XD.shape[1])
         weight_R = dots_R = None
         if weights_XK is not None:
-            # Blocks reach past the last row: those weights are read, but multiply zeros.
-            weight_R = F.pad(weights_XK.flatten()[order.slots_R].to(x_XD.dtype), (0, block))
+            # Zero rows may reach past the last row: their weights are read, but multiply zeros.
+            weight_R = F.pad(weights_XK.flatten()[order.slots_R].to(x_XD.dtype), (0, ROUNDING))
             dots_R = weights_XK.new_empty(spans[-1].stop)
         owns, own_grads = (_each(ExpertWeights._make(w), ctx.widths) for w in (parts, grads))
         for span, own, grad, gate_cF, up_cF in zip(spans, owns, own_grads, pre[::2], pre[1::2], strict=True):
@@ -141,8 +140,7 @@ class _Hidden(NamedTuple):
 
     def dots(self, grad_cD: Tensor, own: ExpertWeights) -> Tensor:
         """<E(x), grad> of each row, the gradient of its weight: <act, grad_act>, as E(x) = act out + bias."""
-        wide = torch.promote_types(grad_cD.dtype, torch.float32)
-        dots_c = self.grad_act_cF.mul_(self.act_cF).sum(-1, dtype=wide)
+        dots_c = torch.linalg.vecdot(self.grad_act_cF, self.act_cF)
         return dots_c if own.out_bias is None else dots_c + torch.mv(grad_cD, own.out_bias)
 
     def into_parameters(self, x_cD: Tensor, grad_cD: Tensor, weight_c: Tensor | None, grad: ExpertWeights) -> None:
@@ -164,21 +162,26 @@ class _Hidden(NamedTuple):
         """Fill the gradient of the rows, without their weight."""
         linear(self.grad_up_cF, own.up.t(), out=out_cD)
         if own.gate is not None and self.grad_gate_cF is not None:
-            out_cD += linear(self.grad_gate_cF, own.gate.t())
+            add_linear(self.grad_gate_cF, own.gate.t(), out_cD)
 
 
 def _through_activation(
     grad_cD: Tensor, gate_cF: Tensor | None, up_cF: Tensor, own: ExpertWeights, name: str
 ) -> _Hidden:
-    grad_act_cF, act_cF, grad_up_cF = linear(grad_cD, own.out), torch.empty_like(up_cF), torch.empty_like(up_cF)
+    grad_act_cF, act_cF, grad_up_cF = linear(grad_cD, own.out), _activation_buffer(up_cF, name), torch.empty_like(up_cF)
     grad_gate_cF = None if gate_cF is None else torch.empty_like(gate_cF)
     activate_backward_into(grad_act_cF, gate_cF, up_cF, name, act_cF, grad_gate_cF, grad_up_cF)
     return _Hidden(act_cF, grad_act_cF, grad_gate_cF, grad_up_cF)
 
 
-def _spans(rows_per_expert: tuple[int, ...], block: int) -> list[_Span]:
+def _activation_buffer(up_cF: Tensor, name: str) -> Tensor:
+    """relu(relu(x)) = relu(x), also in its derivative, so that one is written over the pre-activation."""
+    return up_cF if name == "relu" else torch.empty_like(up_cF)
+
+
+def _spans(rows_per_expert: tuple[int, ...], dtype: torch.dtype) -> list[_Span]:
     ends = itertools.accumulate(rows_per_expert)
-    return [_Span(end - n, end, -(-n // block) * block) for n, end in zip(rows_per_expert, ends, strict=True)]
+    return [_Span(end - n, end, rows_computed(n, dtype)) for n, end in zip(rows_per_expert, ends, strict=True)]
 
 
 def _each(w: ExpertWeights, widths: tuple[int, ...] | None) -> list[ExpertWeights]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Score = Literal["softmax", "sigmoid"]
+_FEW = 4  # experts of a token up to which repeated argmax is faster than sorting
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def route(
     scores_TE = scores_of(logits_TE, score)
     if chosen_TK is None:
         by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-        chosen_TK = best(by_TE, top_k)
+        chosen_TK = _best_of_finite(by_TE, top_k) if top_k <= _FEW else best(by_TE, top_k)
     probs_TE = scores_TE if score == "softmax" else shares(scores_TE)
     tokens, num_experts = logits_TE.shape
     chunk_T, chunks = chunks_of(tokens, chunk, first, logits_TE.device)
@@ -75,6 +76,15 @@ def shares(scores_TE: Tensor) -> Tensor:
 def best(scores_TE: Tensor, top_k: int) -> Tensor:
     """The top_k experts of each token, best first; among equals the one with the lower number."""
     return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+
+
+def _best_of_finite(scores_TE: Tensor, top_k: int) -> Tensor:
+    """`best` for few: the first of the largest, again and again. -inf marks what is taken, so it may not be a score."""
+    chosen_TK = scores_TE.argmax(-1, keepdim=True)
+    for _ in range(top_k - 1):
+        left_TE = scores_TE.scatter(1, chosen_TK, float("-inf"))
+        chosen_TK = torch.cat([chosen_TK, left_TE.argmax(-1, keepdim=True)], 1)
+    return chosen_TK
 
 
 def chunks_of(tokens: int, chunk: int | None, first: int, device: torch.device) -> tuple[Tensor, int]:
