@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_dist.config.schema import ModelConfig
 from moe_dist.moe import surgery
 from moe_dist.moe.capacity import Capacity, DispatchPlan
-from moe_dist.moe.dispatch import make_dispatcher, split_experts
+from moe_dist.moe.dispatch import make_dispatcher, split_over_etp
 from moe_dist.moe.dispatch.overlap import overlapped
 from moe_dist.moe.experts import Experts, expert_widths
 from moe_dist.moe.feed_forward import FeedForward
@@ -71,7 +71,7 @@ class MoE(nn.Module):
         if self.config.overflow == "reroute":
             weights_TK = self.router.weigh_again(routing, plan.experts_TK)
         # 2. There, through the experts, and back.
-        finer, weights_TK = split_experts(plan, weights_TK, self.etp)
+        finer, weights_TK = split_over_etp(plan, weights_TK, self.etp)
         if self.config.overlap_chunks > 1:
             y_TD, sent_bytes = overlapped(
                 self.dispatcher, self.experts, x_TD, weights_TK, finer, self.config.overlap_chunks

@@ -4,11 +4,11 @@ from moe_dist.config.schema import MoEConfig
 from moe_dist.kernels.permute.backend import permutation
 from moe_dist.moe.dispatch.all_gather import AllGatherDispatcher
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.base import Arrival, Dispatcher, LocalDispatcher, split_experts
+from moe_dist.moe.dispatch.base import Arrival, Dispatcher, LocalDispatcher, split_over_etp
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.parallel.mesh import Mesh
 
-__all__ = ["Arrival", "Dispatcher", "make_dispatcher", "split_experts"]
+__all__ = ["Arrival", "Dispatcher", "make_dispatcher", "split_over_etp"]
 
 
 def make_dispatcher(moe: MoEConfig, mesh: Mesh, kernels: str = "torch") -> Dispatcher:

@@ -57,7 +57,7 @@ class LocalDispatcher:
         return y_XD
 
 
-def split_experts(plan: DispatchPlan, weights_TK: Tensor, parts: int) -> tuple[DispatchPlan, Tensor]:
+def split_over_etp(plan: DispatchPlan, weights_TK: Tensor, parts: int) -> tuple[DispatchPlan, Tensor]:
     """Expert tensor parallelism as a finer dispatch: expert i is the sum of the narrower experts i * parts, ...,
     i * parts + parts - 1, and a token of expert i goes to all of them with the same weight."""
     if parts == 1:

@@ -12,7 +12,7 @@ from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity, DispatchPlan
-from moe_dist.moe.dispatch import Arrival, Dispatcher, make_dispatcher, split_experts
+from moe_dist.moe.dispatch import Arrival, Dispatcher, make_dispatcher, split_over_etp
 from moe_dist.moe.dispatch.counts import order_of, ranges, sent_rows, transposed
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.wire import Wire, pack, row_bytes, unpack
@@ -115,7 +115,7 @@ def test_nothing_kept(dispatcher: Dispatcher) -> None:
 def test_an_expert_in_parts_is_their_sum(dispatcher: Dispatcher) -> None:
     """Part p of expert i multiplies by 3 i + p: together by 9 i + 3."""
     x_TD, weights_TK, plan = planned(7, 2, 0.8)
-    finer, finer_weights = split_experts(plan, weights_TK, 3)
+    finer, finer_weights = split_over_etp(plan, weights_TK, 3)
     arrival = dispatcher.dispatch(x_TD, finer_weights, finer)
     y_TD = dispatcher.combine(scaled(arrival, torch.arange(3.0 * E)), finer_weights, arrival)
     factor_TK = (9 * plan.experts_TK + 3) * plan.kept_TK * weights_TK
