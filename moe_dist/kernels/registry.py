@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
+from moe_dist.kernels.grouped_mm.onednn import fp32_products
 from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
 from moe_dist.kernels.route.reference import Routed, route
 
@@ -85,5 +86,7 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
     wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
     dispatch = moe.dispatch + (f" ({', '.join(wire)})" if wire else "")
-    experts = moe.experts + (" (cpu loop, fused)" if replaces(moe.experts, device_type) else "")
+    experts = moe.experts + (
+        f" (cpu loop, fused; fp32 by {fp32_products()})" if replaces(moe.experts, device_type) else ""
+    )
     return named | {"dispatch": dispatch, "experts": experts}

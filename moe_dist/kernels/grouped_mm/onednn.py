@@ -17,6 +17,11 @@ _LOW = (torch.bfloat16, torch.float16)
 _FP32 = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def fp32_products() -> str:
+    """Who computes them here, for the log."""
+    return "oneDNN" if _FP32 else "MKL"
+
+
 def rows_computed(count: int, dtype: torch.dtype) -> int:
     """count, or the next multiple of ROUNDING where kernels are compiled for a number of rows."""
     if count <= _EXACT or not (dtype in _LOW or (dtype == torch.float32 and _FP32)):
