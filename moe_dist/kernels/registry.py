@@ -87,6 +87,6 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
     dispatch = moe.dispatch + (f" ({', '.join(wire)})" if wire else "")
     experts = moe.experts + (
-        f" (cpu loop, fused; fp32 by {fp32_products()})" if replaces(moe.experts, device_type) else ""
+        f" (cpu loop, fused; fp32 products {fp32_products()})" if replaces(moe.experts, device_type) else ""
     )
     return named | {"dispatch": dispatch, "experts": experts}
