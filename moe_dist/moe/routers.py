@@ -14,11 +14,12 @@ softmax and sigmoid choose within the best `top_k_groups` of `num_groups` groups
 Legend: T tokens on this rank, D d_model, E experts, K top_k.
 """
 
+from dataclasses import replace
 from math import log
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.route.reference import best, scores_of
@@ -37,8 +38,7 @@ class SoftmaxRouter(Router):
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)
-        shape = (self.moe.num_experts, model.d_model)
-        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.weight = router_weight(model)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices)
@@ -69,8 +69,7 @@ class SigmoidRouter(Router):
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)
-        shape = (self.moe.num_experts, model.d_model)
-        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.weight = router_weight(model)
         self.bias_E: Tensor
         self.register_buffer("bias_E", torch.zeros(self.moe.num_experts))
 
@@ -101,9 +100,8 @@ class NoisyRouter(Router):
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)
-        shape = (self.moe.num_experts, model.d_model)
-        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
-        self.noise_weight = parameter(shape, ParamSpec(shape, std=0.0))
+        self.weight = router_weight(model)
+        self.noise_weight = router_weight(model, std=0.0)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         clean_TE = fp32_logits(x_TD, self.weight, self.slices)
@@ -120,7 +118,7 @@ class NoisyRouter(Router):
         if step.phase == "train" and self.moe.top_k < self.moe.num_experts:
             load_E = self._chance(clean_TE, noisy_TE, std_TE, routing.experts_TK).sum(0) / max(len(x_TD), 1)
             extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.world))
-        return Routing(**(vars(routing) | {"extra_loss": extra}))
+        return replace(routing, extra_loss=extra)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
         """The paper's softmax over the chosen alone; at top_k = 1 that is 1 and would teach the router nothing."""
@@ -144,8 +142,7 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)
-        shape = (self.moe.num_experts, model.d_model)
-        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.weight = router_weight(model)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
@@ -167,8 +164,7 @@ class SinkhornRouter(Router):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)
         self.score = "sigmoid" if self.moe.top_k == 1 else "softmax"
-        shape = (self.moe.num_experts, model.d_model)
-        self.weight = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.weight = router_weight(model)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
@@ -214,7 +210,7 @@ class HashRouter(Router):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         routing = self.routing(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)
         equal_TK = torch.full_like(routing.weights_TK, self.moe.routed_scale / self.moe.top_k)
-        return Routing(**(vars(routing) | {"weights_TK": equal_TK}))
+        return replace(routing, weights_TK=equal_TK)
 
     def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
         return routing.weights_TK
@@ -228,6 +224,12 @@ ROUTERS: dict[str, type[Router]] = {
     "sinkhorn": SinkhornRouter,
     "hash": HashRouter,
 }
+
+
+def router_weight(model: ModelConfig, std: float | None = None) -> nn.Parameter:
+    """[E, D], the same on every rank; logits start with a standard deviation of 1 for inputs of unit size, or `std`."""
+    shape = (model.moe.num_experts, model.d_model)
+    return parameter(shape, ParamSpec(shape, std=model.d_model**-0.5 if std is None else std))
 
 
 def limit_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best_of: int) -> Tensor:

@@ -27,6 +27,7 @@ from moe_dist.kernels.activation import activate_backward_into, activate_into, g
 from moe_dist.kernels.grouped_mm.onednn import ROUNDING, add_linear, linear, rows_computed
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.kernels.permute.reference import sum_rows
 
 
 def replaces(backend: str, device_type: str) -> bool:
@@ -90,7 +91,7 @@ class _FeedForward(torch.autograd.Function):
             pre += [gate_cF, up_cF]
         ctx.save_for_backward(x_XD, weights_XK, *parts, *pre)
         ctx.order, ctx.name, ctx.widths, ctx.spans = order, name, widths, spans
-        return _sum_rows(y_RD, weights_XK, order)
+        return sum_rows(y_RD, weights_XK, order)
 
     @staticmethod
     @once_differentiable
@@ -127,7 +128,7 @@ class _FeedForward(torch.autograd.Function):
         if weights_XK is not None:
             grad_weights_XK = weights_XK.new_zeros(weights_XK.shape)
             grad_weights_XK.view(-1)[order.slots_R] = dots_R
-        return None, None, None, _sum_rows(grad_x_RD, weights_XK, order), grad_weights_XK, *grads
+        return None, None, None, sum_rows(grad_x_RD, weights_XK, order), grad_weights_XK, *grads
 
 
 class _Hidden(NamedTuple):
@@ -209,14 +210,3 @@ def _zero(grad: ExpertWeights) -> None:
     for part in grad:
         if part is not None:
             part.zero_()
-
-
-def _sum_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
-    """sum over kept k of weights[x, k] * rows[rows_XK[x, k]]: one pass, which sums low precision in fp32."""
-    kept = order.slots_R.numel()
-    if kept == 0:
-        return rows_RD.new_zeros(order.kept_XK.shape[0], rows_RD.shape[1])
-    if kept < order.kept_XK.numel():
-        weights_XK = order.kept_XK if weights_XK is None else weights_XK * order.kept_XK
-    scale_XK = None if weights_XK is None else weights_XK.to(rows_RD.dtype)
-    return F.embedding_bag(order.rows_XK, rows_RD, mode="sum", per_sample_weights=scale_XK)

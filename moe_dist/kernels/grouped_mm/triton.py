@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm.tiles import Tiling, choose_tiling, tile_table
 from moe_dist.kernels.grouped_mm.triton_backward import HiddenGrad, run_bias, run_hidden, run_weights
 from moe_dist.kernels.grouped_mm.triton_forward import run_down, run_up
@@ -25,7 +26,7 @@ from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 
 FUNCTIONS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
-GATED = ("swiglu", "geglu")
+GATED = tuple(name for name in FUNCTIONS if gated(name))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -141,7 +142,7 @@ def _check(x_XD: Tensor, w: ExpertWeights, order: RowOrder, activation: str) -> 
     assert all(t.is_contiguous() for t in (order.counts_e, order.slots_R, order.rows_XK, order.kept_XK))
     if activation not in FUNCTIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(FUNCTIONS)}")
-    if (activation in GATED) != (w.gate is not None):
+    if gated(activation) != (w.gate is not None):
         given = "no gate" if w.gate is None else "a gate"
         raise ValueError(f"activation {activation!r} with {given}: {' and '.join(GATED)} need one, others take none")
     if x_XD.dtype not in DTYPES:

@@ -30,15 +30,19 @@ def combine_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) ->
     return _CombineRows.apply(rows_RD, weights_XK, order)
 
 
-def sum_rows(rows_RD: Tensor, rows_XK: Tensor, weights_XK: Tensor) -> Tensor:
-    """sum_k weights[x, k] * rows[rows_XK[x, k]], without autograd; entries of weight zero may point anywhere."""
-    if rows_RD.shape[0] == 0:
-        return rows_RD.new_zeros(rows_XK.shape[0], rows_RD.shape[1])
+def sum_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+    """`combine_rows` without autograd; rows past those of `order` are not read. Low precision is summed in fp32."""
+    kept = order.slots_R.numel()
+    if kept == 0:
+        return rows_RD.new_zeros(order.kept_XK.shape[0], rows_RD.shape[1])
+    if kept < order.kept_XK.numel():
+        weights_XK = order.kept_XK if weights_XK is None else weights_XK * order.kept_XK
     if rows_RD.device.type == "cpu":
-        # One fused pass; accumulates bfloat16 rows in fp32.
-        return F.embedding_bag(rows_XK, rows_RD, mode="sum", per_sample_weights=weights_XK.to(rows_RD.dtype))
-    gathered_XKD = rows_RD.index_select(0, rows_XK.flatten()).view(*rows_XK.shape, -1)
+        scale_XK = None if weights_XK is None else weights_XK.to(rows_RD.dtype)
+        return F.embedding_bag(order.rows_XK, rows_RD, mode="sum", per_sample_weights=scale_XK)  # one fused pass
+    gathered_XKD = rows_RD.index_select(0, order.rows_XK.flatten()).view(*order.rows_XK.shape, -1)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
+    weights_XK = torch.ones_like(order.kept_XK) if weights_XK is None else weights_XK
     return torch.einsum("xkd,xk->xd", gathered_XKD.to(wide), weights_XK.to(wide)).to(rows_RD.dtype)
 
 
@@ -51,15 +55,14 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        order: RowOrder = ctx.order
-        return sum_rows(grad_RD.contiguous(), order.rows_XK, order.kept_XK.to(grad_RD.dtype)), None
+        return sum_rows(grad_RD.contiguous(), None, ctx.order), None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return sum_rows(rows_RD, order.rows_XK, order.kept_XK.to(rows_RD.dtype))
+        return sum_rows(rows_RD, None, order)
 
     @staticmethod
     @once_differentiable
@@ -72,7 +75,7 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, weights_XK: Tensor, order: RowOrder) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_XK)
         ctx.order = order
-        return sum_rows(rows_RD, order.rows_XK, weights_XK * order.kept_XK)
+        return sum_rows(rows_RD, weights_XK, order)
 
     @staticmethod
     @once_differentiable
