@@ -7,16 +7,12 @@ weight's gradient is summed over tp. So tp may be larger than num_kv_heads, and 
 Legend: B batch, S sequence, T = B * S tokens, D d_model, H query heads, G key/value heads, P width of a head.
 """
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.schema import ModelConfig
-from moe_dist.kernels.attention.flash import flash_attn_attention, flash_provider, sdpa_attention
-from moe_dist.kernels.attention.packed import packed_attention
-from moe_dist.kernels.attention.reference import causal_attention
+from moe_dist.kernels.attention.backend import attention
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group
@@ -65,7 +61,7 @@ class CausalSelfAttention(nn.Module):
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
         self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
         self.out = RowParallelLinear(width, model.d_model, tp, out_std)
-        self.backend = model.attention
+        self.attend = attention(model.attention.backend)
 
     def forward(self, x_TD: Tensor, shape: tuple[int, int], rotary: tuple[Tensor, Tensor]) -> Tensor:
         """shape: (B, S) of the full tokens. rotary: the table of positions 0..S-1."""
@@ -73,15 +69,7 @@ class CausalSelfAttention(nn.Module):
         q_BSHP = apply_rotary(self.query(x_TD).view(*shape, -1, self.head_dim), rotary)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
         k_BSGP = apply_rotary(k_BSGP, rotary)
-        attend = _attention(self.backend, x_TD.device.type)
-        y_BHSP = attend(q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2))
+        q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
+        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, None, None)
         y_TD = self.out(y_BHSP.transpose(1, 2).reshape(-1, q_BSHP.shape[2] * self.head_dim))
         return leave(y_TD, self.tp, self.sequence_parallel)
-
-
-def _attention(backend: str, device_type: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if backend == "torch":
-        return causal_attention
-    if backend == "packed":
-        return packed_attention
-    return flash_attn_attention if flash_provider(device_type) == "flash-attn" else sdpa_attention

@@ -101,6 +101,42 @@ class MoEConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AttentionConfig:
+    """Attention of every block. Number and width of heads are the model's."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["multi_query", "switch", "routed"] = "multi_query"
+    """multi_query: num_heads query heads share num_kv_heads key/value heads. switch: each token goes to top_k of
+    num_experts attention experts with query and output projections of their own (arXiv 2210.05144). routed: local
+    attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
+    backend: Literal["auto", "torch", "packed", "flash", "triton"] = "auto"
+    """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
+    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU in
+    bf16 up to 512 tokens, else flash."""
+    position: Literal["rotary", "alibi", "none"] = "rotary"
+    """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
+    distance (arXiv 2108.12409)."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """For sequences longer than those first trained on. linear: positions are divided by rope_factor. ntk: the base
+    grows instead. yarn: slow rotations are divided, fast ones stay (arXiv 2309.00071)."""
+    rope_factor: float = 1.0
+    """How many times longer."""
+    rope_original_len: int | None = None
+    """With rope_scaling = yarn: the sequence length first trained on."""
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection."""
+    qk_ln: bool = False
+    """Layer norm of the queries over all heads and of each key over its head."""
+    window: int | None = None
+    """Sliding window: a token sees the last `window` tokens, itself included. null: all before it."""
+    sinks: bool = False
+    """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
+    dropout: float = 0.0
+    """Of the attention weights, in training."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
 
@@ -128,10 +164,7 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = True
     """The output projection is the embedding matrix."""
-    attention: Literal["auto", "torch", "packed", "flash"] = "auto"
-    """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
-    flash: the flash-attn package when installed, else torch's fused SDPA. auto: packed on CPU in bf16 up to 512 tokens,
-    else flash."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     recompute: Literal["none", "activation", "block"] = "none"
     """activation: experts keep their input and pre-activation alone, and activate again in the backward pass. block:
     keep only each block's input and its routing, and run the block again."""

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,9 +30,11 @@ def resolve_backends(
     Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter.
     """
     moe, attention, kernels = model.moe, model.attention, model.kernels
-    if attention == "auto":
+    if attention.backend == "auto":
         short = seq_len is not None and seq_len <= _SHORT
-        attention = "packed" if short and device_type == "cpu" and precision == "bf16" else "flash"
+        packed = short and device_type == "cpu" and precision == "bf16" and attention.kind == "multi_query"
+        backend: Literal["packed", "flash"] = "packed" if packed else "flash"
+        attention = dataclasses.replace(attention, backend=backend)
     if kernels == "auto":
         kernels = "triton" if device_type == "cuda" and find_spec("triton") else "torch"
     if moe.dispatch == "auto":
@@ -39,7 +42,12 @@ def resolve_backends(
     if moe.experts == "auto":
         uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
         moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
-    for name, chosen, instead in (("kernels", kernels, "torch"), ("moe.experts", moe.experts, "grouped_mm")):
+    choices = (
+        ("kernels", kernels, "torch"),
+        ("moe.experts", moe.experts, "grouped_mm"),
+        ("attention.backend", attention.backend, "flash"),
+    )
+    for name, chosen, instead in choices:
         if chosen == "triton":
             _check_triton(f"model.{name}", instead, device_type)
     return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
@@ -77,7 +85,10 @@ def norm_kernel(kernels: str, device_type: str) -> Callable[[Tensor, Tensor, flo
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     """Names for the log and environment.json."""
-    attention = flash_provider(device_type) if model.attention == "flash" else model.attention
+    backend = model.attention.backend
+    attention = flash_provider(device_type) if backend == "flash" else backend
+    if model.attention.kind != "multi_query":
+        attention = f"{model.attention.kind} ({attention})"
     named = {"attention": attention, "kernels": model.kernels}
     moe = model.moe
     if moe.num_experts == 0:

@@ -270,13 +270,13 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What a continued run must agree on."""
-        train = self.config.train
+        train, model = self.config.train, asdict(self.config.model)
         return {
             "data": self.corpus.digest,
             "seed": train.seed,
             "seq_len": train.seq_len,
             "global_batch": train.global_batch,
-            "model": asdict(self.config.model) | {"attention": None, "recompute": None, "moe": None},
+            "model": model | {"attention": model["attention"] | {"backend": None}, "recompute": None, "moe": None},
         }
 
     def _opening(self, first: int) -> list[str]:

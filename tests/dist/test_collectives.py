@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
+from moe_dist.config.schema import AttentionConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.parallel import collectives as c
@@ -205,7 +206,8 @@ def feed_forward(tp: Group, sequence_parallel: bool) -> Layer:
 
 
 def attention(kv_heads: int, tp: Group, sequence_parallel: bool) -> Layer:
-    config = ModelConfig(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention="torch")
+    plain = AttentionConfig(backend="torch")
+    config = ModelConfig(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=plain)
     layer = CausalSelfAttention(config, tp, sequence_parallel, 0.3)
     rotary = rotary_table(torch.arange(T // 2).double(), 4, 10000.0)
     return layer, lambda x_TD: layer(x_TD, (2, T // 2), rotary)

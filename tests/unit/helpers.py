@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Group, Layout, Mesh
@@ -23,12 +23,16 @@ def idle_mesh(layout: Layout, rank: int) -> Mesh:
 
 
 def tiny_model(**changes: object) -> ModelConfig:
-    """Two blocks, 4 query heads on 2 key/value heads, 4 experts; fields of MoEConfig go to its `moe`."""
+    """Two blocks, 4 query heads on 2 key/value heads, 4 experts; fields of MoEConfig go to its `moe`. attention: the
+    name of a backend, or an AttentionConfig."""
     of_moe = {name: value for name, value in changes.items() if name in MoEConfig.__slots__ and name != "d_ff"}
     of_model = {name: value for name, value in changes.items() if name not in of_moe}
     moe = replace(MoEConfig(num_experts=4, top_k=2, capacity_factor=None), **of_moe)
     settings = dict(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, attention="torch")
-    return resolve_backends(ModelConfig(**(settings | of_model), moe=moe), ep=1)
+    settings |= of_model
+    if isinstance(settings["attention"], str):
+        settings["attention"] = AttentionConfig(backend=settings["attention"])
+    return resolve_backends(ModelConfig(**settings, moe=moe), ep=1)
 
 
 def context(*parts: int, phase: str = "train", witness: object = None) -> StepContext:

@@ -12,17 +12,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.kernels.attention import flash
+from moe_dist.kernels.attention.pattern import Pattern
 
-def packed_attention(q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(P)) v over positions up to each query's own. -> [B, H, S, P]."""
-    return _PackedAttention.apply(q_BHSP, k_BGSP, v_BGSP)
+
+def attend(
+    q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, pattern: Pattern | None = None, scale: float | None = None
+) -> Tensor:
+    """As reference.attend. What is not plain causal attention of a whole sequence is left to flash.attend."""
+    pattern = pattern or Pattern()
+    if not pattern.plain(q_BHSP.shape[2], k_BGSP.shape[2]):
+        return flash.attend(q_BHSP, k_BGSP, v_BGSP, pattern, scale)
+    return _PackedAttention.apply(q_BHSP, k_BGSP, v_BGSP, q_BHSP.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, scale: float) -> Tensor:
         batch, _, length, width = q_BHSP.shape
-        ctx.shapes, ctx.scale = (q_BHSP.shape, k_BGSP.shape), width**-0.5
+        ctx.shapes, ctx.scale = (q_BHSP.shape, k_BGSP.shape), scale
         q_NRP = q_BHSP.reshape(batch * k_BGSP.shape[1], -1, width)
         k_NSP, v_NSP = (t.reshape(-1, length, width) for t in (k_BGSP, v_BGSP))
         future_SS = q_NRP.new_full((length, length), float("-inf")).triu_(1)
@@ -34,7 +42,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHSP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_BHSP: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_NRP, k_NSP, v_NSP, probs_NRS = ctx.saved_tensors
         grad_NRP = grad_BHSP.reshape(q_NRP.shape)
         grad_v_NSP = torch.bmm(probs_NRS.mT, grad_NRP)
@@ -43,4 +51,4 @@ class _PackedAttention(torch.autograd.Function):
         grad_q_NRP = torch.bmm(grad_scores_NRS, k_NSP).mul_(ctx.scale)
         grad_k_NSP = torch.bmm(grad_scores_NRS.mT, q_NRP).mul_(ctx.scale)
         of_q, of_kv = ctx.shapes
-        return grad_q_NRP.view(of_q), grad_k_NSP.view(of_kv), grad_v_NSP.view(of_kv)
+        return grad_q_NRP.view(of_q), grad_k_NSP.view(of_kv), grad_v_NSP.view(of_kv), None

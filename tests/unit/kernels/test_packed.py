@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.kernels.attention.packed import packed_attention
-from moe_dist.kernels.attention.reference import causal_attention
+from moe_dist.kernels.attention import packed, reference
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -12,7 +11,7 @@ from moe_dist.kernels.attention.reference import causal_attention
 def test_is_the_oracle(kv_heads: int, length: int) -> None:
     shapes = (2, 4, length, 6), (2, kv_heads, length, 6), (2, kv_heads, length, 6)
     args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    expected, actual = causal_attention(*args), packed_attention(*args)
+    expected, actual = reference.attend(*args), packed.attend(*args)
     torch.testing.assert_close(actual, expected)
     grad = torch.randn_like(expected).transpose(1, 2).contiguous().transpose(1, 2)
     torch.testing.assert_close(torch.autograd.grad(actual, args, grad), torch.autograd.grad(expected, args, grad))
@@ -20,4 +19,4 @@ def test_is_the_oracle(kv_heads: int, length: int) -> None:
 
 def test_gradcheck() -> None:
     args = [torch.randn(1, heads, 3, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1)]
-    assert torch.autograd.gradcheck(packed_attention, args)
+    assert torch.autograd.gradcheck(packed.attend, args)

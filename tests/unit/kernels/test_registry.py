@@ -2,19 +2,19 @@
 
 import pytest
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 
 
 def test_auto_is_resolved() -> None:
     model = resolve_backends(ModelConfig(), ep=1)
-    assert (model.attention, model.moe.dispatch, model.moe.experts) == ("flash", "local", "grouped_mm")
+    assert (model.attention.backend, model.moe.dispatch, model.moe.experts) == ("flash", "local", "grouped_mm")
     assert resolve_backends(ModelConfig(), ep=2).moe.dispatch == "all_to_all"
 
 
 def test_packed_attention_is_for_short_bf16_sequences_on_cpu() -> None:
     chosen = [
-        resolve_backends(ModelConfig(), 1, device, seq_len, precision).attention
+        resolve_backends(ModelConfig(), 1, device, seq_len, precision).attention.backend
         for device, seq_len, precision in (
             ("cpu", 512, "bf16"),
             ("cpu", 513, "bf16"),
@@ -27,7 +27,8 @@ def test_packed_attention_is_for_short_bf16_sequences_on_cpu() -> None:
 
 
 def test_what_was_chosen_stays() -> None:
-    model = ModelConfig(attention="torch", kernels="torch", moe=MoEConfig(dispatch="all_to_all", experts="loop"))
+    moe = MoEConfig(dispatch="all_to_all", experts="loop")
+    model = ModelConfig(attention=AttentionConfig(backend="torch"), kernels="torch", moe=moe)
     assert resolve_backends(model, ep=1) == model
 
 
