@@ -41,11 +41,11 @@ class KVCache:
         """Tokens in the longest row: where the next token goes when all rows are equally long."""
         return max(self.lengths, default=0)
 
-    def starts(self, rows: int) -> Tensor | None:
+    def starts(self) -> Tensor | None:
         """Position of the next token of each row, [B] int64 on the cache's device; None where all are the same."""
         if len(set(self.lengths)) < 2:
             return None
-        return torch.tensor(self.lengths[:rows], device=self.k_BGLP.device)
+        return torch.tensor(self.lengths, device=self.k_BGLP.device)
 
     def update(self, k_BGSP: Tensor, v_BGSP: Tensor, cache_position: int | None = None) -> tuple[Tensor, Tensor]:
         """Append S tokens to every row -> all keys and values [B, G, longest, P], in the precision of those given.

@@ -7,15 +7,21 @@ weight's gradient is summed over tp. So tp may be larger than num_kv_heads, and 
 Legend: B batch, S sequence, T = B * S tokens, D d_model, H query heads, G key/value heads, P width of a head.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.attention.kv_cache import KVCache
+from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.attention.backend import attention
-from moe_dist.parallel.collectives import copy_to_group
+from moe_dist.kernels.attention.pattern import Dropout, Pattern
+from moe_dist.moe.layer import Replay
+from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import copy_to_group, reduce_from_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
@@ -41,8 +47,10 @@ class KeyValueHeads(nn.Module):
         local = [reader - first for reader in readers]
         regular = queries % held == 0 and local == [head // (queries // held) for head in range(queries)]
         self.reads: list[int] | None = None if regular else local
+        self.heads = held if regular else queries
 
     def forward(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Two tensors [B, S, `heads`, P]."""
         weight = self.weight if self.cut else copy_to_group(self.weight, self.tp)
         kv_BSGP = F.linear(x_TD, weight[self.rows]).view(*shape, -1, 2, self.head_dim)
         if self.reads is not None:
@@ -50,26 +58,106 @@ class KeyValueHeads(nn.Module):
         return kv_BSGP[..., 0, :], kv_BSGP[..., 1, :]
 
 
+class QueryKeyNorm(nn.Module):
+    """Layer norm of a query over all its heads, and of a key over its one (ViT-22B, arXiv 2302.05442, eq. 4)."""
+
+    def __init__(self, num_heads: int, head_dim: int, tp: Group, eps: float) -> None:
+        super().__init__()
+        self.tp, self.eps, self.width = tp, eps, num_heads * head_dim
+        local = self.width // tp.size
+        first = tp.rank * local
+        self.query_weight = parameter((local,), ParamSpec((self.width,), "tensor", first, None))
+        self.query_bias = parameter((local,), ParamSpec((self.width,), "tensor", first, 0.0))
+        self.key_weight = parameter((head_dim,), ParamSpec((head_dim,), std=None))
+        self.key_bias = parameter((head_dim,), ParamSpec((head_dim,), std=0.0))
+
+    def forward(self, q_BSHP: Tensor, k_BSGP: Tensor) -> tuple[Tensor, Tensor]:
+        wide_BSX = q_BSHP.flatten(2).to(torch.promote_types(q_BSHP.dtype, torch.float32))
+        centred_BSX = wide_BSX - self._mean(wide_BSX)
+        normed_BSX = centred_BSX * (self._mean(centred_BSX.square()) + self.eps).rsqrt()
+        q_BSX = (normed_BSX * self.query_weight + self.query_bias).to(q_BSHP.dtype)
+        weight, bias = copy_to_group(self.key_weight, self.tp), copy_to_group(self.key_bias, self.tp)
+        return q_BSX.view_as(q_BSHP), F.layer_norm(k_BSGP, k_BSGP.shape[-1:], weight, bias, self.eps)
+
+    def _mean(self, x_BSX: Tensor) -> Tensor:
+        """Over all heads of all tp ranks; each rank's results depend on it, so its gradient is summed over them."""
+        return copy_to_group(reduce_from_group(x_BSX.sum(-1, keepdim=True), self.tp), self.tp) / self.width
+
+
 class CausalSelfAttention(nn.Module):
     """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism."""
 
-    def __init__(self, model: ModelConfig, tp: Group, sequence_parallel: bool, out_std: float) -> None:
+    def __init__(
+        self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool = False, out_std: float | None = None
+    ) -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel
+        tp = mesh.tp
+        self.config, self.layer, self.tp, self.dp = model.attention, layer, tp, mesh.dp
+        self.sequence_parallel, self.num_heads = sequence_parallel, model.num_heads
         self.head_dim = model.head_dim or model.d_model // model.num_heads
         width = model.num_heads * self.head_dim
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
         self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
-        self.out = RowParallelLinear(width, model.d_model, tp, out_std)
-        self.attend = attention(model.attention.backend)
+        self.out = RowParallelLinear(width, model.d_model, tp, width**-0.5 if out_std is None else out_std)
+        self.qk_norm = None
+        if self.config.qk_ln:
+            self.qk_norm = QueryKeyNorm(model.num_heads, self.head_dim, tp, model.norm_eps)
+        heads = model.num_heads // tp.size
+        self.heads = slice(tp.rank * heads, (tp.rank + 1) * heads)
+        self.sinks_H = None
+        if self.config.sinks:
+            spec = ParamSpec((model.num_heads,), "tensor", self.heads.start, 0.0)
+            self.sinks_H = parameter((heads,), spec)
+        self.attend = attention(self.config.backend)
 
-    def forward(self, x_TD: Tensor, shape: tuple[int, int], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """shape: (B, S) of the full tokens. rotary: the table of positions 0..S-1."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        shape: tuple[int, int],
+        places: Places,
+        step: StepContext,
+        cache: KVCache | None = None,
+        replay: Replay | None = None,
+    ) -> tuple[Tensor, None]:
+        """shape: (B, S) of the full tokens. With a cache, queries also see what is in it, and are added to it. There
+        are no losses, and no decisions to replay."""
         x_TD = enter(x_TD, self.tp, self.sequence_parallel)
-        q_BSHP = apply_rotary(self.query(x_TD).view(*shape, -1, self.head_dim), rotary)
+        q_BSHP = self.query(x_TD).view(*shape, -1, self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
-        k_BSGP = apply_rotary(k_BSGP, rotary)
+        if self.config.clip_qkv is not None:
+            q_BSHP, k_BSGP, v_BSGP = (
+                t.clamp(-self.config.clip_qkv, self.config.clip_qkv) for t in (q_BSHP, k_BSGP, v_BSGP)
+            )
+        if self.qk_norm is not None:
+            q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
+        if places.rotary is not None:
+            q_BSHP, k_BSGP = apply_rotary(q_BSHP, places.rotary), apply_rotary(k_BSGP, places.rotary)
         q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
-        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, None, None)
+        starts_B = None
+        if cache is not None:
+            starts_B = cache.starts()
+            k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
+        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(places, starts_B, shape, step), None)
         y_TD = self.out(y_BHSP.transpose(1, 2).reshape(-1, q_BSHP.shape[2] * self.head_dim))
-        return leave(y_TD, self.tp, self.sequence_parallel)
+        return leave(y_TD, self.tp, self.sequence_parallel), None
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
+        weight = self.key_value.weight
+        return KVCache(rows, length, self.key_value.heads, self.head_dim, weight.dtype, weight.device)
+
+    def _pattern(self, places: Places, starts_B: Tensor | None, shape: tuple[int, int], step: StepContext) -> Pattern:
+        dropout = None
+        if self.config.dropout > 0 and step.phase == "train":
+            key = step.key.fold("attention dropout", self.layer)
+            dropout = Dropout(self.config.dropout, key, self.dp.rank * shape[0], self.heads.start, self.num_heads)
+        slopes_H = None if places.slopes_H is None else places.slopes_H[self.heads]
+        return Pattern(
+            causal=places.causal,
+            window=self.config.window,
+            starts_B=starts_B,
+            keys_BS=places.keys_BS,
+            slopes_H=slopes_H,
+            sinks_H=self.sinks_H,
+            dropout=dropout,
+        )

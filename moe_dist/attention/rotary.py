@@ -3,24 +3,54 @@
 Legend: B batch, S sequence, H heads, P width of a head.
 """
 
+from math import log, pi
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_dist.config.schema import AttentionConfig
 
-def rotary_table(positions_S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [S, P / 2] in fp32 (float64 for float64 positions): angle = position * theta^(-2 i / P)."""
-    wide = positions_S.dtype if positions_S.is_floating_point() else torch.float32
-    exponents = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=torch.float64) / head_dim
-    angles = positions_S.double()[:, None] * (theta**-exponents)
-    return angles.cos().to(wide), angles.sin().to(wide)
+_FAST, _SLOW = 32.0, 1.0  # YaRN: turns over the original length from which a rotation is fast, up to which it is slow
+
+
+def rotary_table(
+    positions_BS: Tensor, head_dim: int, theta: float, scaling: AttentionConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [..., S, P / 2] in fp32 (float64 for float64 positions): angle = position * frequency_i, with
+    frequency_i = theta^(-2 i / P), or what `scaling` makes of it for sequences that are longer than the first ones."""
+    wide = positions_BS.dtype if positions_BS.is_floating_point() else torch.float32
+    frequency, size = _frequencies(head_dim, theta, scaling or AttentionConfig())
+    angles = positions_BS.double()[..., None] * frequency.to(positions_BS.device)
+    return (angles.cos() * size).to(wide), (angles.sin() * size).to(wide)
+
+
+def _frequencies(head_dim: int, theta: float, scaling: AttentionConfig) -> tuple[Tensor, float]:
+    """([P / 2] float64, what queries and keys are multiplied by).
+
+    linear: positions / factor (arXiv 2306.15595). ntk: theta * factor^(P / (P - 2)), which keeps the fastest rotation
+    and divides the slowest by the factor. yarn: rotations of fewer than 1 turn over the original length are divided,
+    those of more than 32 stay, in between both are mixed; scores are sharpened by 0.1 ln(factor) + 1 (arXiv 2309.00071,
+    eq. 17 to 22).
+    """
+    factor, exponents = scaling.rope_factor, torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    if scaling.rope_scaling == "ntk" and head_dim > 2:
+        theta = theta * factor ** (head_dim / (head_dim - 2))
+    frequency = theta**-exponents
+    if scaling.rope_scaling == "linear":
+        return frequency / factor, 1.0
+    if scaling.rope_scaling != "yarn":
+        return frequency, 1.0
+    assert scaling.rope_original_len is not None, "config/attention_rules.py asks for it"
+    turns = scaling.rope_original_len * frequency / (2 * pi)
+    stays = ((turns - _SLOW) / (_FAST - _SLOW)).clamp(0, 1)
+    return frequency * stays + frequency / factor * (1 - stays), 0.1 * log(factor) + 1
 
 
 def apply_rotary(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (x_i, x_{i + P/2}) by its position's angle."""
-    return _Rotate.apply(x_BSHP, *(t[:, None, :].to(x_BSHP.dtype) for t in table))
+    """Rotate each pair (x_i, x_{i + P/2}) by its position's angle. table: [S, P / 2], or [B, S, P / 2]."""
+    return _Rotate.apply(x_BSHP, *(t[..., None, :].to(x_BSHP.dtype) for t in table))
 
 
 def _rotate(x_BSHP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe_dist.config.attention_rules import attention_rules
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
@@ -60,6 +61,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
     """Checks a configuration against `world_size` ranks. Raises one ValueError with a line for every broken rule."""
     problems = [
         *_model_rules(config.model),
+        *attention_rules(config.model),
         *moe_rules(config),
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
@@ -87,13 +89,14 @@ def _model_rules(model: ModelConfig) -> Iterator[str]:
         model.num_kv_heads,
         "every key/value head serves the same number of query heads; change model.num_kv_heads (1 is always right)",
     )
+    turns = model.attention.position == "rotary"
     if model.head_dim is not None:
-        if model.head_dim % 2:
+        if turns and model.head_dim % 2:
             yield f"head_dim={model.head_dim} is odd; rotary embedding turns pairs of numbers: make model.head_dim even"
         return
     d_model, num_heads = model.d_model, model.num_heads
     yield from multiple("d_model", d_model, "num_heads", num_heads, "change one of them, or set model.head_dim")
-    if num_heads >= 1 and d_model % num_heads == 0 and d_model // num_heads % 2:
+    if turns and num_heads >= 1 and d_model % num_heads == 0 and d_model // num_heads % 2:
         yield (
             f"head_dim=d_model/num_heads={d_model}/{num_heads}={d_model // num_heads} is odd; "
             "rotary embedding turns pairs of numbers: change model.num_heads or set an even model.head_dim"

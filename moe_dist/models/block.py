@@ -1,8 +1,12 @@
 """One decoder block: pre-norm attention, then a pre-norm dense or MoE feed-forward, each on a residual."""
 
+from dataclasses import dataclass, field
+
 from torch import Tensor, nn
 
+from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.mqa import CausalSelfAttention
+from moe_dist.attention.places import Places
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.experts import expert_widths
@@ -18,6 +22,14 @@ def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
 
 
+@dataclass
+class BlockReplay:
+    """The decisions of a block's routers, for its recomputation."""
+
+    attention: Replay = field(default_factory=Replay)
+    feed_forward: Replay = field(default_factory=Replay)
+
+
 class DecoderBlock(nn.Module):
     """x_TD -> x_TD. Output projections start smaller by 1 / sqrt(2 num_layers), as in GPT-2."""
 
@@ -27,7 +39,7 @@ class DecoderBlock(nn.Module):
         widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
-        self.attention = CausalSelfAttention(model, tp, sequence_parallel, width**-0.5 * residual)
+        self.attention = CausalSelfAttention(model, layer, mesh, sequence_parallel, width**-0.5 * residual)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
@@ -39,13 +51,18 @@ class DecoderBlock(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        rotary: tuple[Tensor, Tensor],
+        places: Places,
         step: StepContext,
-        replay: Replay | None = None,
-    ) -> tuple[Tensor, MoEStats | None]:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), shape, rotary)
-        normed_TD = self.feed_forward_norm(x_TD)
+        cache: KVCache | None = None,
+        replay: BlockReplay | None = None,
+    ) -> tuple[Tensor, tuple[MoEStats, ...]]:
+        """Stats of the routed layers of the block, attention before feed-forward."""
+        replay = replay or BlockReplay()
+        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, places, step, cache, replay.attention)
+        x_TD = x_TD + y_TD
+        normed_TD, of_experts = self.feed_forward_norm(x_TD), None
         if isinstance(self.feed_forward, MoE):
-            y_TD, stats = self.feed_forward(normed_TD, step, replay)
-            return x_TD + y_TD, stats
-        return x_TD + self.feed_forward(normed_TD), None
+            y_TD, of_experts = self.feed_forward(normed_TD, step, replay.feed_forward)
+        else:
+            y_TD = self.feed_forward(normed_TD)
+        return x_TD + y_TD, tuple(stats for stats in (of_attention, of_experts) if stats is not None)

@@ -3,6 +3,7 @@
 Legend: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_dist.attention.alibi import alibi_slopes
+from moe_dist.attention.kv_cache import KVCache
+from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
-from moe_dist.models.block import DecoderBlock
-from moe_dist.moe.layer import MoE, Replay
+from moe_dist.models.block import BlockReplay, DecoderBlock
+from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_gather, own_slice
@@ -29,7 +33,7 @@ Want = Literal["loss", "token_losses", "logits"]
 @dataclass(frozen=True)
 class DecoderOutput:
     """loss: what to differentiate, nll plus this rank's share of the auxiliary losses. nll: nats per token, the mean
-    over this data-parallel rank's tokens. stats: one per MoE layer."""
+    over this data-parallel rank's tokens. stats: one per routed layer."""
 
     loss: Tensor
     nll: Tensor
@@ -48,10 +52,11 @@ class OutputProjection(nn.Module):
         spec = ParamSpec((model.vocab_size, model.d_model), "tensor", start, model.d_model**-0.5)
         self.weight = parameter((local, model.d_model), spec) if tied is None else tied
 
-    def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want) -> Tensor:
-        """`loss`: the mean, differentiable. `token_losses`: [T]. `logits`: [T, V] on every rank."""
+    def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want, rows: Tensor | None = None) -> Tensor:
+        """`loss`: the mean, differentiable. `token_losses`: [T]. `logits`: [T, V] on every rank, or of `rows` alone."""
         x_TD = enter(self.norm(x_TD), self.tp, self.sequence_parallel)
         if want == "logits":
+            x_TD = x_TD if rows is None else x_TD[rows]
             return all_gather((x_TD @ self.weight.t()).t(), self.tp).t()
         assert targets_T is not None, "a loss needs targets"
         loss = linear_cross_entropy if want == "loss" else token_losses
@@ -73,16 +78,34 @@ class Decoder(nn.Module):
         initialize(self, seed)
 
     def forward(
-        self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want = "loss"
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        step: StepContext,
+        want: Want = "loss",
+        caches: Sequence[KVCache] | None = None,
+        at_B: Tensor | None = None,
     ) -> DecoderOutput | Tensor:
         """`loss`: a DecoderOutput. `token_losses`: nats [B, S]. `logits`: [B, S, V]. B * S must be divisible by tp, and
-        every rank must call: there are exchanges inside."""
-        x_TD, stats = self._hidden(tokens_BS, step)
+        every rank must call: there are exchanges inside.
+
+        caches: from `new_caches`; the tokens continue what is in them. at_B: logits of this one token of each row,
+        [B, V].
+        """
+        x_TD, stats = self._hidden(tokens_BS, step, caches)
+        if at_B is not None:
+            rows = torch.arange(len(at_B), device=at_B.device) * tokens_BS.shape[1] + at_B
+            return self.output(x_TD, None, "logits", rows)
         result = self.output(x_TD, None if targets_BS is None else targets_BS.flatten(), want)
         if want != "loss":
             return result.view(*tokens_BS.shape, *result.shape[1:])
         loss = result + sum(layer.aux_loss for layer in stats)
         return DecoderOutput(loss, result.detach(), stats)
+
+    def new_caches(self, rows: int, length: int) -> list[KVCache]:
+        """One for each block, for `rows` sequences of at most `length` tokens."""
+        blocks = (block for block in self.blocks if isinstance(block, DecoderBlock))
+        return [block.attention.new_cache(rows, length) for block in blocks]
 
     def balance_routers(self, loads: dict[int, Tensor]) -> None:
         """Once an optimizer step: assignments to each expert by layer, over all ranks and micro-steps."""
@@ -91,22 +114,37 @@ class Decoder(nn.Module):
             assert isinstance(moe, MoE), "loads are of MoE layers"
             moe.router.balance(load_E)
 
-    def _hidden(self, tokens_BS: Tensor, step: StepContext) -> tuple[Tensor, tuple[MoEStats, ...]]:
+    def _hidden(
+        self, tokens_BS: Tensor, step: StepContext, caches: Sequence[KVCache] | None
+    ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])
         step = replace(step, seq_len=shape[1], token_ids_T=own_slice(tokens_BS.flatten(), self.tp))
-        positions_S = torch.arange(shape[1], device=tokens_BS.device)
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.tp, self.sequence_parallel)
-        if x_TD.dtype == torch.float64:
-            positions_S = positions_S.double()
-        rotary = rotary_table(positions_S, model.head_dim or model.d_model // model.num_heads, model.rope_theta)
-        recompute = model.recompute == "block" and torch.is_grad_enabled()
-        stats = []
-        for block in self.blocks:
+        places = self._places(shape[1], x_TD, caches)
+        recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None
+        stats: list[MoEStats] = []
+        for index, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[index]
             if recompute:
-                args = (x_TD, shape, rotary, step, Replay())
-                x_TD, layer = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+                args = (x_TD, shape, places, step, None, BlockReplay())
+                x_TD, of_block = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD, layer = block(x_TD, shape, rotary, step)
-            if layer is not None:
-                stats.append(layer)
+                x_TD, of_block = block(x_TD, shape, places, step, cache)
+            stats += of_block
         return x_TD, tuple(stats)
+
+    def _places(self, length: int, x_TD: Tensor, caches: Sequence[KVCache] | None) -> Places:
+        """Positions continue what is in the caches, row by row."""
+        model = self.config
+        if model.attention.position == "none":
+            return Places()
+        if model.attention.position == "alibi":
+            return Places(slopes_H=alibi_slopes(model.num_heads, x_TD.device))
+        positions = torch.arange(length, device=x_TD.device)
+        if caches is not None:
+            starts_B = caches[0].starts()
+            positions = positions + (caches[0].cache_position if starts_B is None else starts_B[:, None])
+        if x_TD.dtype == torch.float64:
+            positions = positions.double()
+        head_dim = model.head_dim or model.d_model // model.num_heads
+        return Places(rotary=rotary_table(positions, head_dim, model.rope_theta, model.attention))

@@ -1,7 +1,7 @@
 """Collectives, sharded layers and the vocabulary-parallel loss against what they mean in a single process."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from unittest import mock
 
@@ -12,17 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.mqa import CausalSelfAttention
+from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
 from moe_dist.config.schema import AttentionConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.feed_forward import FeedForward
+from moe_dist.moe.routing import StepContext
 from moe_dist.parallel import collectives as c
 from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
-from moe_dist.parallel.mesh import Group, create_mesh
+from moe_dist.parallel.mesh import Group, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from tests.dist.helpers import raised, run_checks
+from tests.dist.helpers import KEY, raised, run_checks
 
 T, D = 8, 6
 
@@ -208,9 +210,10 @@ def feed_forward(tp: Group, sequence_parallel: bool) -> Layer:
 def attention(kv_heads: int, tp: Group, sequence_parallel: bool) -> Layer:
     plain = AttentionConfig(backend="torch")
     config = ModelConfig(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=plain)
-    layer = CausalSelfAttention(config, tp, sequence_parallel, 0.3)
+    alone = single_process_mesh()
+    layer = CausalSelfAttention(config, 0, replace(alone, tp=tp), sequence_parallel, 0.3)
     rotary = rotary_table(torch.arange(T // 2).double(), 4, 10000.0)
-    return layer, lambda x_TD: layer(x_TD, (2, T // 2), rotary)
+    return layer, lambda x_TD: layer(x_TD, (2, T // 2), Places(rotary), StepContext(KEY))[0]
 
 
 def multi_query(tp: Group, sequence_parallel: bool) -> Layer:

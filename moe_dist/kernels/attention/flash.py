@@ -117,7 +117,8 @@ def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern
     visible, added = pattern.visible(queries, keys, q_BHQP.device), pattern.added(queries, keys, q_BHQP.device)
     wide = torch.promote_types(q_BHQP.dtype, torch.float32)
     bias: Tensor = q_BHQP.new_zeros(batch, heads, queries, keys, dtype=wide)
-    bias = bias if added is None else bias + added
+    if added is not None:
+        bias = bias + added
     bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
     sink = pattern.sinks_H.to(wide)[:, None, None].expand(batch, -1, queries, 1)
     mask = torch.cat((bias, sink), dim=-1).to(wide if q_BHQP.device.type == "cpu" else q_BHQP.dtype)

@@ -24,7 +24,7 @@ def test_rows_of_different_lengths() -> None:
     cache, (first_k, first_v), (k, v) = KVCache(2, 8, 2, 4), pairs(2, 4), pairs(2, 2)
     cache.update(first_k, first_v)
     cache.truncate([4, 1])
-    assert cache.starts(2).tolist() == [4, 1]
+    assert cache.starts().tolist() == [4, 1]
     all_k, _ = cache.update(k, v)
     assert all_k[0].equal(torch.cat((first_k[0], k[0]), 1))
     assert all_k[1, :, :3].equal(torch.cat((first_k[1, :, :1], k[1]), 1))

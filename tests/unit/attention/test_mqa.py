@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from moe_dist.attention.mqa import CausalSelfAttention, KeyValueHeads
+from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from tests.unit.helpers import tiny_model
+from tests.unit.helpers import context, tiny_model
 
 D = 16
 
 
 def attention_of(num_heads: int, num_kv_heads: int, **changes: object) -> CausalSelfAttention:
     model = tiny_model(num_heads=num_heads, num_kv_heads=num_kv_heads, **changes)
-    layer = CausalSelfAttention(model, Group(), sequence_parallel=False, out_std=0.25)
+    layer = CausalSelfAttention(model, 0, single_process_mesh(), out_std=0.25)
     initialize(layer, seed=0)
     return layer.double()
 
@@ -25,7 +26,7 @@ def attention_of(num_heads: int, num_kv_heads: int, **changes: object) -> Causal
 def attend(layer: CausalSelfAttention, x_BSD: Tensor) -> Tensor:
     shape = x_BSD.shape[:2]
     rotary = rotary_table(torch.arange(shape[1]).double(), layer.head_dim, 10000.0)
-    return layer(x_BSD.flatten(0, 1), shape, rotary).view_as(x_BSD)
+    return layer(x_BSD.flatten(0, 1), shape, Places(rotary), context())[0].view_as(x_BSD)
 
 
 def turned(x_SP: Tensor) -> Tensor:

@@ -1,0 +1,16 @@
+"""Where the tokens of a forward pass are: made once by the model, read by the attention of every block."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """rotary: (cos, sin), each [1 or B, S, P / 2], or None. slopes_H: ALiBi slopes of all query heads. keys_BS: bool,
+    the keys that may be seen, None for all."""
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    slopes_H: Tensor | None = None
+    keys_BS: Tensor | None = None
+    causal: bool = True
