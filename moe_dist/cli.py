@@ -17,6 +17,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   train CONFIG [flags]          train a Mixture-of-Experts language model
   status CONFIG [flags]         how far that run is
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
+  generate RUN [flags]          text from the model of a run
   verify [flags]                prove that training means the same in every layout, on this machine
   version"""
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from moe_dist.study.command import study
 
                 return study(rest)
+            case "generate":
+                from moe_dist.generate.command import generate_text
+
+                return generate_text(rest)
             case "verify":
                 from moe_dist.verify.command import verify
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.checkpoint.layout import Manifest, Range
 from moe_dist.checkpoint.store import file_digest
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
+from moe_dist.parallel.sharding import logical_parameters
 
 
 class Reader:
@@ -70,13 +71,7 @@ def load(folder: Path, engine: Engine) -> Manifest:
 
     Raises ValueError on every rank when a file is damaged or the model has other parameters.
     """
-    reader = Reader(folder)
-    replies: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(replies, reader.check_digests(engine.mesh.rank, len(replies)))
-    problems = [problem for reply in replies for problem in reply]
-    if problems:
-        raise ValueError("\n".join(problems))
-    _check_shapes(reader, engine)
+    reader = _checked(folder, engine.model)
     for kind in STATE_KINDS:
         for piece in engine.held(kind):
             values = reader.read(kind, piece.name, piece.start, piece.values.numel())
@@ -86,9 +81,32 @@ def load(folder: Path, engine: Engine) -> Manifest:
     return reader.manifest
 
 
-def _check_shapes(reader: Reader, engine: Engine) -> None:
+@torch.no_grad()
+def load_weights(folder: Path, model: nn.Module) -> Manifest:
+    """Fill a model that no engine owns, on one rank of any layout and in any precision; otherwise as `load`."""
+    reader = _checked(folder, model)
+    for name, param, spec in logical_parameters(model):
+        values = reader.read("weight", name, spec.flat_start, param.numel())
+        param.copy_(values.view_as(param))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(reader.read("weight", name, 0, buffer.numel()).view_as(buffer))
+    return reader.manifest
+
+
+def _checked(folder: Path, model: nn.Module) -> Reader:
+    reader = Reader(folder)
+    replies: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(replies, reader.check_digests(dist.get_rank(), len(replies)))
+    problems = [problem for reply in replies for problem in reply]
+    if problems:
+        raise ValueError("\n".join(problems))
+    _check_shapes(reader, model)
+    return reader
+
+
+def _check_shapes(reader: Reader, model: nn.Module) -> None:
     """By the whole model, not by what this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
-    needed = logical_shapes(engine.model)
+    needed = logical_shapes(model)
     stored = reader.manifest.shapes
     for name in sorted(needed.keys() | stored.keys()):
         if stored.get(name) != needed.get(name):

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_dist.attention.kv_cache import KVCache
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
@@ -43,8 +44,16 @@ class Engine(Protocol):
     def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
         """Forward and backward of one micro-batch. The last one of a step also reduces gradients over the ranks."""
 
-    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
-        """Forward without gradients: token losses [B, S], or logits [B, S, V]."""
+    def evaluate(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        step: StepContext,
+        want: Want,
+        caches: Sequence[KVCache] | None = None,
+        at_B: Tensor | None = None,
+    ) -> Tensor:
+        """Forward without gradients, with the arguments of Decoder.forward: token losses [B, S], or logits."""
 
     def update(self, lr: float) -> float:
         """Clip, step, clear gradients. Returns the global gradient norm before clipping, the same on every rank."""

@@ -15,13 +15,14 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.attention.kv_cache import KVCache
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import (
     Kind,
@@ -102,10 +103,18 @@ class DeepSpeedEngine:
         self.loads.add(output)
         return output
 
-    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
+    def evaluate(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        step: StepContext,
+        want: Want,
+        caches: Sequence[KVCache] | None = None,
+        at_B: Tensor | None = None,
+    ) -> Tensor:
         self.engine.eval()
         with torch.no_grad():
-            out = self.engine(tokens_BS, targets_BS, step, want)
+            out = self.engine(tokens_BS, targets_BS, step, want, caches, at_B)
         self.engine.train()
         return out
 

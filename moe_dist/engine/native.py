@@ -4,11 +4,12 @@ Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulat
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from moe_dist.attention.kv_cache import KVCache
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import (
     Kind,
@@ -64,8 +65,16 @@ class NativeEngine:
         return output
 
     @torch.no_grad()
-    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
-        return self.model(tokens_BS, targets_BS, step, want)
+    def evaluate(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None,
+        step: StepContext,
+        want: Want,
+        caches: Sequence[KVCache] | None = None,
+        at_B: Tensor | None = None,
+    ) -> Tensor:
+        return self.model(tokens_BS, targets_BS, step, want, caches, at_B)
 
     @torch.no_grad()
     def update(self, lr: float) -> float:

@@ -2,9 +2,12 @@
 
 import os
 import subprocess
+import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -92,6 +95,18 @@ def start(rank: Rank, device: str | None = None, threads: int | None = None) -> 
         store = dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
     return torch.device(name, rank.local_rank) if name == "cuda" else torch.device("cpu")
+
+
+@contextmanager
+def said_once(rank: Rank) -> Iterator[None]:
+    """For mistakes that every rank sees: rank 0 says so."""
+    try:
+        yield
+    except ValueError:
+        if rank.rank == 0:
+            raise
+        time.sleep(1)  # a launcher stops all ranks when one has ended: let rank 0 speak first
+        sys.exit(2)
 
 
 def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | None = "cpu") -> None:

@@ -1,19 +1,15 @@
 """`moe-dist train`: start the rank, train, and tell the person what came out and where."""
 
 import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
 from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
-from moe_dist.models.generate import generate
-from moe_dist.parallel.launch import Rank, rank_from_environment, start, stop
+from moe_dist.generate.decode import CachedDecoder, generate
+from moe_dist.generate.sampling import Sampling
+from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
 from moe_dist.train.guard import EX_TEMPFAIL
 from moe_dist.train.loop import Outcome, Resume, Trainer
 from moe_dist.train.progress import duration, print_summary, short_number
@@ -27,11 +23,11 @@ def train(config: Config, resume: Resume, device: str | None) -> int:
     Raises ValueError for what a user got wrong.
     """
     rank = rank_from_environment(os.environ)
-    with _said_once(rank):
+    with said_once(rank):
         validate(config, rank.world)  # before anything starts
     chosen = start(rank, device, config.train.threads)
     console = Console(quiet=rank.rank != 0)
-    with _said_once(rank):
+    with said_once(rank):
         trainer = Trainer(config, chosen, console)
         newest = trainer.checkpoint_to_continue(resume)
     outcome = trainer.run(newest)
@@ -48,18 +44,6 @@ def train(config: Config, resume: Resume, device: str | None) -> int:
     console.print(Text(_next_steps(outcome)), soft_wrap=True)
     stop()
     return 0
-
-
-@contextmanager
-def _said_once(rank: Rank) -> Iterator[None]:
-    """For mistakes that every rank sees: rank 0 says so."""
-    try:
-        yield
-    except ValueError:
-        if rank.rank == 0:
-            raise
-        time.sleep(1)  # a launcher stops all ranks when one has ended: let rank 0 speak first
-        sys.exit(2)
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
@@ -87,16 +71,10 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
 
 def sample(trainer: Trainer, tokens: int) -> str:
     """Text that the model writes; every rank must call."""
-    tokenizer, device = ByteTokenizer(), trainer.device
-    ids = generate(
-        lambda tokens_BS, step: trainer.engine.evaluate(tokens_BS, None, step, "logits"),
-        tokenizer.encode(_PROMPT),
-        tokens,
-        trainer.config.train.seq_len,
-        trainer.config.train.seed,
-        torch.device(device),
-    )
-    return tokenizer.decode(ids)
+    tokenizer, engine, train = ByteTokenizer(), trainer.engine, trainer.config.train
+    model = CachedDecoder(engine.model, trainer.device, engine.evaluate)
+    prompts = [tokenizer.encode(_PROMPT)]
+    return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))
 
 
 def _next_steps(outcome: Outcome) -> str:

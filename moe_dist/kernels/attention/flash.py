@@ -109,7 +109,8 @@ def _mask(q_BHQP: Tensor, keys: int, pattern: Pattern) -> tuple[Tensor | None, T
 
 def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
     """A sink is one more key, of zeros, whose bias is its score; so is its value."""
-    assert pattern.sinks_H is not None
+    sinks_H = pattern.sinks_H
+    assert sinks_H is not None
     (batch, heads, queries, _), keys = q_BHQP.shape, k_BGKP.shape[2]
     if pattern.starts_B is None:  # the last query stays at the last key that was there before
         starts_B = torch.full((batch,), keys - queries, device=q_BHQP.device)
@@ -120,7 +121,7 @@ def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern
     if added is not None:
         bias = bias + added
     bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
-    sink = pattern.sinks_H.to(wide)[:, None, None].expand(batch, -1, queries, 1)
+    sink = sinks_H.to(wide)[:, None, None].expand(batch, -1, queries, 1)
     mask = torch.cat((bias, sink), dim=-1).to(wide if q_BHQP.device.type == "cpu" else q_BHQP.dtype)
     k_BGKP, v_BGKP = (F.pad(t, (0, 0, 0, 1)) for t in (k_BGKP, v_BGKP))
     rate = 0.0 if pattern.dropout is None else pattern.dropout.rate

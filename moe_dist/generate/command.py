@@ -1,0 +1,222 @@
+"""`moe-dist generate`: text from a run's checkpoint, on one process or in any layout."""
+
+import argparse
+import codecs
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.reshard import load_weights
+from moe_dist.checkpoint.store import checkpoints
+from moe_dist.config import Config, load_config, validate
+from moe_dist.config.schema import ParallelConfig
+from moe_dist.data import ByteTokenizer
+from moe_dist.engine.base import compute_dtype
+from moe_dist.generate.decode import CachedDecoder, generate
+from moe_dist.generate.sampling import Sampling
+from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.decoder import Decoder
+from moe_dist.moe.causality import causality_notes
+from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
+from moe_dist.parallel.mesh import create_mesh
+
+_ABOUT = """Write text with the model of a run, from its newest checkpoint or a given one.
+
+RUN is a run's folder, or one checkpoint of it. Alone, the model runs on one process, however it was trained; under
+torchrun in the layout it was trained in, or that of --ep and --tp: the text is the same.
+Experts drop nothing. The text depends on the checkpoint, the prompt, its number and --seed, on nothing else.
+Text goes to standard output; what is said about it, tokens per second included, to standard error.
+"""
+
+
+def generate_text(args: Sequence[str]) -> int:
+    """Returns the exit code. Raises ValueError for what a user got wrong."""
+    own = _arguments(args)
+    sampling = Sampling(temperature=own.temperature, top_k=own.top_k, top_p=own.top_p)
+    rank = rank_from_environment(os.environ)
+    with said_once(rank):
+        checkpoint, config = find_checkpoint(Path(own.run))
+        config = in_layout(config, rank.world, own.ep, own.tp)
+    device = start(rank, own.device)
+    with said_once(rank):
+        prompts = _same_on_all_ranks(own)
+        decoder = load_decoder(checkpoint, config, device)
+    show = _Screen(prompts, own.stream) if rank.rank == 0 else None
+    if show is not None:
+        _describe(checkpoint, config, decoder, rank.world)
+    ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
+    context = own.context or config.train.seq_len
+    began, first = time.monotonic(), 0.0
+    for tokens in generate(CachedDecoder(decoder, device), ids, own.max_new_tokens, context, own.seed, sampling):
+        first = first or time.monotonic() - began
+        if show is not None:
+            show.add(tokens)
+    seconds = time.monotonic() - began
+    if show is not None:
+        show.end()
+        _say(_speed(sum(map(len, ids)), len(prompts), own.max_new_tokens, first, seconds))
+    stop()
+    return 0
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Config]:
+    """(checkpoint, configuration) of a run's folder, or of one of its checkpoints."""
+    if (path / MANIFEST).is_file():
+        checkpoint, run = path, path.resolve().parents[1]
+    else:
+        run, found = path, checkpoints(path / "checkpoints")
+        if not found:
+            raise ValueError(
+                f"{path} is neither a checkpoint nor a run with one: give runs/NAME, or a folder step-N in it"
+            )
+        checkpoint = found[-1]
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}/config.yaml, which says what model {checkpoint} holds, is not there")
+    return checkpoint, load_config(run / "config.yaml")
+
+
+def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:
+    """The model with the checkpoint's weights, ready to be asked; every rank must call."""
+    parallel = config.parallel
+    model = resolve_backends(
+        config.model, parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
+    )
+    mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp)
+    decoder = Decoder(model, mesh, parallel.sequence_parallel, config.train.seed)
+    decoder = decoder.to(device, compute_dtype(config.engine.precision)).eval()
+    load_weights(checkpoint, decoder)
+    return decoder
+
+
+def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Config:
+    """The trained model in the layout of these ranks; backends are chosen anew, for the device at hand."""
+    if world == 1:
+        parallel = ParallelConfig()
+    else:
+        parallel = replace(config.parallel, ep=ep or config.parallel.ep, tp=tp or config.parallel.tp)
+        parallel = replace(parallel, sequence_parallel=False, etp=1 if ep else parallel.etp, node_size=None)
+    moe = replace(config.model.moe, dispatch="auto", experts="auto", overlap_chunks=1)
+    attention = replace(config.model.attention, backend="auto", dropout=0.0)
+    model = replace(config.model, moe=moe, attention=attention, kernels="auto")
+    sequences = max(world // parallel.tp, 1)
+    train = replace(config.train, global_batch=sequences, micro_batch=None, accumulation=None)
+    config = replace(config, model=model, parallel=parallel, train=train)
+    validate(config, world)
+    return config
+
+
+def _arguments(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="moe-dist generate", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt on each line of a file; - is standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, help="choose among so many of the most likely tokens")
+    parser.add_argument("--top-p", type=float, help="among the fewest whose probabilities add up to this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action="store_true", help="show the text while it grows")
+    parser.add_argument("--context", type=int, help="tokens that the model sees at most; default: as in training")
+    parser.add_argument("--ep", type=int, help="with several ranks: over how many the experts are spread")
+    parser.add_argument("--tp", type=int, help="with several ranks: how many share each matrix")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    own = parser.parse_args(list(args))
+    if own.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {own.max_new_tokens} is below 1")
+    return own
+
+
+def _prompts(own: argparse.Namespace) -> list[str]:
+    if bool(own.prompt) == (own.prompts is not None):
+        raise ValueError("give the text to continue: either --prompt TEXT, or --prompts FILE with one on each line")
+    prompts = own.prompt
+    if own.prompts is not None:
+        try:
+            source = sys.stdin.buffer.read() if own.prompts == "-" else Path(own.prompts).read_bytes()
+        except OSError as error:
+            raise ValueError(f"--prompts {own.prompts}: {error.strerror}") from None
+        prompts = source.decode("utf-8", errors="surrogateescape").split("\n")
+        prompts = [line.removesuffix("\r") for line in prompts]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError("there is no prompt with text in it: give at least one character to continue")
+    if own.stream and len(prompts) > 1:
+        raise ValueError(f"--stream shows one text while it grows, but there are {len(prompts)} prompts: leave it out")
+    return prompts
+
+
+def _same_on_all_ranks(own: argparse.Namespace) -> list[str]:
+    """Rank 0 reads: standard input is there only once."""
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = _prompts(own)
+        except ValueError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise ValueError(told[1])
+    prompts: list[str] = told[0]
+    return prompts
+
+
+class _Screen:
+    """Texts, shown while they grow if there is but one, else at the end. Bytes that are no character yet wait."""
+
+    def __init__(self, prompts: list[str], stream: bool) -> None:
+        self.prompts, self.stream = prompts, stream
+        self.texts: list[list[int]] = [[] for _ in prompts]
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        if stream:
+            _write(prompts[0])
+
+    def add(self, tokens: list[int]) -> None:
+        if self.stream:
+            _write(self.decoder.decode(bytes([min(tokens[0], 0xFF)])))
+            return
+        for text, token in zip(self.texts, tokens, strict=True):
+            text.append(token)
+
+    def end(self) -> None:
+        if self.stream:
+            _write(self.decoder.decode(b"", final=True) + "\n")
+            return
+        for index, (prompt, ids) in enumerate(zip(self.prompts, self.texts, strict=True), start=1):
+            title = f"--- {index}\n" if len(self.prompts) > 1 else ""
+            _write(title + prompt + ByteTokenizer().decode(ids) + "\n")
+
+
+def _write(text: str) -> None:
+    # A prompt that was not UTF-8 on the command line is shown with replacement characters.
+    sys.stdout.write(text.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="replace"))
+    sys.stdout.flush()
+
+
+def _describe(checkpoint: Path, config: Config, decoder: Decoder, world: int) -> None:
+    parallel, device = config.parallel, decoder.embedding.weight.device
+    backends = ", ".join(f"{k} {v}" for k, v in describe_backends(decoder.config, device.type).items())
+    _say(f"{checkpoint}: {world} ranks, ep {parallel.ep}, tp {parallel.tp}, {config.engine.precision}; {backends}")
+    for note in causality_notes(config.model.moe):
+        _say(f"note: {note}")
+
+
+def _speed(prompt_tokens: int, rows: int, new_tokens: int, first: float, seconds: float) -> str:
+    said = f"{prompt_tokens} prompt tokens and the first new one in {first:.2f}s"
+    if new_tokens > 1:
+        rate = rows * (new_tokens - 1) / (seconds - first)
+        said += f"; {rows * (new_tokens - 1)} more at {rate:.1f} tokens/s ({rate / rows:.1f} a row)"
+    return said
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
