@@ -3,12 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_dist.attention.kv_cache import KVCache as KVCache
+    from moe_dist.models.transformer_block import TransformerBlock as TransformerBlock
     from moe_dist.moe.mixture import MixtureOfExperts as MixtureOfExperts
 
 __version__ = "0.1.0"
 
 # Where the public layers are. They are imported when first asked for: `import moe_dist` does not import torch.
-_LAYERS = {"MixtureOfExperts": "moe_dist.moe.mixture"}
+_LAYERS = {
+    "KVCache": "moe_dist.attention.kv_cache",
+    "MixtureOfExperts": "moe_dist.moe.mixture",
+    "TransformerBlock": "moe_dist.models.transformer_block",
+}
 
 
 def __getattr__(name: str) -> Any:

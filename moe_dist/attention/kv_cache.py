@@ -53,10 +53,10 @@ class KVCache:
         cache_position: continue there, forgetting what comes later; None continues after each row's last token. Of rows
         that are not the longest, what lies past their length has no meaning: mask it.
         """
-        rows, length = self._check(k_BGSP, v_BGSP, cache_position)
-        starts = self.lengths or [0] * rows
         if cache_position is not None:
-            starts = [cache_position] * rows
+            self.rewind(cache_position)
+        rows, length = self._check(k_BGSP, v_BGSP)
+        starts = self.lengths or [0] * rows
         if max(starts) + length > self.max_seq_len:
             raise ValueError(
                 f"{max(starts)} tokens in the cache and {length} more are above max_seq_len={self.max_seq_len}: make "
@@ -74,6 +74,13 @@ class KVCache:
         rows, longest = len(self.lengths), self.cache_position
         return self.k_BGLP[:rows, :, :longest], self.v_BGLP[:rows, :, :longest]
 
+    def rewind(self, position: int) -> None:
+        """Continue every row at `position`, forgetting what comes later."""
+        filled = min(self.lengths, default=0)
+        if not 0 <= position <= filled:
+            raise ValueError(f"cache_position={position} is outside the {filled} tokens in the cache")
+        self.lengths = [position] * len(self.lengths)
+
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep the first tokens of each row: after a prefill of padded prompts, their true lengths."""
         pairs = zip(lengths, self.lengths, strict=False)
@@ -90,7 +97,7 @@ class KVCache:
         self.k_BGLP, self.v_BGLP = (t.to(*args, **kwargs) for t in (self.k_BGLP, self.v_BGLP))
         return self
 
-    def _check(self, k_BGSP: Tensor, v_BGSP: Tensor, cache_position: int | None) -> tuple[int, int]:
+    def _check(self, k_BGSP: Tensor, v_BGSP: Tensor) -> tuple[int, int]:
         rows, heads, length, width = k_BGSP.shape
         limit, own_heads, _, own_width = self.k_BGLP.shape
         if k_BGSP.shape != v_BGSP.shape or (heads, width) != (own_heads, own_width):
@@ -102,9 +109,6 @@ class KVCache:
             raise ValueError(f"a batch of {rows} is above max_batch_size={limit} of the cache")
         if self.lengths and rows != len(self.lengths):
             raise ValueError(f"a batch of {rows}, but the cache holds {len(self.lengths)} rows: reset it first")
-        filled = min(self.lengths, default=0)
-        if cache_position is not None and not 0 <= cache_position <= filled:
-            raise ValueError(f"cache_position={cache_position} is outside the {filled} tokens in the cache")
         return rows, length
 
     @torch.no_grad()

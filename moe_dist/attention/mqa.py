@@ -158,6 +158,7 @@ class CausalSelfAttention(nn.Module):
             starts_B=starts_B,
             keys_BS=places.keys_BS,
             slopes_H=slopes_H,
+            bias=places.bias,
             sinks_H=self.sinks_H,
             dropout=dropout,
         )

@@ -8,9 +8,10 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Places:
     """rotary: (cos, sin), each [1 or B, S, P / 2], or None. slopes_H: ALiBi slopes of all query heads. keys_BS: bool,
-    the keys that may be seen, None for all."""
+    the keys that may be seen, None for all. bias: added to the scores, broadcastable to [B, 1, S, keys]."""
 
     rotary: tuple[Tensor, Tensor] | None = None
     slopes_H: Tensor | None = None
     keys_BS: Tensor | None = None
+    bias: Tensor | None = None
     causal: bool = True
