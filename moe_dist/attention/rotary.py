@@ -3,7 +3,7 @@
 Legend: B batch, S sequence, H heads, P width of a head.
 """
 
-from math import log, pi
+from math import ceil, floor, log, pi
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.config.schema import AttentionConfig
 
-_FAST, _SLOW = 32.0, 1.0  # YaRN: turns over the original length from which a rotation is fast, up to which it is slow
+_FAST, _SLOW = 32, 1  # YaRN: turns over the original length from which a rotation is fast, up to which it is slow
 
 
 def rotary_table(
@@ -30,22 +30,25 @@ def _frequencies(head_dim: int, theta: float, scaling: AttentionConfig) -> tuple
     """([P / 2] float64, what queries and keys are multiplied by).
 
     linear: positions / factor (arXiv 2306.15595). ntk: theta * factor^(P / (P - 2)), which keeps the fastest rotation
-    and divides the slowest by the factor. yarn: rotations of fewer than 1 turn over the original length are divided,
-    those of more than 32 stay, in between both are mixed; scores are sharpened by 0.1 ln(factor) + 1 (arXiv 2309.00071,
-    eq. 17 to 22).
+    and divides the slowest by the factor. yarn: rotations that make fewer than 1 turn over the original length are
+    divided, those of more than 32 stay, in between a mixture that is linear in i; scores grow by the square of
+    0.1 ln(factor) + 1 (arXiv 2309.00071, section 3, with the ramp of the authors' code).
     """
-    factor, exponents = scaling.rope_factor, torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    factor, index = scaling.rope_factor, torch.arange(head_dim // 2, dtype=torch.float64)
     if scaling.rope_scaling == "ntk" and head_dim > 2:
         theta = theta * factor ** (head_dim / (head_dim - 2))
-    frequency = theta**-exponents
+    frequency = theta ** (-2 * index / head_dim)
     if scaling.rope_scaling == "linear":
         return frequency / factor, 1.0
     if scaling.rope_scaling != "yarn":
         return frequency, 1.0
-    assert scaling.rope_original_len is not None, "config/attention_rules.py asks for it"
-    turns = scaling.rope_original_len * frequency / (2 * pi)
-    stays = ((turns - _SLOW) / (_FAST - _SLOW)).clamp(0, 1)
-    return frequency * stays + frequency / factor * (1 - stays), 0.1 * log(factor) + 1
+    length = scaling.rope_original_len
+    assert length is not None, "config/attention_rules.py asks for it"
+    # The i whose rotation makes so many turns over the original length.
+    fast, slow = (head_dim * log(length / (turns * 2 * pi)) / (2 * log(theta)) for turns in (_FAST, _SLOW))
+    first, last = max(floor(fast), 0), min(ceil(slow), head_dim - 1)
+    divided = ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return frequency * (1 - divided) + frequency / factor * divided, 0.1 * log(factor) + 1
 
 
 def apply_rotary(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

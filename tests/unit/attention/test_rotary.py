@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_dist.attention.rotary import apply_rotary, rotary_table
+from moe_dist.config.schema import AttentionConfig
 
 
 def test_table_by_hand() -> None:
@@ -53,3 +54,36 @@ def test_scores_depend_on_relative_positions(shift: int) -> None:
 
     torch.testing.assert_close(scores(shift), scores(0))
     assert not torch.allclose(scores(0), q_BSHP[0, :, 0] @ k_BSHP[0, :, 0].t())
+
+
+@pytest.mark.parametrize(("head_dim", "theta", "length", "factor"), [(64, 1e4, 128, 4.0), (128, 1e6, 4096, 8.0)])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaling_is_that_of_transformers(kind: str, head_dim: int, theta: float, length: int, factor: float) -> None:
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    rope = dict(rope_type=kind, rope_theta=theta, factor=factor, original_max_position_embeddings=length)
+    config = pytest.importorskip("transformers").LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=length, rope_parameters=rope
+    )
+    frequency, size = utils.ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    scaling = AttentionConfig(rope_scaling=kind, rope_factor=factor, rope_original_len=length)
+    cos, sin = rotary_table(torch.arange(50).double(), head_dim, theta, scaling)
+    angles = torch.arange(50)[:, None] * frequency.double()
+    torch.testing.assert_close(cos, angles.cos() * size, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sin, angles.sin() * size, rtol=0, atol=1e-5)
+
+
+def test_ntk_keeps_the_fastest_and_divides_the_slowest() -> None:
+    scaling, one = AttentionConfig(rope_scaling="ntk", rope_factor=4.0), torch.tensor([1.0], dtype=torch.float64)
+    found, plain = (rotary_table(one, 16, 1e4, s)[1].asin()[0] for s in (scaling, None))
+    assert found[0] == plain[0]
+    torch.testing.assert_close(found[-1], plain[-1] / 4)
+    assert (found[1:-1] < plain[1:-1]).all() and (found[1:-1] > plain[1:-1] / 4).all()
+
+
+def test_rows_at_places_of_their_own() -> None:
+    x_BSHP, starts_B = torch.randn(2, 3, 2, 8), torch.tensor([0, 5])
+    table = rotary_table(starts_B[:, None] + torch.arange(3), 8, 1e4)
+    turned = apply_rotary(x_BSHP, table)
+    for row, start in enumerate(starts_B.tolist()):
+        alone = apply_rotary(x_BSHP[row : row + 1], rotary_table(torch.arange(start, start + 3), 8, 1e4))
+        torch.testing.assert_close(turned[row], alone[0], rtol=0, atol=0)
