@@ -31,7 +31,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
 
     Each block has two RMSNorm scales, attention and a feed-forward of either kind; only experts can have biases:
 
-        attention = D*H*P + 2*G*P*D + H*P*D
+        attention = D*H*P + 2*G*P*D + H*P*D             with qk_ln 2*(H + 1)*P more, with sinks H
         dense     = m*D*F                     m = 3 with a gate (gate, up, down), else 2
         MoE       = E*D + (E + shared)*m*D*F  the router (noisy: twice; hash: none), then the experts with their own F,
                                               the mean where they differ
@@ -39,7 +39,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     """
     moe_layers = _moe_layers(model)
     embeddings = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
-    norms = (2 * model.num_layers + 1) * model.d_model
+    norms = (2 * model.num_layers + 1) * model.d_model + model.num_layers * _attention_vectors(model)
     each = _expert_parameters(model) + _expert_biases(model)
     expert = round(moe_layers * model.moe.num_experts * each)
     idle = round(moe_layers * (model.moe.num_experts - model.moe.top_k) * each)
@@ -58,12 +58,13 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
     N are the matrix parameters that one token meets: attention, router, its top_k experts, shared experts, dense
     feed-forwards and the output projection; not the embedding lookup, not the norm scales. A token at position s
-    attends to s + 1 keys, (S + 1) / 2 on average, each costing a product for q.k and one for the weighted sum of v.
+    attends to s + 1 keys, (S + 1) / 2 on average, or to those of its window, each costing a product for q.k and one
+    for the weighted sum of v.
     The count does not depend on the capacity: a dropped assignment is work not done, so dropping does not lower it.
     Recomputation is not counted either: both would make a worse run look like a faster one.
     """
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
-    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * (seq_len + 1) / 2
+    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * _keys_seen(model, seq_len)
     return 3 * (2 * matrices + attention)
 
 
@@ -78,6 +79,18 @@ def _active_block_matrices(model: ModelConfig) -> int:
     router = {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
     experts = round(moe_layers * (router + routed))
     return model.num_layers * attention + (model.num_layers - moe_layers) * dense + experts
+
+
+def _keys_seen(model: ModelConfig, seq_len: int) -> float:
+    """By a token, on average over the sequence."""
+    window = min(model.attention.window or seq_len, seq_len)
+    return window - window * (window - 1) / (2 * seq_len)
+
+
+def _attention_vectors(model: ModelConfig) -> int:
+    """Norms and sinks of one layer."""
+    heads, width = model.num_heads, _head_dim(model)
+    return (2 * (heads + 1) * width if model.attention.qk_ln else 0) + (heads if model.attention.sinks else 0)
 
 
 def _moe_layers(model: ModelConfig) -> int:

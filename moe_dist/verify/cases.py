@@ -26,6 +26,7 @@ SETTING_AXES: Axes = {
     "balance": ("global", "local", "sequence"),
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
+    "attention": ("multi_query", "options", "dropout"),
 }
 QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
 QUICK_SETTINGS: Axes = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
@@ -43,12 +44,13 @@ class Setting:
     balance: str = "global"
     experts: str = "grouped_mm"
     recompute: str = "none"
+    attention: str = "multi_query"
 
     def __str__(self) -> str:
         plain = Setting()
         extra = [
             f"{name} {getattr(self, name)}"
-            for name in ("router", "overflow", "balance", "experts", "recompute")
+            for name in ("router", "overflow", "balance", "experts", "recompute", "attention")
             if getattr(self, name) != getattr(plain, name)
         ]
         return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
@@ -89,6 +91,13 @@ _ROUTERS: dict[str, dict[str, object]] = {
     "jitter": {"jitter": 0.1},
     "groups": {"num_groups": 2, "top_k_groups": 1},
     "sigmoid": {"router": "sigmoid", "bias_update_rate": 0.01},
+}
+
+
+_ATTENTIONS: dict[str, dict[str, object]] = {
+    "multi_query": {},
+    "options": {"position": "alibi", "clip_qkv": 1.0, "qk_ln": True, "window": 9, "sinks": True},
+    "dropout": {"dropout": 0.1, "backend": "torch"},
 }
 
 
@@ -162,6 +171,7 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "experts": setting.experts,
     }
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
+    model |= {"attention": _ATTENTIONS[setting.attention]}
     engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
     # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
     # direction, and the comparison would measure how Adam amplifies noise.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.models.flops import parameter_counts, train_flops_per_token
 
 # D=4, H=2, P=2, G=1: attention = q 4*4 + kv 2*1*2*4 + out 4*4 = 16 + 16 + 16 = 48.
@@ -56,6 +56,14 @@ def test_train_flops_by_hand() -> None:
     # matrices one token meets: attention 2*48, dense 72, router 12, 2 routed + 1 shared expert 180, output 40 = 400
     # attention at S=3: keys seen 1, 2, 3, on average 2; 2 layers * 2 products * 2 FLOPs * 4 wide * 2 keys = 64
     assert train_flops_per_token(tiny(), seq_len=3) == 3 * (2 * 400 + 64)
+
+
+def test_attention_options() -> None:
+    both = tiny(attention=AttentionConfig(qk_ln=True, sinks=True, window=2))
+    # a layer: scale and bias of 4 query and 2 key numbers, 2 sinks
+    assert parameter_counts(both).total == parameter_counts(tiny()).total + 2 * (2 * (4 + 2) + 2)
+    # keys seen at S=3: 1, 2, 2
+    assert train_flops_per_token(both, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 4 * 4 * 5 / 3))
 
 
 def test_train_flops_ignore_what_is_not_computed() -> None:
