@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 ROUNDING = 8
-_EXACT = 32  # below, rounding up would cost more than there are sizes to compile for
+_FEW = 32  # rows up to which rounding by 8 would cost more than there are sizes to compile for
+_ALIKE = 4  # rows that products compute alike: the rest of a division by it has its own code, which rounds otherwise
 
 _LOW = (torch.bfloat16, torch.float16)
 _FP32 = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -23,10 +24,11 @@ def fp32_products() -> str:
 
 
 def rows_computed(count: int, dtype: torch.dtype) -> int:
-    """count, or the next multiple of ROUNDING where kernels are compiled for a number of rows."""
-    if count <= _EXACT or not (dtype in _LOW or (dtype == torch.float32 and _FP32)):
-        return count
-    return -(-count // ROUNDING) * ROUNDING
+    """count, rounded up: to 8 where kernels are compiled for a number of rows, else to 4, so that a row's result does
+    not depend, to the bit, on how many others its expert has."""
+    compiled = dtype in _LOW or (dtype == torch.float32 and _FP32)
+    multiple = ROUNDING if compiled and count > _FEW else _ALIKE
+    return -(-count // multiple) * multiple
 
 
 def linear(x_cI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor:
