@@ -21,9 +21,10 @@ fi
 ranks="$1"
 shift
 
-meet=(--standalone)
+meet=(-m moe_dist.parallel.torchrun) # opens ports on loopback only
 if [[ "${NNODES:-1}" != 1 ]]; then
   meet=(
+    -m torch.distributed.run
     --nnodes "$NNODES"
     --node_rank "${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK: which of the $NNODES machines is this, from 0}}"
     --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the machine with NODE_RANK 0}"
@@ -35,5 +36,5 @@ fi
 source "$root/launch/env.sh" "$ranks"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 # torchrun would die of SIGUSR2 and leave its ranks alone. Named here, it passes the signal on and waits for them.
-exec "${MOE_DIST_PYTHON:-$root/.venv/bin/python}" -m torch.distributed.run "${meet[@]}" --nproc_per_node "$ranks" \
+exec "${MOE_DIST_PYTHON:-$root/.venv/bin/python}" "${meet[@]}" --nproc_per_node "$ranks" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 -m moe_dist.cli train "$@"

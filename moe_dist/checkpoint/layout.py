@@ -43,6 +43,11 @@ class ShardFile:
     sha256: str
     ranges: list[Range]
 
+    @staticmethod
+    def of(values: dict[str, Any]) -> "ShardFile":
+        """From `asdict`."""
+        return ShardFile(**{**values, "ranges": [Range(**stored) for stored in values["ranges"]]})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:

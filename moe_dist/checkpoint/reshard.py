@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_dist.checkpoint.layout import Manifest, Range
 from moe_dist.checkpoint.store import file_digest
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
+from moe_dist.parallel.objects import gather_json
 from moe_dist.parallel.sharding import logical_parameters
 
 
@@ -95,8 +96,7 @@ def load_weights(folder: Path, model: nn.Module) -> Manifest:
 
 def _checked(folder: Path, model: nn.Module) -> Reader:
     reader = Reader(folder)
-    replies: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(replies, reader.check_digests(dist.get_rank(), len(replies)))
+    replies = gather_json(reader.check_digests(dist.get_rank(), dist.get_world_size()))
     problems = [problem for reply in replies for problem in reply]
     if problems:
         raise ValueError("\n".join(problems))

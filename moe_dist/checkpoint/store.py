@@ -9,15 +9,16 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from moe_dist.checkpoint.layout import MANIFEST, Manifest, Range, ShardFile
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
+from moe_dist.parallel.objects import gather_json
 
 _STEP = re.compile(r"step-(\d{6,})")
 
@@ -35,11 +36,12 @@ def save(root: Path, engine: Engine, step: int, run: dict[str, Any], keep_last: 
         draft.mkdir(parents=True)
 
     _together(final, draft, rank, prepare if rank == 0 else lambda: None)
-    shards = _together(final, draft, rank, lambda: _write_shard(draft, engine))
+    shards = _together(final, draft, rank, lambda: asdict(_write_shard(draft, engine)))
 
     def commit() -> None:
         shapes = dict(sorted(logical_shapes(engine.model).items()))
-        manifest = Manifest(step=step, shapes=shapes, files=shards, run=run)
+        files = [ShardFile.of(shard) for shard in shards]
+        manifest = Manifest(step=step, shapes=shapes, files=files, run=run)
         _write_durably(draft / MANIFEST, manifest.dumps())
         _commit(draft, final)
         _prune(root, keep_last)
@@ -49,14 +51,13 @@ def save(root: Path, engine: Engine, step: int, run: dict[str, Any], keep_last: 
 
 
 def _together(final: Path, draft: Path, rank: int, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returned on each rank. Raises RuntimeError on every rank when it failed on one."""
+    """What `work` returned on each rank, as JSON. Raises RuntimeError on every rank when it failed on one."""
     result, error = None, None
     try:
         result = work()
     except Exception as caught:
         error = f"rank {rank}: {caught}"
-    replies: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(replies, (result, error))
+    replies = gather_json((result, error))
     errors = [reply[1] for reply in replies if reply[1]]
     if errors:
         if rank == 0:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from moe_dist.config.read import Dumper, read_yaml
 from moe_dist.config.schema import Config
 
 Schema = TypeVar("Schema")
@@ -33,6 +34,8 @@ _EXPECTED = {
     "dict_type": "a mapping (key: value lines)",
     "int_parsing": "an integer",
 }
+_MOST_PROBLEMS = 50
+_LONGEST_VALUE = 200
 # Where a value may be of several types, pydantic adds the one that failed to the place of the error.
 _TYPE_TAG = re.compile(r"int|float|str|bool|\[key\]|(list|nullable|dict)\[.*\]")
 
@@ -61,73 +64,31 @@ def parse_dict(values: Mapping[str, Any], source: str) -> Config:
 
 def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
     """The same for any dataclass of the schema's kind."""
+    if too_large := list(_too_large(values)):
+        raise ValueError("\n".join(f"{source}: {problem}" for problem in too_large))
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
         return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
     except ValidationError as error:
-        problems = _explain_all(cls, error.errors(include_url=False))
+        found = error.errors(include_url=False)
+        problems = _explain_all(cls, found[:_MOST_PROBLEMS])
+        if len(found) > _MOST_PROBLEMS:
+            problems.append(f"and {len(found) - _MOST_PROBLEMS} more problems")
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems)) from None
 
 
 def dump_config(config: Config) -> str:
     """YAML with every field, in the order of the schema. Loading it gives an equal Config."""
-    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but `1e-3` is a number, dates stay text, and a key may appear once."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        first_line: dict[str, int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
-            if key.value in first_line:
-                problem = f"key {key.value!r} appears twice, first on line {first_line[key.value]}; keep one"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            first_line[key.value] = key.start_mark.line + 1
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# YAML 1.1 wants a dot before, and a sign after, the `e`, and reads 1e-3 as text. The dumper must then quote such text.
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file; empty when the file is. Every failure is a ValueError that opens with the path."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a safe loader
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder; name the YAML file in it") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{path}: {where}{error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds a {type(values).__name__}, not sections such as `model:` and `train:`")
-    return values
+def _too_large(values: Any, path: str = "") -> Iterator[str]:
+    """A line for each integer that torch could not take."""
+    if isinstance(values, int) and not -(2**63) <= values < 2**64:
+        yield f"{path}: {values} does not fit 64 bits"
+    elif isinstance(values, Mapping | list):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _too_large(value, f"{path}.{key}".lstrip("."))
 
 
 def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
@@ -159,13 +120,14 @@ def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
         return f"{path}: unknown key{_advice(cls, path)}"
     if problem["type"] == "missing":
         return f"{path}: missing; add `{path}: ...`"
-    value = problem["input"]
+    value = repr(problem["input"])
+    value = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
     if problem["type"] == "literal_error":
-        return f"{path}: {value!r} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
+        return f"{path}: {value} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
     if expected := _EXPECTED.get(problem["type"]):
-        hint = "; write null for none" if value in ("None", "none") else ""
-        return f"{path}: {value!r} is not {expected}{hint}"
-    return f"{path}: {value!r}: {problem['msg']}"
+        hint = "; write null for none" if problem["input"] in ("None", "none") else ""
+        return f"{path}: {value} is not {expected}{hint}"
+    return f"{path}: {value}: {problem['msg']}"
 
 
 def _advice(cls: type, path: str) -> str:

@@ -242,13 +242,14 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    kind: Literal["stdlib", "text"] = "stdlib"
+    kind: Literal["stdlib", "text", "indexed"] = "stdlib"
     """stdlib: the sources of Python's standard library, present on every machine. text: files or folders in `paths`.
-    Both are read as bytes."""
+    Both are read as bytes. indexed: token ids in Megatron-core's .bin and .idx files."""
     paths: list[str] = field(default_factory=list)
-    """With kind = text: files, or folders that are searched for files."""
+    """With kind = text: files, or folders that are searched for files. indexed: paths without .bin and .idx."""
     validation_fraction: float = 0.1
-    """Share held out for validation: whole files, or the end of the text if there is one file only."""
+    """Share held out for validation: whole files, or the end of the text if there is one file only. indexed: the last
+    documents of each path."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -174,7 +174,12 @@ def _optim_rules(config: Config) -> Iterator[str]:
 
 def _data_rules(config: Config) -> Iterator[str]:
     data, vocab_size = config.data, config.model.vocab_size
-    if 1 <= vocab_size < _BYTES:
+    if data.kind == "indexed":
+        if not data.paths:
+            yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths"
+        if config.run.sample_tokens:
+            yield f"sample_tokens={config.run.sample_tokens} needs bytes as tokens, not data.kind indexed; set it to 0"
+    elif 1 <= vocab_size < _BYTES:
         yield f"vocab_size={vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
     if data.kind == "text" and not data.paths:
         yield "data.kind text needs paths; name files or folders in data.paths, or set data.kind to stdlib"

@@ -1,4 +1,4 @@
-"""Reads files into one array of tokens for training and one for validation.
+"""Reads files into one array of tokens for training and one for validation. Text is bytes: nothing here decodes it.
 
 A corpus is the same bytes on every rank and in every run: files are ordered and split by their names alone, never by
 the order in which the file system lists them, nor by the locale or Python's hash seed. Its digest says so.
@@ -11,10 +11,12 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
+from moe_dist.data.indexed import TokenStream, read_indexed
 
 SEPARATOR = b"\0"
 """Follows each file of a corpus of several files."""
@@ -27,16 +29,18 @@ _SNIFFED = 8192
 class Corpus:
     """Two splits of token ids, and what they were made of."""
 
-    train: np.ndarray
-    validation: np.ndarray
+    train: np.ndarray | TokenStream
+    validation: np.ndarray | TokenStream
     vocab_size: int
     name: str
     digest: str
     """SHA-256 of both splits and their lengths."""
     num_files: int
-    """Files in the two splits."""
+    """Files in the two splits; indexed: pairs of files."""
     num_skipped: int = 0
     """Files left out: empty, binary, unreadable (stdlib only), or a copy of another."""
+    unit: Literal["byte", "token"] = "byte"
+    """What a token is. The loss is told in bits per unit."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
     """
     if not 0 < config.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1, e.g. 0.1")
+    if config.kind == "indexed":
+        return _indexed(config, vocab_size, seq_len)
     if config.kind == "stdlib":
         name = f"stdlib-{platform.python_version()}"
         found, skipped = _stdlib()
@@ -76,11 +82,23 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
     )
 
 
+def _indexed(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
+    train, validation, digest = read_indexed(config.paths, vocab_size, config.validation_fraction)
+    for split, stream in (("train", train), ("validation", validation)):
+        _check_length(split, len(stream), seq_len)
+    name = ", ".join(config.paths)
+    return Corpus(train, validation, vocab_size, name, digest, len(config.paths), unit="token")
+
+
 def _stdlib() -> tuple[list[_Document], int]:
     """The sources of the standard library, without its tests, and the number of files skipped."""
     root = Path(sysconfig.get_paths()["stdlib"])
     documents, skipped = [], 0
-    for key, path in _files(root, _NOT_STDLIB):
+    try:
+        found = _files(root, _NOT_STDLIB)
+    except OSError as error:
+        raise ValueError(f"{root}, the standard library, cannot be read: {error}") from error
+    for key, path in found:
         if path.suffix != ".py":
             continue
         try:
@@ -123,7 +141,13 @@ def _read_unless_binary(path: Path) -> bytes:
     """The bytes of a file, or none if it looks binary, as a NUL near its start tells."""
     with path.open("rb") as file:
         head = file.read(_SNIFFED)
-        return b"" if b"\0" in head else head + file.read()
+        if b"\0" in head:
+            return b""
+        size = os.fstat(file.fileno()).st_size
+        data = head + file.read()
+        if len(data) != size or os.fstat(file.fileno()).st_size != size:
+            raise OSError(f"{path} changes while it is read")
+        return data
 
 
 def _files(root: Path, excluded: frozenset[str] = frozenset()) -> list[tuple[bytes, Path]]:

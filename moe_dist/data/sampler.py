@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from moe_dist.data.indexed import TokenStream
+
 
 class SequenceSampler:
     """Visits the windows of a split in a new order each epoch, each exactly once.
@@ -63,7 +65,7 @@ def rank_starts(starts: np.ndarray, accumulation: int, dp: int, dp_rank: int, mi
     return starts.reshape(accumulation, dp, -1)[micro_step, dp_rank]
 
 
-def micro_batch(split: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+def micro_batch(split: np.ndarray | TokenStream, starts: np.ndarray, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and next-token targets, both [B, S] int64, of the windows at `starts`."""
     windows = torch.from_numpy(split[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

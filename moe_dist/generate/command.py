@@ -27,6 +27,7 @@ from moe_dist.models.decoder import Decoder
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
 from moe_dist.parallel.mesh import create_mesh
+from moe_dist.parallel.objects import broadcast_json
 
 _ABOUT = """Write text with the model of a run, from its newest checkpoint or a given one.
 
@@ -80,7 +81,12 @@ def find_checkpoint(path: Path) -> tuple[Path, Config]:
         checkpoint = found[-1]
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}/config.yaml, which says what model {checkpoint} holds, is not there")
-    return checkpoint, load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
+    if config.data.kind == "indexed":
+        raise ValueError(
+            f"{run} was trained on token ids (data.kind indexed), and their tokenizer is not part of a run"
+        )
+    return checkpoint, config
 
 
 def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:
@@ -163,7 +169,7 @@ def _same_on_all_ranks(own: argparse.Namespace) -> list[str]:
             told[0] = _prompts(own)
         except ValueError as error:
             told[1] = str(error)
-    dist.broadcast_object_list(told, src=0)
+    told = broadcast_json(told)
     if told[1] is not None:
         raise ValueError(told[1])
     prompts: list[str] = told[0]

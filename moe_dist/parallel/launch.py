@@ -1,6 +1,10 @@
-"""Starting and stopping a rank: alone, under torchrun, or as a task of a Slurm step."""
+"""Starting and stopping a rank: alone, under torchrun, or as a task of a Slurm step.
+
+Ranks that are all on one machine open ports on its loopback interface only.
+"""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +34,12 @@ class Rank:
     local_world: int = 1
     address: tuple[str, int] | None = None
     file: str | None = None
+    served: bool = False
+    """torchrun serves the address itself; else rank 0 does."""
+
+    @property
+    def on_one_machine(self) -> bool:
+        return self.world == self.local_world
 
 
 def rank_from_environment(environ: Mapping[str, str]) -> Rank:
@@ -51,7 +61,8 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank:
     if "RANK" in environ:
         local_world = number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else 1
         address = (text("MASTER_ADDR"), number("MASTER_PORT"))
-        return Rank(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), local_world, address)
+        served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return Rank(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), local_world, address, served=served)
     if "SLURM_STEP_NUM_TASKS" in environ and number("SLURM_STEP_NUM_TASKS") > 1:
         world = number("SLURM_STEP_NUM_TASKS")
         local_world = max(1, world // number("SLURM_STEP_NUM_NODES"))
@@ -72,7 +83,8 @@ def _first_host(nodelist: str) -> str:
 def start(rank: Rank, device: str | None = None, threads: int | None = None) -> torch.device:
     """Initialise the default process group (also for a process alone: ZeRO wants one) and choose the device.
 
-    device: `cpu`, `cuda` or None for CUDA where there is any. Raises ValueError when CUDA is asked for and missing.
+    device: `cpu`, `cuda` or None for CUDA where there is any. Raises ValueError when CUDA is asked for and missing, or
+    when the port to meet at is taken.
     """
     # Deprecations that DeepSpeed and torch.distributed have among themselves.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -87,14 +99,41 @@ def start(rank: Rank, device: str | None = None, threads: int | None = None) -> 
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world))
     _export(rank)
+    if rank.on_one_machine:  # nobody else to talk to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-    store: dist.Store | None = None
-    if rank.file is not None:
-        store = dist.FileStore(rank.file, rank.world)
-    elif rank.address is None:
-        store = dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=_store(rank), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
     return torch.device(name, rank.local_rank) if name == "cuda" else torch.device("cpu")
+
+
+def _store(rank: Rank) -> dist.Store | None:
+    """Where ranks meet; None leaves it to torch, by MASTER_ADDR and MASTER_PORT."""
+    if rank.file is not None:
+        return dist.FileStore(rank.file, rank.world)
+    if rank.address is None:
+        return dist.HashStore()
+    if not rank.on_one_machine or rank.served:
+        return None
+    port, listener = rank.address[1], None
+    if rank.rank == 0:
+        # TCPStore would listen on every interface, also when told 127.0.0.1: give it a socket that does not.
+        listener = _listen_on_loopback(port).detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, rank.world, is_master=rank.rank == 0, timeout=TIMEOUT, master_listen_fd=listener
+    )
+
+
+def _listen_on_loopback(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(4096)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"port {port} of 127.0.0.1, where ranks meet: {error.strerror}; set MASTER_PORT") from None
+    return listener
 
 
 @contextmanager
@@ -120,7 +159,6 @@ def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | Non
 
 
 def _spawned(index: int, ranks: int, file: str, device: str | None, worker: Callable[..., None], args: Any) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine have nobody else to talk to
     start(Rank(index, ranks, index, ranks, file=file), device)
     worker(*args)
     stop()

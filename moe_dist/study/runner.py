@@ -36,7 +36,7 @@ def train_command(config: Path, ranks: int) -> list[str]:
         return [sys.executable, *train]
     # torchrun would die of SIGUSR2 and leave its ranks alone; named here, it passes the signal on.
     signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *signals]
+    torchrun = ["-m", "moe_dist.parallel.torchrun", "--nproc_per_node", str(ranks), *signals]
     return [sys.executable, *torchrun, *train]
 
 

@@ -53,9 +53,9 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
     if "loss" in last:
         rows["training loss"] = f"{last['loss']:.4f} nats/token"
     if "validation_loss" in last:
-        rows["validation"] = (
-            f"{last['validation_loss']:.4f} nats/token, {last['validation_bits_per_byte']:.3f} bits/byte"
-        )
+        unit = trainer.corpus.unit
+        bits = last[f"validation_bits_per_{unit}"]
+        rows["validation"] = f"{last['validation_loss']:.4f} nats/token, {bits:.3f} bits/{unit}"
     if "validation_loss_capped" in last:
         rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
     if "drop_rate" in last:

@@ -34,6 +34,7 @@ from moe_dist.moe.causality import causality_notes
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh
+from moe_dist.parallel.objects import require_same
 from moe_dist.parallel.random import RandomKey
 from moe_dist.train.guard import StopGuard
 from moe_dist.train.metrics import LayerLoad, MetricsWriter, moe_record
@@ -73,6 +74,7 @@ class Trainer:
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
         self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size)
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
+        require_same("what ranks read from data.paths", self.corpus.digest)
         self.sampler = SequenceSampler(
             len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
         )
@@ -233,7 +235,7 @@ class Trainer:
         record = {}
         loss = self._validation_loss("dropless", step)
         record["validation_loss"] = loss
-        record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1)
+        record[f"validation_bits_per_{self.corpus.unit}"] = bits_per_byte(loss, 1, 1)
         if self.config.model.moe.eval_capacity_factor is not None:
             record["validation_loss_capped"] = self._validation_loss("eval", step)
         return record
@@ -280,7 +282,7 @@ class Trainer:
         }
 
     def _opening(self, first: int) -> list[str]:
-        config, layout, shape = self.config, self.mesh.layout, self.shape
+        config, layout, shape, corpus = self.config, self.mesh.layout, self.shape, self.corpus
         counts = parameter_counts(config.model)
         backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, self.device.type).items())
         engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
@@ -289,8 +291,8 @@ class Trainer:
             f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
             f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; "
             f"{backends}",
-            f"data      {self.corpus.name}: {short_number(len(self.corpus.train))} train and "
-            f"{short_number(len(self.corpus.validation))} validation bytes of {self.corpus.num_files} files",
+            f"data      {corpus.name}: {short_number(len(corpus.train))} train and "
+            f"{short_number(len(corpus.validation))} validation {corpus.unit}s of {corpus.num_files} files",
             f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
             f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
             f"steps {first + 1} to {config.train.steps}",

@@ -1,6 +1,7 @@
 """What is read, in which order, how it is split, and how it is refused."""
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -187,3 +188,37 @@ def test_the_real_stdlib_is_there() -> None:
     assert len(corpus.train) > 5_000_000
     assert 0.05 < len(corpus.validation) / len(corpus.train) < 0.2
     assert corpus.name.startswith("stdlib-3.")
+
+
+def test_a_file_that_vanishes_or_grows_while_a_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {f"{name}.txt": name.encode() * 100 for name in "abc"})
+    opened = Path.open
+
+    def vanish(path: Path, *args: object) -> object:
+        (tmp_path / "c.txt").unlink(missing_ok=True)
+        return opened(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", vanish)
+        with pytest.raises(ValueError, match=r"in data.paths cannot be read: .*No such file.*c.txt"):
+            load(tmp_path)
+
+    fstat = os.fstat
+    calls = []
+
+    def grow(descriptor: int) -> os.stat_result:
+        calls.append(descriptor)
+        if len(calls) == 2:  # between the two looks at the size of a.txt
+            with opened(tmp_path / "a.txt", "ab") as file:
+                file.write(b"more")
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", grow)
+    with pytest.raises(ValueError, match=r"in data.paths cannot be read: .*a.txt changes while it is read"):
+        load(tmp_path)
+
+
+def test_an_unreadable_standard_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "absent")})
+    with pytest.raises(ValueError, match="absent, the standard library, cannot be read"):
+        load_corpus(DataConfig(), 256, 1)

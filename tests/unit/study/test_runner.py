@@ -159,5 +159,5 @@ def test_a_signal_lets_the_point_save_and_stops_the_study(tmp_path: Path, number
 def test_the_command_of_several_ranks_is_torchrun() -> None:
     alone, pair = (train_command(Path("x.yaml"), ranks) for ranks in (1, 2))
     assert alone[1:] == ["-m", "moe_dist.cli", "train", "x.yaml", "--resume", "auto"]
-    assert pair[1:3] == ["-m", "torch.distributed.run"] and pair[pair.index("--nproc_per_node") + 1] == "2"
+    assert pair[1:3] == ["-m", "moe_dist.parallel.torchrun"] and pair[pair.index("--nproc_per_node") + 1] == "2"
     assert pair[-6:] == alone[-6:]

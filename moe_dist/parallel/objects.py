@@ -1,0 +1,48 @@
+"""Small values between all ranks, as JSON. torch's own functions for objects unpickle what they receive, which runs
+whatever the sender likes.
+"""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The value of each rank, in rank order; every rank must call. Tuples come back as lists, keys as text."""
+    mine = _encode(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]))
+    # Equal sizes: not every backend gathers unequal ones.
+    padded = mine.new_zeros(max(int(size) for size in sizes))
+    padded[: len(mine)] = mine
+    received = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(received, padded)
+    return [_decode(data[: int(size)]) for data, size in zip(received, sizes, strict=True)]
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's value on every rank, which must all call."""
+    return gather_json(value if dist.get_rank() == 0 else None)[0]
+
+
+def require_same(what: str, value: Any) -> None:
+    """Raises ValueError on every rank when `value` is not the same on all of them."""
+    values = gather_json(value)
+    others = [rank for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        raise ValueError(
+            f"{what} is not the same on all ranks: rank {others[0]} has {values[others[0]]}, rank 0 {values[0]}; "
+            "give every machine the same files, and leave them alone while a run starts"
+        )
+
+
+def _encode(value: Any) -> Tensor:
+    # In ASCII, so that lone surrogates (bytes of a command line that are no UTF-8) pass.
+    return torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
+
+
+def _decode(data: Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())

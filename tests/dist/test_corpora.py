@@ -1,0 +1,102 @@
+"""Training on an indexed corpus, and corpora that change under a run."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from moe_dist.cli import main
+from moe_dist.train.metrics import MetricsWriter
+from tests.dist.helpers import TINY, forget_process_group
+from tests.unit.data.test_indexed import write as write_indexed
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    yield
+    forget_process_group()
+
+
+def train(folder: Path, name: str, data: dict[str, Any], *flags: str, vocab_size: int = 256) -> int:
+    values = {
+        "model": TINY["model"] | {"vocab_size": vocab_size},
+        "data": data,
+        "optim": {"warmup_steps": 0},
+        "train": TINY["train"] | {"steps": 4, "threads": 1},
+        "run": {"root": str(folder / "runs"), "name": name, "save_every": 2, "eval_sequences": 4, "tensorboard": False},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    forget_process_group()
+    return main(["train", str(folder / "run.yaml"), "--device", "cpu", *flags])
+
+
+def numbers(folder: Path, name: str) -> list[tuple[float, float | None]]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [(record["loss"], record.get("validation_bits_per_token")) for record in map(json.loads, lines)]
+
+
+def test_an_indexed_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    documents = [[(rng.integers(0, 50) + np.arange(30) % 7).tolist()] for _ in range(30)]
+    prefix = write_indexed(tmp_path / "corpus", documents)
+    data = {"kind": "indexed", "paths": [str(prefix)]}
+    assert train(tmp_path, "a", data, vocab_size=64) == 0
+    printed = capsys.readouterr().out
+    assert "validation tokens of 1 files" in printed and "bits/token" in printed and "bits/byte" not in printed
+    whole = numbers(tmp_path, "a")
+    assert len(whole) == 4 and 3 < whole[-1][1] < 7  # near 6 bits: 64 ids, and hardly trained
+    shutil.rmtree(tmp_path / "runs/a/checkpoints/step-000004")
+    assert train(tmp_path, "a", data, "--resume", vocab_size=64) == 0
+    assert numbers(tmp_path, "a") == whole
+
+    forget_process_group()
+    assert main(["generate", str(tmp_path / "runs/a"), "--prompt", "x"]) == 2
+    assert "trained on token ids" in capsys.readouterr().err
+    assert train(tmp_path, "b", data, vocab_size=40) == 2
+    said = capsys.readouterr().err
+    assert "is not within model.vocab_size=40" in said and "corpus.bin: token id" in said
+
+    with (tmp_path / "corpus.bin").open("r+b") as file:
+        file.write(b"\x01")  # another first token
+    assert train(tmp_path, "a", data, "--resume", vocab_size=64) == 2
+    assert "a resumed run must continue on the same data" in capsys.readouterr().err
+    with (tmp_path / "corpus.bin").open("ab") as file:
+        file.write(b"\0\0")
+    assert train(tmp_path, "a", data, "--resume", vocab_size=64) == 2
+    assert "it has 901 tokens, but the sequence lengths" in capsys.readouterr().err
+
+
+def test_a_folder_that_changes_under_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(" ".join(str(number + i * i) for i in range(200)))
+    data = {"kind": "text", "paths": [str(text)]}
+    assert train(tmp_path, "calm", data) == 0
+
+    log = MetricsWriter.log
+
+    def log_and_change(writer: MetricsWriter, record: dict[str, Any]) -> None:
+        for path in list(text.iterdir())[:30]:
+            path.unlink()
+        (text / "new.txt").write_text("new " * 500)
+        log(writer, record)
+
+    monkeypatch.setattr(MetricsWriter, "log", log_and_change)
+    assert train(tmp_path, "changed", data) == 0
+    assert numbers(tmp_path, "changed") == numbers(tmp_path, "calm")  # the corpus was read once, at the start
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert train(tmp_path, "changed", data, "--resume") == 2
+    said = capsys.readouterr().err
+    assert "was trained with data=" in said and "must continue on the same data" in said and "Traceback" not in said
