@@ -3,12 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_dist.attention.switch_face import SwitchMultiQueryAttention as SwitchMultiQueryAttention
+    from moe_dist.models.switch_transformer import Block as Block
+    from moe_dist.models.switch_transformer import Transformer as Transformer
     from moe_dist.moe.mixture import MixtureOfExperts as MixtureOfExperts
 
 __version__ = "0.1.0"
 
 # Where the public layers are. They are imported when first asked for: `import moe_dist` does not import torch.
-_LAYERS = {"MixtureOfExperts": "moe_dist.moe.mixture"}
+_LAYERS = {
+    "MixtureOfExperts": "moe_dist.moe.mixture",
+    "SwitchMultiQueryAttention": "moe_dist.attention.switch_face",
+    "Block": "moe_dist.models.switch_transformer",
+    "Transformer": "moe_dist.models.switch_transformer",
+}
 
 
 def __getattr__(name: str) -> Any:

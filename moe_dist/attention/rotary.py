@@ -19,8 +19,8 @@ def rotary_table(positions_S: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 
 def apply_rotary(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (x_i, x_{i + P/2}) by its position's angle."""
-    return _Rotate.apply(x_BSHP, *(t[:, None, :].to(x_BSHP.dtype) for t in table))
+    """Rotate each pair (x_i, x_{i + P/2}) by its position's angle. table: [S, P / 2], or [1 or B, S, P / 2]."""
+    return _Rotate.apply(x_BSHP, *(t.unsqueeze(-2).to(x_BSHP.dtype) for t in table))
 
 
 def _rotate(x_BSHP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
+from moe_dist.config.switch_rules import switch_rules
 
 _BYTES = 256
 
@@ -61,6 +62,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
     problems = [
         *_model_rules(config.model),
         *moe_rules(config),
+        *switch_rules(config),
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
         *_optim_rules(config),

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.models.decoder import Decoder, DecoderOutput, Want
 from moe_dist.moe.routing import StepContext
@@ -61,16 +62,22 @@ class RouterLoads:
 
     def __init__(self) -> None:
         self.by_layer: dict[int, Tensor] = {}
+        self.of_attention: dict[int, Tensor] = {}
 
     def add(self, output: DecoderOutput) -> None:
         for stats in output.stats:
-            earlier = self.by_layer.get(stats.layer)
-            self.by_layer[stats.layer] = stats.load_E if earlier is None else earlier + stats.load_E
+            loads = self.by_layer if stats.kind == "feed_forward" else self.of_attention
+            earlier = loads.get(stats.layer)
+            loads[stats.layer] = stats.load_E if earlier is None else earlier + stats.load_E
 
     def settle(self, model: Decoder) -> None:
         """Tell the routers, and begin again."""
         model.balance_routers(self.by_layer)
-        self.by_layer = {}
+        for layer, load_E in self.of_attention.items():
+            attention = model.blocks[layer].attention
+            assert isinstance(attention, SwitchAttention), "loads are of attention experts"
+            attention.router.balance(load_E)
+        self.by_layer, self.of_attention = {}, {}
 
 
 def held_buffers(model: Decoder, mesh: Mesh) -> Iterator[Piece]:

@@ -27,6 +27,12 @@ class Replay:
 
     chosen_TK: Tensor | None = None
     plan: DispatchPlan | None = None
+    attention: "Replay | None" = None
+
+    def of_attention(self) -> "Replay":
+        """What the attention experts of the same block keep."""
+        self.attention = self.attention or Replay()
+        return self.attention
 
 
 class MoE(nn.Module):
