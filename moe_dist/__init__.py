@@ -4,6 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_dist.attention.kv_cache import KVCache as KVCache
+    from moe_dist.attention.switch_face import SwitchMultiQueryAttention as SwitchMultiQueryAttention
+    from moe_dist.models.switch_transformer import Block as Block
+    from moe_dist.models.switch_transformer import Transformer as Transformer
     from moe_dist.models.transformer_block import TransformerBlock as TransformerBlock
     from moe_dist.moe.mixture import MixtureOfExperts as MixtureOfExperts
 
@@ -11,8 +14,11 @@ __version__ = "0.1.0"
 
 # Where the public layers are. They are imported when first asked for: `import moe_dist` does not import torch.
 _LAYERS = {
+    "Block": "moe_dist.models.switch_transformer",
     "KVCache": "moe_dist.attention.kv_cache",
     "MixtureOfExperts": "moe_dist.moe.mixture",
+    "SwitchMultiQueryAttention": "moe_dist.attention.switch_face",
+    "Transformer": "moe_dist.models.switch_transformer",
     "TransformerBlock": "moe_dist.models.transformer_block",
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Places:
     """rotary: (cos, sin), each [1 or B, S, P / 2], or None. slopes_H: ALiBi slopes of all query heads. keys_BS: bool,
-    the keys that may be seen, None for all. bias: added to the scores, broadcastable to [B, 1, S, keys]."""
+    the keys that may be seen, None for all. bias: added to the scores, [1 or B, 1 or H, S, keys]."""
 
     rotary: tuple[Tensor, Tensor] | None = None
     slopes_H: Tensor | None = None

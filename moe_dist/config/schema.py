@@ -134,6 +134,9 @@ class AttentionConfig:
     """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
     dropout: float = 0.0
     """Of the attention weights, in training."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
+    query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
 
 
 @dataclass(kw_only=True, slots=True)

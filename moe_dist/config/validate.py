@@ -12,6 +12,7 @@ from moe_dist.config.attention_rules import attention_rules
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
+from moe_dist.config.switch_rules import switch_rules
 
 _BYTES = 256
 
@@ -63,6 +64,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
         *_model_rules(config.model),
         *attention_rules(config.model),
         *moe_rules(config),
+        *switch_rules(config),
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
         *_optim_rules(config),

@@ -69,12 +69,13 @@ class RouterLoads:
     """Assignments to experts over the micro-steps of a step, for routers that balance themselves after it."""
 
     def __init__(self) -> None:
-        self.by_layer: dict[int, Tensor] = {}
+        self.by_layer: dict[tuple[str, int], Tensor] = {}
 
     def add(self, output: DecoderOutput) -> None:
         for stats in output.stats:
-            earlier = self.by_layer.get(stats.layer)
-            self.by_layer[stats.layer] = stats.load_E if earlier is None else earlier + stats.load_E
+            layer = (stats.kind, stats.layer)
+            earlier = self.by_layer.get(layer)
+            self.by_layer[layer] = stats.load_E if earlier is None else earlier + stats.load_E
 
     def settle(self, model: Decoder) -> None:
         """Tell the routers, and begin again."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.schema import ModelConfig, MoEConfig
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
 from moe_dist.kernels.grouped_mm.onednn import fp32_products
@@ -37,11 +37,9 @@ def resolve_backends(
         attention = dataclasses.replace(attention, backend=backend)
     if kernels == "auto":
         kernels = "triton" if device_type == "cuda" and find_spec("triton") else "torch"
-    if moe.dispatch == "auto":
-        moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
-    if moe.experts == "auto":
-        uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
-        moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    moe = _resolve_experts(moe, ep, device_type)
+    if attention.kind == "switch":
+        attention = dataclasses.replace(attention, moe=_resolve_experts(attention.moe, ep, device_type))
     choices = (
         ("kernels", kernels, "torch"),
         ("moe.experts", moe.experts, "grouped_mm"),
@@ -51,6 +49,15 @@ def resolve_backends(
         if chosen == "triton":
             _check_triton(f"model.{name}", instead, device_type)
     return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
+
+
+def _resolve_experts(moe: MoEConfig, ep: int, device_type: str) -> MoEConfig:
+    if moe.dispatch == "auto":
+        moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
+    if moe.experts == "auto":
+        uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
+        moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    return moe
 
 
 def _check_triton(field: str, instead: str, device_type: str) -> None:
@@ -90,14 +97,24 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     if model.attention.kind != "multi_query":
         attention = f"{model.attention.kind} ({attention})"
     named = {"attention": attention, "kernels": model.kernels}
+    if model.attention.kind == "switch":
+        of_attention = model.attention.moe
+        loops = " (cpu loop)" if replaces(of_attention.experts, device_type) else ""
+        named |= {
+            "attention_dispatch": _describe_dispatch(of_attention),
+            "attention_experts": of_attention.experts + loops,
+        }
     moe = model.moe
     if moe.num_experts == 0:
         return named
-    wire: list[str] = [moe.wire] if moe.dispatch == "all_to_all" else []
-    wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
-    wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
-    dispatch = moe.dispatch + (f" ({', '.join(wire)})" if wire else "")
     experts = moe.experts + (
         f" (cpu loop, fused; fp32 products {fp32_products()})" if replaces(moe.experts, device_type) else ""
     )
-    return named | {"dispatch": dispatch, "experts": experts}
+    return named | {"dispatch": _describe_dispatch(moe), "experts": experts}
+
+
+def _describe_dispatch(moe: MoEConfig) -> str:
+    wire: list[str] = [moe.wire] if moe.dispatch == "all_to_all" else []
+    wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
+    wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
+    return moe.dispatch + (f" ({', '.join(wire)})" if wire else "")

@@ -15,6 +15,7 @@ from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
+from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.models.block import BlockReplay, DecoderBlock
@@ -107,12 +108,12 @@ class Decoder(nn.Module):
         blocks = (block for block in self.blocks if isinstance(block, DecoderBlock))
         return [block.attention.new_cache(rows, length) for block in blocks]
 
-    def balance_routers(self, loads: dict[int, Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert by layer, over all ranks and micro-steps."""
-        for layer, load_E in loads.items():
-            moe = self.blocks[layer].feed_forward
-            assert isinstance(moe, MoE), "loads are of MoE layers"
-            moe.router.balance(load_E)
+    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
+        for (kind, layer), load_E in loads.items():
+            routed = getattr(self.blocks[layer], kind)
+            assert isinstance(routed, MoE | SwitchAttention), "loads are of routed layers"
+            routed.router.balance(load_E)
 
     def _hidden(
         self, tokens_BS: Tensor, step: StepContext, caches: Sequence[KVCache] | None

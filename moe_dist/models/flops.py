@@ -9,7 +9,7 @@ V vocabulary.
 from dataclasses import dataclass
 from fractions import Fraction
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.schema import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.moe.experts import expert_widths
 
@@ -21,9 +21,9 @@ class ParameterCounts:
     total: int
     """All of them; tied embeddings count once."""
     active: int
-    """Those that one token meets: of the routed experts, top_k in each MoE layer."""
+    """Those that one token meets: of routed and attention experts, top_k in each layer."""
     expert: int
-    """Those of all routed experts, the ones that expert parallelism shards. Shared experts are not among them."""
+    """Those of all routed and attention experts, which expert parallelism shards. Shared experts are not among them."""
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
@@ -32,6 +32,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     Each block has two RMSNorm scales, attention and a feed-forward of either kind; only experts can have biases:
 
         attention = D*H*P + 2*G*P*D + H*P*D             with qk_ln 2*(H + 1)*P more, with sinks H
+        switch    = E*D + E*2*D*H*P + 2*P*D   of attention experts, one key/value head for all
         dense     = m*D*F                     m = 3 with a gate (gate, up, down), else 2
         MoE       = E*D + (E + shared)*m*D*F  the router (noisy: twice; hash: none), then the experts with their own F,
                                               the mean where they differ
@@ -44,6 +45,10 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     expert = round(moe_layers * model.moe.num_experts * each)
     idle = round(moe_layers * (model.moe.num_experts - model.moe.top_k) * each)
     biases = round(moe_layers * model.moe.top_k * _expert_biases(model))
+    if model.attention.kind == "switch":
+        attention, projections = model.attention.moe, 2 * model.d_model * model.num_heads * _head_dim(model)
+        expert += model.num_layers * attention.num_experts * projections
+        idle += model.num_layers * (attention.num_experts - attention.top_k) * projections
     total = embeddings + norms + _active_block_matrices(model) + biases + idle
     return ParameterCounts(total=total, active=total - idle, expert=expert)
 
@@ -56,15 +61,17 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         forward = 2 * N + L * 2 * 2 * H * P * (S + 1) / 2
         train   = 3 * forward
 
-    N are the matrix parameters that one token meets: attention, router, its top_k experts, shared experts, dense
-    feed-forwards and the output projection; not the embedding lookup, not the norm scales. A token at position s
-    attends to s + 1 keys, (S + 1) / 2 on average, or to those of its window, each costing a product for q.k and one
-    for the weighted sum of v.
+    With attention experts, a token has top_k * H heads. N are the matrix parameters that one token meets: attention,
+    router, its top_k experts, shared experts, dense feed-forwards and the output projection; not the embedding lookup,
+    not the norm scales. A token at position s attends to s + 1 keys, (S + 1) / 2 on average, or to those
+    of its window, each costing a product for q.k and one for the weighted sum of v.
+
     The count does not depend on the capacity: a dropped assignment is work not done, so dropping does not lower it.
     Recomputation is not counted either: both would make a worse run look like a faster one.
     """
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
-    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * _keys_seen(model, seq_len)
+    heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
+    attention = model.num_layers * 2 * 2 * heads * _head_dim(model) * _keys_seen(model, seq_len)
     return 3 * (2 * matrices + attention)
 
 
@@ -76,8 +83,10 @@ def _active_block_matrices(model: ModelConfig) -> int:
     attention = 2 * model.d_model * head_dim * (model.num_heads + model.num_kv_heads)
     dense = _feed_forward_parameters(model, model.d_ff)
     routed = (moe.top_k + moe.num_shared_experts) * _expert_parameters(model) if moe_layers else 0
-    router = {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
-    experts = round(moe_layers * (router + routed))
+    experts = round(moe_layers * (_router_parameters(model, moe) + routed))
+    if model.attention.kind == "switch":
+        own = model.attention.moe
+        attention = 2 * model.d_model * head_dim * (own.top_k * model.num_heads + 1) + _router_parameters(model, own)
     return model.num_layers * attention + (model.num_layers - moe_layers) * dense + experts
 
 
@@ -91,6 +100,10 @@ def _attention_vectors(model: ModelConfig) -> int:
     """Norms and sinks of one layer."""
     heads, width = model.num_heads, _head_dim(model)
     return (2 * (heads + 1) * width if model.attention.qk_ln else 0) + (heads if model.attention.sinks else 0)
+
+
+def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:
+    return {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
 
 
 def _moe_layers(model: ModelConfig) -> int:

@@ -4,6 +4,7 @@ Legend: T tokens on this rank, E experts, C chunks of tokens that are balanced e
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class MoEStats:
 
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
     the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. sent_bytes: what
-    this rank sent to others in the forward pass. unserved: share of this rank's tokens that no expert took.
+    this rank sent to others in the forward pass. unserved: share of this rank's tokens that no expert took. kind: whose
+    experts; a block can have both.
     """
 
     layer: int
@@ -32,6 +34,7 @@ class MoEStats:
     kept_E: Tensor
     unserved: Tensor
     sent_bytes: int = 0
+    kind: Literal["feed_forward", "attention"] = "feed_forward"
 
 
 def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: int) -> Tensor:

@@ -224,7 +224,8 @@ class Trainer:
             kept_E = torch.stack([output.stats[index].kept_E for output in outputs]).sum(0)
             entropy, balance, z, unserved, sent = rest[5 * index : 5 * index + 5]
             sent = round(sent * self.mesh.layout.world * len(outputs))
-            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), entropy, balance, z, unserved, sent))
+            loads = (load_E.tolist(), kept_E.tolist())
+            layers.append(LayerLoad(stats.layer, *loads, entropy, balance, z, unserved, sent, stats.kind))
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
         return nll, aux * self.mesh.layout.tp, layers
 
@@ -234,7 +235,8 @@ class Trainer:
         loss = self._validation_loss("dropless", step)
         record["validation_loss"] = loss
         record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1)
-        if self.config.model.moe.eval_capacity_factor is not None:
+        model = self.config.model
+        if any(moe.eval_capacity_factor is not None for moe in (model.moe, model.attention.moe)):
             record["validation_loss_capped"] = self._validation_loss("eval", step)
         return record
 
@@ -276,11 +278,12 @@ class Trainer:
             "seed": train.seed,
             "seq_len": train.seq_len,
             "global_batch": train.global_batch,
-            "model": model | {"attention": model["attention"] | {"backend": None}, "recompute": None, "moe": None},
+            "model": model
+            | {"attention": model["attention"] | {"backend": None, "moe": None}, "recompute": None, "moe": None},
         }
 
     def _opening(self, first: int) -> list[str]:
-        config, layout, shape = self.config, self.mesh.layout, self.shape
+        config, layout, shape, attention = self.config, self.mesh.layout, self.shape, self.config.model.attention
         counts = parameter_counts(config.model)
         backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, self.device.type).items())
         engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
@@ -295,5 +298,6 @@ class Trainer:
             f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
             f"steps {first + 1} to {config.train.steps}",
             *(f"note      {note}" for note in causality_notes(config.model.moe)),
+            *(f"note      attention: {note}" for note in causality_notes(attention.moe) if attention.kind == "switch"),
             f"peak      {self.peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({self.peak.source})",
         ]
