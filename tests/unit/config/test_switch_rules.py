@@ -47,7 +47,7 @@ def test_refused(phrase: str, values: dict[str, object]) -> None:
     "values",
     [
         switch(),
-        switch(window=8, dropout=0.1, clip_qkv=4.0, position="alibi"),
+        switch(window=8, dropout=0.1, backend="torch", clip_qkv=4.0, position="alibi"),
         switch(moe__capacity_factor=[1.0, None, 2.0, 1.5], moe__router="sigmoid") | {"parallel__ep": 8},
         switch() | {"model__moe__num_experts": 0, "parallel__ep": 4},
         switch(moe__dispatch="all_gather", moe__top_k=1) | {"parallel__ep": 2, "parallel__tp": 2},
