@@ -61,7 +61,7 @@ def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale
     packs = groups < heads and heads // groups * queries <= _FEW and (mask is None or mask.shape[1] == 1)
     if packs:  # the query heads of a key/value head as its queries, so that keys and values are read once
         shape, each = q_BHQP.shape, heads // groups
-        q_BHQP = q_BHQP.reshape(shape[0], groups, each * queries, -1)
+        q_BHQP = q_BHQP.reshape(shape[0], groups, each * queries, shape[3])
         mask = None if mask is None else mask.expand(-1, -1, queries, -1).repeat(1, 1, each, 1)
         out = _sdpa(q_BHQP, k_BGKP, v_BGKP, mask, False, rate, scale).reshape(shape)
     else:
@@ -109,7 +109,6 @@ def _mask(q_BHQP: Tensor, keys: int, pattern: Pattern) -> tuple[Tensor | None, T
 
 def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
     """A sink is one more key, of zeros, whose bias is its score; so is its value."""
-    assert pattern.sinks_H is not None
     (batch, heads, queries, _), keys = q_BHQP.shape, k_BGKP.shape[2]
     if pattern.starts_B is None:  # the last query stays at the last key that was there before
         starts_B = torch.full((batch,), keys - queries, device=q_BHQP.device)
@@ -119,6 +118,7 @@ def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern
     bias: Tensor = q_BHQP.new_zeros(batch, heads, queries, keys, dtype=wide)
     bias = bias if added is None else bias + added
     bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
+    assert pattern.sinks_H is not None
     sink = pattern.sinks_H.to(wide)[:, None, None].expand(batch, -1, queries, 1)
     mask = torch.cat((bias, sink), dim=-1).to(wide if q_BHQP.device.type == "cpu" else q_BHQP.dtype)
     k_BGKP, v_BGKP = (F.pad(t, (0, 0, 0, 1)) for t in (k_BGKP, v_BGKP))
