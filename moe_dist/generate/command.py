@@ -103,8 +103,9 @@ def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Con
     else:
         parallel = replace(config.parallel, ep=ep or config.parallel.ep, tp=tp or config.parallel.tp)
         parallel = replace(parallel, sequence_parallel=False, etp=1 if ep else parallel.etp, node_size=None)
-    moe = replace(config.model.moe, dispatch="auto", experts="auto", overlap_chunks=1)
-    attention = replace(config.model.attention, backend="auto", dropout=0.0)
+    anew: dict[str, Any] = dict(dispatch="auto", experts="auto", overlap_chunks=1)
+    moe, of_attention = replace(config.model.moe, **anew), replace(config.model.attention.moe, **anew)
+    attention = replace(config.model.attention, backend="auto", dropout=0.0, moe=of_attention)
     model = replace(config.model, moe=moe, attention=attention, kernels="auto")
     sequences = max(world // parallel.tp, 1)
     train = replace(config.train, global_batch=sequences, micro_batch=None, accumulation=None)
@@ -206,7 +207,7 @@ def _describe(checkpoint: Path, config: Config, decoder: Decoder, world: int) ->
     parallel, device = config.parallel, decoder.embedding.weight.device
     backends = ", ".join(f"{k} {v}" for k, v in describe_backends(decoder.config, device.type).items())
     _say(f"{checkpoint}: {world} ranks, ep {parallel.ep}, tp {parallel.tp}, {config.engine.precision}; {backends}")
-    for note in causality_notes(config.model.moe):
+    for note in causality_notes(config.model):
         _say(f"note: {note}")
 
 

@@ -47,7 +47,7 @@ def resolve_backends(
     )
     for name, chosen, instead in choices:
         if chosen == "triton":
-            _check_triton(f"model.{name}", instead, device_type)
+            check_triton(f"model.{name}", instead, device_type)
     return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
 
 
@@ -60,7 +60,8 @@ def _resolve_experts(moe: MoEConfig, ep: int, device_type: str) -> MoEConfig:
     return moe
 
 
-def _check_triton(field: str, instead: str, device_type: str) -> None:
+def check_triton(field: str, instead: str, device_type: str) -> None:
+    """Raises ValueError, one line that names `instead`, where Triton cannot run."""
     if find_spec("triton") is None:
         raise ValueError(f"{field}=triton, but triton is not installed: pip install triton, or set it to {instead}")
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         if model.attention.position == "none":
             return Places()
         if model.attention.position == "alibi":
-            return Places(slopes_H=alibi_slopes(model.num_heads, x_TD.device))
+            return Places(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
         positions = torch.arange(length, device=x_TD.device)
         if caches is not None:
             starts_B = caches[0].starts()

@@ -141,7 +141,7 @@ class TransformerBlock(nn.Module):
             positions = positions.double() if x.dtype == torch.float64 else positions
             rotary = rotary_table(positions, model.d_model // model.num_heads, self.rope_theta)
         if model.attention.position == "alibi":
-            slopes_H = alibi_slopes(model.num_heads, x.device)
+            slopes_H = alibi_slopes(model.num_heads, device=x.device)
         bias = None if mask is None else _hidden(mask, shape, past + shape[1])
         return Places(rotary, slopes_H, bias=bias)
 

@@ -283,7 +283,7 @@ class Trainer:
         }
 
     def _opening(self, first: int) -> list[str]:
-        config, layout, shape, attention = self.config, self.mesh.layout, self.shape, self.config.model.attention
+        config, layout, shape = self.config, self.mesh.layout, self.shape
         counts = parameter_counts(config.model)
         backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, self.device.type).items())
         engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
@@ -297,7 +297,6 @@ class Trainer:
             f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
             f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
             f"steps {first + 1} to {config.train.steps}",
-            *(f"note      {note}" for note in causality_notes(config.model.moe)),
-            *(f"note      attention: {note}" for note in causality_notes(attention.moe) if attention.kind == "switch"),
+            *(f"note      {note}" for note in causality_notes(config.model)),
             f"peak      {self.peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({self.peak.source})",
         ]

@@ -61,7 +61,7 @@ def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale
     packs = groups < heads and heads // groups * queries <= _FEW and (mask is None or mask.shape[1] == 1)
     if packs:  # the query heads of a key/value head as its queries, so that keys and values are read once
         shape, each = q_BHQP.shape, heads // groups
-        q_BHQP = q_BHQP.reshape(shape[0], groups, each * queries, -1)
+        q_BHQP = q_BHQP.reshape(shape[0], groups, each * queries, shape[3])
         mask = None if mask is None else mask.expand(-1, -1, queries, -1).repeat(1, 1, each, 1)
         out = _sdpa(q_BHQP, k_BGKP, v_BGKP, mask, False, rate, scale).reshape(shape)
     else:
