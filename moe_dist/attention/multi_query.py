@@ -288,12 +288,10 @@ class MultiQueryAttention(nn.Module):
     def _turn(self, q_BHSP: Tensor, k_BGSP: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """By positions [1 or B, S]."""
         assert self.rope_theta is not None
-        at = positions_BS.flatten()
-        at = at.double() if q_BHSP.dtype == torch.float64 else at
-        cos, sin = rotary_table(at, self.head_dim, self.rope_theta)
-        # With an axis for rows the table fits tensors whose heads come before their tokens.
-        table = cos.unflatten(0, positions_BS.shape), sin.unflatten(0, positions_BS.shape)
-        return apply_rotary(q_BHSP, table), apply_rotary(k_BGSP, table)
+        at_BS = positions_BS.double() if q_BHSP.dtype == torch.float64 else positions_BS
+        table = rotary_table(at_BS, self.head_dim, self.rope_theta)
+        q_BHSP, k_BGSP = (apply_rotary(t.transpose(1, 2), table).transpose(1, 2) for t in (q_BHSP, k_BGSP))
+        return q_BHSP, k_BGSP
 
     def _read(self, x_BGKP: Tensor) -> Tensor:
         """Keys or values such that equally many query heads read each."""
