@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_dist.attention.masks import added_by
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
@@ -85,8 +86,10 @@ class SwitchMultiQueryAttention(nn.Module):
         positions_S = torch.arange(x.shape[1], device=x.device)
         positions_S = positions_S.double() if x.dtype == torch.float64 else positions_S
         rotary = rotary_table(positions_S, self.attention.head_dim // 2 * 2, self.rope_theta)
-        keys_BS, bias = _masks(attn_mask, x, self.attention.heads)
-        places = Places(rotary=rotary, keys_BS=keys_BS, bias=bias)
+        bias = None
+        if attn_mask is not None:
+            bias = added_by(attn_mask != 0, x.shape[0], self.attention.heads, x.shape[1], x.shape[1])
+        places = Places(rotary=rotary, bias=bias)
         y_TD, stats = self.attention(x.reshape(-1, self.d_model), x.shape[:2], places, context)
         if not again:
             self._counts_E = stats.load_E
@@ -146,25 +149,6 @@ def drawn_seed(seed: int | None, mesh: Mesh) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
     return seed
-
-
-def _masks(attn_mask: Tensor | None, x: Tensor, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """(keys that may be seen [B, S], what is added to the scores [1 or B, 1 or H, S, S]): one of them, or none."""
-    if attn_mask is None:
-        return None, None
-    batch, length = x.shape[:2]
-    if attn_mask.shape == (batch, length):
-        return attn_mask != 0, None
-    if attn_mask.dim() not in (2, 3, 4) or attn_mask.shape[-2:] != (length, length):
-        raise ValueError(
-            f"attn_mask has shape {tuple(attn_mask.shape)}, but must be [batch, sequence] = [{batch}, {length}], or "
-            f"end in [sequence, sequence] = [{length}, {length}]"
-        )
-    mask_BHSS = attn_mask[:, None] if attn_mask.dim() == 3 else attn_mask[(None,) * (4 - attn_mask.dim())]
-    if mask_BHSS.shape[0] not in (1, batch) or mask_BHSS.shape[1] not in (1, heads):
-        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}, but x has batch {batch}, and {heads} heads")
-    bias = torch.zeros_like(mask_BHSS, dtype=x.dtype)
-    return None, bias.masked_fill(mask_BHSS == 0, -torch.inf)
 
 
 def _model(
