@@ -3,12 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_dist.attention.mixture import MixtureOfAutoregressiveAttention as MixtureOfAutoregressiveAttention
     from moe_dist.moe.mixture import MixtureOfExperts as MixtureOfExperts
 
 __version__ = "0.1.0"
 
 # Where the public layers are. They are imported when first asked for: `import moe_dist` does not import torch.
-_LAYERS = {"MixtureOfExperts": "moe_dist.moe.mixture"}
+_LAYERS = {
+    "MixtureOfAutoregressiveAttention": "moe_dist.attention.mixture",
+    "MixtureOfExperts": "moe_dist.moe.mixture",
+}
 
 
 def __getattr__(name: str) -> Any:

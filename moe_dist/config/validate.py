@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moe_dist.config.attention_rules import routed_rules
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
@@ -60,6 +61,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
     """Checks a configuration against `world_size` ranks. Raises one ValueError with a line for every broken rule."""
     problems = [
         *_model_rules(config.model),
+        *routed_rules(config),
         *moe_rules(config),
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
