@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_dist.attention.kv_cache import KVCache as KVCache
+    from moe_dist.attention.mixture import MixtureOfAutoregressiveAttention as MixtureOfAutoregressiveAttention
     from moe_dist.attention.multi_query import MultiQueryAttention as MultiQueryAttention
     from moe_dist.attention.switch_face import SwitchMultiQueryAttention as SwitchMultiQueryAttention
     from moe_dist.models.switch_transformer import Block as Block
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 _LAYERS = {
     "Block": "moe_dist.models.switch_transformer",
     "KVCache": "moe_dist.attention.kv_cache",
+    "MixtureOfAutoregressiveAttention": "moe_dist.attention.mixture",
     "MixtureOfExperts": "moe_dist.moe.mixture",
     "MultiQueryAttention": "moe_dist.attention.multi_query",
     "SwitchMultiQueryAttention": "moe_dist.attention.switch_face",

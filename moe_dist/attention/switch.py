@@ -159,10 +159,8 @@ class SwitchAttention(nn.Module):
             dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
         bias = places.bias
         pattern = Pattern(
-            causal=places.causal,
             window=self.config.window,
             starts_B=starts_B,
-            keys_BS=places.keys_BS,
             slopes_H=None if places.slopes_H is None else self._of_own_heads(places.slopes_H, 0, heads),
             bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),
             dropout=dropout,

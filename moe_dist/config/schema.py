@@ -101,6 +101,32 @@ class MoEConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RoutedAttentionConfig:
+    """With model.attention.kind = routed: which tokens look further than their neighbourhood."""
+
+    __pydantic_config__ = STRICT
+
+    num_experts: int = 2
+    """Attention experts, each of num_heads heads and with routing tokens of its own."""
+    num_routed_queries: int = 32
+    """Queries that each expert takes out of a window; from routed_window on: all of them."""
+    num_routed_key_values: int = 32
+    """Keys that they see, out of all windows before."""
+    local_window: int = 128
+    """Every token sees this many before it, and itself."""
+    routed_window: int | None = None
+    """Tokens of a window. null: local_window."""
+    average_routed: bool = False
+    """The mean of local and routed outputs in place of their sum."""
+    causal_routing: bool = True
+    """A query is chosen by a threshold found in the window before, and earlier ones have precedence. false: the best of
+    the window, as published, so that whether a token is chosen depends on later ones."""
+    cosine_routing: bool = True
+    """Score by 8 times the cosine with the routing token. false: by the product, for which coordinate descent needs
+    inputs and tokens of moderate length."""
+
+
+@dataclass(kw_only=True, slots=True)
 class AttentionConfig:
     """Attention of every block. Number and width of heads are the model's."""
 
@@ -137,6 +163,7 @@ class AttentionConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
     """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
     query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
+    routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_dist.config.attention_rules import attention_rules
+from moe_dist.config.attention_rules import attention_rules, routed_rules
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
@@ -63,6 +63,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
     problems = [
         *_model_rules(config.model),
         *attention_rules(config.model),
+        *routed_rules(config),
         *moe_rules(config),
         *switch_rules(config),
         *_tensor_parallel_rules(config, world_size),

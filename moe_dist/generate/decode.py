@@ -47,8 +47,6 @@ class CachedDecoder:
         self.forward = forward or decoder
 
     def new_caches(self, rows: int, length: int) -> list[KVCache] | None:
-        if self.decoder.config.attention.kind == "routed":
-            return None
         return self.decoder.new_caches(rows, length)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
@@ -23,9 +24,10 @@ def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
 
 
-ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention]] = {
+ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention] | type[RoutedSelfAttention]] = {
     "multi_query": CausalSelfAttention,
     "switch": SwitchAttention,
+    "routed": RoutedSelfAttention,
 }
 
 

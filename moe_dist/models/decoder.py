@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.alibi import alibi_slopes
+from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
@@ -103,10 +104,13 @@ class Decoder(nn.Module):
         loss = result + sum(layer.aux_loss for layer in stats)
         return DecoderOutput(loss, result.detach(), stats)
 
-    def new_caches(self, rows: int, length: int) -> list[KVCache]:
-        """One for each block, for `rows` sequences of at most `length` tokens."""
-        blocks = (block for block in self.blocks if isinstance(block, DecoderBlock))
-        return [block.attention.new_cache(rows, length) for block in blocks]
+    def new_caches(self, rows: int, length: int) -> list[KVCache] | None:
+        """One for each block, for `rows` sequences of at most `length` tokens. None: routed attention has no cache, it
+        finds anew which keys a token sees."""
+        attentions = [block.attention for block in self.blocks if isinstance(block, DecoderBlock)]
+        if any(isinstance(attention, RoutedSelfAttention) for attention in attentions):
+            return None
+        return [attention.new_cache(rows, length) for attention in attentions]  # type: ignore[operator, union-attr]
 
     def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
         """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""

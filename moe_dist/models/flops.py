@@ -33,6 +33,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
 
         attention = D*H*P + 2*G*P*D + H*P*D             with qk_ln 2*(H + 1)*P more, with sinks H
         switch    = E*D + E*2*D*H*P + 2*P*D   of attention experts, one key/value head for all
+        routed    = (1 + E) * attention + 3*E*D + E*2*G*P   local and routed, two routers, null tokens, keys and values
         dense     = m*D*F                     m = 3 with a gate (gate, up, down), else 2
         MoE       = E*D + (E + shared)*m*D*F  the router (noisy: twice; hash: none), then the experts with their own F,
                                               the mean where they differ
@@ -49,7 +50,8 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
         attention, projections = model.attention.moe, 2 * model.d_model * model.num_heads * _head_dim(model)
         expert += model.num_layers * attention.num_experts * projections
         idle += model.num_layers * (attention.num_experts - attention.top_k) * projections
-    total = embeddings + norms + _active_block_matrices(model) + biases + idle
+    far = model.num_layers * _routed_parameters(model) if model.attention.kind == "routed" else 0
+    total = embeddings + norms + _active_block_matrices(model) + far + biases + idle
     return ParameterCounts(total=total, active=total - idle, expert=expert)
 
 
@@ -72,7 +74,8 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
     heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
     attention = model.num_layers * 2 * 2 * heads * _head_dim(model) * _keys_seen(model, seq_len)
-    return 3 * (2 * matrices + attention)
+    far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
+    return 3 * (2 * matrices + attention + far)
 
 
 def _active_block_matrices(model: ModelConfig) -> int:
@@ -92,7 +95,9 @@ def _active_block_matrices(model: ModelConfig) -> int:
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:
     """By a token, on average over the sequence."""
-    window = min(model.attention.window or seq_len, seq_len)
+    attention = model.attention
+    near = attention.routed.local_window + 1 if attention.kind == "routed" else attention.window
+    window = min(near or seq_len, seq_len)
     return window - window * (window - 1) / (2 * seq_len)
 
 
@@ -100,6 +105,25 @@ def _attention_vectors(model: ModelConfig) -> int:
     """Norms and sinks of one layer."""
     heads, width = model.num_heads, _head_dim(model)
     return (2 * (heads + 1) * width if model.attention.qk_ln else 0) + (heads if model.attention.sinks else 0)
+
+
+def _routed_parameters(model: ModelConfig) -> int:
+    """What a layer of routed attention has beside its local attention."""
+    experts, width = model.attention.routed.num_experts, _head_dim(model)
+    matrices = 2 * model.d_model * width * (model.num_heads + model.num_kv_heads)
+    return experts * (matrices + 3 * model.d_model + 2 * model.num_kv_heads * width)
+
+
+def _routed_flops(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs of one layer's routed part for a token, on average: its routers' scores, and the share that it has
+    in the Q queries and K keys of each expert in every window but the first."""
+    routed, heads, groups, width = model.attention.routed, model.num_heads, model.num_kv_heads, _head_dim(model)
+    window = routed.routed_window or routed.local_window
+    queries = min(routed.num_routed_queries, window)
+    each = queries * 4 * width * heads * (model.d_model + routed.num_routed_key_values + 1)
+    each += routed.num_routed_key_values * 4 * model.d_model * groups * width
+    windows = max(-(-seq_len // window) - 1, 0)
+    return routed.num_experts * (4 * model.d_model + each * windows / seq_len)
 
 
 def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:

@@ -89,7 +89,7 @@ class Case:
         x_TD = own(self.x_BSD.flatten(0, 1), cut.rank, cut.size).clone().requires_grad_()
         rotary = None if self.alibi else rotary_table(torch.arange(S).double(), P, 100.0)
         slopes_H = torch.tensor([0.5, 0.1], dtype=torch.float64) if self.alibi else None
-        places, witness, replay = Places(rotary, slopes_H, None), Witness(), Replay()
+        places, witness, replay = Places(rotary, slopes_H), Witness(), Replay()
         step = StepContext(KEY, witness=witness)
         y_TD, stats = layer(x_TD, (rows, S), places, step, replay=replay)
         if self.recompute:
@@ -174,9 +174,7 @@ def check_ranks_without_tokens() -> None:
         layer.double()
         rows = 0 if mesh.rank else 2
         x_TD = draw(0, rows * S, D).requires_grad_()
-        y_TD, _ = layer(
-            x_TD, (rows, S), Places(rotary_table(torch.arange(S).double(), P, 100.0), None, None), StepContext(KEY)
-        )
+        y_TD, _ = layer(x_TD, (rows, S), Places(rotary_table(torch.arange(S).double(), P, 100.0)), StepContext(KEY))
         y_TD.square().sum().backward()
         assert all(param.grad is not None for param in layer.parameters())
         used = all_reduce(layer.experts.w_query.grad.abs().sum(), mesh.ep)

@@ -46,7 +46,7 @@ def drawn(*shape: int, seed: int = 2) -> Tensor:
 
 def places(first: int = 0, last: int = S, **changes: Any) -> Places:
     rotary = rotary_table(torch.arange(first, last, dtype=torch.float64), P, 100.0)
-    return Places(**(dict(rotary=rotary, slopes_H=None, keys_BS=None) | changes))
+    return Places(**(dict(rotary=rotary) | changes))
 
 
 def run(
