@@ -3,12 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_dist.models.switch_classifier import Model as Model
+    from moe_dist.models.switch_classifier import SwitchClassifier as SwitchClassifier
     from moe_dist.moe.mixture import MixtureOfExperts as MixtureOfExperts
 
 __version__ = "0.1.0"
 
 # Where the public layers are. They are imported when first asked for: `import moe_dist` does not import torch.
-_LAYERS = {"MixtureOfExperts": "moe_dist.moe.mixture"}
+_LAYERS = {
+    "MixtureOfExperts": "moe_dist.moe.mixture",
+    "Model": "moe_dist.models.switch_classifier",
+    "SwitchClassifier": "moe_dist.models.switch_classifier",
+}
 
 
 def __getattr__(name: str) -> Any:

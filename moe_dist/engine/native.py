@@ -20,7 +20,8 @@ from moe_dist.engine.base import (
     held_buffers,
     owns_replica,
 )
-from moe_dist.models.decoder import Decoder, DecoderOutput, Want
+from moe_dist.models.decoder import DecoderOutput, Want
+from moe_dist.models.trainable import Trainable
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
@@ -28,7 +29,9 @@ from moe_dist.parallel.sharding import logical_parameters, spec_of
 
 
 class NativeEngine:
-    def __init__(self, model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int) -> None:
+    def __init__(
+        self, model: Trainable, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int
+    ) -> None:
         self.model, self.mesh, self.grad_clip, self.accumulation = model, mesh, engine.grad_clip, accumulation
         self.micro, self.loads = 0, RouterLoads()
         params = list(model.parameters())
@@ -52,8 +55,8 @@ class NativeEngine:
             fused=True,
         )
 
-    def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
-        output = self.model(tokens_BS, targets_BS, step)
+    def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        output = self.model(tokens_BS, targets, step)
         (output.loss / self.accumulation).backward()
         self._accumulate()
         self.micro += 1
@@ -64,8 +67,8 @@ class NativeEngine:
         return output
 
     @torch.no_grad()
-    def evaluate(self, tokens_BS: Tensor, targets_BS: Tensor | None, step: StepContext, want: Want) -> Tensor:
-        return self.model(tokens_BS, targets_BS, step, want)
+    def evaluate(self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want) -> Tensor:
+        return self.model(tokens_BS, targets, step, want)
 
     @torch.no_grad()
     def update(self, lr: float) -> float:

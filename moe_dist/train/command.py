@@ -67,13 +67,9 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
     last, config = outcome.last, trainer.config
     rows = {"steps": f"{last['step']} in {duration(outcome.seconds)}"}
     if "loss" in last:
-        rows["training loss"] = f"{last['loss']:.4f} nats/token"
-    if "validation_loss" in last:
-        rows["validation"] = (
-            f"{last['validation_loss']:.4f} nats/token, {last['validation_bits_per_byte']:.3f} bits/byte"
-        )
-    if "validation_loss_capped" in last:
-        rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
+        unit = "text" if config.task == "classification" else "token"
+        rows["training loss"] = f"{last['loss']:.4f} nats/{unit}"
+    rows |= trainer.task.summary(last)
     if "drop_rate" in last:
         rows["dropped"] = f"{last['drop_rate']:.2%} of the last step's assignments"
         rows["fullest expert"] = f"{last['load_max_over_mean']:.2f} times the mean load"
