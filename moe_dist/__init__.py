@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from moe_dist.attention.mixture import MixtureOfAutoregressiveAttention as MixtureOfAutoregressiveAttention
     from moe_dist.attention.multi_query import MultiQueryAttention as MultiQueryAttention
     from moe_dist.attention.switch_face import SwitchMultiQueryAttention as SwitchMultiQueryAttention
+    from moe_dist.models.switch_classifier import Model as Model
+    from moe_dist.models.switch_classifier import SwitchClassifier as SwitchClassifier
     from moe_dist.models.switch_transformer import Block as Block
     from moe_dist.models.switch_transformer import Transformer as Transformer
     from moe_dist.models.transformer_block import TransformerBlock as TransformerBlock
@@ -20,7 +22,9 @@ _LAYERS = {
     "KVCache": "moe_dist.attention.kv_cache",
     "MixtureOfAutoregressiveAttention": "moe_dist.attention.mixture",
     "MixtureOfExperts": "moe_dist.moe.mixture",
+    "Model": "moe_dist.models.switch_classifier",
     "MultiQueryAttention": "moe_dist.attention.multi_query",
+    "SwitchClassifier": "moe_dist.models.switch_classifier",
     "SwitchMultiQueryAttention": "moe_dist.attention.switch_face",
     "Transformer": "moe_dist.models.switch_transformer",
     "TransformerBlock": "moe_dist.models.transformer_block",

@@ -200,6 +200,12 @@ class ModelConfig:
     keep only each block's input and its routing, and run the block again."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
+    num_classes: int | None = None
+    """With task = classification: outputs of the head. null: as many as the data has labels."""
+    dropout: float = 0.0
+    """With task = classification, in training: of the embeddings and of what each part of a block adds."""
+    token_dropout: float = 0.0
+    """With task = classification, in training: share of the tokens that are taken for padding, others each time."""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
@@ -272,13 +278,23 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    kind: Literal["stdlib", "text"] = "stdlib"
-    """stdlib: the sources of Python's standard library, present on every machine. text: files or folders in `paths`.
-    Both are read as bytes."""
+    kind: Literal["stdlib", "text", "jsonl", "csv"] = "stdlib"
+    """stdlib: the sources of Python's standard library, present on every machine; with task = classification, blocks
+    of their lines, labelled by the package that they come from. text: files or folders in `paths`. Both are read as
+    bytes by language models. jsonl, csv: files in `paths` with a text and a label, for task = classification."""
     paths: list[str] = field(default_factory=list)
-    """With kind = text: files, or folders that are searched for files."""
+    """With kind = text: files, or folders that are searched for files. With jsonl and csv: files."""
     validation_fraction: float = 0.1
-    """Share held out for validation: whole files, or the end of the text if there is one file only."""
+    """Share held out for validation: whole files, or the end of the text if there is one file only. With task =
+    classification: of the texts."""
+    test_fraction: float = 0.1
+    """With task = classification: share of the texts kept for one test at the end."""
+    text_key: str = "text"
+    """Of jsonl records and csv columns: where the text is ..."""
+    label_key: str = "label"
+    """... and where its label is."""
+    block_lines: int = 5
+    """With task = classification and kind = stdlib: consecutive lines of a file, empty ones left out, in one text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -318,7 +334,7 @@ class RunConfig:
     eval_every: int = 200
     """Steps between evaluations; there is always one at the end."""
     eval_sequences: int = 64
-    """Validation sequences per evaluation (fewer when the corpus has fewer)."""
+    """Validation sequences (texts, with task = classification) per evaluation; fewer when there are fewer."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
@@ -334,6 +350,8 @@ class Config:
 
     __pydantic_config__ = STRICT
 
+    task: Literal["language_modelling", "classification"] = "language_modelling"
+    """What is trained: a decoder on the next token, or an encoder on the label of a text."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

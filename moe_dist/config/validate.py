@@ -13,8 +13,7 @@ from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
 from moe_dist.config.switch_rules import switch_rules
-
-_BYTES = 256
+from moe_dist.config.task_rules import task_rules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +68,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
         *_optim_rules(config),
-        *_data_rules(config),
+        *task_rules(config),
         *_run_rules(config),
     ]
     tp = config.parallel.tp
@@ -173,21 +172,6 @@ def _optim_rules(config: Config) -> Iterator[str]:
         beta = getattr(optim, name)
         if not 0 <= beta < 1:
             yield f"{name}={beta} is outside 0 <= {name} < 1; change optim.{name}"
-
-
-def _data_rules(config: Config) -> Iterator[str]:
-    data, vocab_size = config.data, config.model.vocab_size
-    if 1 <= vocab_size < _BYTES:
-        yield f"vocab_size={vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
-    if data.kind == "text" and not data.paths:
-        yield "data.kind text needs paths; name files or folders in data.paths, or set data.kind to stdlib"
-    if data.kind == "stdlib" and data.paths:
-        yield f"data.kind stdlib takes no paths, got {data.paths}; set data.kind to text or clear data.paths"
-    if not 0 < data.validation_fraction < 1:
-        yield (
-            f"validation_fraction={data.validation_fraction} is outside 0 < validation_fraction < 1; "
-            "change data.validation_fraction"
-        )
 
 
 def _run_rules(config: Config) -> Iterator[str]:

@@ -44,6 +44,8 @@ def generate_text(args: Sequence[str]) -> int:
     rank = rank_from_environment(os.environ)
     with said_once(rank):
         checkpoint, config = find_checkpoint(Path(own.run))
+        if config.task != "language_modelling":
+            raise ValueError(f"{own.run} was trained for {config.task}: only a language model writes text")
         config = in_layout(config, rank.world, own.ep, own.tp)
     device = start(rank, own.device)
     with said_once(rank):

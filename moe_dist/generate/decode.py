@@ -53,7 +53,7 @@ class CachedDecoder:
     def next_logits(
         self, tokens_BS: Tensor, at_B: Tensor, step: StepContext, caches: Sequence[KVCache] | None
     ) -> Tensor:
-        logits_BV: Tensor = self.forward(tokens_BS, None, step, "logits", caches, at_B)
+        logits_BV: Tensor = self.forward(tokens_BS, None, step, "logits", caches=caches, at_B=at_B)
         return logits_BV
 
 

@@ -6,7 +6,7 @@ Legend: L layers, D d_model, F d_ff, E experts, H query heads, G key/value heads
 V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from moe_dist.config.schema import ModelConfig, MoEConfig
@@ -76,6 +76,23 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     attention = model.num_layers * 2 * 2 * heads * _head_dim(model) * _keys_seen(model, seq_len)
     far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
     return 3 * (2 * matrices + attention + far)
+
+
+def classifier_parameter_counts(model: ModelConfig, max_len: int) -> ParameterCounts:
+    """The same of the classifier: embedding V*D, positions max_len*D, blocks as above, head C*D + C; no final norm."""
+    base = parameter_counts(replace(model, tie_embeddings=True))
+    more = (max_len - 1) * model.d_model + (model.num_classes or 0) * (model.d_model + 1)
+    return ParameterCounts(total=base.total + more, active=base.active + more, expert=base.expert)
+
+
+def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """As train_flops_per_token, for the encoder: a token sees all S of its sequence, and the head sees one mean.
+
+    train = 3 * (2 * N + L * 2 * 2 * H * P * S + 2 * C * D / S)
+    """
+    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * seq_len
+    head = 2 * (model.num_classes or 0) * model.d_model / seq_len
+    return 3 * (2 * _active_block_matrices(model) + attention + head)
 
 
 def _active_block_matrices(model: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
+from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
 from moe_dist.train.guard import EX_TEMPFAIL
 from moe_dist.train.loop import Outcome, Resume, Trainer
@@ -51,13 +52,9 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
     last, config = outcome.last, trainer.config
     rows = {"steps": f"{last['step']} in {duration(outcome.seconds)}"}
     if "loss" in last:
-        rows["training loss"] = f"{last['loss']:.4f} nats/token"
-    if "validation_loss" in last:
-        rows["validation"] = (
-            f"{last['validation_loss']:.4f} nats/token, {last['validation_bits_per_byte']:.3f} bits/byte"
-        )
-    if "validation_loss_capped" in last:
-        rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
+        unit = "text" if config.task == "classification" else "token"
+        rows["training loss"] = f"{last['loss']:.4f} nats/{unit}"
+    rows |= trainer.task.summary(last)
     if "drop_rate" in last:
         rows["dropped"] = f"{last['drop_rate']:.2%} of the last step's assignments"
         rows["fullest expert"] = f"{last['load_max_over_mean']:.2f} times the mean load"
@@ -72,6 +69,7 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
 def sample(trainer: Trainer, tokens: int) -> str:
     """Text that the model writes; every rank must call."""
     tokenizer, engine, train = ByteTokenizer(), trainer.engine, trainer.config.train
+    assert isinstance(engine.model, Decoder), "a rule refuses sample_tokens for other tasks"
     model = CachedDecoder(engine.model, trainer.device, engine.evaluate)
     prompts = [tokenizer.encode(_PROMPT)]
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))

@@ -11,26 +11,15 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import load
 from moe_dist.checkpoint.store import save
 from moe_dist.config import BatchShape, Config, validate
-from moe_dist.data import (
-    Corpus,
-    SequenceSampler,
-    bits_per_byte,
-    load_corpus,
-    micro_batch,
-    rank_starts,
-    validation_batches,
-)
+from moe_dist.data import SequenceSampler, rank_starts
 from moe_dist.engine.base import Engine, compute_dtype, make_engine
 from moe_dist.kernels.registry import describe_backends, resolve_backends
-from moe_dist.models.decoder import Decoder, DecoderOutput
-from moe_dist.models.flops import parameter_counts, train_flops_per_token
-from moe_dist.moe.causality import causality_notes
+from moe_dist.models.decoder import DecoderOutput
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh
@@ -41,6 +30,7 @@ from moe_dist.train.profile import matmul_peak, memory_bytes
 from moe_dist.train.progress import Progress, short_number
 from moe_dist.train.run_folder import RunFolder
 from moe_dist.train.schedule import learning_rate
+from moe_dist.train.task import Task, make_task
 
 Resume = Literal["never", "auto", "must"]
 
@@ -63,8 +53,9 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device, console: Console) -> None:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
+        self.task: Task = make_task(config)
         model = resolve_backends(
-            config.model, config.parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
+            self.task.model, config.parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
         )
         config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
@@ -72,18 +63,17 @@ class Trainer:
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
         self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size)
-        self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.sampler = SequenceSampler(
-            len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
+            self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )
-        decoder = Decoder(config.model, self.mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
+        built = self.task.build(config.model, self.mesh).to(device)
         self.engine = make_engine(
-            decoder, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
+            built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )
         self.key = RandomKey.of(config.train.seed, "train")
         self.folder = RunFolder(Path(config.run.root) / config.run.name)
         self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
-        self.flops = train_flops_per_token(config.model, config.train.seq_len)
+        self.flops = self.task.flops_per_token(config.model)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
 
     def checkpoint_to_continue(self, resume: Resume) -> Path | None:
@@ -122,6 +112,7 @@ class Trainer:
         if main:
             self.folder.write_config(self.config)
             self.folder.write_environment(self.config, self.mesh, self.device)
+            self.task.prepare(self.folder)
             self.folder.write_status("running")
         torch.distributed.barrier()
         log = self.folder.rank_log(self.mesh.rank)
@@ -159,7 +150,9 @@ class Trainer:
                 record = self._train_step(step)
                 done = step + 1
                 if done % run.eval_every == 0 or done == total:
-                    record |= self.evaluate(done)
+                    record |= self.task.evaluate(self.engine, self.shape, done)
+                if done == total:
+                    record |= self.task.finish(self.engine, self.shape, done, self.folder)
                 if writer is not None:
                     writer.log(record)
                     progress.update(record, total)
@@ -180,9 +173,9 @@ class Trainer:
         outputs = []
         for micro in range(shape.accumulation):
             mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
-            tokens_BS, targets_BS = self._tensors(self.corpus.train, mine)
+            tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
             context = StepContext(self.key.fold(step, micro), step=step)
-            outputs.append(self.engine.micro_step(tokens_BS, targets_BS, context))
+            outputs.append(self.engine.micro_step(tokens_BS, targets, context))
         nll, aux, layers = self._gather_statistics(outputs)
         if not math.isfinite(nll + aux):
             raise FloatingPointError(f"loss={nll}, auxiliary loss={aux} at step {step + 1}: lower optim.lr, or clip")
@@ -191,7 +184,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} at step {step + 1}: lower optim.lr")
         seconds = time.monotonic() - began
-        rate = shape.tokens_per_step / seconds
+        rate = shape.tokens_per_step * self.task.real_share / seconds
         achieved = rate * self.flops
         return {
             "step": step + 1,
@@ -229,41 +222,6 @@ class Trainer:
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
         return nll, aux * self.mesh.layout.tp, layers
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Validation loss without dropping, and with eval_capacity_factor when it is set."""
-        record = {}
-        loss = self._validation_loss("dropless", step)
-        record["validation_loss"] = loss
-        record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1)
-        model = self.config.model
-        if any(moe.eval_capacity_factor is not None for moe in (model.moe, model.attention.moe)):
-            record["validation_loss_capped"] = self._validation_loss("eval", step)
-        return record
-
-    def _validation_loss(self, phase: Any, step: int) -> float:
-        split, layout, train = self.corpus.validation, self.mesh.layout, self.config.train
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = validation_batches(
-            len(split),
-            train.seq_len,
-            self.config.run.eval_sequences,
-            self.shape.micro_batch,
-            layout.dp,
-            self.mesh.dp.rank,
-        )
-        for index, (starts, weights) in enumerate(batches):
-            tokens_BS, targets_BS = self._tensors(split, starts)
-            context = StepContext(RandomKey.of(train.seed, "validation", index), phase, step=step)
-            losses_BS = self.engine.evaluate(tokens_BS, targets_BS, context, "token_losses")
-            weights_B = torch.from_numpy(weights).to(self.device, torch.float64)
-            total += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
-        total = all_reduce(total, self.mesh.dp)
-        return float(total[0] / total[1])
-
-    def _tensors(self, split: Any, starts: Any) -> tuple[Tensor, Tensor]:
-        tokens_BS, targets_BS = micro_batch(split, starts, self.config.train.seq_len)
-        return tokens_BS.to(self.device), targets_BS.to(self.device)
-
     def _resume(self, newest: Path) -> int:
         step = load(newest, self.engine).step
         if self.mesh.rank == 0:
@@ -274,7 +232,7 @@ class Trainer:
         """What a continued run must agree on."""
         train, model = self.config.train, asdict(self.config.model)
         return {
-            "data": self.corpus.digest,
+            "data": self.task.digest,
             "seed": train.seed,
             "seq_len": train.seq_len,
             "global_batch": train.global_batch,
@@ -284,7 +242,7 @@ class Trainer:
 
     def _opening(self, first: int) -> list[str]:
         config, layout, shape = self.config, self.mesh.layout, self.shape
-        counts = parameter_counts(config.model)
+        counts = self.task.parameter_counts(config.model)
         backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, self.device.type).items())
         engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
         return [
@@ -292,11 +250,10 @@ class Trainer:
             f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
             f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; "
             f"{backends}",
-            f"data      {self.corpus.name}: {short_number(len(self.corpus.train))} train and "
-            f"{short_number(len(self.corpus.validation))} validation bytes of {self.corpus.num_files} files",
+            f"data      {self.task.describe()}",
             f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
             f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
             f"steps {first + 1} to {config.train.steps}",
-            *(f"note      {note}" for note in causality_notes(config.model)),
+            *(f"note      {note}" for note in self.task.notes(config.model)),
             f"peak      {self.peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({self.peak.source})",
         ]

@@ -167,8 +167,9 @@ def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if name == "step" or not isinstance(value, int | float):
             continue
-        if name.startswith("validation_"):
-            yield f"validation/{name.removeprefix('validation_')}", value
+        split, _, what = name.partition("_")
+        if split in ("validation", "test"):
+            yield f"{split}/{what}", value
         elif name in _SYSTEM:
             yield f"system/{name}", value
         else:

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.grouped_mm.cpu import replaces
+from moe_dist.kernels.grouped_mm.onednn import rows_computed
 from moe_dist.kernels.grouped_mm.reference import GROUPED_MM
 
 
@@ -48,7 +50,12 @@ class _Linear(torch.autograd.Function):
         ctx.counts, ctx.out_first = counts, out_first
         out_RM = rows_RN.new_empty(rows_RN.shape[0], weight.shape[1 if out_first else 2])
         for rows, w, out in zip(rows_RN.split(counts), weight.unbind(0), out_RM.split(counts), strict=True):
-            torch.mm(rows, w.t() if out_first else w, out=out)
+            whole = rows_computed(len(rows), rows.dtype)
+            if whole == len(rows):
+                torch.mm(rows, w.t() if out_first else w, out=out)
+            else:  # zero rows: then a row's result does not depend on how many others there are
+                padded = F.pad(rows, (0, 0, 0, whole - len(rows)))
+                out.copy_(torch.mm(padded, w.t() if out_first else w)[: len(rows)])
         return out_RM
 
     @staticmethod
