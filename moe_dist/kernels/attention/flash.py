@@ -5,6 +5,7 @@ Legend: B batch, H query heads, G key/value heads, Q queries, K keys, P width of
 
 import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +34,25 @@ def flash_attn(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern,
     """The flash-attn package (arXiv 2307.08691); fp16 and bf16 only. Raises ValueError for what it cannot do."""
     from flash_attn import flash_attn_func
 
+    out = flash_attn_func(
+        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)), softmax_scale=scale, **flash_options(pattern)
+    )
+    return out.transpose(1, 2)
+
+
+def flash_options(pattern: Pattern) -> dict[str, Any]:
+    """The pattern in the package's words. Raises ValueError for what it has none for."""
     names = ("starts_B", "keys_BS", "bias", "sinks_H")
     cannot = [name for name in names if getattr(pattern, name) is not None]
     if cannot:
         raise ValueError(f"flash-attn has no {', '.join(cannot)}: use the triton or torch implementation of attention")
     far = -1 if pattern.window is None else pattern.window - 1
-    out = flash_attn_func(
-        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)),
+    return dict(
         dropout_p=0.0 if pattern.dropout is None else pattern.dropout.rate,
-        softmax_scale=scale,
         causal=pattern.causal,
         window_size=(far, 0 if pattern.causal else far),
         alibi_slopes=None if pattern.slopes_H is None else pattern.slopes_H.float(),
     )
-    return out.transpose(1, 2)
 
 
 def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None = None) -> Tensor:
@@ -109,7 +115,8 @@ def _mask(q_BHQP: Tensor, keys: int, pattern: Pattern) -> tuple[Tensor | None, T
 
 def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
     """A sink is one more key, of zeros, whose bias is its score; so is its value."""
-    assert pattern.sinks_H is not None
+    sinks_H = pattern.sinks_H
+    assert sinks_H is not None
     (batch, heads, queries, _), keys = q_BHQP.shape, k_BGKP.shape[2]
     if pattern.starts_B is None:  # the last query stays at the last key that was there before
         starts_B = torch.full((batch,), keys - queries, device=q_BHQP.device)
@@ -119,7 +126,7 @@ def _with_sinks(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern
     bias: Tensor = q_BHQP.new_zeros(batch, heads, queries, keys, dtype=wide)
     bias = bias if added is None else bias + added
     bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
-    sink = pattern.sinks_H.to(wide)[:, None, None].expand(batch, -1, queries, 1)
+    sink = sinks_H.to(wide)[:, None, None].expand(batch, -1, queries, 1)
     mask = torch.cat((bias, sink), dim=-1).to(wide if q_BHQP.device.type == "cpu" else q_BHQP.dtype)
     k_BGKP, v_BGKP = (F.pad(t, (0, 0, 0, 1)) for t in (k_BGKP, v_BGKP))
     rate = 0.0 if pattern.dropout is None else pattern.dropout.rate
