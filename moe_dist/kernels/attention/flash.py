@@ -5,6 +5,7 @@ Legend: B batch, H query heads, G key/value heads, Q queries, K keys, P width of
 
 import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +34,25 @@ def flash_attn(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern,
     """The flash-attn package (arXiv 2307.08691); fp16 and bf16 only. Raises ValueError for what it cannot do."""
     from flash_attn import flash_attn_func
 
+    out = flash_attn_func(
+        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)), softmax_scale=scale, **flash_options(pattern)
+    )
+    return out.transpose(1, 2)
+
+
+def flash_options(pattern: Pattern) -> dict[str, Any]:
+    """The pattern in the package's words. Raises ValueError for what it has none for."""
     names = ("starts_B", "keys_BS", "bias", "sinks_H")
     cannot = [name for name in names if getattr(pattern, name) is not None]
     if cannot:
         raise ValueError(f"flash-attn has no {', '.join(cannot)}: use the triton or torch implementation of attention")
     far = -1 if pattern.window is None else pattern.window - 1
-    out = flash_attn_func(
-        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)),
+    return dict(
         dropout_p=0.0 if pattern.dropout is None else pattern.dropout.rate,
-        softmax_scale=scale,
         causal=pattern.causal,
         window_size=(far, 0 if pattern.causal else far),
         alibi_slopes=None if pattern.slopes_H is None else pattern.slopes_H.float(),
     )
-    return out.transpose(1, 2)
 
 
 def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None = None) -> Tensor:
