@@ -5,6 +5,7 @@ Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulat
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
