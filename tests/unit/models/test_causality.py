@@ -73,9 +73,7 @@ def cases() -> Iterator[tuple[str, Callable[[int], Case], bool]]:
         yield name, lambda seed, name=name: layer(name, seed), False
 
 
-@pytest.mark.parametrize(
-    ("name", "make", "takes_ids"), cases(), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("name", "make", "takes_ids"), [pytest.param(*case, id=case[0]) for case in cases()])
 def test_is_causal_and_keeps_sequences_apart(name: str, make: Callable[[int], Case], takes_ids: bool) -> None:
     changed_later = 0
     for seed in range(50):
