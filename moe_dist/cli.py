@@ -18,6 +18,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   status CONFIG [flags]         how far that run is
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
+  checkpoint inspect|verify|convert|diff PATH   look into checkpoints
   verify [flags]                prove that training means the same in every layout, on this machine
   version"""
 
@@ -56,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from moe_dist.generate.command import generate_text
 
                 return generate_text(rest)
+            case "checkpoint":
+                from moe_dist.checkpoint.command import checkpoint
+
+                return checkpoint(rest)
             case "verify":
                 from moe_dist.verify.command import verify
 

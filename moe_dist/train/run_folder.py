@@ -5,6 +5,7 @@ runs/NAME/
   metrics.jsonl      one line a step            tensorboard/
   checkpoints/step-000100/                      logs/rank-00000.log
   status.json        running | finished | failed, with the reason
+  run.lock           held by rank 0 while the run lives
 """
 
 import json
