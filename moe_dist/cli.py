@@ -19,6 +19,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model
+  checkpoint ACTION PATH        inspect, verify, convert or diff checkpoints
   verify [flags]                prove that training means the same in every layout, on this machine
   version"""
 
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from moe_dist.train.experts import experts
 
                 return experts(rest)
+            case "checkpoint":
+                from moe_dist.checkpoint.command import checkpoint
+
+                return checkpoint(rest)
             case "verify":
                 from moe_dist.verify.command import verify
 

@@ -337,8 +337,15 @@ class RunConfig:
     """Validation sequences (texts, with task = classification) per evaluation; fewer when there are fewer."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
+    async_save: bool = False
+    """Checkpoints are copied to host memory, then written while training goes on. Needs memory for one more copy of
+    what a rank owns."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """The newest checkpoints kept."""
+    keep_every: int | None = None
+    """Besides, the checkpoints of every nth step, for good; a multiple of save_every."""
+    keep_best: bool = False
+    """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every."""
     tensorboard: bool = True
     sample_tokens: int = 0
     """Bytes to generate from the trained model at the end."""

@@ -178,8 +178,18 @@ def _run_rules(config: Config) -> Iterator[str]:
     run, train = config.run, config.train
     yield from at_least(1, train, "train", "steps seq_len threads")
     yield from between(train, "train", "seed", 0, 2**63 - 1)
-    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last")
+    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
     yield from at_least(0, run, "run", "sample_tokens")
+    if run.keep_every is not None and run.save_every >= 1 and run.keep_every % run.save_every:
+        yield (
+            f"keep_every={run.keep_every} is not a multiple of save_every={run.save_every}, so its steps have no "
+            "checkpoint; change one of them"
+        )
+    if run.keep_best and run.eval_every >= 1 and run.save_every % run.eval_every:
+        yield (
+            f"keep_best=true needs a validation loss for each checkpoint, but save_every={run.save_every} is not a "
+            f"multiple of eval_every={run.eval_every}; change one of them"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run.name):
         yield (
             f"name={run.name!r} is not a simple file name; "

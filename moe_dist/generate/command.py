@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.find import find_checkpoint
 from moe_dist.checkpoint.reshard import load_weights
-from moe_dist.checkpoint.store import checkpoints
-from moe_dist.config import Config, load_config, validate
+from moe_dist.config import Config, validate
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.data import ByteTokenizer
 from moe_dist.engine.base import compute_dtype
@@ -67,22 +66,6 @@ def generate_text(args: Sequence[str]) -> int:
         _say(_speed(sum(map(len, ids)), len(prompts), own.max_new_tokens, first, seconds))
     stop()
     return 0
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Config]:
-    """(checkpoint, configuration) of a run's folder, or of one of its checkpoints."""
-    if (path / MANIFEST).is_file():
-        checkpoint, run = path, path.resolve().parents[1]
-    else:
-        run, found = path, checkpoints(path / "checkpoints")
-        if not found:
-            raise ValueError(
-                f"{path} is neither a checkpoint nor a run with one: give runs/NAME, or a folder step-N in it"
-            )
-        checkpoint = found[-1]
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}/config.yaml, which says what model {checkpoint} holds, is not there")
-    return checkpoint, load_config(run / "config.yaml")
 
 
 def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:

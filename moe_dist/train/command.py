@@ -1,10 +1,13 @@
 """`moe-dist train`: start the rank, train, and tell the person what came out and where."""
 
 import os
+from contextlib import ExitStack
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from moe_dist.checkpoint.lock import run_lock
 from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
@@ -28,10 +31,12 @@ def train(config: Config, resume: Resume, device: str | None) -> int:
         validate(config, rank.world)  # before anything starts
     chosen = start(rank, device, config.train.threads)
     console = Console(quiet=rank.rank != 0)
-    with said_once(rank):
-        trainer = Trainer(config, chosen, console)
-        newest = trainer.checkpoint_to_continue(resume)
-    outcome = trainer.run(newest)
+    with ExitStack() as held:
+        with said_once(rank):
+            held.enter_context(run_lock(Path(config.run.root) / config.run.name, console.print))
+            trainer = Trainer(config, chosen, console)
+            newest = trainer.checkpoint_to_continue(resume)
+        outcome = trainer.run(newest)
     if outcome.stopped_by:
         line = f"stopped by {outcome.stopped_by} after step {outcome.last['step']}, saved; continue with --resume"
         console.print(line, highlight=False)

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.background import Saver
+from moe_dist.checkpoint.find import find_checkpoint
+from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
-from moe_dist.checkpoint.store import save
-from moe_dist.config import Config, EngineConfig, dump_config, load_config
+from moe_dist.checkpoint.retention import Retention
+from moe_dist.config import Config, EngineConfig, dump_config
 from moe_dist.engine.base import STATE_KINDS, Kind, make_engine
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier
@@ -29,7 +31,6 @@ from moe_dist.models.upcycle import change_experts
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.launch import rank_from_environment, start, stop
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.train.run_folder import RunFolder
 
 _DESCRIPTION = """Change the experts of a trained model, without training.
 
@@ -55,9 +56,8 @@ def experts(args: list[str]) -> int:
     parser.add_argument("--init", choices=["clone", "random"], default="clone", help="what added experts start from")
     parser.add_argument("--output", type=Path, help="the new run folder")
     own = parser.parse_args(args)
-    checkpoint = find_checkpoint(own.run)
+    checkpoint, config = find_checkpoint(own.run)
     run = checkpoint.parent.parent
-    config = load_config(run / "config.yaml")
     if own.action == "list":
         print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), run)))
         return 0
@@ -81,16 +81,6 @@ def experts(args: list[str]) -> int:
     rewrite(config, checkpoint, own.output, change)
     print(f"{own.output} holds {checkpoint.name}; continue it with: moe-dist train {own.output}/config.yaml --resume")
     return 0
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself, or the newest checkpoint of the run folder `path`. Raises ValueError when there is none."""
-    if (path / MANIFEST).is_file():
-        return path.resolve()
-    newest = RunFolder(path.resolve()).newest_checkpoint()
-    if newest is None:
-        raise ValueError(f"{path} is no checkpoint, nor a run folder with one in {path}/checkpoints")
-    return newest
 
 
 def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
@@ -135,7 +125,8 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
         for piece in engine.held(kind):
             piece.values.copy_(values[piece.name].detach().view(-1))
     manifest = reader.manifest
-    save(output / "checkpoints", engine, manifest.step, manifest.run, config.run.keep_last)
+    info = RunInfo(run=manifest.run, config=manifest.config, seed=manifest.data_position.seed)
+    Saver(output / "checkpoints", engine.mesh, Retention(), info).save(engine, manifest.step)
     stop()
     moe = replace(config.model.moe, num_experts=changed.num_experts, d_ff=changed.d_ff, num_groups=changed.num_groups)
     where = replace(config.run, root=str(output.parent), name=output.name)

@@ -5,6 +5,7 @@ What a step does is a pure function of (config, seed, step): the step number is 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,10 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from moe_dist.checkpoint.layout import Manifest
-from moe_dist.checkpoint.reshard import load
-from moe_dist.checkpoint.store import save
+from moe_dist.checkpoint.background import Saver
+from moe_dist.checkpoint.layout import Manifest, RunInfo
+from moe_dist.checkpoint.reshard import load, newest_good
+from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import SequenceSampler, rank_starts
 from moe_dist.engine.base import Engine, compute_dtype, make_engine
@@ -77,15 +79,18 @@ class Trainer:
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
 
     def checkpoint_to_continue(self, resume: Resume) -> Path | None:
-        """What `run` starts from: the newest checkpoint, or None for a new run. Nothing is written.
+        """What `run` starts from: the newest whole checkpoint, or None for a new run. Nothing is written.
 
         resume: `never` wants an unused folder, `must` a checkpoint; `auto` continues where there is one and starts
-        anew where there is none. Raises ValueError when that is not so, or the checkpoint is of another run.
+        anew where there is none. Raises ValueError when that is not so, when all checkpoints are damaged, or the
+        checkpoint is of another run.
         """
         if resume == "never":
             self.folder.refuse_second_start()
             return None
-        newest = self.folder.newest_checkpoint()
+        newest, damaged = newest_good(self.folder.checkpoints)
+        for problem in damaged:
+            self.console.print(f"passed over: {problem}", markup=False, highlight=False)
         if newest is None and resume == "auto":
             return None
         if newest is None:
@@ -142,12 +147,13 @@ class Trainer:
         stopped_by = None
         if writer is not None:
             writer.rewind(first)
-        with progress:
+        with progress, self._saver(progress.message) as saver:
             if self.mesh.rank == 0:
                 for line in self._opening(first):
                     progress.message(line)
             for step in range(first, total):
                 record = self._train_step(step)
+                saver.raise_pending()
                 done = step + 1
                 if done % run.eval_every == 0 or done == total:
                     record |= self.task.evaluate(self.engine, self.shape, done)
@@ -160,7 +166,7 @@ class Trainer:
                 if done % run.save_every == 0 or done == total or stopped_by:
                     if writer is not None:
                         writer.sync()
-                    save(self.folder.checkpoints, self.engine, done, self._identity(), run.keep_last)
+                    saver.save(self.engine, done, record.get("validation_loss"))
                 if stopped_by:
                     break
         if writer is not None:
@@ -223,10 +229,16 @@ class Trainer:
         return nll, aux * self.mesh.layout.tp, layers
 
     def _resume(self, newest: Path) -> int:
-        step = load(newest, self.engine).step
+        step = load(newest, self.engine, checked=True).step
         if self.mesh.rank == 0:
             self.console.print(f"resuming {newest}, step {step}", highlight=False)
         return step
+
+    def _saver(self, say: Callable[[str], None]) -> Saver:
+        run = self.config.run
+        retention = Retention(keep_last=run.keep_last, keep_every=run.keep_every, keep_best=run.keep_best)
+        info = RunInfo(run=self._identity(), config=asdict(self.config), seed=self.config.train.seed)
+        return Saver(self.folder.checkpoints, self.mesh, retention, info, run.async_save, say)
 
     def _identity(self) -> dict[str, Any]:
         """What a continued run must agree on."""

@@ -6,6 +6,7 @@ runs/NAME/
   checkpoints/step-000100/                      logs/rank-00000.log
   status.json        running | finished | failed, with the reason
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  run.lock           held by rank 0 while the run lives
 """
 
 import json

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from moe_dist.checkpoint.find import find_checkpoint
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config, load_config, validate
@@ -23,7 +24,7 @@ from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.train.confusion import accuracy, draw_confusion, f1_scores, macro_f1
-from moe_dist.train.experts import find_checkpoint, read_model
+from moe_dist.train.experts import read_model
 from tests.dist.helpers import KEY, assert_same, forget_process_group, logical, run_checks
 from tests.dist.test_train import deterministic, records, start, stored
 
@@ -156,7 +157,7 @@ def check_run_folder(run: Path) -> None:
 
 
 def whole_model(run: Path) -> Classifier:
-    model = read_model(load_config(run / "config.yaml"), Reader(find_checkpoint(run)), "weight")
+    model = read_model(load_config(run / "config.yaml"), Reader(find_checkpoint(run)[0]), "weight")
     assert isinstance(model, Classifier)
     return model
 
@@ -174,12 +175,12 @@ def check_surgery_on_checkpoints(runs: Path, capsys: pytest.CaptureFixture[str])
         with torch.no_grad():
             return whole_model(runs / run)(batch(0, 0)[0], None, StepContext(KEY, "dropless"), "logits")
 
-    before, original = logits("alone"), Reader(find_checkpoint(runs / "alone"))
+    before, original = logits("alone"), Reader(find_checkpoint(runs / "alone")[0])
     assert experts("alone", "list").count("4 experts of width 48, top 2; all open; load ") == 2
     experts("alone", "add", "2", "--output", str(runs / "more"))
     assert "6 experts of width 48, top 2; closed [4, 5]" in experts("more", "list")
     assert logits("more").equal(before)
-    grown = Reader(find_checkpoint(runs / "more"))
+    grown = Reader(find_checkpoint(runs / "more")[0])
     name, size = "blocks.1.feed_forward.experts.w_up", 48 * 32
     for kind in ("exp_avg", "exp_avg_sq"):
         assert grown.read(kind, name, 4 * size, 2 * size).eq(0).all()

@@ -104,6 +104,12 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("data.kind text needs paths", {"data__kind": "text"}),
         ("data.kind stdlib takes no paths", {"data__paths": ["a"]}),
         ("decay_fraction=1.5 is above 1", {"optim__decay_fraction": 1.5}),
+        ("keep_every=750 is not a multiple of save_every=500", {"run__keep_every": 750}),
+        (
+            "keep_best=true needs a validation loss for each checkpoint, but save_every=500 is not a multiple of "
+            "eval_every=200",
+            {"run__keep_best": True},
+        ),
     ],
 )
 def test_one_broken_rule_is_one_line_with_these_words(phrase: str, values: dict) -> None:
