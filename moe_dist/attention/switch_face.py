@@ -83,7 +83,7 @@ class SwitchMultiQueryAttention(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, d_model={self.d_model}]")
         again = torch._C._current_graph_task_id() != -1  # inside a backward pass: a recomputation
         context = self._context(x, token_ids, step, again)
-        positions_S = torch.arange(x.shape[1], device=x.device)
+        positions_S = torch.arange(x.shape[1], device=x.device)[None]
         positions_S = positions_S.double() if x.dtype == torch.float64 else positions_S
         rotary = rotary_table(positions_S, self.attention.head_dim // 2 * 2, self.rope_theta)
         bias = None

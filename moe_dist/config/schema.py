@@ -138,8 +138,8 @@ class AttentionConfig:
     attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
     backend: Literal["auto", "torch", "packed", "flash", "triton"] = "auto"
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
-    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU in
-    bf16 up to 512 tokens, else flash."""
+    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU
+    up to 1,024 tokens where at least 4 query heads share a key, else flash."""
     position: Literal["rotary", "alibi", "none"] = "rotary"
     """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
     distance (arXiv 2108.12409)."""

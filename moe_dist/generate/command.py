@@ -71,9 +71,7 @@ def generate_text(args: Sequence[str]) -> int:
 def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:
     """The model with the checkpoint's weights, ready to be asked; every rank must call."""
     parallel = config.parallel
-    model = resolve_backends(
-        config.model, parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
-    )
+    model = resolve_backends(config.model, parallel.expert_ranks, device.type, config.train.seq_len)
     mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp)
     decoder = Decoder(model, mesh, parallel.sequence_parallel, config.train.seed)
     decoder = decoder.to(device, compute_dtype(config.engine.precision)).eval()

@@ -19,20 +19,19 @@ from moe_dist.kernels.grouped_mm.onednn import fp32_products
 from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
 from moe_dist.kernels.route.reference import Routed, route
 
-_SHORT = 512  # tokens up to which packed attention is the faster one on CPU in bf16; in fp32 it never is
+_SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head from which, packed is faster on CPU
 
 
-def resolve_backends(
-    model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None, precision: str = "fp32"
-) -> ModelConfig:
+def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None) -> ModelConfig:
     """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on.
 
     Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter.
     """
     moe, attention, kernels = model.moe, model.attention, model.kernels
     if attention.backend == "auto":
-        short = seq_len is not None and seq_len <= _SHORT
-        packed = short and device_type == "cpu" and precision == "bf16" and attention.kind == "multi_query"
+        short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
+        readers = model.num_heads // model.num_kv_heads * (attention.moe.top_k if attention.kind == "switch" else 1)
+        packed = short and readers >= _MANY and attention.kind != "routed"
         backend: Literal["packed", "flash"] = "packed" if packed else "flash"
         attention = dataclasses.replace(attention, backend=backend)
     if kernels == "auto":

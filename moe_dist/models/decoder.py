@@ -145,7 +145,7 @@ class Decoder(nn.Module):
             return Places()
         if model.attention.position == "alibi":
             return Places(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
-        positions = torch.arange(length, device=x_TD.device)
+        positions = torch.arange(length, device=x_TD.device)[None]
         if caches is not None:
             starts_B = caches[0].starts()
             positions = positions + (caches[0].cache_position if starts_B is None else starts_B[:, None])

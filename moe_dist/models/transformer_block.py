@@ -138,7 +138,9 @@ class TransformerBlock(nn.Module):
         model, rotary, slopes_H = self.model, None, None
         if model.attention.position == "rotary":
             starts_B = None if cache is None else cache.starts()
-            positions = torch.arange(shape[1], device=x.device) + (past if starts_B is None else starts_B[:, None])
+            positions = torch.arange(shape[1], device=x.device)[None] + (
+                past if starts_B is None else starts_B[:, None]
+            )
             positions = positions.double() if x.dtype == torch.float64 else positions
             rotary = rotary_table(positions, model.d_model // model.num_heads, self.rope_theta)
         if model.attention.position == "alibi":

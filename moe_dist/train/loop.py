@@ -56,9 +56,7 @@ class Trainer:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
         self.task: Task = make_task(config)
-        model = resolve_backends(
-            self.task.model, config.parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
-        )
+        model = resolve_backends(self.task.model, config.parallel.expert_ranks, device.type, config.train.seq_len)
         config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
         parallel = config.parallel

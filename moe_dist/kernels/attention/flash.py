@@ -18,8 +18,8 @@ _FEW = 64  # queries of a key/value head up to which they become rows of one pro
 
 def flash_provider(device_type: str) -> str:
     """What `flash` means on this machine: `flash-attn` or `torch-sdpa`."""
-    installed = importlib.util.find_spec("flash_attn") is not None
-    return "flash-attn" if device_type == "cuda" and installed else "torch-sdpa"
+    installed = device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash-attn" if installed else "torch-sdpa"
 
 
 def attend(
