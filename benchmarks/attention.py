@@ -69,7 +69,7 @@ def layers(precision: str, steps: int, device: torch.device) -> dict[str, float]
     dtype = DTYPES[precision]
     attention_config = AttentionConfig(position="none")
     model = ModelConfig(d_model=512, num_heads=8, num_kv_heads=1, attention=attention_config)
-    model = resolve_backends(model, 1, device.type, 1024, precision)
+    model = resolve_backends(model, 1, device.type, 1024)
     layer, call = ours(model)
     peer = Projections(512, 8, 1, 64)
     with torch.no_grad():

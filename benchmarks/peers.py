@@ -70,7 +70,7 @@ class Ours(nn.Module):
         s = cell.shape
         moe = MoEConfig(num_experts=s.experts, top_k=s.top_k, d_ff=s.d_ff, capacity_factor=cell.capacity)
         model = ModelConfig(d_model=s.d_model, num_layers=1, activation=s.activation, moe=moe)
-        model = resolve_backends(model, ep=1, device_type=device.type, precision=cell.precision)
+        model = resolve_backends(model, ep=1, device_type=device.type)
         self.layer = MoE(model, layer=0, mesh=single_process_mesh()).to(device, cell.dtype)
         self.context = StepContext(RandomKey.of(0))
         experts = self.layer.experts

@@ -48,7 +48,7 @@ def model_config(experts: str, seq_len: int, precision: str) -> ModelConfig:
         tie_embeddings=False,
         moe=moe,
     )
-    return resolve_backends(model, ep=1, device_type="cpu", seq_len=seq_len, precision=precision)
+    return resolve_backends(model, ep=1, device_type="cpu", seq_len=seq_len)
 
 
 def ours(model: ModelConfig, precision: str) -> Step:

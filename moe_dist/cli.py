@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 
-  train CONFIG [flags]          train a Mixture-of-Experts language model
+  train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
   status CONFIG [flags]         how far that run is
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
+  experts RUN ACTION            add, open, close, remove or list the experts of a trained model
+  checkpoint ACTION PATH        inspect, verify, convert or diff checkpoints
   verify [flags]                prove that training means the same in every layout, on this machine
   version"""
 
-_TRAIN = """Train a Mixture-of-Experts language model.
+_TRAIN = """Train a Mixture-of-Experts language model, or with `task: classification` a text classifier.
 
 CONFIG is a YAML file (configs/ has some); every key of it is a flag too, with the same name and meaning:
   moe-dist train configs/quickstart.yaml --model.moe.top-k 1 --model.moe.capacity-factor None
@@ -56,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from moe_dist.generate.command import generate_text
 
                 return generate_text(rest)
+            case "experts":
+                from moe_dist.train.experts import experts
+
+                return experts(rest)
+            case "checkpoint":
+                from moe_dist.checkpoint.command import checkpoint
+
+                return checkpoint(rest)
             case "verify":
                 from moe_dist.verify.command import verify
 

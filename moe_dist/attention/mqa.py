@@ -153,10 +153,8 @@ class CausalSelfAttention(nn.Module):
             dropout = Dropout(self.config.dropout, key, self.dp.rank * shape[0], self.heads.start, self.num_heads)
         slopes_H = None if places.slopes_H is None else places.slopes_H[self.heads]
         return Pattern(
-            causal=places.causal,
             window=self.config.window,
             starts_B=starts_B,
-            keys_BS=places.keys_BS,
             slopes_H=slopes_H,
             bias=places.bias,
             sinks_H=self.sinks_H,

@@ -7,11 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Places:
-    """rotary: (cos, sin), each [1 or B, S, P / 2], or None. slopes_H: ALiBi slopes of all query heads. keys_BS: bool,
-    the keys that may be seen, None for all. bias: added to the scores, broadcastable to [B, 1, S, keys]."""
+    """rotary: (cos, sin), each [1 or B, S, P / 2], or None. slopes_H: ALiBi slopes of all query heads. bias: added to
+    the scores, [1 or B, 1 or H, S, keys]; -inf hides a key."""
 
     rotary: tuple[Tensor, Tensor] | None = None
     slopes_H: Tensor | None = None
-    keys_BS: Tensor | None = None
     bias: Tensor | None = None
-    causal: bool = True

@@ -1,19 +1,34 @@
 """What a checkpoint says about itself: the manifest.
 
-A checkpoint is a set of safetensors files, one a rank, of contiguous 1-D ranges of logical tensors (fp32 weights and
-both Adam moments), and `manifest.json`, which names every range and the SHA-256 of every file. Nothing is pickled.
+A checkpoint is a set of safetensors files of contiguous 1-D ranges of logical tensors (fp32 weights and both Adam
+moments), and `manifest.json`, which names every range, the SHA-256 and size of every file, and carries a SHA-256 of
+itself. Nothing is pickled. A manifest is trusted with nothing: what it says is checked before a byte is read by it.
 """
 
+import hashlib
 import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-FORMAT = 1
-_STRICT = ConfigDict(extra="forbid", strict=True)
+from moe_dist.engine.base import STATE_KINDS, Kind
+
+FORMAT = 2
 MANIFEST = "manifest.json"
+STEP_NAME = re.compile(r"step-(\d{6,})(\.old)?")
+Dtype = Literal["F32", "BF16"]
+ITEM_BYTES: dict[Dtype, int] = {"F32": 4, "BF16": 2}
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_BLANK = "0" * 64
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_LARGEST_MANIFEST, _LARGEST_TENSOR = 2**28, 2**44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,19 +37,24 @@ class Range:
 
     __pydantic_config__ = _STRICT
 
-    kind: str
+    kind: Kind
     name: str
     start: int
     length: int
+    dtype: Dtype = "F32"
 
     @property
     def key(self) -> str:
         return f"{self.kind}/{self.name}/{self.start}"
 
+    @property
+    def bytes(self) -> int:
+        return self.length * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One rank's file."""
+    """One safetensors file; `size` in bytes."""
 
     __pydantic_config__ = _STRICT
 
@@ -50,30 +70,137 @@ class ShardFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a stream is that is a function of (seed, step) alone: `next_step` is the first not yet taken, from 0."""
+
+    __pydantic_config__ = _STRICT
+
+    seed: int
+    next_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a run writes into each of its checkpoints.
+
+    run: what it must agree on to be continued. config: all of it, resolved, as plain data.
+    """
+
+    run: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """step: optimizer steps done. shapes: logical parameters. run: what the run must agree on to be continued."""
+    """step: optimizer steps done. shapes: of logical parameters. buffers: those of them that no optimizer holds, so
+    that they have no moments. kinds: what is stored, all of STATE_KINDS or weights alone. data_position and
+    random_state: which sequences and which random numbers come next. validation_loss: at this step, where it is known.
+    """
 
     __pydantic_config__ = _STRICT
 
     step: int
-    shapes: dict[str, list[int]]
-    files: list[ShardFile]
+    validation_loss: float | None = None
+    data_position: Position
+    random_state: Position
     run: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    kinds: list[Kind]
+    shapes: dict[str, list[int]]
+    buffers: list[str] = field(default_factory=list)
+    files: list[ShardFile]
 
     def dumps(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        text = json.dumps({"format": FORMAT, "sha256": _BLANK, **asdict(self)}, indent=1)
+        return text.replace(_BLANK, _digest(text), 1)
 
     @staticmethod
     def load(folder: Path) -> "Manifest":
-        """Raises ValueError when the manifest is missing, is not JSON, or is of another format."""
+        """Raises ValueError when the manifest is missing, altered, of another format, or contradicts itself."""
         path = folder / MANIFEST
         try:
-            raw = json.loads(path.read_text())
-            if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            return _ADAPTER.validate_json(json.dumps(raw))
-        except (OSError, ValueError) as error:
+            if path.stat().st_size > _LARGEST_MANIFEST:
+                raise ValueError(f"it is larger than {_LARGEST_MANIFEST} bytes")
+            text = path.read_bytes().decode()
+            values = json.loads(text)
+            if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}: altered, or written by another version of moe_dist")
+            said = values.pop("sha256", None)
+            if not isinstance(said, str) or _digest(text.replace(said, _BLANK, 1)) != said:
+                raise ValueError("it was altered: it does not match its own SHA-256")
+            manifest = _ADAPTER.validate_json(json.dumps(values))
+            named = STEP_NAME.fullmatch(folder.name)
+            if named and int(named[1]) != manifest.step:
+                raise ValueError(f"it is of step {manifest.step}, but lies in a folder named {folder.name}")
+            for problem in manifest.problems():
+                raise ValueError(problem)
+            return manifest
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable manifest: {error}") from None
+
+    def tensors(self) -> Iterator[tuple[Kind, str, int]]:
+        """(kind, name, elements) of every logical tensor that must be in the files."""
+        buffers = set(self.buffers)
+        for kind in self.kinds:
+            for name, shape in self.shapes.items():
+                if kind == "weight" or name not in buffers:
+                    yield kind, name, prod(shape)
+
+    def problems(self) -> Iterator[str]:
+        """What the manifest contradicts itself in: names, sizes, ranges that overlap or are missing."""
+        if self.kinds not in (["weight"], list(STATE_KINDS)):
+            yield f"kinds={self.kinds} is neither weights alone nor {list(STATE_KINDS)}"
+            return
+        if unknown := set(self.buffers) - self.shapes.keys():
+            yield f"buffers {sorted(unknown)} have no shape"
+        for name, shape in self.shapes.items():
+            if any(size < 0 for size in shape) or prod(shape) > _LARGEST_TENSOR:
+                yield f"{name} has the impossible shape {shape}"
+                return
+        yield from self._file_problems()
+        stored: dict[tuple[Kind, str], list[Range]] = defaultdict(list)
+        for shard in self.files:
+            for piece in shard.ranges:
+                stored[piece.kind, piece.name].append(piece)
+        for kind, name, elements in self.tensors():
+            yield from _cover(f"{kind}/{name}", sorted(stored.pop((kind, name), []), key=lambda r: r.start), elements)
+        if stored:
+            yield f"its files hold {'/'.join(next(iter(stored)))}, which is no tensor of this model"
+
+    def _file_problems(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for shard in self.files:
+            if not _PLAIN_NAME.fullmatch(shard.file) or shard.file == MANIFEST or shard.file in seen:
+                yield f"file {shard.file!r} is no plain name of its own"
+            seen.add(shard.file)
+            needed = sum(piece.bytes for piece in shard.ranges)
+            if shard.size < needed:
+                yield f"{shard.file} of {shard.size} bytes cannot hold its ranges of {needed} bytes"
+
+
+def _cover(what: str, ranges: list[Range], elements: int) -> Iterator[str]:
+    """Nothing when the sorted `ranges` hold each of [0, elements) exactly once; else the first thing wrong."""
+    done = 0
+    for piece in ranges:
+        if piece.length < 1 or piece.start < 0:
+            yield f"{what} has a range of {piece.length} elements from {piece.start} on"
+            return
+        if piece.start < done:
+            yield f"elements {piece.start} to {min(done, piece.start + piece.length)} of {what} are stored twice"
+            return
+        if piece.start > done:
+            break
+        done += piece.length
+    if done > elements:
+        yield f"{what} has {elements} elements, but {done} are stored"
+    elif done < elements:
+        next_start = next((piece.start for piece in ranges if piece.start > done), elements)
+        yield f"elements {done} to {next_start} of {what} are in no file"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _ADAPTER = TypeAdapter(Manifest)

@@ -1,78 +1,51 @@
-"""Reading a checkpoint from any layout into any other: ranges in, ranges out."""
+"""Reading a checkpoint from any layout into any other, and finding the newest one that is whole."""
 
-import bisect
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from moe_dist.checkpoint.layout import Manifest, Range
-from moe_dist.checkpoint.store import file_digest
+from moe_dist.checkpoint.layout import Manifest
+from moe_dist.checkpoint.reader import Reader
+from moe_dist.checkpoint.store import checkpoints
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
-from moe_dist.parallel.objects import gather_json
+from moe_dist.parallel.objects import broadcast_json, gather_json
 from moe_dist.parallel.sharding import logical_parameters
 
-
-class Reader:
-    """Random access to the logical tensors of one checkpoint. Files are opened when first needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, Manifest.load(folder)
-        self._ranges: dict[tuple[str, str], list[tuple[int, str, Range]]] = defaultdict(list)
-        for shard in self.manifest.files:
-            for stored in shard.ranges:
-                self._ranges[stored.kind, stored.name].append((stored.start, shard.file, stored))
-        for ranges in self._ranges.values():
-            ranges.sort(key=lambda entry: entry[0])
-        self._open: dict[str, Any] = {}
-
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of a logical tensor, 1-D. Raises ValueError when any is missing."""
-        ranges = self._ranges.get((kind, name), [])
-        out, done = torch.empty(length), 0
-        index = max(0, bisect.bisect_right([entry[0] for entry in ranges], start) - 1)
-        for first, file, stored in ranges[index:]:
-            at = start + done
-            if done == length or not first <= at < first + stored.length:
-                break
-            take = min(first + stored.length - at, length - done)
-            out[done : done + take] = self._slice(file, stored.key, at - first, take)
-            done += take
-        if done < length:
-            missing = f"elements {start + done} to {start + length} of {kind}/{name}"
-            raise ValueError(f"{self.folder}: {missing} are in no file of the checkpoint")
-        return out
-
-    def _slice(self, file: str, key: str, start: int, length: int) -> Tensor:
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            return self._open[file].get_slice(key)[start : start + length]
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self.folder / file}: cannot be read: {error}") from None
-
-    def check_digests(self, rank: int, world: int) -> list[str]:
-        """Problems of this rank's share of the files: missing, of another size, or altered."""
-        problems = []
-        for shard in self.manifest.files[rank::world]:
-            path = self.folder / shard.file
-            if not path.is_file():
-                problems.append(f"{path} is missing")
-            elif path.stat().st_size != shard.size or file_digest(path) != shard.sha256:
-                problems.append(f"{path} does not match its SHA-256 in the manifest")
-        return problems
+__all__ = ["Reader", "load", "load_weights", "newest_good"]
 
 
-def load(folder: Path, engine: Engine) -> Manifest:
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """(newest checkpoint under `root` of which every file is as its manifest says, what is wrong with newer ones).
+
+    (None, []) where there is none at all. Every rank must call: rank 0 lists them, each rank reads a share of the
+    files. Raises ValueError on every rank when there are checkpoints and all are damaged.
+    """
+    listed = broadcast_json([str(folder) for folder in checkpoints(root)] if dist.get_rank() == 0 else None)
+    damaged: list[str] = []
+    for folder in map(Path, reversed(listed)):
+        problems = _problems(folder)
+        if not problems:
+            return folder, damaged
+        damaged += problems
+    if damaged:
+        raise ValueError(
+            "\n".join(damaged) + f"\nall checkpoints under {root} are damaged: restore one, or begin again in another "
+            "folder with --resume never and another --run.name"
+        )
+    return None, []
+
+
+def load(folder: Path, engine: Engine, checked: bool = False) -> Manifest:
     """Fill `engine` from a checkpoint written under any layout; every rank must call.
 
-    Raises ValueError on every rank when a file is damaged or the model has other parameters.
+    checked: its digests were found right a moment ago. Raises ValueError on every rank when a file is damaged, the
+    model has other parameters, or the checkpoint holds weights alone.
     """
-    reader = _checked(folder, engine.model)
+    reader = _reader(folder, engine.model, checked)
+    if reader.manifest.kinds != list(STATE_KINDS):
+        raise ValueError(f"{folder} holds weights alone, no optimizer state: it can generate, but not be continued")
     for kind in STATE_KINDS:
         for piece in engine.held(kind):
             values = reader.read(kind, piece.name, piece.start, piece.values.numel())
@@ -85,7 +58,7 @@ def load(folder: Path, engine: Engine) -> Manifest:
 @torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> Manifest:
     """Fill a model that no engine owns, on one rank of any layout and in any precision; otherwise as `load`."""
-    reader = _checked(folder, model)
+    reader = _reader(folder, model, checked=False)
     for name, param, spec in logical_parameters(model):
         values = reader.read("weight", name, spec.flat_start, param.numel())
         param.copy_(values.view_as(param))
@@ -94,14 +67,21 @@ def load_weights(folder: Path, model: nn.Module) -> Manifest:
     return reader.manifest
 
 
-def _checked(folder: Path, model: nn.Module) -> Reader:
-    reader = Reader(folder)
-    replies = gather_json(reader.check_digests(dist.get_rank(), dist.get_world_size()))
-    problems = [problem for reply in replies for problem in reply]
-    if problems:
+def _reader(folder: Path, model: nn.Module, checked: bool) -> Reader:
+    if not checked and (problems := _problems(folder)):
         raise ValueError("\n".join(problems))
+    reader = Reader(folder)
     _check_shapes(reader, model)
     return reader
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, the same on every rank; each reads its share of the files."""
+    try:
+        mine = Reader(folder).check_digests(dist.get_rank(), dist.get_world_size())
+    except ValueError as error:
+        mine = [str(error)]
+    return list(dict.fromkeys(problem for reply in gather_json(mine) for problem in reply))
 
 
 def _check_shapes(reader: Reader, model: nn.Module) -> None:

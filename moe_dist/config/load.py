@@ -133,7 +133,7 @@ def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
 def _advice(cls: type, path: str) -> str:
     """For an unknown key: the section that has it, or the nearest key of its own section, else of the others."""
     section, _, key = path.rpartition(".")
-    known = list(_keys(cls))
+    known = sorted(_keys(cls), key=lambda item: item[0].count("."))  # of equal names, the outer one first
     homes = [home or "the top level" for home, name in known if name == key]
     if homes:
         return f"; {key} belongs under {' or '.join(homes)}"

@@ -13,7 +13,7 @@ def moe_rules(config: Config) -> Iterator[str]:
     yield from at_least(0, moe, "model.moe", "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
     yield from above_zero(moe, "model.moe", "routed_scale")
     if moe.num_experts == 0:
-        if ep > 1:
+        if ep > 1 and config.model.attention.kind != "switch":  # attention experts are cut over ep too
             yield f"ep={ep} needs num_experts > 0; set parallel.ep to 1, or model.moe.num_experts to a multiple of {ep}"
         if moe.num_shared_experts > 0:
             yield f"num_shared_experts={moe.num_shared_experts} needs num_experts > 0; set it to 0 for a dense model"

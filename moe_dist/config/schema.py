@@ -101,6 +101,32 @@ class MoEConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RoutedAttentionConfig:
+    """With model.attention.kind = routed: which tokens look further than their neighbourhood."""
+
+    __pydantic_config__ = STRICT
+
+    num_experts: int = 2
+    """Attention experts, each of num_heads heads and with routing tokens of its own."""
+    num_routed_queries: int = 32
+    """Queries that each expert takes out of a window; from routed_window on: all of them."""
+    num_routed_key_values: int = 32
+    """Keys that they see, out of all windows before."""
+    local_window: int = 128
+    """Every token sees this many before it, and itself."""
+    routed_window: int | None = None
+    """Tokens of a window. null: local_window."""
+    average_routed: bool = False
+    """The mean of local and routed outputs in place of their sum."""
+    causal_routing: bool = True
+    """A query is chosen by a threshold found in the window before, and earlier ones have precedence. false: the best of
+    the window, as published, so that whether a token is chosen depends on later ones."""
+    cosine_routing: bool = True
+    """Score by 8 times the cosine with the routing token. false: by the product, for which coordinate descent needs
+    inputs and tokens of moderate length."""
+
+
+@dataclass(kw_only=True, slots=True)
 class AttentionConfig:
     """Attention of every block. Number and width of heads are the model's."""
 
@@ -112,8 +138,8 @@ class AttentionConfig:
     attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
     backend: Literal["auto", "torch", "packed", "flash", "triton"] = "auto"
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
-    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU in
-    bf16 up to 512 tokens, else flash."""
+    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU
+    up to 1,024 tokens where at least 4 query heads share a key, else flash."""
     position: Literal["rotary", "alibi", "none"] = "rotary"
     """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
     distance (arXiv 2108.12409)."""
@@ -134,6 +160,10 @@ class AttentionConfig:
     """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
     dropout: float = 0.0
     """Of the attention weights, in training."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
+    query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
+    routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,6 +200,12 @@ class ModelConfig:
     keep only each block's input and its routing, and run the block again."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
+    num_classes: int | None = None
+    """With task = classification: outputs of the head. null: as many as the data has labels."""
+    dropout: float = 0.0
+    """With task = classification, in training: of the embeddings and of what each part of a block adds."""
+    token_dropout: float = 0.0
+    """With task = classification, in training: share of the tokens that are taken for padding, others each time."""
     moe: MoEConfig = field(default_factory=MoEConfig)
 
 
@@ -242,14 +278,25 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    kind: Literal["stdlib", "text", "indexed"] = "stdlib"
-    """stdlib: the sources of Python's standard library, present on every machine. text: files or folders in `paths`.
-    Both are read as bytes. indexed: token ids in Megatron-core's .bin and .idx files."""
+    kind: Literal["stdlib", "text", "indexed", "jsonl", "csv"] = "stdlib"
+    """stdlib: the sources of Python's standard library, present on every machine; with task = classification, blocks
+    of their lines, labelled by the package that they come from. text: files or folders in `paths`. Both are read as
+    bytes by language models. indexed: token ids in Megatron-core's .bin and .idx files, for language models. jsonl,
+    csv: files in `paths` with a text and a label, for task = classification."""
     paths: list[str] = field(default_factory=list)
-    """With kind = text: files, or folders that are searched for files. indexed: paths without .bin and .idx."""
+    """With kind = text: files, or folders that are searched for files. With jsonl and csv: files.
+    indexed: paths without .bin and .idx."""
     validation_fraction: float = 0.1
     """Share held out for validation: whole files, or the end of the text if there is one file only. indexed: the last
-    documents of each path."""
+    documents of each path. With task = classification: of the texts."""
+    test_fraction: float = 0.1
+    """With task = classification: share of the texts kept for one test at the end."""
+    text_key: str = "text"
+    """Of jsonl records and csv columns: where the text is ..."""
+    label_key: str = "label"
+    """... and where its label is."""
+    block_lines: int = 5
+    """With task = classification and kind = stdlib: consecutive lines of a file, empty ones left out, in one text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -289,11 +336,18 @@ class RunConfig:
     eval_every: int = 200
     """Steps between evaluations; there is always one at the end."""
     eval_sequences: int = 64
-    """Validation sequences per evaluation (fewer when the corpus has fewer)."""
+    """Validation sequences (texts, with task = classification) per evaluation; fewer when there are fewer."""
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
+    async_save: bool = False
+    """Checkpoints are copied to host memory, then written while training goes on. Needs memory for one more copy of
+    what a rank owns."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """The newest checkpoints kept."""
+    keep_every: int | None = None
+    """Besides, the checkpoints of every nth step, for good; a multiple of save_every."""
+    keep_best: bool = False
+    """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every."""
     tensorboard: bool = True
     sample_tokens: int = 0
     """Bytes to generate from the trained model at the end."""
@@ -305,6 +359,8 @@ class Config:
 
     __pydantic_config__ = STRICT
 
+    task: Literal["language_modelling", "classification"] = "language_modelling"
+    """What is trained: a decoder on the next token, or an encoder on the label of a text."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_dist.config.attention_rules import attention_rules
+from moe_dist.config.attention_rules import attention_rules, routed_rules
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
 from moe_dist.config.schema import Config, ModelConfig, TrainConfig
-
-_BYTES = 256
+from moe_dist.config.switch_rules import switch_rules
+from moe_dist.config.task_rules import task_rules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +62,13 @@ def validate(config: Config, world_size: int) -> BatchShape:
     problems = [
         *_model_rules(config.model),
         *attention_rules(config.model),
+        *routed_rules(config),
         *moe_rules(config),
+        *switch_rules(config),
         *_tensor_parallel_rules(config, world_size),
         *_engine_rules(config),
         *_optim_rules(config),
-        *_data_rules(config),
+        *task_rules(config),
         *_run_rules(config),
     ]
     tp = config.parallel.tp
@@ -172,32 +174,22 @@ def _optim_rules(config: Config) -> Iterator[str]:
             yield f"{name}={beta} is outside 0 <= {name} < 1; change optim.{name}"
 
 
-def _data_rules(config: Config) -> Iterator[str]:
-    data, vocab_size = config.data, config.model.vocab_size
-    if data.kind == "indexed":
-        if not data.paths:
-            yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths"
-        if config.run.sample_tokens:
-            yield f"sample_tokens={config.run.sample_tokens} needs bytes as tokens, not data.kind indexed; set it to 0"
-    elif 1 <= vocab_size < _BYTES:
-        yield f"vocab_size={vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
-    if data.kind == "text" and not data.paths:
-        yield "data.kind text needs paths; name files or folders in data.paths, or set data.kind to stdlib"
-    if data.kind == "stdlib" and data.paths:
-        yield f"data.kind stdlib takes no paths, got {data.paths}; set data.kind to text or clear data.paths"
-    if not 0 < data.validation_fraction < 1:
-        yield (
-            f"validation_fraction={data.validation_fraction} is outside 0 < validation_fraction < 1; "
-            "change data.validation_fraction"
-        )
-
-
 def _run_rules(config: Config) -> Iterator[str]:
     run, train = config.run, config.train
     yield from at_least(1, train, "train", "steps seq_len threads")
     yield from between(train, "train", "seed", 0, 2**63 - 1)
-    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last")
+    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
     yield from at_least(0, run, "run", "sample_tokens")
+    if run.keep_every is not None and run.save_every >= 1 and run.keep_every % run.save_every:
+        yield (
+            f"keep_every={run.keep_every} is not a multiple of save_every={run.save_every}, so its steps have no "
+            "checkpoint; change one of them"
+        )
+    if run.keep_best and run.eval_every >= 1 and run.save_every % run.eval_every:
+        yield (
+            f"keep_best=true needs a validation loss for each checkpoint, but save_every={run.save_every} is not a "
+            f"multiple of eval_every={run.eval_every}; change one of them"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run.name):
         yield (
             f"name={run.name!r} is not a simple file name; "

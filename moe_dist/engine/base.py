@@ -6,14 +6,14 @@ writes into all, comparing layouts gathers them. So no other room knows how an e
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.attention.kv_cache import KVCache
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.models.decoder import Decoder, DecoderOutput, Want
+from moe_dist.models.decoder import DecoderOutput, Want
+from moe_dist.models.trainable import Trainable
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
@@ -38,22 +38,18 @@ class Piece:
 
 
 class Engine(Protocol):
-    model: Decoder
+    model: Trainable
     mesh: Mesh
 
-    def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
-        """Forward and backward of one micro-batch. The last one of a step also reduces gradients over the ranks."""
+    def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        """Forward and backward of one micro-batch; targets are [B, S], or [B] for the classifier. The last of a step
+        also reduces gradients over the ranks."""
 
     def evaluate(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor | None,
-        step: StepContext,
-        want: Want,
-        caches: Sequence[KVCache] | None = None,
-        at_B: Tensor | None = None,
+        self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want, **decoding: Any
     ) -> Tensor:
-        """Forward without gradients, with the arguments of Decoder.forward: token losses [B, S], or logits."""
+        """Forward without gradients: token losses [B, S] or logits [B, S, V]; [B] or [B, C] of the classifier.
+        decoding: the caches and at_B of Decoder.forward."""
 
     def update(self, lr: float) -> float:
         """Clip, step, clear gradients. Returns the global gradient norm before clipping, the same on every rank."""
@@ -69,20 +65,21 @@ class RouterLoads:
     """Assignments to experts over the micro-steps of a step, for routers that balance themselves after it."""
 
     def __init__(self) -> None:
-        self.by_layer: dict[int, Tensor] = {}
+        self.by_layer: dict[tuple[str, int], Tensor] = {}
 
     def add(self, output: DecoderOutput) -> None:
         for stats in output.stats:
-            earlier = self.by_layer.get(stats.layer)
-            self.by_layer[stats.layer] = stats.load_E if earlier is None else earlier + stats.load_E
+            layer = (stats.kind, stats.layer)
+            earlier = self.by_layer.get(layer)
+            self.by_layer[layer] = stats.load_E if earlier is None else earlier + stats.load_E
 
-    def settle(self, model: Decoder) -> None:
+    def settle(self, model: Trainable) -> None:
         """Tell the routers, and begin again."""
         model.balance_routers(self.by_layer)
         self.by_layer = {}
 
 
-def held_buffers(model: Decoder, mesh: Mesh) -> Iterator[Piece]:
+def held_buffers(model: Trainable, mesh: Mesh) -> Iterator[Piece]:
     """State that is not trained, the same on every rank; it is saved among the weights."""
     for name, buffer in model.named_buffers():
         yield Piece(name, tuple(buffer.shape), 0, buffer.view(-1), mesh.rank == 0)
@@ -131,7 +128,7 @@ def clip_by_global_norm(
 
 
 def make_engine(
-    model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, micro_batch: int, accumulation: int
+    model: Trainable, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, micro_batch: int, accumulation: int
 ) -> Engine:
     """The engine named by config, owning `model` from now on."""
     if engine.name == "native":

@@ -15,14 +15,13 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.attention.kv_cache import KVCache
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import (
     Kind,
@@ -33,7 +32,8 @@ from moe_dist.engine.base import (
     held_buffers,
     owns_replica,
 )
-from moe_dist.models.decoder import Decoder, DecoderOutput, Want
+from moe_dist.models.decoder import DecoderOutput, Want
+from moe_dist.models.trainable import Trainable
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Group, Mesh
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Trainable,
         mesh: Mesh,
         engine: EngineConfig,
         optim: OptimConfig,
@@ -94,8 +94,8 @@ class DeepSpeedEngine:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
         self.model = model
 
-    def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
-        output = self.engine(tokens_BS, targets_BS, step)
+    def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        output = self.engine(tokens_BS, targets, step)
         self.engine.backward(output.loss)
         self.micro = (self.micro + 1) % self.accumulation
         if self.micro:
@@ -104,17 +104,11 @@ class DeepSpeedEngine:
         return output
 
     def evaluate(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor | None,
-        step: StepContext,
-        want: Want,
-        caches: Sequence[KVCache] | None = None,
-        at_B: Tensor | None = None,
+        self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want, **decoding: Any
     ) -> Tensor:
         self.engine.eval()
         with torch.no_grad():
-            out = self.engine(tokens_BS, targets_BS, step, want, caches, at_B)
+            out = self.engine(tokens_BS, targets, step, want, **decoding)
         self.engine.train()
         return out
 
@@ -219,7 +213,7 @@ class DeepSpeedEngine:
 class _WithMarker(nn.Module):
     """The model with a sibling that makes DeepSpeed see expert parameters. It holds no parameters of its own."""
 
-    def __init__(self, model: Decoder, mesh: Mesh) -> None:
+    def __init__(self, model: Trainable, mesh: Mesh) -> None:
         super().__init__()
         self.model, self.marker = model, _Marker(model.config.moe.num_experts, mesh)
 
@@ -287,7 +281,7 @@ def _group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh.ep.size}"  # DeepSpeed reads the number out of it
 
 
-def _mark_parameters(model: Decoder, mesh: Mesh) -> None:
+def _mark_parameters(model: Trainable, mesh: Mesh) -> None:
     param: Any
     for _, param, spec in logical_parameters(model):
         if spec.shard == "expert":
@@ -296,7 +290,7 @@ def _mark_parameters(model: Decoder, mesh: Mesh) -> None:
             param.tensor_model_parallel = True
 
 
-def _param_groups(model: Decoder, optim: OptimConfig, mesh: Mesh) -> list[dict[str, Any]]:
+def _param_groups(model: Trainable, optim: OptimConfig, mesh: Mesh) -> list[dict[str, Any]]:
     """Decay groups, split into dense and expert ones: DeepSpeed reduces a whole group over one process group."""
     out: list[dict[str, Any]] = []
     for name, factor, params in decay_groups(model):

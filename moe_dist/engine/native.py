@@ -4,12 +4,12 @@ Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulat
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_dist.attention.kv_cache import KVCache
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import (
     Kind,
@@ -21,7 +21,8 @@ from moe_dist.engine.base import (
     held_buffers,
     owns_replica,
 )
-from moe_dist.models.decoder import Decoder, DecoderOutput, Want
+from moe_dist.models.decoder import DecoderOutput, Want
+from moe_dist.models.trainable import Trainable
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
@@ -29,7 +30,9 @@ from moe_dist.parallel.sharding import logical_parameters, spec_of
 
 
 class NativeEngine:
-    def __init__(self, model: Decoder, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int) -> None:
+    def __init__(
+        self, model: Trainable, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, accumulation: int
+    ) -> None:
         self.model, self.mesh, self.grad_clip, self.accumulation = model, mesh, engine.grad_clip, accumulation
         self.micro, self.loads = 0, RouterLoads()
         params = list(model.parameters())
@@ -53,8 +56,8 @@ class NativeEngine:
             fused=True,
         )
 
-    def micro_step(self, tokens_BS: Tensor, targets_BS: Tensor, step: StepContext) -> DecoderOutput:
-        output = self.model(tokens_BS, targets_BS, step)
+    def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        output = self.model(tokens_BS, targets, step)
         (output.loss / self.accumulation).backward()
         self._accumulate()
         self.micro += 1
@@ -66,15 +69,9 @@ class NativeEngine:
 
     @torch.no_grad()
     def evaluate(
-        self,
-        tokens_BS: Tensor,
-        targets_BS: Tensor | None,
-        step: StepContext,
-        want: Want,
-        caches: Sequence[KVCache] | None = None,
-        at_B: Tensor | None = None,
+        self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want, **decoding: Any
     ) -> Tensor:
-        return self.model(tokens_BS, targets_BS, step, want, caches, at_B)
+        return self.model(tokens_BS, targets, step, want, **decoding)
 
     @torch.no_grad()
     def update(self, lr: float) -> float:

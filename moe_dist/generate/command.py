@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.find import find_checkpoint
 from moe_dist.checkpoint.reshard import load_weights
-from moe_dist.checkpoint.store import checkpoints
-from moe_dist.config import Config, load_config, validate
+from moe_dist.config import Config, validate
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.data import ByteTokenizer
 from moe_dist.engine.base import compute_dtype
@@ -45,6 +44,12 @@ def generate_text(args: Sequence[str]) -> int:
     rank = rank_from_environment(os.environ)
     with said_once(rank):
         checkpoint, config = find_checkpoint(Path(own.run))
+        if config.task != "language_modelling":
+            raise ValueError(f"{own.run} was trained for {config.task}: only a language model writes text")
+        if config.data.kind == "indexed":
+            raise ValueError(
+                f"{own.run} was trained on token ids (data.kind indexed), and their tokenizer is not part of a run"
+            )
         config = in_layout(config, rank.world, own.ep, own.tp)
     device = start(rank, own.device)
     with said_once(rank):
@@ -68,33 +73,10 @@ def generate_text(args: Sequence[str]) -> int:
     return 0
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Config]:
-    """(checkpoint, configuration) of a run's folder, or of one of its checkpoints."""
-    if (path / MANIFEST).is_file():
-        checkpoint, run = path, path.resolve().parents[1]
-    else:
-        run, found = path, checkpoints(path / "checkpoints")
-        if not found:
-            raise ValueError(
-                f"{path} is neither a checkpoint nor a run with one: give runs/NAME, or a folder step-N in it"
-            )
-        checkpoint = found[-1]
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}/config.yaml, which says what model {checkpoint} holds, is not there")
-    config = load_config(run / "config.yaml")
-    if config.data.kind == "indexed":
-        raise ValueError(
-            f"{run} was trained on token ids (data.kind indexed), and their tokenizer is not part of a run"
-        )
-    return checkpoint, config
-
-
 def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:
     """The model with the checkpoint's weights, ready to be asked; every rank must call."""
     parallel = config.parallel
-    model = resolve_backends(
-        config.model, parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
-    )
+    model = resolve_backends(config.model, parallel.expert_ranks, device.type, config.train.seq_len)
     mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp)
     decoder = Decoder(model, mesh, parallel.sequence_parallel, config.train.seed)
     decoder = decoder.to(device, compute_dtype(config.engine.precision)).eval()
@@ -109,8 +91,9 @@ def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Con
     else:
         parallel = replace(config.parallel, ep=ep or config.parallel.ep, tp=tp or config.parallel.tp)
         parallel = replace(parallel, sequence_parallel=False, etp=1 if ep else parallel.etp, node_size=None)
-    moe = replace(config.model.moe, dispatch="auto", experts="auto", overlap_chunks=1)
-    attention = replace(config.model.attention, backend="auto", dropout=0.0)
+    anew: dict[str, Any] = dict(dispatch="auto", experts="auto", overlap_chunks=1)
+    moe, of_attention = replace(config.model.moe, **anew), replace(config.model.attention.moe, **anew)
+    attention = replace(config.model.attention, backend="auto", dropout=0.0, moe=of_attention)
     model = replace(config.model, moe=moe, attention=attention, kernels="auto")
     sequences = max(world // parallel.tp, 1)
     train = replace(config.train, global_batch=sequences, micro_batch=None, accumulation=None)
@@ -212,7 +195,7 @@ def _describe(checkpoint: Path, config: Config, decoder: Decoder, world: int) ->
     parallel, device = config.parallel, decoder.embedding.weight.device
     backends = ", ".join(f"{k} {v}" for k, v in describe_backends(decoder.config, device.type).items())
     _say(f"{checkpoint}: {world} ranks, ep {parallel.ep}, tp {parallel.tp}, {config.engine.precision}; {backends}")
-    for note in causality_notes(config.model.moe):
+    for note in causality_notes(config.model):
         _say(f"note: {note}")
 
 

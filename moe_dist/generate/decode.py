@@ -47,15 +47,13 @@ class CachedDecoder:
         self.forward = forward or decoder
 
     def new_caches(self, rows: int, length: int) -> list[KVCache] | None:
-        if self.decoder.config.attention.kind == "routed":
-            return None
         return self.decoder.new_caches(rows, length)
 
     @torch.no_grad()
     def next_logits(
         self, tokens_BS: Tensor, at_B: Tensor, step: StepContext, caches: Sequence[KVCache] | None
     ) -> Tensor:
-        logits_BV: Tensor = self.forward(tokens_BS, None, step, "logits", caches, at_B)
+        logits_BV: Tensor = self.forward(tokens_BS, None, step, "logits", caches=caches, at_B=at_B)
         return logits_BV
 
 

@@ -12,36 +12,33 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.schema import ModelConfig, MoEConfig
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
 from moe_dist.kernels.grouped_mm.onednn import fp32_products
 from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
 from moe_dist.kernels.route.reference import Routed, route
 
-_SHORT = 512  # tokens up to which packed attention is the faster one on CPU in bf16; in fp32 it never is
+_SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head from which, packed is faster on CPU
 
 
-def resolve_backends(
-    model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None, precision: str = "fp32"
-) -> ModelConfig:
+def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None) -> ModelConfig:
     """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on.
 
     Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter.
     """
     moe, attention, kernels = model.moe, model.attention, model.kernels
     if attention.backend == "auto":
-        short = seq_len is not None and seq_len <= _SHORT
-        packed = short and device_type == "cpu" and precision == "bf16" and attention.kind == "multi_query"
+        short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
+        readers = model.num_heads // model.num_kv_heads * (attention.moe.top_k if attention.kind == "switch" else 1)
+        packed = short and readers >= _MANY and attention.kind != "routed"
         backend: Literal["packed", "flash"] = "packed" if packed else "flash"
         attention = dataclasses.replace(attention, backend=backend)
     if kernels == "auto":
         kernels = "triton" if device_type == "cuda" and find_spec("triton") else "torch"
-    if moe.dispatch == "auto":
-        moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
-    if moe.experts == "auto":
-        uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
-        moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    moe = _resolve_experts(moe, ep, device_type)
+    if attention.kind == "switch":
+        attention = dataclasses.replace(attention, moe=_resolve_experts(attention.moe, ep, device_type))
     choices = (
         ("kernels", kernels, "torch"),
         ("moe.experts", moe.experts, "grouped_mm"),
@@ -49,11 +46,21 @@ def resolve_backends(
     )
     for name, chosen, instead in choices:
         if chosen == "triton":
-            _check_triton(f"model.{name}", instead, device_type)
+            check_triton(f"model.{name}", instead, device_type)
     return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
 
 
-def _check_triton(field: str, instead: str, device_type: str) -> None:
+def _resolve_experts(moe: MoEConfig, ep: int, device_type: str) -> MoEConfig:
+    if moe.dispatch == "auto":
+        moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
+    if moe.experts == "auto":
+        uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
+        moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    return moe
+
+
+def check_triton(field: str, instead: str, device_type: str) -> None:
+    """Raises ValueError, one line that names `instead`, where Triton cannot run."""
     if find_spec("triton") is None:
         raise ValueError(f"{field}=triton, but triton is not installed: pip install triton, or set it to {instead}")
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -90,14 +97,24 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     if model.attention.kind != "multi_query":
         attention = f"{model.attention.kind} ({attention})"
     named = {"attention": attention, "kernels": model.kernels}
+    if model.attention.kind == "switch":
+        of_attention = model.attention.moe
+        loops = " (cpu loop)" if replaces(of_attention.experts, device_type) else ""
+        named |= {
+            "attention_dispatch": _describe_dispatch(of_attention),
+            "attention_experts": of_attention.experts + loops,
+        }
     moe = model.moe
     if moe.num_experts == 0:
         return named
-    wire: list[str] = [moe.wire] if moe.dispatch == "all_to_all" else []
-    wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
-    wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
-    dispatch = moe.dispatch + (f" ({', '.join(wire)})" if wire else "")
     experts = moe.experts + (
         f" (cpu loop, fused; fp32 products {fp32_products()})" if replaces(moe.experts, device_type) else ""
     )
-    return named | {"dispatch": dispatch, "experts": experts}
+    return named | {"dispatch": _describe_dispatch(moe), "experts": experts}
+
+
+def _describe_dispatch(moe: MoEConfig) -> str:
+    wire: list[str] = [moe.wire] if moe.dispatch == "all_to_all" else []
+    wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
+    wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
+    return moe.dispatch + (f" ({', '.join(wire)})" if wire else "")

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
+from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.experts import expert_widths
@@ -20,6 +22,13 @@ from moe_dist.parallel.mesh import Mesh
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """MoE on every nth layer: the nth, the 2nth, ..."""
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
+
+
+ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention] | type[RoutedSelfAttention]] = {
+    "multi_query": CausalSelfAttention,
+    "switch": SwitchAttention,
+    "routed": RoutedSelfAttention,
+}
 
 
 @dataclass
@@ -39,7 +48,8 @@ class DecoderBlock(nn.Module):
         widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
-        self.attention = CausalSelfAttention(model, layer, mesh, sequence_parallel, width**-0.5 * residual)
+        attention = ATTENTIONS[model.attention.kind]
+        self.attention = attention(model, layer, mesh, sequence_parallel, width**-0.5 * residual)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.alibi import alibi_slopes
+from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
+from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.models.block import BlockReplay, DecoderBlock
@@ -102,17 +104,20 @@ class Decoder(nn.Module):
         loss = result + sum(layer.aux_loss for layer in stats)
         return DecoderOutput(loss, result.detach(), stats)
 
-    def new_caches(self, rows: int, length: int) -> list[KVCache]:
-        """One for each block, for `rows` sequences of at most `length` tokens."""
-        blocks = (block for block in self.blocks if isinstance(block, DecoderBlock))
-        return [block.attention.new_cache(rows, length) for block in blocks]
+    def new_caches(self, rows: int, length: int) -> list[KVCache] | None:
+        """One for each block, for `rows` sequences of at most `length` tokens. None: routed attention has no cache, it
+        finds anew which keys a token sees."""
+        attentions = [block.attention for block in self.blocks if isinstance(block, DecoderBlock)]
+        if any(isinstance(attention, RoutedSelfAttention) for attention in attentions):
+            return None
+        return [attention.new_cache(rows, length) for attention in attentions]  # type: ignore[operator, union-attr]
 
-    def balance_routers(self, loads: dict[int, Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert by layer, over all ranks and micro-steps."""
-        for layer, load_E in loads.items():
-            moe = self.blocks[layer].feed_forward
-            assert isinstance(moe, MoE), "loads are of MoE layers"
-            moe.router.balance(load_E)
+    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
+        for (kind, layer), load_E in loads.items():
+            routed = getattr(self.blocks[layer], kind)
+            assert isinstance(routed, MoE | SwitchAttention), "loads are of routed layers"
+            routed.router.balance(load_E)
 
     def _hidden(
         self, tokens_BS: Tensor, step: StepContext, caches: Sequence[KVCache] | None
@@ -139,8 +144,8 @@ class Decoder(nn.Module):
         if model.attention.position == "none":
             return Places()
         if model.attention.position == "alibi":
-            return Places(slopes_H=alibi_slopes(model.num_heads, x_TD.device))
-        positions = torch.arange(length, device=x_TD.device)
+            return Places(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
+        positions = torch.arange(length, device=x_TD.device)[None]
         if caches is not None:
             starts_B = caches[0].starts()
             positions = positions + (caches[0].cache_position if starts_B is None else starts_B[:, None])

@@ -6,10 +6,10 @@ Legend: L layers, D d_model, F d_ff, E experts, H query heads, G key/value heads
 V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.schema import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.moe.experts import expert_widths
 
@@ -21,9 +21,9 @@ class ParameterCounts:
     total: int
     """All of them; tied embeddings count once."""
     active: int
-    """Those that one token meets: of the routed experts, top_k in each MoE layer."""
+    """Those that one token meets: of routed and attention experts, top_k in each layer."""
     expert: int
-    """Those of all routed experts, the ones that expert parallelism shards. Shared experts are not among them."""
+    """Those of all routed and attention experts, which expert parallelism shards. Shared experts are not among them."""
 
 
 def parameter_counts(model: ModelConfig) -> ParameterCounts:
@@ -32,6 +32,8 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     Each block has two RMSNorm scales, attention and a feed-forward of either kind; only experts can have biases:
 
         attention = D*H*P + 2*G*P*D + H*P*D             with qk_ln 2*(H + 1)*P more, with sinks H
+        switch    = E*D + E*2*D*H*P + 2*P*D   of attention experts, one key/value head for all
+        routed    = (1 + E) * attention + 3*E*D + E*2*G*P   local and routed, two routers, null tokens, keys and values
         dense     = m*D*F                     m = 3 with a gate (gate, up, down), else 2
         MoE       = E*D + (E + shared)*m*D*F  the router (noisy: twice; hash: none), then the experts with their own F,
                                               the mean where they differ
@@ -44,7 +46,12 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     expert = round(moe_layers * model.moe.num_experts * each)
     idle = round(moe_layers * (model.moe.num_experts - model.moe.top_k) * each)
     biases = round(moe_layers * model.moe.top_k * _expert_biases(model))
-    total = embeddings + norms + _active_block_matrices(model) + biases + idle
+    if model.attention.kind == "switch":
+        attention, projections = model.attention.moe, 2 * model.d_model * model.num_heads * _head_dim(model)
+        expert += model.num_layers * attention.num_experts * projections
+        idle += model.num_layers * (attention.num_experts - attention.top_k) * projections
+    far = model.num_layers * _routed_parameters(model) if model.attention.kind == "routed" else 0
+    total = embeddings + norms + _active_block_matrices(model) + far + biases + idle
     return ParameterCounts(total=total, active=total - idle, expert=expert)
 
 
@@ -56,16 +63,36 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         forward = 2 * N + L * 2 * 2 * H * P * (S + 1) / 2
         train   = 3 * forward
 
-    N are the matrix parameters that one token meets: attention, router, its top_k experts, shared experts, dense
-    feed-forwards and the output projection; not the embedding lookup, not the norm scales. A token at position s
-    attends to s + 1 keys, (S + 1) / 2 on average, or to those of its window, each costing a product for q.k and one
-    for the weighted sum of v.
+    With attention experts, a token has top_k * H heads. N are the matrix parameters that one token meets: attention,
+    router, its top_k experts, shared experts, dense feed-forwards and the output projection; not the embedding lookup,
+    not the norm scales. A token at position s attends to s + 1 keys, (S + 1) / 2 on average, or to those
+    of its window, each costing a product for q.k and one for the weighted sum of v.
+
     The count does not depend on the capacity: a dropped assignment is work not done, so dropping does not lower it.
     Recomputation is not counted either: both would make a worse run look like a faster one.
     """
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
-    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * _keys_seen(model, seq_len)
-    return 3 * (2 * matrices + attention)
+    heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
+    attention = model.num_layers * 2 * 2 * heads * _head_dim(model) * _keys_seen(model, seq_len)
+    far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
+    return 3 * (2 * matrices + attention + far)
+
+
+def classifier_parameter_counts(model: ModelConfig, max_len: int) -> ParameterCounts:
+    """The same of the classifier: embedding V*D, positions max_len*D, blocks as above, head C*D + C; no final norm."""
+    base = parameter_counts(replace(model, tie_embeddings=True))
+    more = (max_len - 1) * model.d_model + (model.num_classes or 0) * (model.d_model + 1)
+    return ParameterCounts(total=base.total + more, active=base.active + more, expert=base.expert)
+
+
+def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """As train_flops_per_token, for the encoder: a token sees all S of its sequence, and the head sees one mean.
+
+    train = 3 * (2 * N + L * 2 * 2 * H * P * S + 2 * C * D / S)
+    """
+    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * seq_len
+    head = 2 * (model.num_classes or 0) * model.d_model / seq_len
+    return 3 * (2 * _active_block_matrices(model) + attention + head)
 
 
 def _active_block_matrices(model: ModelConfig) -> int:
@@ -76,14 +103,18 @@ def _active_block_matrices(model: ModelConfig) -> int:
     attention = 2 * model.d_model * head_dim * (model.num_heads + model.num_kv_heads)
     dense = _feed_forward_parameters(model, model.d_ff)
     routed = (moe.top_k + moe.num_shared_experts) * _expert_parameters(model) if moe_layers else 0
-    router = {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
-    experts = round(moe_layers * (router + routed))
+    experts = round(moe_layers * (_router_parameters(model, moe) + routed))
+    if model.attention.kind == "switch":
+        own = model.attention.moe
+        attention = 2 * model.d_model * head_dim * (own.top_k * model.num_heads + 1) + _router_parameters(model, own)
     return model.num_layers * attention + (model.num_layers - moe_layers) * dense + experts
 
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:
     """By a token, on average over the sequence."""
-    window = min(model.attention.window or seq_len, seq_len)
+    attention = model.attention
+    near = attention.routed.local_window + 1 if attention.kind == "routed" else attention.window
+    window = min(near or seq_len, seq_len)
     return window - window * (window - 1) / (2 * seq_len)
 
 
@@ -91,6 +122,29 @@ def _attention_vectors(model: ModelConfig) -> int:
     """Norms and sinks of one layer."""
     heads, width = model.num_heads, _head_dim(model)
     return (2 * (heads + 1) * width if model.attention.qk_ln else 0) + (heads if model.attention.sinks else 0)
+
+
+def _routed_parameters(model: ModelConfig) -> int:
+    """What a layer of routed attention has beside its local attention."""
+    experts, width = model.attention.routed.num_experts, _head_dim(model)
+    matrices = 2 * model.d_model * width * (model.num_heads + model.num_kv_heads)
+    return experts * (matrices + 3 * model.d_model + 2 * model.num_kv_heads * width)
+
+
+def _routed_flops(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs of one layer's routed part for a token, on average: its routers' scores, and the share that it has
+    in the Q queries and K keys of each expert in every window but the first."""
+    routed, heads, groups, width = model.attention.routed, model.num_heads, model.num_kv_heads, _head_dim(model)
+    window = routed.routed_window or routed.local_window
+    queries = min(routed.num_routed_queries, window)
+    each = queries * 4 * width * heads * (model.d_model + routed.num_routed_key_values + 1)
+    each += routed.num_routed_key_values * 4 * model.d_model * groups * width
+    windows = max(-(-seq_len // window) - 1, 0)
+    return routed.num_experts * (4 * model.d_model + each * windows / seq_len)
+
+
+def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:
+    return {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
 
 
 def _moe_layers(model: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
+from moe_dist.attention.masks import added_by
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
@@ -137,41 +138,25 @@ class TransformerBlock(nn.Module):
         model, rotary, slopes_H = self.model, None, None
         if model.attention.position == "rotary":
             starts_B = None if cache is None else cache.starts()
-            positions = torch.arange(shape[1], device=x.device) + (past if starts_B is None else starts_B[:, None])
+            positions = torch.arange(shape[1], device=x.device)[None] + (
+                past if starts_B is None else starts_B[:, None]
+            )
             positions = positions.double() if x.dtype == torch.float64 else positions
             rotary = rotary_table(positions, model.d_model // model.num_heads, self.rope_theta)
         if model.attention.position == "alibi":
-            slopes_H = alibi_slopes(model.num_heads, x.device)
-        bias = None if mask is None else _hidden(mask, shape, past + shape[1])
+            slopes_H = alibi_slopes(model.num_heads, device=x.device)
+        bias = None
+        if mask is not None:
+            bias = added_by(_seen(mask), shape[0], model.num_heads, shape[1], past + shape[1])
         return Places(rotary, slopes_H, bias=bias)
 
 
-def _hidden(mask: Tensor, shape: tuple[int, int], keys: int) -> Tensor:
-    """What is added to the scores, [B or 1, 1, S or 1, L]: -inf where the mask says no."""
-    if mask.dtype != torch.bool:
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("mask must be bool, or hold 0 and 1 alone with 1 for what may be seen: it is not additive")
-        mask = mask != 0
-    (batch, length), given = shape, tuple(mask.shape)
-    of_keys, of_pairs = given in ((batch, keys), (1, keys)), given == (length, keys)
-    if of_keys and of_pairs and given[0] > 1:
-        raise ValueError(
-            f"mask {list(given)} could be of {batch} rows or of {length} queries: give [{batch}, 1, 1, {keys}] or "
-            f"[1, 1, {length}, {keys}]"
-        )
-    if of_keys:
-        mask = mask[:, None, None]
-    elif of_pairs:
-        mask = mask[None, None]
-    elif mask.dim() == 3:
-        mask = mask[:, None]
-    fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape, (batch, 1, length, keys), strict=True))
-    if not fits or mask.shape[-1] != keys:
-        raise ValueError(
-            f"mask {list(given)} is none of [{batch}, {keys}], [{length}, {keys}], [{batch}, {length}, {keys}] and "
-            f"[{batch}, 1, {length}, {keys}], where {keys} counts the tokens in the cache"
-        )
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+def _seen(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("mask must be bool, or hold 0 and 1 alone with 1 for what may be seen: it is not additive")
+    return mask != 0
 
 
 def _model(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: AttentionConfig, device: str) -> ModelConfig:

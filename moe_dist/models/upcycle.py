@@ -11,6 +11,7 @@ import torch
 from moe_dist.config.schema import MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.trainable import Trainable
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.upcycle import become, check_rules, upcycled_config
@@ -56,10 +57,10 @@ def upcycle_decoder(
     return new.train(decoder.training)
 
 
-def change_experts(decoder: Decoder, change: Callable[[MoE], object]) -> list[object]:
-    """Does `change` to every MoE layer, `lambda layer: layer.add_experts(2)` say, and makes the decoder's config
-    follow. Returns what it returned. All layers must end with the same config: a model has one. An engine that holds
-    the decoder must be built again.
+def change_experts(decoder: Trainable, change: Callable[[MoE], object]) -> list[object]:
+    """Does `change` to every MoE layer, `lambda layer: layer.add_experts(2)` say, and makes the config of the decoder,
+    or classifier, follow. Returns what it returned. All layers must end with the same config: a model has one. An
+    engine that holds the model must be built again.
     """
     layers = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, MoE)]
     if not layers:

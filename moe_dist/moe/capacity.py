@@ -79,15 +79,20 @@ class Capacity:
 
     def __call__(self, routing: Routing, step: StepContext) -> DispatchPlan:
         moe, experts_TK = self.moe, routing.experts_TK
-        tokens = experts_TK.shape[0] * self.peers.size
+        tokens = experts_TK.shape[0] * self.peers.size if step.real is None else step.real.total
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
         limit = expert_capacity(self.factor(step), moe.top_k, tokens, taking_part, moe.min_capacity)
         counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.world)
-        self._check_equal(counts_WE, limit)
+        real_TK = None if step.real is None else step.real.mask_T[:, None].expand_as(experts_TK).contiguous()
+        if real_TK is None:
+            self._check_equal(counts_WE, limit)
+        elif limit is not None and self.moe.capacity_scope == "local":
+            raise ValueError("capacity_scope=local has no meaning where tokens are padded: set it to global")
         if limit is None:
             kept_TK, kept_WE = torch.ones_like(experts_TK, dtype=torch.bool), counts_WE
+            kept_TK = kept_TK if real_TK is None else real_TK
         else:
-            first = _Round(experts_TK, None, counts_WE, routing.weights_TK.detach(), "drop")
+            first = _Round(experts_TK, real_TK, counts_WE, routing.weights_TK.detach(), "drop")
             kept_TK, kept_WE = self._keep(first, self._room(torch.zeros_like(counts_WE), limit), step)
             if moe.overflow == "reroute":
                 limit_E = torch.full((moe.num_experts,), limit, device=experts_TK.device)
@@ -129,6 +134,8 @@ class Capacity:
             turn_TK = ((~kept_TK).cumsum(1) - 1).clamp(min=0)
             score_TK = ranked.values.gather(1, turn_TK)
             asks_TK = ~kept_TK & score_TK.isfinite()
+            if step.real is not None:
+                asks_TK = asks_TK & step.real.mask_T[:, None]
             experts_TK = torch.where(asks_TK, ranked.indices.gather(1, turn_TK), experts_TK)
             tried_TE.scatter_(1, experts_TK, True)
             # 2. They compete for the places left.

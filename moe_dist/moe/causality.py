@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.schema import ModelConfig, MoEConfig
 
 
-def causality_notes(moe: MoEConfig) -> Iterator[str]:
+def causality_notes(model: ModelConfig) -> Iterator[str]:
     """A line for each choice under which a token's output depends on tokens after it. Silent when none does.
 
     Every limit on capacity lets tokens displace one another; only drop_policy `position` keeps to their order.
     """
-    if moe.num_experts == 0:
-        return
+    if model.moe.num_experts > 0:
+        yield from _of_experts(model.moe)
+    if model.attention.kind == "switch":
+        yield from (f"attention: {note}" for note in _of_experts(model.attention.moe))
+
+
+def _of_experts(moe: MoEConfig) -> Iterator[str]:
     if moe.router == "expert_choice":
         yield (
             "router=expert_choice is not causal: experts pick among all tokens, later ones included, in training and "

@@ -4,6 +4,7 @@ Legend: T tokens on this rank, E experts, C chunks of tokens that are balanced e
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class MoEStats:
 
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
     the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. sent_bytes: what
-    this rank sent to others in the forward pass. unserved: share of this rank's tokens that no expert took.
+    this rank sent to others in the forward pass. unserved: share of this rank's tokens that no expert took. kind: whose
+    experts; a block can have both.
     """
 
     layer: int
@@ -32,9 +34,10 @@ class MoEStats:
     kept_E: Tensor
     unserved: Tensor
     sent_bytes: int = 0
+    kind: Literal["feed_forward", "attention"] = "feed_forward"
 
 
-def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: int) -> Tensor:
+def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: float) -> Tensor:
     """E * sum_i f_i P_i (Switch Transformers, arXiv 2101.03961, eq. 4 to 6), the mean over chunks of tokens.
 
     f_i: share of a chunk's assignments, before dropping, that chose expert i; P_i: the mean of its probabilities, here
@@ -42,7 +45,7 @@ def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: int) -> Tensor
     counts_CE are those of whole chunks. Perfect balance scores 1, collapse on one expert E.
     """
     share_CE = counts_CE / counts_CE.sum(1, keepdim=True).clamp(min=1)
-    return prob_sums_CE.shape[1] * (share_CE.to(prob_sums_CE.dtype) * prob_sums_CE).sum() / max(tokens, 1)
+    return prob_sums_CE.shape[1] * (share_CE.to(prob_sums_CE.dtype) * prob_sums_CE).sum() / (tokens or 1)
 
 
 def whole_chunks(moe: MoEConfig, routing: Routing, plan: DispatchPlan, router: Router, step: StepContext) -> Tensor:
@@ -66,8 +69,13 @@ def whole_chunks(moe: MoEConfig, routing: Routing, plan: DispatchPlan, router: R
 def moe_stats(
     moe: MoEConfig, layer: int, routing: Routing, plan: DispatchPlan, router: Router, step: StepContext, sent_bytes: int
 ) -> MoEStats:
-    """Losses and load of one layer. Each tp rank adds the share of its slice of the tokens: 1 / tp."""
-    stats, tokens = routing.stats, max(len(routing.experts_TK), 1)
+    """Losses and load of one layer. Each tp rank adds the share of its slice of the tokens: 1 / tp.
+
+    With padding, ranks have unequal numbers of tokens; sums are divided by the mean over ranks of those numbers.
+    """
+    stats, real = routing.stats, step.real
+    tokens = len(routing.experts_TK) if real is None else real.total / router.world.size
+    tokens = tokens or 1
     counts_CE = whole_chunks(moe, routing, plan, router, step)
     prob_sums_CE = stats.prob_sums_CE
     if routing.open_e is not None:  # a closed expert has no share in the balance
@@ -80,7 +88,8 @@ def moe_stats(
         aux = moe.balance_loss_coef * balance + moe.z_loss_coef * z
     if routing.extra_loss is not None:
         aux = aux + routing.extra_loss
-    unserved = (~plan.kept_TK.any(1)).sum() / tokens
+    unserved_T = ~plan.kept_TK.any(1)
+    unserved = (unserved_T if real is None else unserved_T & real.mask_T).sum() / tokens
     return MoEStats(
         layer,
         aux / router.slices.size,

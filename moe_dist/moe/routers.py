@@ -98,6 +98,8 @@ class NoisyRouter(Router):
     load, the summed probability to be chosen if an expert's noise were drawn again (eq. 8 to 11).
     """
 
+    knows_padding = False
+
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)
         self.weight = router_weight(model)
@@ -160,6 +162,8 @@ class SinkhornRouter(Router):
     In training, exp(W x) of all tokens of the micro-step is scaled by rows and columns until both have equal sums, so
     the choice is not causal; evaluation takes the largest of W x itself.
     """
+
+    knows_padding = False
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__(model, layer, mesh)

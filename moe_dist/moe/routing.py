@@ -1,7 +1,7 @@
 """Who goes where, with which weight: what every router takes and gives. The routers themselves are in routers.py.
 
-Legend: T tokens on this rank, D d_model, E experts, e open experts, K assignments of a token: top_k, or E under expert
-choice.
+Legend: T tokens on this rank, r of them that are no padding, D d_model, E experts, e open experts, K assignments of a
+token: top_k, or E under expert choice.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from moe_dist.config.schema import ModelConfig
 from moe_dist.kernels.registry import route_kernel
 from moe_dist.kernels.route.reference import Routed, Score, best, scores_of
-from moe_dist.parallel.collectives import copy_to_group
+from moe_dist.parallel.collectives import all_reduce, copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.random import RandomKey
 
@@ -33,13 +33,29 @@ class Witness(Protocol):
 
 
 @dataclass(frozen=True)
+class RealTokens:
+    """Which tokens are no padding. Padding goes to no expert, takes no capacity and counts in no loss nor load.
+
+    mask_T: bool, of this rank's tokens. total: true ones over all ranks.
+    """
+
+    mask_T: Tensor
+    total: int
+
+    @staticmethod
+    def of(mask_T: Tensor, world: Group) -> "RealTokens":
+        """Every rank must call, with its own tokens."""
+        return RealTokens(mask_T, int(all_reduce(mask_T.sum(), world)))
+
+
+@dataclass(frozen=True)
 class StepContext:
     """What a forward pass must know beside its activations. Everything random is a function of `key`.
 
     phase: `train` applies capacity_factor, `eval` eval_capacity_factor, `dropless` drops nothing; noise is for `train`.
     step: optimizer step, for schedules. seq_len: tokens of a sequence; None: all tokens are one. token_ids_T: ids of
-    this rank's tokens, for hash routing. parts: ranks whose local losses this process computes; one, unless a single
-    process stands for several.
+    this rank's tokens, for hash routing. real: which of them are no padding; None: all. parts: ranks whose local losses
+    this process computes; one, unless a single process stands for several.
     """
 
     key: RandomKey
@@ -48,6 +64,7 @@ class StepContext:
     step: int = 0
     seq_len: int | None = None
     token_ids_T: Tensor | None = None
+    real: RealTokens | None = None
     parts: int = 1
 
 
@@ -81,6 +98,8 @@ class Router(nn.Module):
     score: Score = "softmax"
     has_losses = True
     """Whether balancing and z-loss have something to train."""
+    knows_padding = True
+    """Whether StepContext.real is respected; not by routers that sum over tokens on their own."""
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
@@ -154,8 +173,26 @@ class Router(nn.Module):
         """Choose, and sum what the losses need, in one pass."""
         if chosen_TK is None and preference_TE is not None:
             chosen_TK = best(preference_TE, self.moe.top_k)
+        if step.real is not None:
+            return self._count_real(logits_TE, step.real.mask_T, chosen_TK)
         chunk, first = self.chunk(len(logits_TE), step)
         return self.kernel(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
+
+    def _count_real(self, logits_TE: Tensor, mask_T: Tensor, chosen_TK: Tensor | None) -> Routed:
+        """The same for the rows that are no padding. Padding gets expert 0 and score 1, which nobody reads: the
+        capacity rule keeps none of its assignments."""
+        if not self.knows_padding or self.moe.balance_scope == "sequence":
+            raise ValueError(
+                f"router={self.moe.router} with balance_scope={self.moe.balance_scope} counts padding as tokens: "
+                "use router softmax, sigmoid, hash or expert_choice, and balance_scope global"
+            )
+        real_r = mask_T.nonzero().flatten()
+        chosen_rK = None if chosen_TK is None else chosen_TK[real_r]
+        stats = self.kernel(logits_TE[real_r], self.moe.top_k, self.score, None, chosen_rK, None, 0)
+        shape = (len(logits_TE), stats.experts_TK.shape[1])
+        experts_TK = stats.experts_TK.new_zeros(shape).index_copy(0, real_r, stats.experts_TK)
+        scores_TK = stats.scores_TK.new_ones(shape).index_copy(0, real_r, stats.scores_TK)
+        return replace(stats, experts_TK=experts_TK, scores_TK=scores_TK)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
         """Scores of the chosen experts, divided by their sum if asked for: never at top_k = 1, where p / p = 1 would

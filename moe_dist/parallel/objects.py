@@ -10,16 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_json(value: Any) -> list[Any]:
-    """The value of each rank, in rank order; every rank must call. Tuples come back as lists, keys as text."""
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The value of each rank of `group` (all ranks), in rank order; each must call. Tuples come back as lists, keys as
+    text. The group must take CPU tensors.
+    """
     mine = _encode(value)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(mine)]))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
     # Equal sizes: not every backend gathers unequal ones.
     padded = mine.new_zeros(max(int(size) for size in sizes))
     padded[: len(mine)] = mine
     received = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(received, padded)
+    dist.all_gather(received, padded, group=group)
     return [_decode(data[: int(size)]) for data, size in zip(received, sizes, strict=True)]
 
 

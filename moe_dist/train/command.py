@@ -1,14 +1,18 @@
 """`moe-dist train`: start the rank, train, and tell the person what came out and where."""
 
 import os
+from contextlib import ExitStack
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from moe_dist.checkpoint.lock import run_lock
 from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
+from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
 from moe_dist.train.guard import EX_TEMPFAIL
 from moe_dist.train.loop import Outcome, Resume, Trainer
@@ -27,10 +31,12 @@ def train(config: Config, resume: Resume, device: str | None) -> int:
         validate(config, rank.world)  # before anything starts
     chosen = start(rank, device, config.train.threads)
     console = Console(quiet=rank.rank != 0)
-    with said_once(rank):
-        trainer = Trainer(config, chosen, console)
-        newest = trainer.checkpoint_to_continue(resume)
-    outcome = trainer.run(newest)
+    with ExitStack() as held:
+        with said_once(rank):
+            held.enter_context(run_lock(Path(config.run.root) / config.run.name, console.print))
+            trainer = Trainer(config, chosen, console)
+            newest = trainer.checkpoint_to_continue(resume)
+        outcome = trainer.run(newest)
     if outcome.stopped_by:
         line = f"stopped by {outcome.stopped_by} after step {outcome.last['step']}, saved; continue with --resume"
         console.print(line, highlight=False)
@@ -51,13 +57,9 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
     last, config = outcome.last, trainer.config
     rows = {"steps": f"{last['step']} in {duration(outcome.seconds)}"}
     if "loss" in last:
-        rows["training loss"] = f"{last['loss']:.4f} nats/token"
-    if "validation_loss" in last:
-        unit = trainer.corpus.unit
-        bits = last[f"validation_bits_per_{unit}"]
-        rows["validation"] = f"{last['validation_loss']:.4f} nats/token, {bits:.3f} bits/{unit}"
-    if "validation_loss_capped" in last:
-        rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
+        unit = "text" if config.task == "classification" else "token"
+        rows["training loss"] = f"{last['loss']:.4f} nats/{unit}"
+    rows |= trainer.task.summary(last)
     if "drop_rate" in last:
         rows["dropped"] = f"{last['drop_rate']:.2%} of the last step's assignments"
         rows["fullest expert"] = f"{last['load_max_over_mean']:.2f} times the mean load"
@@ -72,6 +74,7 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
 def sample(trainer: Trainer, tokens: int) -> str:
     """Text that the model writes; every rank must call."""
     tokenizer, engine, train = ByteTokenizer(), trainer.engine, trainer.config.train
+    assert isinstance(engine.model, Decoder), "a rule refuses sample_tokens for other tasks"
     model = CachedDecoder(engine.model, trainer.device, engine.evaluate)
     prompts = [tokenizer.encode(_PROMPT)]
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))

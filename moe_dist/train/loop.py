@@ -5,32 +5,23 @@ What a step does is a pure function of (config, seed, step): the step number is 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from moe_dist.checkpoint.layout import Manifest
-from moe_dist.checkpoint.reshard import load
-from moe_dist.checkpoint.store import save
+from moe_dist.checkpoint.background import Saver
+from moe_dist.checkpoint.layout import Manifest, RunInfo
+from moe_dist.checkpoint.reshard import load, newest_good
+from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import BatchShape, Config, validate
-from moe_dist.data import (
-    Corpus,
-    SequenceSampler,
-    bits_per_byte,
-    load_corpus,
-    micro_batch,
-    rank_starts,
-    validation_batches,
-)
+from moe_dist.data import SequenceSampler, rank_starts
 from moe_dist.engine.base import Engine, compute_dtype, make_engine
 from moe_dist.kernels.registry import describe_backends, resolve_backends
-from moe_dist.models.decoder import Decoder, DecoderOutput
-from moe_dist.models.flops import parameter_counts, train_flops_per_token
-from moe_dist.moe.causality import causality_notes
+from moe_dist.models.decoder import DecoderOutput
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh
@@ -42,6 +33,7 @@ from moe_dist.train.profile import matmul_peak, memory_bytes
 from moe_dist.train.progress import Progress, short_number
 from moe_dist.train.run_folder import RunFolder
 from moe_dist.train.schedule import learning_rate
+from moe_dist.train.task import Task, make_task
 
 Resume = Literal["never", "auto", "must"]
 
@@ -64,40 +56,41 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device, console: Console) -> None:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
-        model = resolve_backends(
-            config.model, config.parallel.expert_ranks, device.type, config.train.seq_len, config.engine.precision
-        )
+        self.task: Task = make_task(config)
+        require_same("what ranks read from data.paths", self.task.digest)
+        model = resolve_backends(self.task.model, config.parallel.expert_ranks, device.type, config.train.seq_len)
         config = replace(config, model=model)
         self.config, self.device, self.console = config, device, console
         parallel = config.parallel
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
         self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size)
-        self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
-        require_same("what ranks read from data.paths", self.corpus.digest)
         self.sampler = SequenceSampler(
-            len(self.corpus.train), config.train.seq_len, config.train.global_batch, config.train.seed
+            self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )
-        decoder = Decoder(config.model, self.mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
+        built = self.task.build(config.model, self.mesh).to(device)
         self.engine = make_engine(
-            decoder, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
+            built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )
         self.key = RandomKey.of(config.train.seed, "train")
         self.folder = RunFolder(Path(config.run.root) / config.run.name)
         self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
-        self.flops = train_flops_per_token(config.model, config.train.seq_len)
+        self.flops = self.task.flops_per_token(config.model)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
 
     def checkpoint_to_continue(self, resume: Resume) -> Path | None:
-        """What `run` starts from: the newest checkpoint, or None for a new run. Nothing is written.
+        """What `run` starts from: the newest whole checkpoint, or None for a new run. Nothing is written.
 
         resume: `never` wants an unused folder, `must` a checkpoint; `auto` continues where there is one and starts
-        anew where there is none. Raises ValueError when that is not so, or the checkpoint is of another run.
+        anew where there is none. Raises ValueError when that is not so, when all checkpoints are damaged, or the
+        checkpoint is of another run.
         """
         if resume == "never":
             self.folder.refuse_second_start()
             return None
-        newest = self.folder.newest_checkpoint()
+        newest, damaged = newest_good(self.folder.checkpoints)
+        for problem in damaged:
+            self.console.print(f"passed over: {problem}", markup=False, highlight=False)
         if newest is None and resume == "auto":
             return None
         if newest is None:
@@ -124,6 +117,7 @@ class Trainer:
         if main:
             self.folder.write_config(self.config)
             self.folder.write_environment(self.config, self.mesh, self.device)
+            self.task.prepare(self.folder)
             self.folder.write_status("running")
         torch.distributed.barrier()
         log = self.folder.rank_log(self.mesh.rank)
@@ -153,15 +147,18 @@ class Trainer:
         stopped_by = None
         if writer is not None:
             writer.rewind(first)
-        with progress:
+        with progress, self._saver(progress.message) as saver:
             if self.mesh.rank == 0:
                 for line in self._opening(first):
                     progress.message(line)
             for step in range(first, total):
                 record = self._train_step(step)
+                saver.raise_pending()
                 done = step + 1
                 if done % run.eval_every == 0 or done == total:
-                    record |= self.evaluate(done)
+                    record |= self.task.evaluate(self.engine, self.shape, done)
+                if done == total:
+                    record |= self.task.finish(self.engine, self.shape, done, self.folder)
                 if writer is not None:
                     writer.log(record)
                     progress.update(record, total)
@@ -169,7 +166,7 @@ class Trainer:
                 if done % run.save_every == 0 or done == total or stopped_by:
                     if writer is not None:
                         writer.sync()
-                    save(self.folder.checkpoints, self.engine, done, self._identity(), run.keep_last)
+                    saver.save(self.engine, done, record.get("validation_loss"))
                 if stopped_by:
                     break
         if writer is not None:
@@ -182,9 +179,9 @@ class Trainer:
         outputs = []
         for micro in range(shape.accumulation):
             mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
-            tokens_BS, targets_BS = self._tensors(self.corpus.train, mine)
+            tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
             context = StepContext(self.key.fold(step, micro), step=step)
-            outputs.append(self.engine.micro_step(tokens_BS, targets_BS, context))
+            outputs.append(self.engine.micro_step(tokens_BS, targets, context))
         nll, aux, layers = self._gather_statistics(outputs)
         if not math.isfinite(nll + aux):
             raise FloatingPointError(f"loss={nll}, auxiliary loss={aux} at step {step + 1}: lower optim.lr, or clip")
@@ -193,7 +190,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} at step {step + 1}: lower optim.lr")
         seconds = time.monotonic() - began
-        rate = shape.tokens_per_step / seconds
+        rate = shape.tokens_per_step * self.task.real_share / seconds
         achieved = rate * self.flops
         return {
             "step": step + 1,
@@ -226,64 +223,38 @@ class Trainer:
             kept_E = torch.stack([output.stats[index].kept_E for output in outputs]).sum(0)
             entropy, balance, z, unserved, sent = rest[5 * index : 5 * index + 5]
             sent = round(sent * self.mesh.layout.world * len(outputs))
-            layers.append(LayerLoad(stats.layer, load_E.tolist(), kept_E.tolist(), entropy, balance, z, unserved, sent))
+            loads = (load_E.tolist(), kept_E.tolist())
+            layers.append(LayerLoad(stats.layer, *loads, entropy, balance, z, unserved, sent, stats.kind))
         # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
         return nll, aux * self.mesh.layout.tp, layers
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Validation loss without dropping, and with eval_capacity_factor when it is set."""
-        record = {}
-        loss = self._validation_loss("dropless", step)
-        record["validation_loss"] = loss
-        record[f"validation_bits_per_{self.corpus.unit}"] = bits_per_byte(loss, 1, 1)
-        if self.config.model.moe.eval_capacity_factor is not None:
-            record["validation_loss_capped"] = self._validation_loss("eval", step)
-        return record
-
-    def _validation_loss(self, phase: Any, step: int) -> float:
-        split, layout, train = self.corpus.validation, self.mesh.layout, self.config.train
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = validation_batches(
-            len(split),
-            train.seq_len,
-            self.config.run.eval_sequences,
-            self.shape.micro_batch,
-            layout.dp,
-            self.mesh.dp.rank,
-        )
-        for index, (starts, weights) in enumerate(batches):
-            tokens_BS, targets_BS = self._tensors(split, starts)
-            context = StepContext(RandomKey.of(train.seed, "validation", index), phase, step=step)
-            losses_BS = self.engine.evaluate(tokens_BS, targets_BS, context, "token_losses")
-            weights_B = torch.from_numpy(weights).to(self.device, torch.float64)
-            total += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
-        total = all_reduce(total, self.mesh.dp)
-        return float(total[0] / total[1])
-
-    def _tensors(self, split: Any, starts: Any) -> tuple[Tensor, Tensor]:
-        tokens_BS, targets_BS = micro_batch(split, starts, self.config.train.seq_len)
-        return tokens_BS.to(self.device), targets_BS.to(self.device)
-
     def _resume(self, newest: Path) -> int:
-        step = load(newest, self.engine).step
+        step = load(newest, self.engine, checked=True).step
         if self.mesh.rank == 0:
             self.console.print(f"resuming {newest}, step {step}", highlight=False)
         return step
+
+    def _saver(self, say: Callable[[str], None]) -> Saver:
+        run = self.config.run
+        retention = Retention(keep_last=run.keep_last, keep_every=run.keep_every, keep_best=run.keep_best)
+        info = RunInfo(run=self._identity(), config=asdict(self.config), seed=self.config.train.seed)
+        return Saver(self.folder.checkpoints, self.mesh, retention, info, run.async_save, say)
 
     def _identity(self) -> dict[str, Any]:
         """What a continued run must agree on."""
         train, model = self.config.train, asdict(self.config.model)
         return {
-            "data": self.corpus.digest,
+            "data": self.task.digest,
             "seed": train.seed,
             "seq_len": train.seq_len,
             "global_batch": train.global_batch,
-            "model": model | {"attention": model["attention"] | {"backend": None}, "recompute": None, "moe": None},
+            "model": model
+            | {"attention": model["attention"] | {"backend": None, "moe": None}, "recompute": None, "moe": None},
         }
 
     def _opening(self, first: int) -> list[str]:
-        config, layout, shape, corpus = self.config, self.mesh.layout, self.shape, self.corpus
-        counts = parameter_counts(config.model)
+        config, layout, shape = self.config, self.mesh.layout, self.shape
+        counts = self.task.parameter_counts(config.model)
         backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, self.device.type).items())
         engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
         return [
@@ -291,11 +262,10 @@ class Trainer:
             f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
             f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; "
             f"{backends}",
-            f"data      {corpus.name}: {short_number(len(corpus.train))} train and "
-            f"{short_number(len(corpus.validation))} validation {corpus.unit}s of {corpus.num_files} files",
+            f"data      {self.task.describe()}",
             f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
             f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
             f"steps {first + 1} to {config.train.steps}",
-            *(f"note      {note}" for note in causality_notes(config.model.moe)),
+            *(f"note      {note}" for note in self.task.notes(config.model)),
             f"peak      {self.peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({self.peak.source})",
         ]

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
 _MOE = frozenset(
@@ -36,6 +36,8 @@ class LayerLoad:
     """Share of tokens that no expert took."""
     sent_bytes: int
     """Between ranks in the forward pass."""
+    kind: Literal["feed_forward", "attention"] = "feed_forward"
+    """Whose experts."""
 
 
 def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
     balance_loss, z_loss and router_entropy are means over layers. `layers` has the same for each layer.
 
     With `row_bytes`, the bytes of one token's activation (d_model * element size), over all ranks, layers and
-    micro-steps: dispatch_rows_bytes is what the experts receive, kept * row_bytes, the same in every layout.
+    micro-steps: dispatch_rows_bytes is what the experts receive (of attention experts, what becomes queries), kept *
+    row_bytes, the same in every layout.
     dispatch_bytes is what the dispatcher sends between ranks in the forward pass, there and back, padding included: 0
     at ep = 1. The backward pass moves as much again. The exchanged counts are not in it. unserved_rate: share of tokens
     that no expert took, mean over layers.
@@ -55,6 +58,7 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [
         {
             "layer": layer.layer,
+            "kind": layer.kind,
             "drop_rate": _drop_rate([layer]),
             "unserved_rate": layer.unserved,
             "load_max_over_mean": max(layer.load_E) * len(layer.load_E) / sum(layer.load_E),
@@ -140,7 +144,7 @@ class MetricsWriter:
             self._board.add_scalar(tag, value, step)
         if step % self._histogram_every == 0:
             for layer in record.get("layers", []):
-                self._log_load(f"moe/layer_{layer['layer']}/load", layer["load"], step)
+                self._log_load(f"{_tag(layer)}/load", layer["load"], step)
 
     def _log_load(self, tag: str, load_E: list[int], step: int) -> None:
         """A bar for each expert, as high as its load."""
@@ -163,15 +167,21 @@ def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if name == "step" or not isinstance(value, int | float):
             continue
-        if name.startswith("validation_"):
-            yield f"validation/{name.removeprefix('validation_')}", value
+        split, _, what = name.partition("_")
+        if split in ("validation", "test"):
+            yield f"{split}/{what}", value
         elif name in _SYSTEM:
             yield f"system/{name}", value
         else:
             yield f"{'moe' if name in _MOE else 'train'}/{name}", value
     for layer in record.get("layers", []):
         for name in ("drop_rate", "load_max_over_mean", "entropy"):
-            yield f"moe/layer_{layer['layer']}/{name}", layer[name]
+            yield f"{_tag(layer)}/{name}", layer[name]
+
+
+def _tag(row: dict[str, Any]) -> str:
+    """Of a row of `layers`: a block can have experts in its feed-forward and in its attention."""
+    return f"moe/{'attention' if row['kind'] == 'attention' else 'layer'}_{row['layer']}"
 
 
 def _drop_rate(layers: Sequence[LayerLoad]) -> float:

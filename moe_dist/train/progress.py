@@ -85,11 +85,15 @@ def step_numbers(record: dict[str, Any], eta_seconds: float | None) -> str:
 def evaluation_line(record: dict[str, Any]) -> str:
     """`step 200  validation 2.1234 nats  3.063 bits/byte`, and the loss under the evaluation capacity if any."""
     line = f"step {record['step']}  validation {record['validation_loss']:.4f} nats"
+    if "validation_accuracy" in record:
+        line += f"  accuracy {record['validation_accuracy']:.1%}  macro-F1 {record['validation_macro_f1']:.3f}"
     for unit in ("byte", "token"):
         if f"validation_bits_per_{unit}" in record:
             line += f"  {record[f'validation_bits_per_{unit}']:.3f} bits/{unit}"
     if "validation_loss_capped" in record:
         line += f"  capped {record['validation_loss_capped']:.4f} nats"
+    if "test_accuracy" in record:
+        line += f"  test accuracy {record['test_accuracy']:.1%}"
     return line
 
 

@@ -5,6 +5,8 @@ runs/NAME/
   metrics.jsonl      one line a step            tensorboard/
   checkpoints/step-000100/                      logs/rank-00000.log
   status.json        running | finished | failed, with the reason
+  tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  run.lock           held by rank 0 while the run lives
 """
 
 import json
@@ -24,7 +26,17 @@ from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.status import write_status
 
-_PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "flash-attn", "apex", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "triton",
+    "flash-attn",
+    "apex",
+    "safetensors",
+    "numpy",
+    "tokenizers",
+)
 
 
 class RunFolder:
@@ -61,6 +73,9 @@ class RunFolder:
             "revision": _git_revision(),
         }
         self._replace("environment.json", json.dumps(record, indent=1))
+
+    def write_text(self, name: str, text: str) -> None:
+        self._replace(name, text)
 
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)

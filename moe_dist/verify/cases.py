@@ -26,7 +26,7 @@ SETTING_AXES: Axes = {
     "balance": ("global", "local", "sequence"),
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
-    "attention": ("multi_query", "options", "dropout"),
+    "attention": ("multi_query", "options", "dropout", "switch", "routed"),
 }
 QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
 QUICK_SETTINGS: Axes = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
@@ -98,6 +98,8 @@ _ATTENTIONS: dict[str, dict[str, object]] = {
     "multi_query": {},
     "options": {"position": "alibi", "clip_qkv": 1.0, "qk_ln": True, "window": 9, "sinks": True},
     "dropout": {"dropout": 0.1, "backend": "torch"},
+    "routed": {"kind": "routed", "routed": {"num_routed_queries": 2, "num_routed_key_values": 3, "local_window": 4}},
+    "switch": {"kind": "switch", "moe": {"num_experts": 4, "capacity_factor": 1.0}},
 }
 
 

@@ -1,19 +1,28 @@
-"""Saving under one layout and loading under any other; damage and failures, which every rank must hear of."""
+"""Saving under one layout and loading under any other; damage and failures, which every rank must hear of.
 
+Saves in line and in the background; the same bytes come out.
+"""
+
+import hashlib
 import json
 import shutil
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from moe_dist.checkpoint import store
-from moe_dist.checkpoint.reshard import load
-from moe_dist.checkpoint.store import checkpoints, save
-from moe_dist.engine.base import STATE_KINDS
+from moe_dist.checkpoint.background import Saver
+from moe_dist.checkpoint.layout import RunInfo
+from moe_dist.checkpoint.reshard import load, newest_good
+from moe_dist.checkpoint.retention import Retention
+from moe_dist.checkpoint.store import checkpoints
+from moe_dist.engine.base import STATE_KINDS, Engine
 from moe_dist.parallel.mesh import create_mesh
 from tests.dist.helpers import TinyRun, assert_same, logical, raised, run_checks, tiny_config
 
@@ -48,6 +57,15 @@ def start(changes: dict[str, Any]) -> TinyRun:
     return TinyRun(config, create_mesh(config.parallel.ep, config.parallel.tp, config.parallel.etp))
 
 
+def saver(root: Path, engine: Engine, keep_last: int = 1, background: bool = False) -> Saver:
+    return Saver(root, engine.mesh, Retention(keep_last=keep_last), RunInfo(run=RUN), background)
+
+
+def save(root: Path, engine: Engine, step: int, keep_last: int = 1, background: bool = False) -> Path:
+    with saver(root, engine, keep_last, background) as by:
+        return by.save(engine, step)
+
+
 def state(run: TinyRun) -> State:
     return {kind: logical(run.engine, kind) for kind in STATE_KINDS}
 
@@ -61,14 +79,14 @@ def assert_close_losses(actual: list[float], expected: list[float], tolerance: f
     assert all(abs(a - b) <= tolerance for a, b in zip(actual, expected, strict=True)), (what, actual, expected)
 
 
-def check_native_to_any_layout_and_back(folder: str) -> None:
+def check_native_to_any_layout_and_back(folder: str, layouts: list[str]) -> None:
     """Weights and moments are bit-equal by logical parameter, and the losses go on the same.
 
     What a layout saved and loads again goes on bit by bit.
     """
     run = start(NATIVE)
     run.train(0, SAVED)
-    path = save(Path(folder) / "first", run.engine, SAVED, RUN, keep_last=1)
+    path = save(Path(folder) / "first", run.engine, SAVED)
     saved = state(run)
     assert saved["weight"]["blocks.0.feed_forward.router.bias_E"].abs().max() > 0
     w_up = saved["weight"]["blocks.0.feed_forward.experts.w_up"]
@@ -76,14 +94,15 @@ def check_native_to_any_layout_and_back(folder: str) -> None:
     losses = run.train(SAVED, CONTINUED)
     if dist.get_rank() == 0:
         (Path(folder) / "losses.json").write_text(json.dumps(losses))
-    for name, changes in LAYOUTS.items():
+    for name in layouts:
+        changes = LAYOUTS[name]
         tolerance = 2e-2 if "bf16" in name else 1e-5
         layout = start(changes | OTHER_WEIGHTS)
         assert load(path, layout.engine).step == SAVED
         assert_same_state(state(layout), saved)
         assert_close_losses(layout.train(SAVED, CONTINUED), losses, tolerance, f"native to {name}")
 
-        saved_there = save(Path(folder) / name, layout.engine, CONTINUED, RUN, keep_last=1)
+        saved_there = save(Path(folder) / name, layout.engine, CONTINUED)
         there = state(layout)
         native, again = start(NATIVE | OTHER_WEIGHTS), start(changes | OTHER_WEIGHTS)
         for other in (native, again):
@@ -98,7 +117,7 @@ def check_native_to_any_layout_and_back(folder: str) -> None:
 def check_one_process_saves(folder: str) -> None:
     run = start({})
     run.train(0, SAVED)
-    save(Path(folder) / "alone", run.engine, SAVED, RUN, keep_last=1)
+    save(Path(folder) / "alone", run.engine, SAVED)
     torch.save(state(run), Path(folder) / "alone.pt")
 
 
@@ -121,7 +140,7 @@ def check_one_process_continues_four(folder: str) -> None:
 def check_damage_is_named_on_every_rank(folder: str) -> None:
     """One flipped byte, in each file in turn; then a lost file, a shortened one, and a manifest that is none."""
     run, root = start(NATIVE), Path(folder) / "damaged"
-    path = save(root, run.engine, 1, RUN, keep_last=1)
+    path = save(root, run.engine, 1)
     for index in range(4):
         file = path / f"rank-{index:05d}.safetensors"
         whole = file.read_bytes()
@@ -140,16 +159,17 @@ def check_damage_is_named_on_every_rank(folder: str) -> None:
     load(path, run.engine)
     dist.barrier()
     if dist.get_rank() == 0:
-        (path / "manifest.json").write_text('{"format": 1, "step": 1}')
+        (path / "manifest.json").write_text('{"format": 2, "step": 1}')
     dist.barrier()
     assert "not a readable manifest" in raised(ValueError, load, path, run.engine)
+    assert "all checkpoints under" in raised(ValueError, newest_good, root)
     assert "manifest" in raised(ValueError, load, root / "step-000009", run.engine)
     dist.barrier()
 
 
 def check_another_model_is_refused_on_every_rank(folder: str) -> None:
     """Also under ZeRO, where most ranks hold nothing of the parameter that differs."""
-    path = save(Path(folder) / "model", start(NATIVE).engine, 1, RUN, keep_last=1)
+    path = save(Path(folder) / "model", start(NATIVE).engine, 1)
     for changes, name in (
         (
             {"model__moe__num_experts": 8},
@@ -166,19 +186,20 @@ def check_another_model_is_refused_on_every_rank(folder: str) -> None:
 
 
 def check_a_failing_rank_fails_all_and_harms_nothing(folder: str) -> None:
-    """The disk fills up while one rank writes its file, or rank 0 the manifest, or when the folder is made."""
+    """The disk fills up while one rank writes its file, or rank 0 the manifest; in line and in the background."""
     run, root = start(NATIVE), Path(folder) / "failing"
-    first = save(root, run.engine, 1, RUN, keep_last=1)
+    first = save(root, run.engine, 1)
     before = logical(run.engine, "weight")
     full = OSError(28, "No space left on device")
-    for rank, what in ((2, "save_file"), (0, "_flush"), (0, "_write_durably"), (0, "_commit")):
-        broken = mock.patch.object(store, what, side_effect=full) if dist.get_rank() == rank else nullcontext()
-        with broken:
-            message = raised(RuntimeError, save, root, run.engine, 2, RUN, 1)
-        assert f"rank {rank}: [Errno 28] No space left on device" in message, message
-        dist.barrier()
-        assert [path.name for path in root.iterdir()] == ["step-000001"], what
-        dist.barrier()
+    for rank, what in ((2, "write_shard"), (0, "flush"), (0, "write_durably"), (0, "_commit")):
+        for background in (False, True):
+            broken = mock.patch.object(store, what, side_effect=full) if dist.get_rank() == rank else nullcontext()
+            with broken:
+                message = raised(RuntimeError, save, root, run.engine, 2, 1, background)
+            assert f"rank {rank}: [Errno 28] No space left on device" in message, message
+            dist.barrier()
+            assert [path.name for path in root.iterdir()] == ["step-000001"], what
+            dist.barrier()
     load(first, run.engine)
     assert_same(logical(run.engine, "weight"), before)
 
@@ -193,11 +214,138 @@ def check_rubbish_goes_and_enough_stays(folder: str) -> None:
         (root / "step-of-mine").mkdir()
     dist.barrier()
     for step in (2, 4, 6):
-        save(root, run.engine, step, RUN, keep_last=2)
-    save(root, run.engine, 6, RUN, keep_last=2)  # the same step again
+        save(root, run.engine, step, keep_last=2, background=step == 4)
+    save(root, run.engine, 6, keep_last=2)  # the same step again
     assert sorted(path.name for path in root.iterdir()) == ["step-000004", "step-000006", "step-of-mine"]
     assert [path.name for path in checkpoints(root)] == ["step-000004", "step-000006"]
     assert all(load(path, run.engine).run == RUN for path in checkpoints(root))
+
+
+def check_the_background_writes_the_same_while_steps_run(folder: str) -> None:
+    """Values are those at the moment of the save; nobody waits for the disk, but the next save for this one."""
+    for name in ("native", "zero1-ep4"):
+        run = start(LAYOUTS[name])
+        run.train(0, 2)
+        inline = save(Path(folder) / f"{name}-inline", run.engine, 2)
+        slow, begun = threading.Event(), threading.Event()
+        write = store.write_shard
+
+        def held_up(*args: Any, begun=begun, slow=slow, write=write) -> Any:
+            begun.set()
+            assert slow.wait(60)
+            return write(*args)
+
+        said: list[str] = []
+        with mock.patch.object(store, "write_shard", held_up):
+            root = Path(folder) / f"{name}-background"
+            by = Saver(root, run.mesh, Retention(keep_last=2), RunInfo(run=RUN), background=True, say=said.append)
+            path = by.save(run.engine, 2)
+            for step in (2, 3):
+                assert begun.wait(60)
+                run.train(step, step + 1)
+                by.raise_pending()
+                assert checkpoints(root) == [] and not said
+            threading.Timer(0.2, slow.set).start()
+            by.save(run.engine, 4)
+            assert said == (["checkpoint of step 2 is still being written; waiting for it"] * (dist.get_rank() == 0))
+            by.wait()
+        by.raise_pending()
+        assert [found.name for found in checkpoints(root)] == ["step-000002", "step-000004"]
+        dist.barrier()
+        assert digests(path) == digests(inline)
+        assert newest_good(root) == (root / "step-000004", [])
+
+
+def check_an_error_in_the_background_comes_at_a_boundary(folder: str) -> None:
+    """On every rank at the same one, though one rank's thread alone met it; the saver then goes on."""
+    run, root = start(NATIVE), Path(folder) / "background-failing"
+    by = saver(root, run.engine, background=True)
+    full = OSError(28, "No space left on device")
+    broken = mock.patch.object(store, "write_shard", side_effect=full) if dist.get_rank() == 3 else nullcontext()
+    with broken:
+        by.save(run.engine, 1)
+        for step in range(1000):
+            run.train(step, step + 1)
+            try:
+                by.raise_pending()
+            except RuntimeError as error:
+                assert "step-000001 was not written: rank 3: [Errno 28]" in str(error)
+                break
+        else:
+            raise AssertionError("no error came")
+    steps: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    assert len(set(steps)) == 1
+    by.raise_pending()
+    by.save(run.engine, 2)
+    by.wait()
+    assert [path.name for path in root.iterdir()] == ["step-000002"]
+
+
+def check_fall_back(folder: str) -> None:
+    """A flipped bit that one rank sees; all take the step before, and are told why."""
+    run, root = start(NATIVE), Path(folder) / "fall-back"
+    assert newest_good(root) == (None, [])
+    for step in (1, 2):
+        path = save(root, run.engine, step, keep_last=2)
+    bad = path / "rank-00003.safetensors"
+    if dist.get_rank() == 0:
+        data = bytearray(bad.read_bytes())
+        data[-1] ^= 1
+        bad.write_bytes(data)
+    dist.barrier()
+    assert newest_good(root) == (root / "step-000001", [f"{bad} does not match its SHA-256 in the manifest"])
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+
+
+def check_native_to_some(folder: str) -> None:
+    check_native_to_any_layout_and_back(folder, ["native-etp2", "zero1-ep2-tp2", "zero2-bf16", "zero3"])
+
+
+def check_native_to_all(folder: str) -> None:
+    check_native_to_any_layout_and_back(folder, list(LAYOUTS))
+
+
+MATRIX = [
+    "native",
+    "native-sp-ep4",
+    "native-etp2",
+    "zero0",
+    "zero1-ep4",
+    "zero1-ep2-tp2",
+    "zero2",
+    "zero3",
+]
+
+
+def check_matrix(folder: str) -> None:
+    """Each of eight layouts, trained and saved, in all eight: the same state, and the same next ten losses."""
+    for name in MATRIX:
+        run = start(LAYOUTS[name])
+        run.train(0, SAVED)
+        path = save(Path(folder) / name, run.engine, SAVED)
+        saved = state(run)
+        w_up = saved["weight"]["blocks.0.feed_forward.experts.w_up"]
+        assert len({tuple(expert.flatten()[:4].tolist()) for expert in w_up}) == len(w_up), "experts must be distinct"
+        losses = run.train(SAVED, SAVED + 10)
+        for other in MATRIX:
+            there = start(LAYOUTS[other] | OTHER_WEIGHTS)
+            load(path, there.engine)
+            assert_same_state(state(there), saved)
+            assert_close_losses(there.train(SAVED, SAVED + 10), losses, 1e-5, f"{name} to {other}")
+
+
+@pytest.mark.slow
+def test_eight_layouts_into_each_other(tmp_path: Path) -> None:
+    run_checks(4, [check_matrix], str(tmp_path))
+
+
+@pytest.mark.slow
+def test_native_to_all_layouts_and_back(tmp_path: Path) -> None:
+    run_checks(4, [check_native_to_all], str(tmp_path))
 
 
 def test_any_layout_to_any_other(tmp_path: Path) -> None:
@@ -207,11 +355,14 @@ def test_any_layout_to_any_other(tmp_path: Path) -> None:
         4,
         [
             check_four_ranks_continue_one,
-            check_native_to_any_layout_and_back,
+            check_native_to_some,
             check_damage_is_named_on_every_rank,
             check_another_model_is_refused_on_every_rank,
             check_a_failing_rank_fails_all_and_harms_nothing,
             check_rubbish_goes_and_enough_stays,
+            check_the_background_writes_the_same_while_steps_run,
+            check_an_error_in_the_background_comes_at_a_boundary,
+            check_fall_back,
         ],
         folder,
     )

@@ -8,11 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
+from rich.console import Console
 
 from moe_dist.cli import main
+from moe_dist.config.load import parse_dict
+from moe_dist.train.loop import Trainer
 from moe_dist.train.metrics import MetricsWriter
-from tests.dist.helpers import TINY, forget_process_group
+from tests.dist.helpers import TINY, forget_process_group, raised, run_checks
 from tests.unit.data.test_indexed import write as write_indexed
 
 
@@ -100,3 +105,24 @@ def test_a_folder_that_changes_under_a_run(
     assert train(tmp_path, "changed", data, "--resume") == 2
     said = capsys.readouterr().err
     assert "was trained with data=" in said and "must continue on the same data" in said and "Traceback" not in said
+
+
+def check_ranks_that_read_other_data(root: str) -> None:
+    """A word of rank 1's text differs; a label of its texts."""
+    folder = Path(root) / str(dist.get_rank())
+    folder.mkdir()
+    words = [f"{number * number} and {number}" for number in range(200)]
+    words[7] += f" on rank {dist.get_rank()}"
+    (folder / "text.txt").write_text("\n".join(words))
+    labels = ["even", "odd"]
+    lines = [{"text": str(n * n), "label": labels[n % 2 if n else dist.get_rank()]} for n in range(200)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for task, kind, name in (("language_modelling", "text", "text.txt"), ("classification", "jsonl", "texts.jsonl")):
+        data = {"kind": kind, "paths": [str(folder / name)]}
+        config = parse_dict(TINY | {"task": task, "data": data}, "test")
+        said = raised(ValueError, Trainer, config, torch.device("cpu"), Console(quiet=True))
+        assert "what ranks read from data.paths is not the same on all ranks: rank 1 has" in said, said
+
+
+def test_ranks_that_read_other_data(tmp_path: Path) -> None:
+    run_checks(2, [check_ranks_that_read_other_data], str(tmp_path))

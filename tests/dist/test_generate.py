@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from moe_dist.checkpoint.find import find_checkpoint
 from moe_dist.cli import main
 from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
-from moe_dist.generate.command import find_checkpoint, in_layout, load_decoder
+from moe_dist.generate.command import in_layout, load_decoder
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.kernels.registry import resolve_backends

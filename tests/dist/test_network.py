@@ -101,6 +101,8 @@ def check_gathered_objects() -> None:
     require_same("what is equal", [1, None, "x"])
     said = raised(ValueError, require_same, "the corpus", "a" if rank == 0 else "b")
     assert "the corpus is not the same on all ranks: rank 1 has b, rank 0 a" in said
+    groups = [dist.new_group([alone], backend="gloo") for alone in range(2)]
+    assert gather_json(["of", rank], groups[rank]) == [["of", rank]]
 
 
 def test_spawned_ranks() -> None:

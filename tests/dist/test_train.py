@@ -17,6 +17,7 @@ from safetensors import safe_open
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config, load_config
+from moe_dist.study.lock import locked
 from tests.dist.helpers import TINY, forget_process_group
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +157,11 @@ def check_second_starts(folder: Path, run: Path, capsys: pytest.CaptureFixture[s
         assert words in capsys.readouterr().err
         forget_process_group()
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    with locked(run / "run.lock"):
+        assert main([*command, "--resume"]) == 2
+        assert f"{run} is in use by another process" in capsys.readouterr().err
+        forget_process_group()
+        assert main(["status", *command[1:]]) == 0
     numbers, checkpoint = deterministic(run), stored(run, STEPS)
     assert main([*command, "--resume"]) == 0
     assert (deterministic(run), stored(run, STEPS)) == (numbers, checkpoint)
@@ -176,7 +182,7 @@ def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...]) ->
     draft = run / "checkpoints" / ".step-000020"  # as if killed while saving
     draft.mkdir()
     (draft / "rank-00001.safetensors").write_bytes(b"half")
-    start(2, folder, run.name, *flags, "--resume")
+    start(2, folder, run.name, *flags, "--resume", "--run.async-save")  # which writes the same bytes
     assert deterministic(run) == deterministic(whole)
     assert stored(run, STEPS) == stored(whole, STEPS)
     assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": STEPS}

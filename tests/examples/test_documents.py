@@ -7,6 +7,7 @@ are read for what they promise: a class or a call with annotated parameters must
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def signature(block: str) -> dict[str, list[tuple[str, Any]]]:
     if call:
         block = f"class {call[1]}:\n    def __init__(self, {call[2]}): ..."
     try:
-        tree = ast.parse(inspect.cleandoc(block))
+        tree = ast.parse(textwrap.dedent(block))
     except SyntaxError:
         return {}
     found = {}

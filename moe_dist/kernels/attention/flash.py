@@ -5,6 +5,7 @@ Legend: B batch, H query heads, G key/value heads, Q queries, K keys, P width of
 
 import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ _FEW = 64  # queries of a key/value head up to which they become rows of one pro
 
 def flash_provider(device_type: str) -> str:
     """What `flash` means on this machine: `flash-attn` or `torch-sdpa`."""
-    installed = importlib.util.find_spec("flash_attn") is not None
-    return "flash-attn" if device_type == "cuda" and installed else "torch-sdpa"
+    installed = device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    return "flash-attn" if installed else "torch-sdpa"
 
 
 def attend(
@@ -33,20 +34,25 @@ def flash_attn(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern,
     """The flash-attn package (arXiv 2307.08691); fp16 and bf16 only. Raises ValueError for what it cannot do."""
     from flash_attn import flash_attn_func
 
+    out = flash_attn_func(
+        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)), softmax_scale=scale, **flash_options(pattern)
+    )
+    return out.transpose(1, 2)
+
+
+def flash_options(pattern: Pattern) -> dict[str, Any]:
+    """The pattern in the package's words. Raises ValueError for what it has none for."""
     names = ("starts_B", "keys_BS", "bias", "sinks_H")
     cannot = [name for name in names if getattr(pattern, name) is not None]
     if cannot:
         raise ValueError(f"flash-attn has no {', '.join(cannot)}: use the triton or torch implementation of attention")
     far = -1 if pattern.window is None else pattern.window - 1
-    out = flash_attn_func(
-        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)),
+    return dict(
         dropout_p=0.0 if pattern.dropout is None else pattern.dropout.rate,
-        softmax_scale=scale,
         causal=pattern.causal,
         window_size=(far, 0 if pattern.causal else far),
         alibi_slopes=None if pattern.slopes_H is None else pattern.slopes_H.float(),
     )
-    return out.transpose(1, 2)
 
 
 def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None = None) -> Tensor:
@@ -61,7 +67,7 @@ def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale
     packs = groups < heads and heads // groups * queries <= _FEW and (mask is None or mask.shape[1] == 1)
     if packs:  # the query heads of a key/value head as its queries, so that keys and values are read once
         shape, each = q_BHQP.shape, heads // groups
-        q_BHQP = q_BHQP.reshape(shape[0], groups, each * queries, -1)
+        q_BHQP = q_BHQP.reshape(shape[0], groups, each * queries, shape[3])
         mask = None if mask is None else mask.expand(-1, -1, queries, -1).repeat(1, 1, each, 1)
         out = _sdpa(q_BHQP, k_BGKP, v_BGKP, mask, False, rate, scale).reshape(shape)
     else:

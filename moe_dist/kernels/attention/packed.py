@@ -1,9 +1,11 @@
-"""Causal attention on CPU for short sequences: the query heads of one key/value head are rows of one matrix product.
+"""Causal attention on CPU: the query heads of one key/value head are rows of one matrix product.
 
-Plain maths, with S^2 scores per head kept for the backward pass. In bfloat16 this beats torch's fused kernel on CPU up
-to about 512 positions, twice as fast at 256; fp32 and longer sequences belong to `flash`.
+Queries go in blocks of positions against the keys up to the block's end, so little of what is hidden is computed. The
+probabilities are kept for the backward pass, about S^2 / 2 a head; up to some thousand positions this beats torch's
+fused kernel on CPU (benchmarks/RESULTS.md), longer sequences belong to `flash`.
 
-Legend: B batch, H query heads, G key/value heads, S sequence, P width of a head, N = B * G, R = H / G * S.
+Legend: B batch, H query heads, G key/value heads, S sequence, P width of a head, N = B * G, R rows of a block: H / G
+heads times its c positions, K keys up to its end.
 """
 
 from typing import Any
@@ -14,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.attention import flash
 from moe_dist.kernels.attention.pattern import Pattern
+
+_BLOCK = {torch.float32: 64}  # positions; 128 in other precisions
 
 
 def attend(
@@ -27,28 +31,50 @@ def attend(
 
 
 class _PackedAttention(torch.autograd.Function):
+    """Queries go in blocks of positions, each block of all its heads against the keys up to its end."""
+
     @staticmethod
     def forward(ctx: Any, q_BHSP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, scale: float) -> Tensor:
-        batch, _, length, width = q_BHSP.shape
-        ctx.shapes, ctx.scale = (q_BHSP.shape, k_BGSP.shape), scale
-        q_NRP = q_BHSP.reshape(batch * k_BGSP.shape[1], -1, width)
+        length, width = q_BHSP.shape[2:]
         k_NSP, v_NSP = (t.reshape(-1, length, width) for t in (k_BGSP, v_BGSP))
-        future_SS = q_NRP.new_full((length, length), float("-inf")).triu_(1)
-        bias_RS = future_SS.repeat(q_NRP.shape[1] // length, 1)
-        scores_NRS = torch.baddbmm(bias_RS.expand(len(q_NRP), -1, -1), q_NRP, k_NSP.mT, alpha=ctx.scale)
-        probs_NRS = scores_NRS.softmax(-1)
-        ctx.save_for_backward(q_NRP, k_NSP, v_NSP, probs_NRS)
-        return torch.bmm(probs_NRS, v_NSP).view(q_BHSP.shape)
+        q_NHSP = q_BHSP.reshape(len(k_NSP), -1, length, width)
+        out_NHSP, all_probs = torch.empty_like(q_NHSP, memory_format=torch.contiguous_format), []
+        for start, stop in _blocks(length, q_BHSP.dtype):
+            q_NRP = q_NHSP[:, :, start:stop].flatten(1, 2)
+            scores_NRK = torch.bmm(q_NRP, k_NSP[:, :stop].mT).mul_(scale)
+            newest_NHcc = scores_NRK.unflatten(1, (-1, stop - start))[..., start:]
+            newest_NHcc += newest_NHcc.new_full((stop - start,) * 2, float("-inf")).triu_(1)
+            probs_NRK = scores_NRK.softmax(-1)
+            out_NHSP[:, :, start:stop] = torch.bmm(probs_NRK, v_NSP[:, :stop]).unflatten(1, (-1, stop - start))
+            all_probs.append(probs_NRK)
+        ctx.save_for_backward(q_NHSP, k_NSP, v_NSP, *all_probs)
+        ctx.shapes, ctx.scale = (q_BHSP.shape, k_BGSP.shape), scale
+        return out_NHSP.view(q_BHSP.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHSP: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_NRP, k_NSP, v_NSP, probs_NRS = ctx.saved_tensors
-        grad_NRP = grad_BHSP.reshape(q_NRP.shape)
-        grad_v_NSP = torch.bmm(probs_NRS.mT, grad_NRP)
-        grad_probs_NRS = torch.bmm(grad_NRP, v_NSP.mT)
-        grad_scores_NRS = torch._softmax_backward_data(grad_probs_NRS, probs_NRS, -1, probs_NRS.dtype)
-        grad_q_NRP = torch.bmm(grad_scores_NRS, k_NSP).mul_(ctx.scale)
-        grad_k_NSP = torch.bmm(grad_scores_NRS.mT, q_NRP).mul_(ctx.scale)
+        q_NHSP, k_NSP, v_NSP, *all_probs = ctx.saved_tensors
+        grad_NHSP = grad_BHSP.reshape(q_NHSP.shape)
+        grad_q_NHSP, grad_k_NSP, grad_v_NSP = (
+            torch.empty_like(q_NHSP, memory_format=torch.contiguous_format),
+            torch.zeros_like(k_NSP),
+            torch.zeros_like(v_NSP),
+        )
+        for (start, stop), probs_NRK in zip(_blocks(q_NHSP.shape[2], q_NHSP.dtype), all_probs, strict=True):
+            q_NRP, grad_NRP = (t[:, :, start:stop].flatten(1, 2) for t in (q_NHSP, grad_NHSP))
+            grad_v_NSP[:, :stop].baddbmm_(probs_NRK.mT, grad_NRP)
+            grad_probs_NRK = torch.bmm(grad_NRP, v_NSP[:, :stop].mT)
+            grad_scores_NRK = torch._softmax_backward_data(grad_probs_NRK, probs_NRK, -1, probs_NRK.dtype)
+            grad_q_NRP = torch.bmm(grad_scores_NRK, k_NSP[:, :stop]).mul_(ctx.scale)
+            grad_q_NHSP[:, :, start:stop] = grad_q_NRP.unflatten(1, (-1, stop - start))
+            grad_k_NSP[:, :stop].baddbmm_(grad_scores_NRK.mT, q_NRP, alpha=ctx.scale)
         of_q, of_kv = ctx.shapes
-        return grad_q_NRP.view(of_q), grad_k_NSP.view(of_kv), grad_v_NSP.view(of_kv), None
+        return grad_q_NHSP.view(of_q), grad_k_NSP.view(of_kv), grad_v_NSP.view(of_kv), None
+
+
+def _blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Equal ones: larger ones compute more of what is hidden, smaller ones make products too small to be fast."""
+    count = max(-(-length // _BLOCK.get(dtype, 128)), 1)
+    size = max(-(-length // count), 1)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]

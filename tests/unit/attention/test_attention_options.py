@@ -75,12 +75,6 @@ def test_against_a_loop_with_all_gradients(name: str, backend: str, groups: int)
     torch.testing.assert_close(*grads)
 
 
-def test_slopes() -> None:
-    torch.testing.assert_close(alibi_slopes(8), 0.5 ** torch.arange(1.0, 9))
-    torch.testing.assert_close(alibi_slopes(3), torch.tensor([1 / 16, 1 / 256, 1 / 4]))
-    assert alibi_slopes(12).numel() == 12 and len(set(alibi_slopes(12).tolist())) == 12
-
-
 def test_dropout_is_for_training_and_the_same_again() -> None:
     layer, x_TD = layer_of("torch", 1, dict(dropout=0.4)), torch.randn(2 * S, D, dtype=torch.float64)
 

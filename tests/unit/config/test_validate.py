@@ -103,7 +103,19 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("vocab_size=255 is below 256", {"model__vocab_size": 255}),
         ("data.kind text needs paths", {"data__kind": "text"}),
         ("data.kind stdlib takes no paths", {"data__paths": ["a"]}),
+        ("data.kind indexed needs paths; name PREFIX", {"data__kind": "indexed"}),
+        (
+            "sample_tokens=5 needs bytes as tokens",
+            {"data__kind": "indexed", "data__paths": ["a"], "run__sample_tokens": 5},
+        ),
+        ("data.kind indexed has no labels", {"task": "classification", "data__kind": "indexed", "data__paths": ["a"]}),
         ("decay_fraction=1.5 is above 1", {"optim__decay_fraction": 1.5}),
+        ("keep_every=750 is not a multiple of save_every=500", {"run__keep_every": 750}),
+        (
+            "keep_best=true needs a validation loss for each checkpoint, but save_every=500 is not a multiple of "
+            "eval_every=200",
+            {"run__keep_best": True},
+        ),
     ],
 )
 def test_one_broken_rule_is_one_line_with_these_words(phrase: str, values: dict) -> None:
@@ -206,6 +218,7 @@ def test_names_that_are_no_simple_file_name(name: str) -> None:
         (8, {"model__moe__dispatch": "all_to_all"}),
         (8, {"model__moe__capacity_scope": "local", "parallel__ep": 8}),
         (8, {"data__kind": "text", "data__paths": ["a"]}),
+        (8, {"data__kind": "indexed", "data__paths": ["a"], "model__vocab_size": 64}),
         (8, {"model__d_model": 100, "model__head_dim": 32}),
         (2, {"model__moe__top_k": 8, "model__moe__num_experts": 8}),
     ],

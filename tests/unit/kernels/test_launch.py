@@ -6,6 +6,7 @@ import sys
 
 CALLS = """
 import torch
+from moe_dist.kernels.attention.triton import attend
 from moe_dist.kernels.norm.triton import rms_norm
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.triton import combine_rows, gather_rows, keep_first, sort_rows
@@ -20,6 +21,7 @@ for call in (
     lambda: gather_rows(x, order),
     lambda: combine_rows(x, None, order),
     lambda: rms_norm(x, x[0], 1e-5),
+    lambda: attend(x[None, None], x[None, None], x[None, None]),
 ):
     try:
         call()
@@ -46,9 +48,10 @@ def run(code: str) -> list[str]:
 def test_cpu_tensors_are_refused_in_one_line() -> None:
     lines = run(CALLS)
     assert [line.split(":")[0] for line in lines] == [
-        *("route", "sort_rows", "keep_first", "gather_rows", "combine_rows", "rms_norm")
+        *("route", "sort_rows", "keep_first", "gather_rows", "combine_rows", "rms_norm", "attention")
     ]
-    assert all("the tensor is on cpu: use kernels=torch" in line for line in lines)
+    assert all("the tensor is on cpu: use kernels=torch" in line for line in lines[:-1])
+    assert "the tensor is on cpu: use the attention backend torch or flash" in lines[-1]
 
 
 def test_nothing_else_imports_triton() -> None:

@@ -7,7 +7,7 @@ from moe_dist.kernels.attention import packed, reference
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("length", [1, 7, 128, 259])
 def test_is_the_oracle(kv_heads: int, length: int) -> None:
     shapes = (2, 4, length, 6), (2, kv_heads, length, 6), (2, kv_heads, length, 6)
     args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

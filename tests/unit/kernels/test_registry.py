@@ -12,18 +12,20 @@ def test_auto_is_resolved() -> None:
     assert resolve_backends(ModelConfig(), ep=2).moe.dispatch == "all_to_all"
 
 
-def test_packed_attention_is_for_short_bf16_sequences_on_cpu() -> None:
-    chosen = [
-        resolve_backends(ModelConfig(), 1, device, seq_len, precision).attention.backend
-        for device, seq_len, precision in (
-            ("cpu", 512, "bf16"),
-            ("cpu", 513, "bf16"),
-            ("cpu", None, "bf16"),
-            ("cpu", 512, "fp32"),
-            ("cuda", 512, "bf16"),
-        )
-    ]
-    assert chosen == ["packed", "flash", "flash", "flash", "flash"]
+@pytest.mark.parametrize(
+    ("device", "seq_len", "kv_heads", "backend"),
+    [
+        ("cpu", 1024, 1, "packed"),
+        ("cpu", 1024, 2, "packed"),
+        ("cpu", 1024, 4, "flash"),
+        ("cpu", 1025, 1, "flash"),
+        ("cpu", None, 1, "flash"),
+        ("cuda", 1024, 1, "flash"),
+    ],
+)
+def test_packed_attention_is_for_shared_keys_on_cpu(device: str, seq_len: int, kv_heads: int, backend: str) -> None:
+    model = ModelConfig(num_heads=8, num_kv_heads=kv_heads)
+    assert resolve_backends(model, 1, device, seq_len).attention.backend == backend
 
 
 def test_what_was_chosen_stays() -> None:

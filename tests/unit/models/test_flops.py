@@ -2,8 +2,11 @@
 
 import pytest
 
-from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig, RoutedAttentionConfig
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import parameter_counts, train_flops_per_token
+from moe_dist.parallel.mesh import single_process_mesh
 
 # D=4, H=2, P=2, G=1: attention = q 4*4 + kv 2*1*2*4 + out 4*4 = 16 + 16 + 16 = 48.
 ATTENTION = 48
@@ -64,6 +67,23 @@ def test_attention_options() -> None:
     assert parameter_counts(both).total == parameter_counts(tiny()).total + 2 * (2 * (4 + 2) + 2)
     # keys seen at S=3: 1, 2, 2
     assert train_flops_per_token(both, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 4 * 4 * 5 / 3))
+
+
+@pytest.mark.parametrize("kind", ["multi_query", "switch", "routed"])
+def test_counts_are_those_of_the_model(kind: str) -> None:
+    attention = AttentionConfig(kind=kind, backend="torch", position="none")
+    model = resolve_backends(tiny(attention=attention), 1)
+    built = Decoder(model, single_process_mesh())
+    assert parameter_counts(model).total == sum(p.numel() for p in built.parameters())
+
+
+def test_routed_attention_costs_what_it_chooses() -> None:
+    routed = RoutedAttentionConfig(num_experts=3, num_routed_queries=2, num_routed_key_values=1, local_window=4)
+    model = tiny(attention=AttentionConfig(kind="routed", routed=routed))
+    # S=8: window 1 of 2; an expert has 2 queries, each 2*16 for q and 2*16 for out, on 2 keys 2*2*4 each; 1 key of 2*16
+    far = 3 * (2 * 2 * 4 + (2 * (64 + 32) + 32) / 8)
+    # local attention, 5 keys at most: 1, 2, 3, 4, 5, 5, 5, 5
+    assert train_flops_per_token(model, seq_len=8) == pytest.approx(3 * (2 * 400 + 2 * 4 * 4 * 30 / 8 + 2 * far))
 
 
 def test_train_flops_ignore_what_is_not_computed() -> None:

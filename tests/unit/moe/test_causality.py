@@ -39,8 +39,8 @@ def test_a_note_is_given_exactly_where_a_later_token_matters(changes: dict) -> N
             plan = rule(router(tokens_TD, context()), context())
             placed.append(torch.where(plan.kept_TK, plan.experts_TK, -1)[:9])
         changed = changed or not torch.equal(*placed)
-    assert changed == bool(list(causality_notes(moe)))
+    assert changed == bool(list(causality_notes(ModelConfig(moe=moe))))
 
 
 def test_a_dense_model_needs_no_note() -> None:
-    assert list(causality_notes(MoEConfig(num_experts=0, drop_policy="score"))) == []
+    assert list(causality_notes(ModelConfig(moe=MoEConfig(num_experts=0, drop_policy="score")))) == []

@@ -38,7 +38,7 @@ def test_importing_moe_dist_does_not_import_torch() -> None:
     code = "import sys, moe_dist; assert 'torch' not in sys.modules; print(moe_dist.MixtureOfExperts.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.stdout.strip() == "MixtureOfExperts", done.stderr
-    with pytest.raises(AttributeError, match="'Mixture'; it has MixtureOfExperts"):
+    with pytest.raises(AttributeError, match=r"'Mixture'; it has .*MixtureOfExperts"):
         moe_dist.Mixture  # noqa: B018
     assert "MixtureOfExperts" in dir(moe_dist)
 

@@ -45,6 +45,7 @@ def test_moe_record_by_hand() -> None:
     assert rows == [
         {
             "layer": 0,
+            "kind": "feed_forward",
             "drop_rate": 0.25,
             "unserved_rate": 0.5,
             "load_max_over_mean": 1.5,
@@ -53,6 +54,7 @@ def test_moe_record_by_hand() -> None:
         },
         {
             "layer": 3,
+            "kind": "feed_forward",
             "drop_rate": 0.0,
             "unserved_rate": 0.0,
             "load_max_over_mean": 1.0,
@@ -60,6 +62,16 @@ def test_moe_record_by_hand() -> None:
             "load": [4, 4],
         },
     ]
+
+
+def test_attention_experts_have_rows_and_tags_of_their_own() -> None:
+    record = moe_record([layer_load(1, [3, 5], [3, 5]), layer_load(1, [6, 2], [4, 2], kind="attention")], row_bytes=10)
+    assert [(row["layer"], row["kind"], row["drop_rate"]) for row in record["layers"]] == [
+        (1, "feed_forward", 0.0),
+        (1, "attention", 0.25),
+    ]
+    scalars = dict(board_scalars(record))
+    assert (scalars["moe/layer_1/drop_rate"], scalars["moe/attention_1/drop_rate"]) == (0.0, 0.25)
 
 
 def test_moe_record_of_a_dense_model_is_empty() -> None:

@@ -1,0 +1,238 @@
+"""Switch attention: each token goes to top_k attention experts (Mixture of Attention Heads, arXiv 2210.05144).
+
+    y_t = sum over the chosen experts i of w_i(x_t) * Attention(x_t Wq_i^T, K, V) Wo_i,    K = X Wk^T, V = X Wv^T
+
+An expert is a query and an output projection for all H heads; there is one key/value head, shared by every expert,
+over the whole sequence at true positions. A token whose every assignment is dropped gets zero.
+
+Router, capacity and dispatch are those of the feed-forward experts: tokens go to the query projections and come back as
+K * H query heads of the token; attention is the house's, on K * H heads; its results go to the output projections and
+come back weighted. Under tp each rank routes its own slice of the tokens, and between both trips trades tokens for
+heads, so that it attends with K * H / tp heads over whole sequences.
+
+Legend: B batch, S sequence, L keys (S, or more with a cache), T tokens of this tp rank, K top_k, N = T * K assignments,
+X rows that arrived, D d_model, H heads, P width of a head, M = H * P, E experts, e experts held here, J query heads of
+this rank.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.attention.kv_cache import KVCache
+from moe_dist.attention.places import Places
+from moe_dist.attention.rotary import apply_rotary
+from moe_dist.config.schema import ModelConfig
+from moe_dist.kernels.attention.backend import attention
+from moe_dist.kernels.attention.pattern import Dropout, Pattern
+from moe_dist.kernels.grouped_mm.linear import linear
+from moe_dist.kernels.permute.backend import permutation
+from moe_dist.moe.capacity import Capacity, DispatchPlan
+from moe_dist.moe.dispatch import Arrival, make_dispatcher
+from moe_dist.moe.layer import Replay
+from moe_dist.moe.losses import MoEStats, moe_stats
+from moe_dist.moe.routers import ROUTERS
+from moe_dist.moe.routing import Routing, StepContext
+from moe_dist.parallel.collectives import copy_to_group, gather_from_group, split_to_group
+from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
+from moe_dist.parallel.linear import enter
+from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
+
+
+class SwitchAttention(nn.Module):
+    """The trainer's layer for model.attention.kind = switch. x_TD: full tokens, or this tp rank's slice under sequence
+    parallelism."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        mesh: Mesh,
+        sequence_parallel: bool = False,
+        out_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.layer, self.sequence_parallel = model.attention, layer, sequence_parallel
+        self.tp, self.dp, self.heads = mesh.tp, mesh.dp, model.num_heads
+        self.head_dim = model.head_dim or model.d_model // model.num_heads
+        moe, with_experts = model.attention.moe, replace(model, moe=model.attention.moe)
+        if moe.top_k * self.heads % self.tp.size:
+            raise ValueError(
+                f"top_k*num_heads={moe.top_k}*{self.heads} query heads of a token are not divisible by "
+                f"tp={self.tp.size}: change one of them"
+            )
+        # A number of its own: neither draws nor a witness may take this router for the same block's feed-forward one.
+        number = -1 - layer
+        self.router = ROUTERS[moe.router](with_experts, number, mesh)
+        self.capacity = Capacity(moe, number, mesh.world, index=layer)
+        self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
+        self.experts = AttentionExperts(model, mesh, out_std)
+        shape = (2 * self.head_dim, model.d_model)
+        self.key_value = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
+        self.attend = attention(model.attention.backend)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        shape: tuple[int, int],
+        places: Places,
+        step: StepContext,
+        cache: KVCache | None = None,
+        replay: Replay | None = None,
+    ) -> tuple[Tensor, MoEStats]:
+        """shape: (B, S) of the full tokens. cache: of the shared head, whole on every tp rank. Every rank must call."""
+        own_TD = x_TD if self.sequence_parallel else split_to_group(x_TD, self.tp)
+        # 1. Who goes where, and who is let in.
+        routing, plan, weights_TK = self._route(own_TD, step, replay)
+        # 2. To the query projections and back: K * H query heads of each token, zero where an assignment was dropped.
+        each, weight_N1 = _each_alone(plan), weights_TK.reshape(-1, 1)
+        x_ND, one_N1 = own_TD.repeat_interleave(weights_TK.shape[1], 0), torch.ones_like(weight_N1)
+        arrival = self.dispatcher.dispatch(x_ND, one_N1, each)
+        q_NM = self.dispatcher.combine(self.experts.queries(arrival), one_N1, arrival)
+        # 3. Attention: this rank's heads over whole sequences.
+        heads, width = weights_TK.shape[1] * self.heads, weights_TK.shape[1] * q_NM.shape[1]
+        q_Tn = tokens_to_heads(self._clip(q_NM).view(len(own_TD), width), self.tp)
+        q_BSJP = q_Tn.view(*shape, heads // self.tp.size, self.head_dim)
+        k_BSP, v_BSP = self._keys_values(x_TD, shape)
+        y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, places, step, cache)
+        y_NM = heads_to_tokens(y_BSJP.reshape(q_Tn.shape), self.tp).reshape(q_NM.shape)
+        # 4. To the output projections and back, weighted, and summed over a token's assignments.
+        back = self.dispatcher.dispatch(y_NM, weight_N1, each)
+        y_ND = self.dispatcher.combine(self.experts.outputs(back), weight_N1, back)
+        y_TD = y_ND.unflatten(0, weights_TK.shape).sum(1)
+        if not self.sequence_parallel:
+            y_TD = gather_from_group(y_TD, self.tp)
+        # 5. What it cost, and what the router is told. Rows go there D and come back M wide, then the other way round:
+        # the sum is that of two trips with one width each.
+        sent_bytes = arrival.sent_bytes + back.sent_bytes
+        stats = moe_stats(self.config.moe, self.layer, routing, plan, self.router, step, sent_bytes)
+        return y_TD, replace(stats, kind="attention")
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
+        return KVCache(rows, length, 1, self.head_dim, self.key_value.dtype, self.key_value.device)
+
+    def _route(self, x_TD: Tensor, step: StepContext, replay: Replay | None) -> tuple[Routing, DispatchPlan, Tensor]:
+        kept = replay or Replay()
+        routing = self.router.route(x_TD, step, kept.chosen_TK)
+        plan = self.capacity(routing, step) if kept.plan is None else kept.plan
+        kept.chosen_TK, kept.plan = routing.experts_TK, plan
+        if self.config.moe.overflow == "reroute":
+            return routing, plan, self.router.weigh_again(routing, plan.experts_TK)
+        return routing, plan, routing.weights_TK
+
+    def _keys_values(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of all tokens, on every tp rank; each rank's heads give a part of the gradients, which are summed over tp."""
+        kv_TP = F.linear(enter(x_TD, self.tp, self.sequence_parallel), copy_to_group(self.key_value, self.tp))
+        k_BSP, v_BSP = self._clip(kv_TP).view(*shape, 2 * self.head_dim).chunk(2, dim=-1)
+        return k_BSP, v_BSP
+
+    def _clip(self, x: Tensor) -> Tensor:
+        limit = self.config.clip_qkv
+        return x if limit is None else x.clamp(-limit, limit)
+
+    def _attend(
+        self,
+        q_BSJP: Tensor,
+        k_BSP: Tensor,
+        v_BSP: Tensor,
+        places: Places,
+        step: StepContext,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """-> [B, S, J, P], contiguous by token."""
+        rows, heads = len(q_BSJP), q_BSJP.shape[2]
+        if places.rotary is not None:
+            q_BSJP = rotate(q_BSJP, places.rotary)
+            k_BSP = rotate(k_BSP[:, :, None], places.rotary)[:, :, 0]
+        k_BGLP, v_BGLP, starts_B = k_BSP[:, None], v_BSP[:, None], None
+        if cache is not None:
+            starts_B = cache.starts()
+            k_BGLP, v_BGLP = cache.update(k_BGLP, v_BGLP)
+        dropout = None
+        if self.config.dropout > 0 and step.phase == "train":
+            key = step.key.fold("attention dropout", self.layer)
+            first = (self.dp.rank * rows, self.tp.rank * heads)
+            dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
+        bias = places.bias
+        pattern = Pattern(
+            window=self.config.window,
+            starts_B=starts_B,
+            slopes_H=None if places.slopes_H is None else self._of_own_heads(places.slopes_H, 0, heads),
+            bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),
+            dropout=dropout,
+        )
+        y_BJSP = self.attend(q_BSJP.transpose(1, 2), k_BGLP, v_BGLP, pattern, None)
+        return y_BJSP.transpose(1, 2)
+
+    def _of_own_heads(self, values: Tensor, dim: int, heads: int) -> Tensor:
+        """From one for each of an expert's H heads to one for each query head of this rank; a token's k-th expert has
+        heads k * H to (k + 1) * H."""
+        first = self.tp.rank * heads
+        index_J = torch.arange(first, first + heads, device=values.device) % self.heads
+        return values.index_select(dim, index_J)
+
+
+class AttentionExperts(nn.Module):
+    """The experts held by this rank: Wq_i and Wo_i, both [H * P, D], one number of the heads after the other.
+
+    Cut over ep by expert, so a rank's part is a contiguous range; gradients as those of moe/experts.py.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, out_std: float | None) -> None:
+        super().__init__()
+        moe, d_model, ep = model.attention.moe, model.d_model, mesh.ep
+        if mesh.etp > 1:
+            raise ValueError(f"attention experts cannot be cut over etp={mesh.etp}: set it to 1")
+        if moe.num_experts % ep.size:
+            raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={ep.size}")
+        self.backend, self.permute = moe.experts, permutation(model.kernels)
+        # Where every rank holds all experts, the tp ranks see different slices of the tokens.
+        self.slices = mesh.tp if ep.size == 1 else Group()
+        width = model.num_heads * (model.head_dim or d_model // model.num_heads)
+        local, shard = moe.num_experts // ep.size, "expert" if ep.size > 1 else "replicated"
+
+        def matrices(std: float, shard: Shard = shard) -> nn.Parameter:  # type: ignore[assignment]
+            each = width * d_model
+            logical, first = (moe.num_experts, width, d_model), ep.rank * local * each
+            return parameter((local, *logical[1:]), ParamSpec(logical, shard, first, std, (each,) * moe.num_experts))
+
+        self.w_query = matrices(d_model**-0.5)
+        self.w_out = matrices(width**-0.5 if out_std is None else out_std)
+
+    def queries(self, arrival: Arrival) -> Tensor:
+        """x Wq_i^T of each row, i its expert; zero for rows that were not let in: [X, D] -> [X, M]."""
+        return self._map(arrival, None, self.w_query, out_first=True)
+
+    def outputs(self, arrival: Arrival) -> Tensor:
+        """x Wo_i of each row, weighted where the dispatcher asks for it here: [X, M] -> [X, D]."""
+        return self._map(arrival, arrival.weights_XK, self.w_out, out_first=False)
+
+    def _map(self, arrival: Arrival, weights_XK: Tensor | None, w_eMD: Tensor, out_first: bool) -> Tensor:
+        x, w_eMD, order = arrival.x_XD, copy_to_group(w_eMD, self.slices), arrival.order
+        if torch.is_autocast_enabled(x.device.type):  # the kernels are single functions: cast here, once
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, w_eMD = x.to(dtype), w_eMD.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self.permute.gather_rows(x, order)
+            rows = linear(rows, w_eMD, order.rows_per_expert, self.backend, out_first)
+            return self.permute.combine_rows(rows, weights_XK, order)
+
+
+def rotate(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of the first numbers of a head, as many as the table has angles for; of an odd head the last
+    number stays as it is."""
+    turned = 2 * table[0].shape[-1]
+    if turned == x_BSHP.shape[-1]:
+        return apply_rotary(x_BSHP, table)
+    if turned == 0:
+        return x_BSHP
+    return torch.cat((apply_rotary(x_BSHP[..., :turned], table), x_BSHP[..., turned:]), dim=-1)
+
+
+def _each_alone(plan: DispatchPlan) -> DispatchPlan:
+    """The same plan with every assignment as a row of its own: [T, K] -> [N, 1]."""
+    return replace(plan, experts_TK=plan.experts_TK.reshape(-1, 1), kept_TK=plan.kept_TK.reshape(-1, 1))

@@ -1,0 +1,94 @@
+"""One run in a folder at a time: flock on a file in it, held by rank 0.
+
+The kernel drops the lock when its holder ends, however it ends, so a lock that is left over never keeps anybody out;
+the file's text only tells who holds it. On NFS, Linux passes flock to the server, which sees all machines; after a
+machine died, an NFSv4 server keeps its locks for the lease, about 90 seconds. A file system that knows no flock
+(Lustre mounted without it, for example) is named in a warning, and then nothing keeps a second run out.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moe_dist.parallel.objects import broadcast_json
+
+LOCK = "run.lock"
+
+
+@contextmanager
+def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Holds the run folder `folder`, made if it is missing. Every rank must enter; rank 0 takes the lock and speaks.
+
+    Raises ValueError on every rank when another process holds it, naming the process, its host and since when. A
+    folder that was made for the lock alone goes with it.
+    """
+    refusal: str | None = None
+    descriptor = None
+    if dist.get_rank() == 0:
+        try:
+            descriptor = _take(folder, say)
+        except ValueError as error:
+            refusal = str(error)
+    refusal = broadcast_json(refusal)
+    if refusal is not None:
+        raise ValueError(refusal)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _release(folder, descriptor)
+
+
+def _take(folder: Path, say: Callable[[str], None]) -> int:
+    path = folder / LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _describe(os.pread(descriptor, 4096, 0))
+            os.close(descriptor)
+            raise ValueError(
+                f"{folder} is in use by {holder}: wait for it, stop it, or choose another --run.name"
+            ) from None
+        except OSError as error:
+            say(f"warning: {path} cannot be locked ({error.strerror}); nothing keeps a second run out of {folder}")
+        if _same_file(descriptor, path):
+            break
+        os.close(descriptor)  # its holder removed it between our open and our flock
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+    return descriptor
+
+
+def _release(folder: Path, descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    if os.listdir(folder) == [LOCK]:
+        (folder / LOCK).unlink()
+        with suppress(OSError):  # somebody else has just come
+            folder.rmdir()
+    os.close(descriptor)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _describe(text: bytes) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"  # it has not yet said who it is

@@ -1,0 +1,100 @@
+"""Attention of sequences of several lengths packed one after the other, with no padding between them.
+
+Legend: T tokens of all sequences, N sequences, H query heads, G key/value heads, P width of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_dist.kernels.attention.backend import Attend, attention
+from moe_dist.kernels.attention.flash import flash_options, flash_provider
+from moe_dist.kernels.attention.pattern import Pattern
+
+AttendVarlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Pattern | None, float | None], Tensor]
+"""(q [T, H, P], k [T', G, P], v [T', G, P], cu_q, cu_k, max_q, max_k, pattern, scale) -> [T, H, P].
+
+Sequence n has the queries from cu_q[n] to cu_q[n + 1] and the keys from cu_k[n] to cu_k[n + 1]; cu_q and cu_k are int32
+[N + 1], from 0 to T and T'. max_q and max_k: the longest. The pattern is that of each sequence on its own, its last
+query at its last key; dropout counts sequences as rows.
+"""
+
+
+def varlen(backend: str) -> AttendVarlen:
+    """flash: the flash-attn package where it is installed and tensors are on a GPU, else torch's SDPA one by one."""
+    if backend == "triton":
+        from moe_dist.kernels.attention.triton import attend_varlen
+
+        return attend_varlen
+    alone = one_by_one(attention(backend))
+    if backend != "flash":
+        return alone
+
+    def flash(q_THP: Tensor, *rest: Tensor | int | Pattern | float | None) -> Tensor:
+        return (flash_attn if flash_provider(q_THP.device.type) == "flash-attn" else alone)(q_THP, *rest)  # type: ignore[arg-type]
+
+    return flash
+
+
+def one_by_one(attend: Attend) -> AttendVarlen:
+    """`attend` for each sequence on its own, which waits for the lengths. With reference.attend it is the oracle."""
+
+    def each(
+        q_THP: Tensor,
+        k_TGP: Tensor,
+        v_TGP: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        pattern: Pattern | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        pattern = pattern or Pattern()
+        check_packed(pattern)
+        lengths_q, lengths_k = cu_q.diff().tolist(), cu_k.diff().tolist()
+        outs = []
+        pieces = zip(q_THP.split(lengths_q), k_TGP.split(lengths_k), v_TGP.split(lengths_k), strict=True)
+        for n, piece in enumerate(pieces):
+            q_BHTP, k_BGTP, v_BGTP = (t.transpose(0, 1)[None] for t in piece)
+            outs.append(attend(q_BHTP, k_BGTP, v_BGTP, _of_row(pattern, n), scale)[0].transpose(0, 1))
+        return torch.cat(outs) if outs else torch.zeros_like(q_THP)
+
+    return each
+
+
+def flash_attn(
+    q_THP: Tensor,
+    k_TGP: Tensor,
+    v_TGP: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    pattern: Pattern | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The flash-attn package; fp16 and bf16 only."""
+    from flash_attn import flash_attn_varlen_func
+
+    pattern = pattern or Pattern()
+    check_packed(pattern)
+    return flash_attn_varlen_func(
+        q_THP, k_TGP, v_TGP, cu_q, cu_k, max_q, max_k, softmax_scale=scale, **flash_options(pattern)
+    )
+
+
+def check_packed(pattern: Pattern) -> None:
+    """Raises ValueError for what belongs to rows of a batch."""
+    cannot = [name for name in ("starts_B", "keys_BS", "bias") if getattr(pattern, name) is not None]
+    if cannot:
+        raise ValueError(
+            f"packed sequences take no {', '.join(cannot)}: pad them to [B, H, S, P] and call attention(backend)"
+        )
+
+
+def _of_row(pattern: Pattern, n: int) -> Pattern:
+    dropout = pattern.dropout
+    return pattern if dropout is None else replace(pattern, dropout=replace(dropout, first_row=dropout.first_row + n))

@@ -1,0 +1,75 @@
+"""Routed attention with its heads cut over tp, against one process with all heads: outputs and every gradient."""
+
+import torch
+from torch import Tensor
+
+from moe_dist.attention.autoregressive import RoutedSelfAttention
+from moe_dist.attention.places import Places
+from moe_dist.attention.rotary import rotary_table
+from moe_dist.config.schema import AttentionConfig, RoutedAttentionConfig
+from moe_dist.parallel.collectives import own_slice
+from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
+from moe_dist.parallel.sharding import initialize, logical_parameters
+from tests.dist.helpers import run_checks
+from tests.unit.helpers import context, tiny_model
+
+B, S, D = 4, 10, 8
+ROUTED = dict(num_routed_queries=2, num_routed_key_values=3, local_window=4)
+CASES = [
+    dict(kv_heads=1),
+    dict(kv_heads=2),
+    dict(kv_heads=4, average_routed=True),
+    dict(kv_heads=1, causal_routing=False),
+]
+
+
+def layer_of(mesh: Mesh, sequence_parallel: bool, kv_heads: int, **routed: object) -> RoutedSelfAttention:
+    config = AttentionConfig(
+        kind="routed", backend="torch", dropout=0.3, routed=RoutedAttentionConfig(**ROUTED, **routed)
+    )
+    model = tiny_model(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=config)
+    layer = RoutedSelfAttention(model, 1, mesh, sequence_parallel, 0.3)
+    initialize(layer, seed=0)
+    return layer.double()
+
+
+def run(layer: RoutedSelfAttention, x_TD: Tensor, rows: int) -> Tensor:
+    places = Places(rotary=tuple(t[None] for t in rotary_table(torch.arange(S).double(), 4, 100.0)))
+    return layer(x_TD, (rows, S), places, context())[0]
+
+
+def check(mesh: Mesh, sequence_parallel: bool, case: dict[str, object]) -> None:
+    part, whole = layer_of(mesh, sequence_parallel, **case), layer_of(single_process_mesh(), False, **case)
+    rows = B // mesh.dp.size
+    mine = slice(mesh.dp.rank * rows * S, (mesh.dp.rank + 1) * rows * S)
+    generator = torch.Generator().manual_seed(0)
+    x_TD, pull_TD = torch.randn(2, B * S, D, generator=generator, dtype=torch.float64)
+    cut = (lambda t: own_slice(t, mesh.tp)) if sequence_parallel else (lambda t: t)
+
+    wanted_x = x_TD.clone().requires_grad_()
+    expected = run(whole, wanted_x, B)
+    # The other rows' gradients are other dp ranks'.
+    expected[mine].backward(pull_TD[mine])
+    x = cut(x_TD[mine]).clone().requires_grad_()
+    y = run(part, x, rows)
+    y.backward(cut(pull_TD[mine]))
+
+    same = dict(rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(y, cut(expected[mine]), **same)
+    torch.testing.assert_close(x.grad, cut(wanted_x.grad[mine]), **same)
+    logical = dict(whole.named_parameters())
+    for name, param, spec in logical_parameters(part):
+        wanted = logical[name].grad.flatten()[spec.flat_start : spec.flat_start + param.numel()]
+        torch.testing.assert_close(param.grad.flatten(), wanted, **same, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_layouts() -> None:
+    two, four = create_mesh(1, 2), create_mesh(1, 4)
+    for index, case in enumerate(CASES):
+        check(two, index % 2 == 0, case)
+    for sequence_parallel in (False, True):
+        check(four, sequence_parallel, CASES[1])
+
+
+def test_on_four_ranks() -> None:
+    run_checks(4, [check_layouts])

@@ -1,0 +1,126 @@
+"""Damage of every kind in every file: refused by the file's name, and the step before is taken instead."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.checkpoint.convert import convert
+from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.reshard import load, newest_good
+from moe_dist.checkpoint.store import checkpoints
+from tests.unit.checkpoint.helpers import HoldsState, alone, save
+
+Mutation = Callable[[Path, random.Random], None]
+
+
+def flip(path: Path, dice: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path: Path, dice: random.Random) -> None:
+    os.truncate(path, dice.randrange(1, path.stat().st_size))
+
+
+def empty(path: Path, dice: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def append(path: Path, dice: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + dice.randbytes(8))
+
+
+def garbage(path: Path, dice: random.Random) -> None:
+    path.write_bytes(dice.randbytes(path.stat().st_size))
+
+
+def missing(path: Path, dice: random.Random) -> None:
+    path.unlink()
+
+
+def swapped(path: Path, dice: random.Random) -> None:
+    """With another file of the same checkpoint, or with the same file of the one before."""
+    others = [other for other in path.parent.iterdir() if other.name not in (path.name, MANIFEST)]
+    other = dice.choice([*others, path.parent.with_name("step-000001") / path.name])
+    data = other.read_bytes()
+    if other.parent == path.parent:
+        other.write_bytes(path.read_bytes())
+    path.write_bytes(data)
+
+
+def mutate(tmp_path: Path, count: int) -> None:
+    with alone():
+        good, better = HoldsState(1), HoldsState(2)
+        for step, engine in ((1, good), (2, better)):
+            # Converted, for several files; written by a run, each rank has one.
+            written = save(tmp_path / "from", engine, step)
+            convert(written, tmp_path / "root" / f"step-00000{step}", files=3)
+        root, spare = tmp_path / "root", tmp_path / "spare"
+        broken = root / "step-000002"
+        shutil.copytree(root, spare)
+        names = sorted(path.name for path in broken.iterdir())
+        assert len(names) == 4 and MANIFEST in names
+        kinds: list[Mutation] = [flip, flip, flip, truncate, empty, append, garbage, missing, swapped]
+        for index in range(count):
+            dice = random.Random(index)
+            kind, name = kinds[index % len(kinds)], names[index // len(kinds) % len(names)]
+            kind(broken / name, dice)
+            listed = broken in checkpoints(root)
+            assert listed or (kind is missing and name == MANIFEST)  # then it is no checkpoint any more
+            what = f"{kind.__name__} of {name}, number {index}"
+            with pytest.raises(ValueError) as error:
+                load(broken, HoldsState())  # type: ignore[arg-type]
+            assert name in str(error.value), what
+            found, problems = newest_good(root)
+            assert found == root / "step-000001", what
+            assert not listed or any(name in problem for problem in problems), what
+            engine = HoldsState()
+            assert load(found, engine, checked=True).step == 1  # type: ignore[arg-type]
+            for tensors, expected in zip(engine.state.values(), good.state.values(), strict=True):
+                assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+            shutil.rmtree(root)
+            shutil.copytree(spare, root)
+        assert newest_good(root) == (broken, [])
+
+
+def test_damage_is_refused_and_the_step_before_taken(tmp_path: Path) -> None:
+    mutate(tmp_path, 36)
+
+
+@pytest.mark.slow
+def test_200_mutations(tmp_path: Path) -> None:
+    mutate(tmp_path, 216)
+
+
+def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
+    with alone():
+        assert newest_good(tmp_path / "nowhere") == (None, [])
+        for step in (1, 2):
+            path = save(tmp_path, HoldsState(), step)
+            flip(path / "rank-00000.safetensors", random.Random(step))
+        with pytest.raises(ValueError) as error:
+            newest_good(tmp_path)
+    words = str(error.value)
+    assert "step-000001" in words and "step-000002" in words
+    assert "--resume never and another --run.name" in words
+
+
+def test_a_run_that_fell_back_keeps_what_it_writes(tmp_path: Path) -> None:
+    """The damaged later checkpoint does not count as the newest one to keep, and is replaced when its turn comes."""
+    with alone():
+        for step in (1, 2, 3):
+            path = save(tmp_path, HoldsState(step), step)
+        garbage(path / "rank-00000.safetensors", random.Random())
+        save(tmp_path, HoldsState(), 2, keep_last=1)
+        assert sorted(os.listdir(tmp_path)) == ["step-000002", "step-000003"]
+        assert newest_good(tmp_path)[0] == tmp_path / "step-000002"
+        garbage(path / MANIFEST, random.Random())
+        save(tmp_path, HoldsState(), 3, keep_last=1)
+        assert os.listdir(tmp_path) == ["step-000003"]
+        assert newest_good(tmp_path) == (tmp_path / "step-000003", [])
