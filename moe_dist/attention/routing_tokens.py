@@ -136,7 +136,9 @@ def highest(s_RN: Tensor, mask_RN: Tensor, wanted: int) -> Tensor:
     """Places of the `wanted` highest, best first; among equals the earlier, so the length of a row changes nothing.
 
     That is the order of coordinate descent's scores too, but for those that reached 1, which are all the same there.
+    Scores are compared in steps of 2^-16: equal tokens, whose scores differ by what products round, stay equals.
     """
+    s_RN = (s_RN * 2**16).round()
     return s_RN.masked_fill(~mask_RN, -torch.inf).argsort(dim=-1, descending=True, stable=True)[..., :wanted]
 
 

@@ -55,6 +55,12 @@ class Setting:
         ]
         return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
 
+    @property
+    def wide(self) -> bool:
+        """Compared in float64, on the native engine: which tokens routed attention chooses is settled by no witness,
+        and its sharp scores multiply what fp32 rounds."""
+        return self.attention == "routed"
+
 
 @dataclass(frozen=True)
 class LayoutCase:

@@ -111,7 +111,8 @@ class _Run:
         self.config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
         self.mesh, self.device, self.parts = mesh, device, parts
         self.shape = validate(config, mesh.layout.world)
-        model = Decoder(self.config.model, mesh, config.parallel.sequence_parallel, config.train.seed).to(device)
+        model = Decoder(self.config.model, mesh, config.parallel.sequence_parallel, config.train.seed)
+        model = model.to(device, torch.float64 if config.model.attention.kind == "routed" else None)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )

@@ -53,7 +53,7 @@ def is_shell(block: str) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_snippets_run(document: Path) -> None:
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"torch": torch}  # one document takes it for granted
     ran = 0
     for block in blocks(document):
         if is_shell(block) or signature(block):
