@@ -27,10 +27,11 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
     """Holds the run folder `folder`, made if it is missing. Every rank must enter; rank 0 takes the lock and speaks.
 
     Raises ValueError on every rank when another process holds it, naming the process, its host and since when. A
-    folder that was made for the lock alone goes with it.
+    folder that was made for the lock alone goes with it, and so do those above it.
     """
     refusal: str | None = None
     descriptor = None
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     if dist.get_rank() == 0:
         try:
             descriptor = _take(folder, say)
@@ -43,7 +44,7 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
         yield
     finally:
         if descriptor is not None:
-            _release(folder, descriptor)
+            _release(folder, descriptor, made)
 
 
 def _take(folder: Path, say: Callable[[str], None]) -> int:
@@ -70,12 +71,13 @@ def _take(folder: Path, say: Callable[[str], None]) -> int:
     return descriptor
 
 
-def _release(folder: Path, descriptor: int) -> None:
+def _release(folder: Path, descriptor: int, made: list[Path]) -> None:
     os.ftruncate(descriptor, 0)
     if os.listdir(folder) == [LOCK]:
         (folder / LOCK).unlink()
-        with suppress(OSError):  # somebody else has just come
-            folder.rmdir()
+        with suppress(OSError):  # not empty: somebody else has just come
+            for path in made or [folder]:
+                path.rmdir()
     os.close(descriptor)
 
 

@@ -195,7 +195,7 @@ def check_surgery_on_checkpoints(runs: Path, capsys: pytest.CaptureFixture[str])
     assert all(len(layer["load"]) == 6 and layer["load"][4] for layer in records(runs / "open")[-1]["layers"])
     for args, words in (
         ((str(runs / "alone"), "add", "2", "--output", str(runs / "more")), "must name a folder that is not there"),
-        ((str(runs), "list"), "is no checkpoint, nor a run folder"),
+        ((str(runs), "list"), "is neither a checkpoint nor a run with one"),
         ((str(runs / "alone"), "remove", "0,1,2", "--output", str(runs / "x")), "leaves 1 open experts, but top_k=2"),
         ((str(runs / "alone"), "remove", "first", "--output", str(runs / "x")), "is no list of numbers"),
     ):

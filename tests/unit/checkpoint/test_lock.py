@@ -57,7 +57,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
 def test_a_folder_made_for_the_lock_goes_with_it(tmp_path: Path) -> None:
     with run_lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / LOCK).exists()
-    assert list((tmp_path / "a").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
