@@ -139,19 +139,13 @@ def _tensor_parallel_rules(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _engine_rules(config: Config) -> Iterator[str]:
-    engine, ep = config.engine, config.parallel.expert_ranks
-    name = "ep" if config.parallel.etp == 1 else "ep*etp"
+    engine = config.engine
     yield from above_zero(engine, "engine", "grad_clip", "null clips nothing")
     yield from between(engine, "engine", "zero_stage", 0, 3)
     if engine.name == "native":
         if engine.zero_stage > 0:
             yield f"zero_stage={engine.zero_stage} needs engine.name deepspeed; native replicates (engine.zero_stage 0)"
         return
-    if engine.zero_stage == 3 and ep > 1:
-        yield (
-            f"zero_stage=3 with {name}={ep} is not supported: DeepSpeed partitions every parameter over the full "
-            "data-parallel group, but experts at ep > 1 differ between those ranks; set engine.zero_stage to 1 or 2"
-        )
     if engine.zero_stage == 0 and engine.precision == "bf16":
         yield (
             "zero_stage=0 with precision=bf16 is not supported under deepspeed: its stage 0 accumulates gradients in "

@@ -1,13 +1,21 @@
-"""DeepSpeed ZeRO under our layers; all that this project knows of DeepSpeed is in this file.
+"""DeepSpeed ZeRO under our layouts; all that this project knows of DeepSpeed is here and in deepspeed_*.py.
 
 What DeepSpeed 0.19 needs to be told, and why:
-- Experts at ep > 1 are marked `allreduce = False` with a group name, and a parameterless `MoE` module stands beside
-  the model: only then are expert gradients reduced over the edp group: summed there, divided by the full dp size.
+- Experts at ep > 1 are marked `allreduce = False` with a group name: only then are they reduced over the edp group
+  (summed there, divided by the full dp size), and not overwritten by rank 0's when it starts.
 - Its groups for that name are taken from our mesh, so that both sides agree on who is an expert's replica.
+- Stages 0 to 2 look at those marks only if there is a `MoE` module: a parameterless one stands beside the model.
+- Stage 3 refuses such a module, but cuts a parameter over the group that it carries. That is made for its own expert
+  parallelism, "AutoEP", whose experts it averages over dp and takes a norm of over ep: ours call themselves that.
+- Stage 3 gathers a whole routed layer at once (a "leaf"): it calls its router and experts in ways that no hook on
+  them sees, and experts without rows still get a gradient of zeros, so that every rank reduces.
+- Stage 3 gathers sets of parameters, group after group in the order of their addresses, which differs between ranks:
+  we sort them, because exchanges of two groups that ranks begin in different order can wait for each other.
+- Stage 3 fetches ahead, keeps and cuts groups of parameters by their size here, which differs between the ranks of dp
+  where experts have different widths: there it must do neither.
 - Its norm counts a parameter on every model-parallel rank only if `tensor_model_parallel` is set: set for parameters
   cut over tp and for experts, which differ between tp ranks, not for replicated ones.
 - Stage 0 clips by a norm that averages ranks, wrong under ep: we clip there ourselves, by the true norm.
-- Stage 3 partitions over the full dp group, which is wrong for experts at ep > 1: refused by config validation.
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
 """
 
@@ -15,13 +23,14 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.attention.autoregressive import RoutedSelfAttention
+from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import (
     Kind,
@@ -30,14 +39,16 @@ from moe_dist.engine.base import (
     clip_by_global_norm,
     decay_groups,
     held_buffers,
-    owns_replica,
 )
+from moe_dist.engine.deepspeed_mesh import ModelParallelUnit, process_group
+from moe_dist.engine.deepspeed_state import Specs, ZeroState
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
+from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
-from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.parallel.sharding import ParamSpec, logical_parameters, spec_of
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import logical_parameters, spec_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -51,6 +62,9 @@ from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 deepspeed_logger.setLevel(logging.WARNING)
 # Only inference uses this all-reduce over shared memory; compiling it takes a minute at the first start on CPU.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+_LEAVES = (MoE, SwitchAttention, RoutedSelfAttention)
 
 
 class DeepSpeedEngine:
@@ -71,28 +85,31 @@ class DeepSpeedEngine:
             engine.grad_clip,
             accumulation,
         )
-        # Any: DeepSpeed hangs attributes of its own on parameters.
-        self.specs: dict[str, tuple[Any, ParamSpec]] = {
-            n: (param, spec) for n, param, spec in logical_parameters(model)
-        }
+        specs: Specs = {name: (param, spec) for name, param, spec in logical_parameters(model)}
         self.micro, self.loads = 0, RouterLoads()
-        _mark_parameters(model, mesh)
+        _mark_parameters(specs, mesh)
         root: nn.Module = model
-        if any(spec.shard == "expert" for _, spec in self.specs.values()):
+        if self.stage == 3:
+            whole = [kind for kind in _LEAVES if any(isinstance(module, kind) for module in model.modules())]
+            if whole:
+                set_z3_leaf_modules(model, whole)
+        elif any(spec.shard == "expert" for _, spec in specs.values()):
             root = _WithMarker(model, mesh)
-        elif self.stage == 3:
-            set_z3_leaf_modules(model, [MoE])
         optimizer = torch.optim.AdamW(
             _param_groups(model, optim, mesh), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
         )
-        config = _config(engine, micro_batch, accumulation, mesh)
+        even = mesh.ep.size == 1 or len(set(expert_widths(model.config))) <= 1
+        config = _config(engine, micro_batch, accumulation, mesh, even)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which extensions it built
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=root, optimizer=optimizer, config=config, mpu=_ModelParallelUnit(mesh), dist_init_required=False
+                model=root, optimizer=optimizer, config=config, mpu=ModelParallelUnit(mesh), dist_init_required=False
             )
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
-        self.model = model
+        self.model, self.params = model, [param for param, _ in specs.values()]
+        if self.stage == 3:
+            _gather_in_order(self.params)
+        self.state = ZeroState(self.stage, self.optimizer, specs, mesh)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
         output = self.engine(tokens_BS, targets, step)
@@ -121,93 +138,16 @@ class DeepSpeedEngine:
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def held(self, kind: Kind) -> Iterator[Piece]:
-        pieces = {0: self._whole, 1: self._partitions, 2: self._partitions, 3: self._zero3}[self.stage](kind)
-        for name, start, values, owned in pieces:
-            yield Piece(name, self.specs[name][1].logical_shape, start, values, owned)
+        yield from self.state.pieces(kind)
         if kind == "weight":
             yield from held_buffers(self.model, self.mesh)
 
     def restore(self, optimizer_step: int) -> None:
-        base = self.optimizer if self.stage == 0 else self.optimizer.optimizer
-        # Stage 3 keeps its optimizer's groups empty, but for the moment of a step.
-        flats = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
-        for param in flats or [param for group in base.param_groups for param in group["params"]]:
-            self._state(base, param)["step"].fill_(optimizer_step)
-        if self.stage in (1, 2):
-            self.optimizer.update_lp_params()
-        elif self.stage == 3:
-            for flat, partition in zip(
-                self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat, strict=True
-            ):
-                flat.data.copy_(partition.data)
+        self.state.restore(optimizer_step)
 
     def _clip_by_true_norm(self) -> float:
         """Stage 0: gradients are whole and reduced after backward."""
-        params = [param for param, _ in self.specs.values()]
-        return clip_by_global_norm([param.grad for param in params], params, self.mesh, self.grad_clip)
-
-    def _whole(self, kind: Kind) -> Iterator[tuple[str, int, Tensor, bool]]:
-        for name, (param, spec) in self.specs.items():
-            values = {"weight": lambda p: p.data, "grad": lambda p: p.grad}.get(kind)
-            held = values(param) if values else self._state(self.optimizer, param)[kind]
-            yield name, spec.flat_start, held.view(-1), owns_replica(param, self.mesh)
-
-    def _partitions(self, kind: Kind) -> Iterator[tuple[str, int, Tensor, bool]]:
-        """Stages 1 and 2: each group's parameters lie end to end in a flat buffer, cut over its data-parallel group."""
-        zero = self.optimizer
-        bf16_wrapper = hasattr(zero, "fp32_groups_flat_partition")
-        low, flats = (
-            (zero.bf16_groups, zero.fp32_groups_flat_partition)
-            if bf16_wrapper
-            else (zero.bit16_groups, zero.single_partition_of_fp32_groups)
-        )
-        names = {param: name for name, (param, _) in self.specs.items()}
-        for index, (params, flat) in enumerate(zip(low, flats, strict=True)):
-            if kind == "weight":
-                buffer = flat.data
-            elif kind != "grad":
-                buffer = self._state(zero.optimizer, flat)[kind]
-            elif bf16_wrapper:
-                buffer = zero.fp32_groups_gradient_flat_partition[index]
-            else:
-                buffer = torch.cat([grad.flatten() for grad in zero.averaged_gradients[index]])
-            for param in params:
-                if param._hp_mapping is None:
-                    continue  # lies in other ranks' partitions
-                here, there = param._hp_mapping.get_hp_fragment_address(), param._hp_mapping.lp_fragment_address
-                spec: ParamSpec = spec_of(param)
-                owned = spec.shard != "replicated" or self.mesh.tp.rank == 0
-                yield names[param], spec.flat_start + there.start, buffer.narrow(0, here.start, here.numel), owned
-
-    def _zero3(self, kind: Kind) -> Iterator[tuple[str, int, Tensor, bool]]:
-        """Stage 3: every parameter is cut into dp equal pieces, the last one padded."""
-        zero, rank = self.optimizer, self.mesh.dp.rank
-        for name, (param, spec) in self.specs.items():
-            size = param.ds_tensor.ds_numel
-            first = rank * size
-            held = max(0, min(size, param.ds_numel - first))
-            if kind == "grad":
-                values = zero.get_local_fp32_grad_for_param(param)
-            else:
-                values = self._zero3_view(param, kind)
-            owned = spec.shard != "replicated" or self.mesh.tp.rank == 0
-            if held:
-                yield name, spec.flat_start + first, values.view(-1).narrow(0, 0, held), owned
-
-    def _zero3_view(self, param: nn.Parameter, kind: Kind) -> Tensor:
-        zero = self.optimizer
-        group, offset, numel = zero.grad_position[zero.get_param_id(param)]
-        flat = zero.fp32_partitioned_groups_flat[group]
-        buffer = flat.data if kind == "weight" else self._state(zero.optimizer, flat)[kind]
-        return buffer.narrow(0, offset, numel)
-
-    @staticmethod
-    def _state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
-        state = optimizer.state[param]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param.data), torch.zeros_like(param.data)
-        return state
+        return clip_by_global_norm([param.grad for param in self.params], self.params, self.mesh, self.grad_clip)
 
 
 class _WithMarker(nn.Module):
@@ -226,68 +166,41 @@ class _Marker(DeepSpeedMoE):
         nn.Module.__init__(self)
         self.num_experts, self.num_local_experts = num_experts, num_experts // mesh.ep.size
         self.ep_size, self.expert_group_name = mesh.ep.size, _group_name(mesh)
-        self.groups = (_process_group(mesh.ep), _process_group(mesh.edp))
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by DeepSpeed: hands it our groups under the name that expert parameters carry."""
-        name = self.expert_group_name
-        deepspeed_groups._EXPERT_PARALLEL_GROUP[name], deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = self.groups
-
-
-class _ModelParallelUnit:
-    """Our mesh in the words of Megatron's `mpu`, as DeepSpeed asks for it.
-
-    Given also at tp = 1: DeepSpeed keeps the last one it saw in a global.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.tp, self.dp = mesh.tp, mesh.dp
-        self.tp_group, self.dp_group = _process_group(mesh.tp), _process_group(mesh.dp)
-
-    def get_model_parallel_rank(self) -> int:
-        return self.tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.tp.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tp_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.dp.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.dp.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.dp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return self.tp.ranks[0]
-
-
-def _process_group(group: Group) -> dist.ProcessGroup:
-    """DeepSpeed wants a real group even for one rank; only that rank has to make it."""
-    if group.process_group is not None:
-        return group.process_group
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        """DeepSpeed would make groups here; `_mark_parameters` has handed it ours."""
 
 
 def _group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh.ep.size}"  # DeepSpeed reads the number out of it
 
 
-def _mark_parameters(model: Trainable, mesh: Mesh) -> None:
-    param: Any
-    for _, param, spec in logical_parameters(model):
-        if spec.shard == "expert":
-            param.allreduce, param.group_name = False, _group_name(mesh)
+def _mark_parameters(specs: Specs, mesh: Mesh) -> None:
+    experts = [param for param, spec in specs.values() if spec.shard == "expert"]
+    if experts:
+        name, replicas = _group_name(mesh), process_group(mesh.edp)
+        deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = process_group(mesh.ep)
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
+    for param in experts:
+        param.allreduce, param.group_name = False, name
+        # The same for stage 3, which looks at nothing else.
+        param.ds_zero_placement_family, param.ds_zero_partition_group_name = "autoep_expert", name
+        param.ds_zero_partition_process_group = replicas
+    for param, spec in specs.values():
         if spec.shard != "replicated":
             param.tensor_model_parallel = True
+
+
+def _gather_in_order(params: Sequence[nn.Parameter]) -> None:
+    param: Any
+    for param in params:
+        gather = param.all_gather_coalesced
+        param.all_gather_coalesced = lambda some, gather=gather, **how: gather(sorted(some, key=_zero_id), **how)
+
+
+def _zero_id(param: Any) -> int:
+    number: int = param.ds_id  # the same on all ranks
+    return number
 
 
 def _param_groups(model: Trainable, optim: OptimConfig, mesh: Mesh) -> list[dict[str, Any]]:
@@ -304,7 +217,8 @@ def _param_groups(model: Trainable, optim: OptimConfig, mesh: Mesh) -> list[dict
     return out
 
 
-def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mesh) -> dict[str, Any]:
+def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mesh, even: bool) -> dict[str, Any]:
+    """even: every rank of dp has as many numbers as any other."""
     clip = 0.0 if engine.zero_stage == 0 else engine.grad_clip or 0.0
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -321,6 +235,9 @@ def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mes
             "stage3_param_persistence_threshold": 0,
         },
     }
+    if not even:
+        own_pace = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "sub_group_size": 2**62}
+        config["zero_optimization"] |= own_pace
     if engine.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -154,7 +154,7 @@ def every_layout() -> tuple[LayoutCase, ...]:
     core = ("ep", "tp", "sp", "zero")
     combined = layouts_of({name: LAYOUT_AXES[name] for name in core})
     ways = layouts_of({"ep": ("2", "4"), "tp": ("1", "2"), "dispatch": LAYOUT_AXES["dispatch"][1:]})
-    etp = layouts_of({"ep": ("1", "2"), "tp": ("1", "2"), "zero": ("native", "1"), "etp": LAYOUT_AXES["etp"][1:]})
+    etp = layouts_of({"ep": ("1", "2"), "tp": ("1", "2"), "zero": ("native", "1", "3"), "etp": LAYOUT_AXES["etp"][1:]})
     return combined + ways + etp
 
 

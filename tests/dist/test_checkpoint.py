@@ -38,10 +38,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1-ep2-tp2": DEEPSPEED | {"engine__zero_stage": 1} | NATIVE,
     "zero2": DEEPSPEED | {"engine__zero_stage": 2},
     "zero3": DEEPSPEED | {"engine__zero_stage": 3},
-    "zero3-tp2": DEEPSPEED | {"engine__zero_stage": 3, "parallel__tp": 2},
+    "zero3-ep2-tp2": DEEPSPEED | {"engine__zero_stage": 3} | NATIVE,
+    "zero3-ep4": DEEPSPEED | {"engine__zero_stage": 3, "parallel__ep": 4},
     "zero1-bf16": DEEPSPEED | {"engine__zero_stage": 1, "engine__precision": "bf16", "parallel__ep": 2},
     "zero2-bf16": DEEPSPEED | {"engine__zero_stage": 2, "engine__precision": "bf16", "parallel__ep": 2},
-    "zero3-bf16": DEEPSPEED | {"engine__zero_stage": 3, "engine__precision": "bf16"},
+    "zero3-bf16": DEEPSPEED | {"engine__zero_stage": 3, "engine__precision": "bf16", "parallel__ep": 2},
 }
 # A router whose balancing bias is state that no optimizer holds.
 BALANCED = {"model__moe__router": "sigmoid", "model__moe__bias_update_rate": 0.01}
@@ -123,7 +124,7 @@ def check_one_process_saves(folder: str) -> None:
 
 def check_four_ranks_continue_one(folder: str) -> None:
     saved = torch.load(Path(folder) / "alone.pt", weights_only=True)
-    for name in ("native", "zero1-ep4"):
+    for name in ("native", "zero1-ep4", "zero3-ep2-tp2"):
         run = start(LAYOUTS[name] | OTHER_WEIGHTS)
         load(Path(folder) / "alone" / "step-000003", run.engine)
         assert_same_state(state(run), saved)
@@ -131,7 +132,7 @@ def check_four_ranks_continue_one(folder: str) -> None:
 
 def check_one_process_continues_four(folder: str) -> None:
     losses = json.loads((Path(folder) / "losses.json").read_text())
-    for changes in ({}, DEEPSPEED | {"engine__zero_stage": 2}):
+    for changes in ({}, DEEPSPEED | {"engine__zero_stage": 2}, DEEPSPEED | {"engine__zero_stage": 3}):
         run = start(changes | OTHER_WEIGHTS)
         load(Path(folder) / "first" / "step-000003", run.engine)
         assert_close_losses(run.train(SAVED, CONTINUED), losses, 1e-5, "four to one")
@@ -179,7 +180,7 @@ def check_another_model_is_refused_on_every_rank(folder: str) -> None:
         ({"model__num_layers": 1}, "blocks.1.attention.key_value.weight has shape [16, 32] here, but is absent"),
         ({"model__moe__num_shared_experts": 1}, "shared.down.weight is absent here"),
     ):
-        for layout in (NATIVE, LAYOUTS["zero1-ep4"], LAYOUTS["zero3"]):
+        for layout in (NATIVE, LAYOUTS["zero1-ep4"], LAYOUTS["zero3-ep2-tp2"]):
             run = start(layout | changes)
             message = raised(ValueError, load, path, run.engine)
             assert name in message, message

@@ -21,7 +21,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
             LayoutCase(ep="2", tp="2", sp="on"),
             LayoutCase(ep="4", zero="2"),
             LayoutCase(ep="2", tp="2", zero="1", dispatch="padded"),
-            LayoutCase(zero="3"),
+            LayoutCase(ep="2", tp="2", zero="3"),
         ),
     ),
     (
@@ -29,7 +29,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
         (
             LayoutCase(ep="4", tp="2", dispatch="padded"),
             LayoutCase(ep="4", tp="2", sp="on", zero="1"),
-            LayoutCase(tp="2", sp="on", zero="3"),
+            LayoutCase(ep="4", tp="2", sp="on", zero="3"),
         ),
     ),
     (
@@ -50,7 +50,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     ),
     (
         Setting(router="noisy", balance="local", recompute="activation"),
-        (LayoutCase(ep="4", dispatch="all_gather"), LayoutCase(ep="1", tp="2", etp="4", zero="1")),
+        (LayoutCase(ep="4", dispatch="all_gather"), LayoutCase(ep="1", tp="2", etp="4", zero="3")),
     ),
     (
         Setting(router="expert_choice", recompute="block", experts="loop"),

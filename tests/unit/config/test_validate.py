@@ -81,10 +81,6 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("zero_stage=-1 is outside 0 to 3", {"engine__zero_stage": -1}),
         ("zero_stage=1 needs engine.name deepspeed", {"engine__zero_stage": 1}),
         (
-            "zero_stage=3 with ep=2 is not supported: DeepSpeed partitions every parameter over the full",
-            {"engine__name": "deepspeed", "engine__zero_stage": 3, "parallel__ep": 2},
-        ),
-        (
             "zero_stage=0 with precision=bf16 is not supported",
             {"engine__name": "deepspeed", "engine__precision": "bf16"},
         ),
@@ -212,7 +208,7 @@ def test_names_that_are_no_simple_file_name(name: str) -> None:
         (8, {"parallel__ep": 8, "parallel__tp": 2}),
         (8, {"parallel__tp": 8, "parallel__sequence_parallel": True}),
         (8, {"engine__name": "deepspeed", "engine__zero_stage": 2, "engine__precision": "bf16", "parallel__ep": 4}),
-        (8, {"engine__name": "deepspeed", "engine__zero_stage": 3}),
+        (8, {"engine__name": "deepspeed", "engine__zero_stage": 3, "engine__precision": "bf16", "parallel__ep": 4}),
         (8, {"engine__name": "native", "engine__precision": "bf16"}),
         (8, {"model__moe__num_experts": 0, "model__moe__top_k": 2}),
         (8, {"model__moe__dispatch": "all_to_all"}),

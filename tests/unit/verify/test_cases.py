@@ -105,8 +105,6 @@ def test_every_layout_is_valid_on_enough_ranks_and_covers_every_axis() -> None:
     for axis, values in LAYOUT_AXES.items():
         assert {getattr(layout, axis) for layout in layouts} == set(values)
     for layout in layouts:
-        if layout.zero == "3" and layout.ep != "1":
-            continue  # refused, with a reason
         if layout.tp == "1" and layout.sp == "on":
             continue
         validate(case_config(Setting(), layout, 5), 8)

@@ -1,0 +1,119 @@
+"""Where DeepSpeed's optimizers keep weights, gradients and moments, as pieces of logical parameters.
+
+Stage 0 keeps parameters whole. Stages 1 and 2 lay a group's parameters end to end and cut that. Stage 3 cuts every
+parameter into equal pieces, the last one padded. What is cut, is cut over the ranks that would hold the same: edp for
+experts at ep > 1, dp for all others. Names of attributes are those of DeepSpeed 0.19.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.engine.base import Kind, Piece, owns_replica
+from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.sharding import ParamSpec
+
+# Any: DeepSpeed hangs attributes of its own on parameters.
+Specs = dict[str, tuple[Any, ParamSpec]]
+_Held = Iterator[tuple[str, int, Tensor, bool]]  # name, first element in the logical parameter, values, owned
+
+
+@dataclass(frozen=True)
+class ZeroState:
+    """State of one engine. optimizer: what deepspeed.initialize returned; stage 0 keeps ours."""
+
+    stage: int
+    optimizer: Any
+    specs: Specs
+    mesh: Mesh
+
+    def pieces(self, kind: Kind) -> Iterator[Piece]:
+        """This rank's pieces of every parameter, as views wherever they can be written to."""
+        held = {0: self._whole, 1: self._ranges, 2: self._ranges, 3: self._equal_cuts}[self.stage](kind)
+        for name, start, values, owned in held:
+            yield Piece(name, self.specs[name][1].logical_shape, start, values, owned)
+
+    def restore(self, optimizer_step: int) -> None:
+        """Makes the compute weights follow the masters, and sets Adam's step."""
+        zero = self.optimizer
+        base = zero if self.stage == 0 else zero.optimizer
+        # Stage 3 keeps its optimizer's groups empty, but for the moment of a step.
+        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else None
+        for param in flats or [param for group in base.param_groups for param in group["params"]]:
+            _adam(base, param)["step"].fill_(optimizer_step)
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            for low, flat in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+                low.data.copy_(flat.data)
+
+    def _whole(self, kind: Kind) -> _Held:
+        for name, (param, spec) in self.specs.items():
+            values = {"weight": lambda p: p.data, "grad": lambda p: p.grad}.get(kind)
+            held = values(param) if values else _adam(self.optimizer, param)[kind]
+            yield name, spec.flat_start, held.view(-1), owns_replica(param, self.mesh)
+
+    def _ranges(self, kind: Kind) -> _Held:
+        zero = self.optimizer
+        bf16_wrapper = hasattr(zero, "fp32_groups_flat_partition")
+        low, flats = (
+            (zero.bf16_groups, zero.fp32_groups_flat_partition)
+            if bf16_wrapper
+            else (zero.bit16_groups, zero.single_partition_of_fp32_groups)
+        )
+        names = {param: name for name, (param, _) in self.specs.items()}
+        for index, (params, flat) in enumerate(zip(low, flats, strict=True)):
+            if kind == "weight":
+                buffer = flat.data
+            elif kind != "grad":
+                buffer = _adam(zero.optimizer, flat)[kind]
+            elif bf16_wrapper:
+                buffer = zero.fp32_groups_gradient_flat_partition[index]
+            else:
+                buffer = torch.cat([grad.flatten() for grad in zero.averaged_gradients[index]])
+            for param in params:
+                if param._hp_mapping is None:
+                    continue  # lies in other ranks' partitions
+                here, there = param._hp_mapping.get_hp_fragment_address(), param._hp_mapping.lp_fragment_address
+                spec = self.specs[names[param]][1]
+                values = buffer.narrow(0, here.start, here.numel)
+                yield names[param], spec.flat_start + there.start, values, self._owned(spec)
+
+    def _equal_cuts(self, kind: Kind) -> _Held:
+        zero = self.optimizer
+        for name, (param, spec) in self.specs.items():
+            size = param.ds_tensor.ds_numel
+            first = partition_group(spec, self.mesh).rank * size
+            held = min(size, param.ds_numel - first)
+            if held <= 0:
+                continue  # padding alone
+            group, offset, numel = zero.grad_position[zero.get_param_id(param)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            if kind == "grad":
+                values = zero.get_local_fp32_grad_for_param(param)
+            elif kind == "weight":
+                values = flat.data.narrow(0, offset, numel)
+            else:
+                values = _adam(zero.optimizer, flat)[kind].narrow(0, offset, numel)
+            yield name, spec.flat_start + first, values.view(-1).narrow(0, 0, held), self._owned(spec)
+
+    def _owned(self, spec: ParamSpec) -> bool:
+        """A cut piece is held once by dp or edp; the tp ranks hold the same of a replicated parameter."""
+        return spec.shard != "replicated" or self.mesh.tp.rank == 0
+
+
+def partition_group(spec: ParamSpec, mesh: Mesh) -> Group:
+    """The ranks that hold the same part of the logical parameter, over which ZeRO cuts it."""
+    return mesh.edp if spec.shard == "expert" else mesh.dp
+
+
+def _adam(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of one tensor, made of zeros before its first step."""
+    state = optimizer.state[param]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param.data), torch.zeros_like(param.data)
+    return state
