@@ -18,8 +18,11 @@ Past = KVCache | Pair | tuple[()] | None
 
 def check_past(past: Any, rows: int, heads: int, width: int) -> int:
     """Tokens in the past (in its longest row). Raises ValueError for what is no Past, or not of these sizes."""
-    if past is None or isinstance(past, KVCache):
-        return 0 if past is None else past.cache_position
+    if past is None:
+        return 0
+    if isinstance(past, KVCache):
+        past.check_room(rows, 0)
+        return past.cache_position
     if not isinstance(past, tuple | list) or len(past) not in (0, 2):
         raise ValueError(
             f"past_key_value is {_named(past)}: give None, () to start a cache, the pair (key, value) that an earlier "

@@ -53,21 +53,41 @@ class KVCache:
         cache_position: continue there, forgetting what comes later; None continues after each row's last token. Of rows
         that are not the longest, what lies past their length has no meaning: mask it.
         """
+        rows, heads, length, width = k_BGSP.shape
+        _, own_heads, _, own_width = self.k_BGLP.shape
+        if k_BGSP.shape != v_BGSP.shape or (heads, width) != (own_heads, own_width):
+            raise ValueError(
+                f"keys {tuple(k_BGSP.shape)} and values {tuple(v_BGSP.shape)} do not fit a cache of {own_heads} heads "
+                f"of width {own_width}: give [batch, heads, tokens, width]"
+            )
+        starts = self.check_room(rows, length, cache_position)
+        self._write(k_BGSP, v_BGSP, starts)
+        self.lengths = [start + length for start in starts]
+        if torch.is_grad_enabled():  # the next update writes to the memory that these would be views of
+            return self._joined(self.k_BGLP, k_BGSP, starts), self._joined(self.v_BGLP, v_BGSP, starts)
+        k_BGLP, v_BGLP = self.get()
+        return k_BGLP.to(k_BGSP.dtype), v_BGLP.to(v_BGSP.dtype)
+
+    def check_room(self, rows: int, length: int, cache_position: int | None = None) -> list[int]:
+        """Where `length` more tokens of each of `rows` rows would go. Raises ValueError where they cannot."""
+        if rows > self.max_batch_size:
+            raise ValueError(f"a batch of {rows} is above max_batch_size={self.max_batch_size} of the cache")
+        if cache_position == 0 or not self.lengths:
+            filled, starts = 0, [0] * rows
+        elif rows != len(self.lengths):
+            raise ValueError(f"a batch of {rows}, but the cache holds {len(self.lengths)} rows: reset it first")
+        else:
+            filled, starts = min(self.lengths), list(self.lengths)
         if cache_position is not None:
-            self.rewind(cache_position)
-        rows, length = self._check(k_BGSP, v_BGSP)
-        starts = self.lengths or [0] * rows
-        if max(starts) + length > self.max_seq_len:
+            if not 0 <= cache_position <= filled:
+                raise ValueError(f"cache_position={cache_position} is outside the {filled} tokens in the cache")
+            starts = [cache_position] * rows
+        if max(starts, default=0) + length > self.max_seq_len:
             raise ValueError(
                 f"{max(starts)} tokens in the cache and {length} more are above max_seq_len={self.max_seq_len}: make "
                 "the cache longer, or reset it"
             )
-        self._write(k_BGSP, v_BGSP, starts)
-        self.lengths = [start + length for start in starts]
-        if torch.is_grad_enabled() and (k_BGSP.requires_grad or v_BGSP.requires_grad):
-            return self._joined(self.k_BGLP, k_BGSP, starts), self._joined(self.v_BGLP, v_BGSP, starts)
-        k_BGLP, v_BGLP = self.get()
-        return k_BGLP.to(k_BGSP.dtype), v_BGLP.to(v_BGSP.dtype)
+        return starts
 
     def get(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the rows in use, [B, G, longest, P]: views, which the next update writes to."""
@@ -75,41 +95,32 @@ class KVCache:
         return self.k_BGLP[:rows, :, :longest], self.v_BGLP[:rows, :, :longest]
 
     def rewind(self, position: int) -> None:
-        """Continue every row at `position`, forgetting what comes later."""
-        filled = min(self.lengths, default=0)
-        if not 0 <= position <= filled:
-            raise ValueError(f"cache_position={position} is outside the {filled} tokens in the cache")
-        self.lengths = [position] * len(self.lengths)
+        """Continue every row at `position`, forgetting what comes later. At 0, other rows may follow."""
+        starts = self.check_room(len(self.lengths), 0, position)
+        self.lengths = starts if position else []
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Keep the first tokens of each row: after a prefill of padded prompts, their true lengths."""
         pairs = zip(lengths, self.lengths, strict=False)
         if len(lengths) != len(self.lengths) or any(not 0 <= new <= old for new, old in pairs):
             raise ValueError(f"lengths {list(lengths)} are not within the lengths in the cache, {self.lengths}")
+        longest = self.cache_position
         self.lengths = list(lengths)
+        for row, length in enumerate(lengths):  # a weight of 0 does not hide what is not finite
+            self.k_BGLP[row, :, length:longest] = 0
+            self.v_BGLP[row, :, length:longest] = 0
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
+        rows, longest = len(self.lengths), self.cache_position
+        self.k_BGLP[:rows, :, :longest] = 0
+        self.v_BGLP[:rows, :, :longest] = 0
         self.lengths = []
 
     def to(self, *args: Any, **kwargs: Any) -> "KVCache":
         """Move in place, with the arguments of Tensor.to; what is in the cache stays."""
         self.k_BGLP, self.v_BGLP = (t.to(*args, **kwargs) for t in (self.k_BGLP, self.v_BGLP))
         return self
-
-    def _check(self, k_BGSP: Tensor, v_BGSP: Tensor) -> tuple[int, int]:
-        rows, heads, length, width = k_BGSP.shape
-        limit, own_heads, _, own_width = self.k_BGLP.shape
-        if k_BGSP.shape != v_BGSP.shape or (heads, width) != (own_heads, own_width):
-            raise ValueError(
-                f"keys {tuple(k_BGSP.shape)} and values {tuple(v_BGSP.shape)} do not fit a cache of {own_heads} heads "
-                f"of width {own_width}: give [batch, heads, tokens, width]"
-            )
-        if rows > limit:
-            raise ValueError(f"a batch of {rows} is above max_batch_size={limit} of the cache")
-        if self.lengths and rows != len(self.lengths):
-            raise ValueError(f"a batch of {rows}, but the cache holds {len(self.lengths)} rows: reset it first")
-        return rows, length
 
     @torch.no_grad()
     def _write(self, k_BGSP: Tensor, v_BGSP: Tensor, starts: list[int]) -> None:

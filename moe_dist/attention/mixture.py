@@ -103,6 +103,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, dim={self.dim}]")
         _check_sizes(dict(num_routed_queries=num_routed_queries, num_routed_key_values=num_routed_key_values))
         rotary = None if rotary_emb is None else self._rotary(rotary_emb, x.shape[1])
+        if not x.numel():
+            return x.clone()
         drops = None
         if self.training and self.dropout > 0:
             drops = Dropout(self.dropout, RandomKey.of(int(torch.randint(2**63 - 1, (), device="cpu"))))

@@ -52,7 +52,8 @@ class KeyValueHeads(nn.Module):
     def forward(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Two tensors [B, S, `heads`, P]."""
         weight = self.weight if self.cut else copy_to_group(self.weight, self.tp)
-        kv_BSGP = F.linear(x_TD, weight[self.rows]).view(*shape, -1, 2, self.head_dim)
+        held = (self.rows.stop - self.rows.start) // (2 * self.head_dim)
+        kv_BSGP = F.linear(x_TD, weight[self.rows]).view(*shape, held, 2, self.head_dim)
         if self.reads is not None:
             kv_BSGP = kv_BSGP[:, :, self.reads]
         return kv_BSGP[..., 0, :], kv_BSGP[..., 1, :]
@@ -122,7 +123,7 @@ class CausalSelfAttention(nn.Module):
         """shape: (B, S) of the full tokens. With a cache, queries also see what is in it, and are added to it. There
         are no losses, and no decisions to replay."""
         x_TD = enter(x_TD, self.tp, self.sequence_parallel)
-        q_BSHP = self.query(x_TD).view(*shape, -1, self.head_dim)
+        q_BSHP = self.query(x_TD).view(*shape, self.heads.stop - self.heads.start, self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
         if self.config.clip_qkv is not None:
             q_BSHP, k_BSGP, v_BSGP = (
@@ -138,7 +139,7 @@ class CausalSelfAttention(nn.Module):
             starts_B = cache.starts()
             k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
         y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(places, starts_B, shape, step), None)
-        y_TD = self.out(y_BHSP.transpose(1, 2).reshape(-1, q_BSHP.shape[2] * self.head_dim))
+        y_TD = self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1))
         return leave(y_TD, self.tp, self.sequence_parallel), None
 
     def new_cache(self, rows: int, length: int) -> KVCache:

@@ -17,6 +17,7 @@ from moe_dist.config.load import parse_as
 from moe_dist.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig
 from moe_dist.config.switch_rules import NOT_OF_ATTENTION, switch_rules
 from moe_dist.kernels.registry import resolve_backends
+from moe_dist.moe.mixture import runs_again
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
@@ -81,7 +82,7 @@ class SwitchMultiQueryAttention(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, d_model={self.d_model}]")
-        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: a recomputation
+        again = runs_again()
         context = self._context(x, token_ids, step, again)
         positions_S = torch.arange(x.shape[1], device=x.device)[None]
         positions_S = positions_S.double() if x.dtype == torch.float64 else positions_S

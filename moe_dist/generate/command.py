@@ -120,8 +120,10 @@ def _arguments(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, help="with several ranks: how many share each matrix")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     own = parser.parse_args(list(args))
-    if own.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {own.max_new_tokens} is below 1")
+    for name, low in (("max_new_tokens", 1), ("context", 2), ("ep", 1), ("tp", 1), ("seed", 0)):
+        value = getattr(own, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is below {low}")
     return own
 
 

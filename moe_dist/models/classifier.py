@@ -94,4 +94,5 @@ class Classifier(nn.Module):
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         x_BSD = x_TD.view(*mask_BS.shape, -1).to(wide).masked_fill(~mask_BS[..., None], 0.0)
         mean_BD = x_BSD.sum(1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
-        return F.linear(mean_BD, self.head.to(wide), self.head_bias.to(wide))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(mean_BD, self.head.to(wide), self.head_bias.to(wide))

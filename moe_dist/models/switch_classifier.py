@@ -16,6 +16,7 @@ from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.upcycle import change_experts
 from moe_dist.moe.layer import MoE
+from moe_dist.moe.mixture import runs_again
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.random import RandomKey
@@ -75,26 +76,44 @@ class SwitchClassifier(nn.Module):
         )
         _check(model)
         self.seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
         self.step, self.max_len = 0, max_len
         model = resolve_backends(model, 1, torch.device(device).type)
         self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
         self._counts_LE: Tensor | None = None
         self.to(device)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, mask: Tensor | None = None, *, step: int | None = None) -> tuple[Tensor, Tensor]:
         """ids: [B, S], S <= max_len -> (logits [B, C], the weighted balancing and z-loss). mask: [B, S], true or 1
-        where a token is no padding; None: where it is not pad_id. Raises ValueError for other shapes."""
-        if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.max_len:
+        where a token is no padding; None: where it is not pad_id. step: to be given where a pass is run again
+        (activation checkpointing). Raises ValueError for other shapes, and for ids and masks of other values."""
+        if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.max_len or not len(ids):
             raise ValueError(f"ids have shape {tuple(ids.shape)}, but must be [B, S] with 1 <= S <= {self.max_len}")
+        size = self.core.config.vocab_size
+        if ids.dtype not in (torch.int32, torch.int64) or not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"ids are {ids.dtype} from {ids.min()} to {ids.max()}, but must be int32 or int64 with 0 <= id < {size}"
+            )
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, but ids {tuple(ids.shape)}: give one for each id")
+        if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("mask must be bool, or hold 0 and 1 alone: 1 where a token is no padding")
         mask_BS = ids != self.core.pad_id if mask is None else mask.bool()
-        context = StepContext(
-            RandomKey.of(self.seed, "classifier", self.step), "train" if self.training else "eval", step=self.step
-        )
-        self.step += int(self.training)
+        again = runs_again()
+        if step is None:
+            if self.training and again:
+                raise ValueError(
+                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
+                    "other random numbers: give forward the same `step` both times"
+                )
+            step = self.step
+            self.step += int(self.training)
+        phase: Literal["train", "eval"] = "train" if self.training else "eval"
+        context = StepContext(RandomKey.of(self.seed, "classifier", step), phase, step=step)
         logits_BC, stats = self.core.classify(ids, mask_BS, context)
-        self._counts_LE = torch.stack([layer.load_E for layer in stats])
+        if not again:
+            self._counts_LE = torch.stack([layer.load_E for layer in stats])
         aux_loss = torch.stack([layer.aux_loss for layer in stats]).sum()
         return logits_BC, aux_loss
 

@@ -64,6 +64,8 @@ class TransformerBlock(nn.Module):
         self.model = _model(d_model, n_heads, kv_heads, d_ff, attention, torch.device(device).type)
         self.rope_theta, self.moe = rope_theta, None
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = CausalSelfAttention(self.model, 0, single_process_mesh())
         initialize(self.attention, seed, "attention.")
@@ -86,26 +88,30 @@ class TransformerBlock(nn.Module):
         use_cache: bool = False,
         cache_position: int | None = None,
         return_aux_loss: bool = False,
+        *,
+        step: int | None = None,
     ) -> tuple[Tensor, KVCache | None, Tensor | None]:
         """x [B, S, D] -> (y [B, S, D], the cache if used, the auxiliary loss if asked for: zero without experts).
 
         mask: what may be seen, beside causality; bool or 0 and 1, of shape [B, L] for keys, or [S, L], [B, S, L] or
         [B, 1, S, L]. L counts the tokens in the cache. With use_cache, queries also see what is in kv_cache and are
-        added to it; cache_position: continue there, forgetting what comes later. Raises ValueError for what does not
-        fit, an overflow of the cache included.
+        added to it; cache_position: continue there, forgetting what comes later. step: of the experts' random numbers,
+        to be given where a pass is run again (activation checkpointing). Raises ValueError for what does not fit, an
+        overflow of the cache included, and for a mask of two dimensions that could be [B, L] as well as [S, L].
         """
         if x.dim() != 3 or x.shape[-1] != self.model.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, tokens, d_model={self.model.d_model}]")
-        cache = self._cache(kv_cache, use_cache, cache_position)
         shape = (x.shape[0], x.shape[1])
-        past = 0 if cache is None else cache.cache_position
-        places = self._places(shape, past, cache, mask, x)
-        step = StepContext(RandomKey.of("block"), "train" if self.training else "eval")
-        attended_TD, _ = self.attention(self.attention_norm(x).flatten(0, 1), shape, places, step, cache)
+        cache, starts = self._cache(kv_cache, use_cache, cache_position, shape)
+        places = self._places(shape, starts, mask, x)
+        if cache is not None and cache_position is not None:
+            cache.rewind(cache_position)  # when all else was found right
+        context = StepContext(RandomKey.of("block"), "train" if self.training else "eval")
+        attended_TD, _ = self.attention(self.attention_norm(x).flatten(0, 1), shape, places, context, cache)
         x = x + self.dropout(attended_TD.view_as(x))
         normed, aux_loss = self.feed_forward_norm(x), x.new_zeros(())
         if isinstance(self.feed_forward, MixtureOfExperts):
-            y, aux_loss = self.feed_forward(normed, return_aux_loss=True)  # it has its own dropout
+            y, aux_loss = self.feed_forward(normed, return_aux_loss=True, step=step)  # it has its own dropout
         else:
             y = self.dropout(self.feed_forward(normed.flatten(0, 1)).view_as(x))
         return x + y, cache, aux_loss if return_aux_loss else None
@@ -121,33 +127,32 @@ class TransformerBlock(nn.Module):
         cache = self.attention.new_cache(max_batch_size, max_seq_len)
         return cache.to(device=device, dtype=dtype)
 
-    def _cache(self, kv_cache: KVCache | None, use_cache: bool, cache_position: int | None) -> KVCache | None:
+    def _cache(
+        self, kv_cache: KVCache | None, use_cache: bool, cache_position: int | None, shape: tuple[int, int]
+    ) -> tuple[KVCache | None, list[int]]:
+        """The cache if it is used, and the place of the first token of each row."""
         if not use_cache:
             if cache_position is not None:
                 raise ValueError(f"cache_position={cache_position} needs use_cache=True and a kv_cache")
-            return None
-        if kv_cache is None:
-            raise ValueError("use_cache=True needs a kv_cache: make one with create_kv_cache")
-        if cache_position is not None:
-            kv_cache.rewind(cache_position)
-        return kv_cache
-
-    def _places(
-        self, shape: tuple[int, int], past: int, cache: KVCache | None, mask: Tensor | None, x: Tensor
-    ) -> Places:
-        model, rotary, slopes_H = self.model, None, None
-        if model.attention.position == "rotary":
-            starts_B = None if cache is None else cache.starts()
-            positions = torch.arange(shape[1], device=x.device)[None] + (
-                past if starts_B is None else starts_B[:, None]
+            return None, [0] * shape[0]
+        if not isinstance(kv_cache, KVCache):
+            raise ValueError(
+                f"use_cache=True needs a kv_cache, got {type(kv_cache).__name__}: make one with create_kv_cache"
             )
+        return kv_cache, kv_cache.check_room(*shape, cache_position)
+
+    def _places(self, shape: tuple[int, int], starts: list[int], mask: Tensor | None, x: Tensor) -> Places:
+        model, rotary, slopes_H, bias = self.model, None, None, None
+        if model.attention.position == "rotary":
+            starts_B1 = torch.tensor(starts or [0], device=x.device)[:, None]
+            positions = starts_B1 + torch.arange(shape[1], device=x.device)
             positions = positions.double() if x.dtype == torch.float64 else positions
             rotary = rotary_table(positions, model.d_model // model.num_heads, self.rope_theta)
         if model.attention.position == "alibi":
             slopes_H = alibi_slopes(model.num_heads, device=x.device)
-        bias = None
         if mask is not None:
-            bias = added_by(_seen(mask), shape[0], model.num_heads, shape[1], past + shape[1])
+            keys = max(starts, default=0) + shape[1]
+            bias = added_by(_seen(mask), shape[0], model.num_heads, shape[1], keys)
         return Places(rotary, slopes_H, bias=bias)
 
 
@@ -160,7 +165,10 @@ def _seen(mask: Tensor) -> Tensor:
 
 
 def _model(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: AttentionConfig, device: str) -> ModelConfig:
-    problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("n_heads", heads)) if value < 1]
+    sizes = dict(d_model=d_model, n_heads=heads, d_ff=d_ff)
+    problems = [f"{name}={value} is below 1" for name, value in sizes.items() if value < 1]
+    if attention.position not in ("none", "rotary", "alibi"):
+        problems.append(f"position={attention.position!r} is none of none, rotary and alibi")
     if not problems and d_model % heads:
         problems.append(f"d_model={d_model} is not divisible by n_heads={heads}")
     if not problems and (kv_heads < 1 or heads % kv_heads):

@@ -87,9 +87,9 @@ class MixtureOfExperts(nn.Module):
         x_TD = x.reshape(-1, self.d_model)
         context = self._context(x, token_ids, step)
         y_TD, stats = self.moe(x_TD, context)
-        if not _runs_again():
+        if not runs_again():
             self._counts_E = stats.load_E
-        if self.training and not _runs_again():
+        if self.training and not runs_again():
             earlier = self._since_balance
             self._since_balance = stats.load_E if earlier is None else earlier + stats.load_E
         y = self._dropped_out(y_TD, context).view(x.shape)
@@ -153,7 +153,7 @@ class MixtureOfExperts(nn.Module):
 
     def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
         if step is None:
-            if self.training and _runs_again():
+            if self.training and runs_again():
                 raise ValueError(
                     "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
                     "other random numbers: give forward the same `step` both times"
@@ -198,6 +198,6 @@ def _model(
     return resolve_backends(model, mesh.ep.size, device_type)
 
 
-def _runs_again() -> bool:
+def runs_again() -> bool:
     """Whether this is inside a backward pass: a forward pass there is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)

@@ -75,7 +75,8 @@ def test_says_what_does_not_fit(shape: tuple[int, ...], message: str) -> None:
 
 def test_holds_another_precision_than_the_model() -> None:
     cache, (k, v) = KVCache(1, 8, 2, 4, dtype=torch.bfloat16), pairs(1, 3)
-    all_k, _ = cache.update(k, v)
+    with torch.no_grad():
+        all_k, _ = cache.update(k, v)
     assert all_k.dtype == torch.float32 and all_k.equal(k.bfloat16().float())
     cache.to(dtype=torch.float64)
     assert cache.get()[0].dtype == torch.float64 and cache.get()[0].equal(k.bfloat16().double())
@@ -105,3 +106,30 @@ def test_takes_what_is_not_contiguous() -> None:
     cache, (k, v) = KVCache(2, 8, 2, 4), pairs(2, 3)
     all_k, _ = cache.update(k.transpose(2, 3).contiguous().transpose(2, 3), v)
     assert all_k.equal(k)
+
+
+def test_what_was_forgotten_hides_nothing_that_is_not_finite() -> None:
+    """A weight of 0 times NaN would be NaN."""
+    cache = KVCache(2, 8, 2, 4)
+    cache.update(torch.full((2, 2, 6, 4), torch.nan), torch.full((2, 2, 6, 4), torch.nan))
+    cache.reset()
+    cache.update(*pairs(2, 4))
+    cache.truncate([1, 4])
+    for all_BGLP in cache.update(*pairs(2, 1)):
+        assert all_BGLP.isfinite().all()
+
+
+def test_a_refused_update_changes_nothing() -> None:
+    cache = KVCache(2, 4, 2, 4)
+    cache.update(*pairs(2, 3))
+    with pytest.raises(ValueError, match="max_seq_len=4"):
+        cache.update(*pairs(2, 5), cache_position=0)
+    assert cache.lengths == [3, 3]
+    assert cache.update(*pairs(1, 2), cache_position=0)[0].shape[0] == 1  # from the start, other rows may follow
+
+
+def test_two_updates_under_a_gradient_of_the_queries_alone() -> None:
+    cache, q = KVCache(1, 4, 1, 4), torch.randn(1, 1, 1, 4, requires_grad=True)
+    total = sum((q @ cache.update(*pairs(1, 1, heads=1))[0].mT).sum() for _ in range(2))
+    total.backward()
+    assert q.grad is not None

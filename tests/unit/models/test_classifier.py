@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import moe_dist
 from moe_dist.models.classifier import Classifier
@@ -268,3 +269,27 @@ def test_parameter_counts_are_those_of_the_model(changes: dict[str, object]) -> 
     counts = classifier_parameter_counts(config, max_len=20)
     model = Classifier(config, single_process_mesh(), max_len=20)
     assert counts.total == sum(param.numel() for param in model.parameters())
+
+
+def test_activation_checkpointing_asks_for_the_step() -> None:
+    model, ids = SwitchClassifier(4, 16, 32, 20, dropout_rate=0.5, seed=1), torch.randint(1, 20, (4, 6))
+    weight = model.core.embedding.weight
+    (expected,) = torch.autograd.grad(model(ids, step=3)[0].square().sum(), weight)
+    again = checkpoint(lambda ids: model(ids, step=3)[0], ids, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), weight), (expected,))
+    with pytest.raises(ValueError, match="give forward the same `step`"):
+        checkpoint(lambda ids: model(ids)[0], ids, use_reentrant=False).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "words"),
+    [
+        (torch.full((2, 4), 25), None, "0 <= id < 20"),
+        (torch.ones(2, 4), None, "must be int32 or int64"),
+        (torch.ones(2, 4, dtype=torch.int64), torch.full((2, 4), -1e9), "0 and 1 alone"),
+    ],
+    ids=["range", "dtype", "mask"],
+)
+def test_mistakes_of_a_call(ids: torch.Tensor, mask: torch.Tensor | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        SwitchClassifier(4, 16, 32, 20)(ids, mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe_dist import KVCache, TransformerBlock
 
@@ -181,3 +182,29 @@ def test_mistakes(options: dict[str, object], call: dict[str, object], words: st
 def test_a_mask_that_could_mean_two_things() -> None:
     with pytest.raises(ValueError, match="could be of 4 rows or of 4 queries"):
         block_of()(torch.randn(4, 4, D), mask=torch.ones(4, 4))
+
+
+def test_activation_checkpointing_with_experts() -> None:
+    block, x = block_of(use_moe=True, num_experts=4, dropout=0.3), torch.randn(2, S, D, requires_grad=True)
+    torch.manual_seed(0)
+    plain = block(x, step=7)[0]
+    (expected,) = torch.autograd.grad(plain.square().sum(), x)
+    torch.manual_seed(0)
+    again = checkpoint(lambda x: block(x, step=7)[0], x, use_reentrant=False)
+    (found,) = torch.autograd.grad(again.square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_refused_call_keeps_the_cache() -> None:
+    block, x = block_of().eval(), torch.randn(2, S, D)
+    cache = block.create_kv_cache(2, S)
+    block(x[:, :4], kv_cache=cache, use_cache=True)
+    for options in (dict(mask=torch.ones(2, 3)), dict()):
+        with pytest.raises(ValueError, match=r"mask|max_seq_len"):
+            block(torch.randn(2, S + 1, D), kv_cache=cache, use_cache=True, cache_position=0, **options)
+    assert cache.lengths == [4, 4]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_an_empty_batch(use_moe: bool) -> None:
+    assert block_of(use_moe=use_moe, num_experts=4, position="rotary")(torch.randn(0, S, D))[0].shape == (0, S, D)
