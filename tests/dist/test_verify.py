@@ -60,6 +60,10 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     (Setting(router="hash", overflow="reroute"), (LayoutCase(ep="4", tp="2", zero="1"),)),
     (Setting(router="jitter", top_k="1", recompute="block"), (LayoutCase(ep="4", tp="2", sp="on"),)),
     (Setting(router="groups", drops="random", overflow="reroute"), (LayoutCase(ep="4", dispatch="overlap"),)),
+    (Setting(attention="options"), (LayoutCase(ep="2", tp="2", sp="on", zero="1"),)),
+    (Setting(attention="dropout"), (LayoutCase(ep="4", tp="2", sp="on"),)),
+    (Setting(attention="switch", recompute="block"), (LayoutCase(ep="4", tp="2", zero="3"),)),
+    (Setting(attention="routed"), (LayoutCase(ep="2", tp="2", sp="on"),)),
 ]
 
 
