@@ -15,13 +15,14 @@ from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.inputs import Past, check_bias, check_lengths, check_mask, check_past, extend
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.norms import Norm
-from moe_dist.attention.options import check_options, check_sizes, checked_seed
+from moe_dist.attention.options import check_options, check_sizes
 from moe_dist.attention.parts import Heads, Part, initialize, logical_state, qkv_part, sum_shared
 from moe_dist.attention.rotary import apply_rotary, rotary_table
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.reference import attend_with_weights
+from moe_dist.moe.standalone import drawn_seed
 from moe_dist.parallel.collectives import copy_to_group, gather_from_group, gather_sequence, own_slice
 from moe_dist.parallel.linear import leave
 from moe_dist.parallel.mesh import Group
@@ -91,7 +92,7 @@ class MultiQueryAttention(nn.Module):
         self.rope_theta = rope_theta if rotary else None
         self.alibi, self.window = alibi, window
         self.attend = attention(attn_impl)
-        self.seed, self.step = checked_seed(seed, self.tp.size), 0
+        self.seed, self.step = drawn_seed(seed, self.tp.size), 0
 
         self.mine = Heads.of(heads, num_kv_heads, self.tp)
         self.qkv = qkv_part(self.mine, heads, num_kv_heads, self.head_dim)

@@ -2,21 +2,8 @@
 
 from typing import get_args
 
-import torch
-
 from moe_dist.attention.norms import NormType
 from moe_dist.kernels.registry import check_triton
-
-
-def checked_seed(seed: int | None, ranks: int) -> int:
-    """The seed, or one drawn from torch's generator."""
-    if seed is None:
-        if ranks > 1:
-            raise ValueError(f"seed=None on {ranks} ranks, which must draw the same weights: give a seed")
-        return int(torch.randint(2**63 - 1, (), device="cpu"))
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
-    return seed
 
 
 def check_sizes(d_model: int, heads: int, num_kv_heads: int, head_dim: int | None, tp: int) -> None:

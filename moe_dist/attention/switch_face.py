@@ -17,8 +17,8 @@ from moe_dist.config.load import parse_as
 from moe_dist.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig
 from moe_dist.config.switch_rules import NOT_OF_ATTENTION, switch_rules
 from moe_dist.kernels.registry import resolve_backends
-from moe_dist.moe.mixture import runs_again
 from moe_dist.moe.routing import StepContext
+from moe_dist.moe.standalone import drawn_seed, runs_again, step_of
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.random import RandomKey
@@ -56,7 +56,7 @@ class SwitchMultiQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         mesh = mesh or single_process_mesh()
-        self.seed, self.step, self.d_model, self.rope_theta = drawn_seed(seed, mesh), 0, d_model, rope_theta
+        self.seed, self.step, self.d_model, self.rope_theta = drawn_seed(seed, mesh.world.size), 0, d_model, rope_theta
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
         options |= dict(balance_loss_coef=load_loss_coef)
         model = _model(d_model, num_heads, head_dim, dropout, options, mesh, torch.device(device).type)
@@ -83,7 +83,7 @@ class SwitchMultiQueryAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, d_model={self.d_model}]")
         again = runs_again()
-        context = self._context(x, token_ids, step, again)
+        context = self._context(x, token_ids, step)
         positions_S = torch.arange(x.shape[1], device=x.device)[None]
         positions_S = positions_S.double() if x.dtype == torch.float64 else positions_S
         rotary = rotary_table(positions_S, self.attention.head_dim // 2 * 2, self.rope_theta)
@@ -122,15 +122,8 @@ class SwitchMultiQueryAttention(nn.Module):
         moe = self.attention.config.moe
         return f"num_experts={moe.num_experts}, top_k={moe.top_k}, heads={self.attention.heads}, router={moe.router}"
 
-    def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None, again: bool) -> StepContext:
-        if step is None:
-            if self.training and again:
-                raise ValueError(
-                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
-                    "other random numbers: give forward the same `step` both times"
-                )
-            step = self.step
-            self.step += int(self.training)
+    def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
+        step = step_of(self, step)
         tp, ids_T = self.attention.tp, None if token_ids is None else token_ids.reshape(-1)
         return StepContext(
             RandomKey.of(self.seed, "switch attention", step),
@@ -139,17 +132,6 @@ class SwitchMultiQueryAttention(nn.Module):
             seq_len=x.shape[1],
             token_ids_T=None if ids_T is None else own_slice(ids_T, tp),
         )
-
-
-def drawn_seed(seed: int | None, mesh: Mesh) -> int:
-    """`seed`, or one from torch's generator."""
-    if seed is None:
-        if mesh.world.size > 1:
-            raise ValueError(f"seed=None on {mesh.world.size} ranks, which must draw the same weights: give a seed")
-        return int(torch.randint(2**63 - 1, (), device="cpu"))
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
-    return seed
 
 
 def _model(

@@ -16,8 +16,8 @@ from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.upcycle import change_experts
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.mixture import runs_again
 from moe_dist.moe.routing import StepContext
+from moe_dist.moe.standalone import drawn_seed, runs_again, step_of
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.random import RandomKey
 
@@ -75,9 +75,7 @@ class SwitchClassifier(nn.Module):
             moe=parse_as(MoEConfig, options, "SwitchClassifier"),
         )
         _check(model)
-        self.seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
+        self.seed = drawn_seed(seed)
         self.step, self.max_len = 0, max_len
         model = resolve_backends(model, 1, torch.device(device).type)
         self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
@@ -100,19 +98,11 @@ class SwitchClassifier(nn.Module):
         if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask must be bool, or hold 0 and 1 alone: 1 where a token is no padding")
         mask_BS = ids != self.core.pad_id if mask is None else mask.bool()
-        again = runs_again()
-        if step is None:
-            if self.training and again:
-                raise ValueError(
-                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
-                    "other random numbers: give forward the same `step` both times"
-                )
-            step = self.step
-            self.step += int(self.training)
+        step = step_of(self, step)
         phase: Literal["train", "eval"] = "train" if self.training else "eval"
         context = StepContext(RandomKey.of(self.seed, "classifier", step), phase, step=step)
         logits_BC, stats = self.core.classify(ids, mask_BS, context)
-        if not again:
+        if not runs_again():
             self._counts_LE = torch.stack([layer.load_E for layer in stats])
         aux_loss = torch.stack([layer.aux_loss for layer in stats]).sum()
         return logits_BC, aux_loss

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.attention.switch_face import SwitchMultiQueryAttention, drawn_seed
+from moe_dist.attention.switch_face import SwitchMultiQueryAttention
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.feed_forward import FeedForward
+from moe_dist.moe.standalone import drawn_seed
 from moe_dist.parallel.mesh import Group, Mesh, single_process_mesh
 from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
@@ -45,7 +46,7 @@ class Block(nn.Module):
         mesh, d_ff = mesh or single_process_mesh(), 4 * d_model if d_ff is None else d_ff
         if d_ff < 1:
             raise ValueError(f"d_ff={d_ff} is below 1")
-        seed = drawn_seed(seed, mesh)
+        seed = drawn_seed(seed, mesh.world.size)
         routed = (dropout, capacity_factor, top_k, load_loss_coef)
         self.attention_norm = RMSNorm(d_model, _EPS, Group(), False)
         self.attention = SwitchMultiQueryAttention(
@@ -102,7 +103,7 @@ class Transformer(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}={size} is below 1")
         mesh = mesh or single_process_mesh()
-        seed = drawn_seed(seed, mesh)
+        seed = drawn_seed(seed, mesh.world.size)
         self.vocab_size = vocab_size
         shape = (vocab_size, d_model)
         self.embedding = parameter(shape, ParamSpec(shape, std=0.02))

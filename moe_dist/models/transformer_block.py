@@ -20,6 +20,7 @@ from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.mixture import MixtureOfExperts
 from moe_dist.moe.routing import StepContext
+from moe_dist.moe.standalone import drawn_seed
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import initialize
@@ -63,9 +64,7 @@ class TransformerBlock(nn.Module):
         kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         self.model = _model(d_model, n_heads, kv_heads, d_ff, attention, torch.device(device).type)
         self.rope_theta, self.moe = rope_theta, None
-        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
+        seed = drawn_seed(seed)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = CausalSelfAttention(self.model, 0, single_process_mesh())
         initialize(self.attention, seed, "attention.")

@@ -16,6 +16,7 @@ from moe_dist.kernels.activation import gated
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
+from moe_dist.moe.standalone import drawn_seed, runs_again, step_of
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import initialize
@@ -61,12 +62,7 @@ class MixtureOfExperts(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
         mesh = mesh or single_process_mesh()
-        if seed is None:
-            if mesh.world.size > 1:
-                raise ValueError(f"seed=None on {mesh.world.size} ranks, which must draw the same weights: give a seed")
-            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
+        seed = drawn_seed(seed, mesh.world.size)
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
         model = _model(d_model, d_ff, activation, options, mesh, torch.device(device).type)
         self.d_model, self.dropout, self.seed, self.step = d_model, dropout, seed, 0
@@ -152,14 +148,7 @@ class MixtureOfExperts(nn.Module):
         return f"num_experts={moe.num_experts}, top_k={moe.top_k}, router={moe.router}, dropout={self.dropout}"
 
     def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
-        if step is None:
-            if self.training and runs_again():
-                raise ValueError(
-                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
-                    "other random numbers: give forward the same `step` both times"
-                )
-            step = self.step
-            self.step += int(self.training)
+        step = step_of(self, step)
         return StepContext(
             RandomKey.of(self.seed, "mixture", step),
             "train" if self.training else "eval",
@@ -196,8 +185,3 @@ def _model(
     if problems:
         raise ValueError("\n".join(problems))
     return resolve_backends(model, mesh.ep.size, device_type)
-
-
-def runs_again() -> bool:
-    """Whether this is inside a backward pass: a forward pass there is a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)

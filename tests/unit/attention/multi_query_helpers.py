@@ -1,9 +1,7 @@
 """Small layers, their gradients, and the plain maths that they are compared with."""
 
-from importlib.util import find_spec
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +10,6 @@ from moe_dist import MultiQueryAttention
 from moe_dist.attention.alibi import alibi_slopes
 
 D, HEADS = 24, 6
-no_triton = pytest.mark.skipif(find_spec("moe_dist.kernels.attention.triton") is None, reason="no Triton attention")
 OPTIONS: list[dict[str, Any]] = [
     dict(),
     dict(num_kv_heads=2, rotary=True, qk_ln=True),
@@ -21,7 +18,7 @@ OPTIONS: list[dict[str, Any]] = [
     dict(sinks=True, window=2, use_bias=False, softmax_scale=0.7),
     dict(qk_ln=True, clip_qkv=0.7, sinks=True, num_kv_heads=3),
 ]
-IMPLS = ["torch", "flash", pytest.param("triton", marks=no_triton)]
+IMPLS = ["torch", "flash", "triton"]
 FUSED = IMPLS[1:]
 
 
