@@ -8,12 +8,15 @@ What DeepSpeed 0.19 needs to be told, and why:
   cut over tp and for experts, which differ between tp ranks, not for replicated ones.
 - Stage 0 clips by a norm that averages ranks, wrong under ep: we clip there ourselves, by the true norm.
 - Stage 3 partitions over the full dp group, which is wrong for experts at ep > 1: refused by config validation.
+- ZeRO leaves a step out when its norm is not finite, and keeps its counters right: so discarding a step is giving it
+  such a norm. It then says so in `overflow` alone, for the norm it reports can be an older one.
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
 """
 
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -95,7 +98,9 @@ class DeepSpeedEngine:
         self.model = model
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        self.mesh.trail.enter("forward")
         output = self.engine(tokens_BS, targets, step)
+        self.mesh.trail.enter("backward")
         self.engine.backward(output.loss)
         self.micro = (self.micro + 1) % self.accumulation
         if self.micro:
@@ -116,9 +121,33 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._clip_by_true_norm() if self.stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.discard()
+            return norm
         self.engine.step()
+        if self.stage > 0 and self.optimizer.overflow:
+            self.loads.forget()
+            return math.inf
         self.loads.settle(self.model)
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def discard(self) -> None:
+        if self.stage == 0:
+            for param, _ in self.specs.values():
+                param.grad = None  # torch's optimizer passes over it
+        else:
+            for grad in self._reduced_gradients():
+                grad.fill_(math.nan)
+        self.engine.step()
+        assert self.stage == 0 or self.optimizer.overflow, "ZeRO leaves a step out when its norm is not finite"
+        self.loads.forget()
+
+    def _reduced_gradients(self) -> list[Tensor]:
+        """Stages 1 to 3: what this rank holds of the gradients, as the step will read them."""
+        zero = self.optimizer
+        if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+            return list(zero.fp32_groups_gradient_flat_partition)
+        return [grad for group in zero.averaged_gradients.values() for grad in group]
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         pieces = {0: self._whole, 1: self._partitions, 2: self._partitions, 3: self._zero3}[self.stage](kind)
