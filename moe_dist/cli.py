@@ -32,7 +32,16 @@ Under torchrun or as a Slurm step each rank runs this same command:
 
 --resume continues the run from its newest checkpoint. --resume auto also starts a run that has none yet, and returns at
 once when it has finished: the same command, again and again, brings a run to its end.
-SIGUSR2 and SIGTERM make it save after the step at hand, and leave with exit code 75 and `preempted` in status.json.
+A run is continued with the same data, tokenizer, seed, seq_len, global_batch and model, or refused. What is changed on
+purpose is named: --override data,seed.
+SIGUSR2, SIGTERM, SIGINT (Ctrl-C) and run.time_limit make it save after the step at hand, and leave with exit code 75
+and `preempted` in status.json. A second Ctrl-C ends it at once.
+
+Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a failure too:
+  0  done                                       76  diverged: going back to a checkpoint did not help
+  1  failed; the reason is in status.json       77  a rank stood still (guard.stall_seconds)
+  2  a mistake of the user                      78  copies of a parameter differ (guard.check_replicas)
+  75 saved and stopped: run it again            79  starts again and again without a checkpoint (guard.max_restarts)
 """
 
 _STATUS = """Print in one line how far a run is: none, running, finished, preempted or failed, and what is known of it.
@@ -42,7 +51,7 @@ Takes what `moe-dist train` takes, and reads status.json of the run that this na
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong, 75 saved and stopped by a signal."""
+    """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong; others: train/exit_codes.py."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
         match command:
@@ -76,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        from moe_dist.train.exit_codes import INTERRUPTED
+
+        print("moe-dist: interrupted", file=sys.stderr)
+        return INTERRUPTED
     if command in ("help", "-h", "--help"):
         print(_USAGE)
         return 0
@@ -94,7 +108,19 @@ def _train(args: list[str]) -> int:
         return 0
     from moe_dist.train.command import train
 
-    return train(config, own.resume, own.device)
+    return train(config, own.resume, own.device, _overrides(own))
+
+
+def _overrides(own: argparse.Namespace) -> list[str]:
+    from moe_dist.train.resume import OVERRIDES
+
+    names = own.override.split(",") if own.override else []
+    for name in names:
+        if name not in OVERRIDES:
+            raise ValueError(f"--override {name!r} is none of {', '.join(OVERRIDES)}")
+    if names and own.resume == "never":
+        raise ValueError("--override changes what a resumed run must agree on: give --resume too")
+    return names
 
 
 def _status(args: list[str]) -> int:
@@ -111,10 +137,11 @@ def _run_arguments(command: str, args: list[str], description: str) -> tuple[arg
 
     parser = argparse.ArgumentParser(prog=f"moe-dist {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
+    parser.add_argument("--override")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     path = args.pop(0) if args and not args[0].startswith("-") else None
     own, flags = parser.parse_known_args(args)
-    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--device {{cpu,cuda}}]"
+    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--override NAME,..] [--device {{cpu,cuda}}]"
     return own, override_config(load_config(path), flags, prog=usage, description=description)
 
 

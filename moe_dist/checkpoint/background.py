@@ -50,15 +50,17 @@ class Saver:
         self._step = 0
         self._error: BaseException | None = None
 
-    def save(self, engine: Engine, step: int, validation_loss: float | None = None) -> Path:
+    def save(self, engine: Engine, step: int, validation_loss: float | None = None, skipped: int = 0) -> Path:
         """Write checkpoint `step`, or begin to; its folder. Waits for the one before, and says so.
+
+        skipped: how many of the steps were left out, so that the optimizer has made fewer.
 
         Raises RuntimeError on every rank when this save, or a pending one, failed on any.
         """
         self.wait()
         if validation_loss is not None and not math.isfinite(validation_loss):
             validation_loss = None
-        snapshot = take_snapshot(engine, step, copy=self.background)
+        snapshot = take_snapshot(engine, step, copy=self.background, skipped=skipped)
         if self.background:
             self._step, self._error = step, None
             self._thread = threading.Thread(target=self._work, args=(snapshot, validation_loss), name=f"save-{step}")

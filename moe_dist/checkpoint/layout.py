@@ -93,14 +93,16 @@ class RunInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """step: optimizer steps done. shapes: of logical parameters. buffers: those of them that no optimizer holds, so
-    that they have no moments. kinds: what is stored, all of STATE_KINDS or weights alone. data_position and
-    random_state: which sequences and which random numbers come next. validation_loss: at this step, where it is known.
+    """step: steps done. skipped: those among them that were left out, which the optimizer has not made. shapes: of
+    logical parameters. buffers: those of them that no optimizer holds, so that they have no moments. kinds: what is
+    stored, all of STATE_KINDS or weights alone. data_position and random_state: which sequences and which random
+    numbers come next. validation_loss: at this step, where it is known.
     """
 
     __pydantic_config__ = _STRICT
 
     step: int
+    skipped: int = 0
     validation_loss: float | None = None
     data_position: Position
     random_state: Position
@@ -149,6 +151,8 @@ class Manifest:
 
     def problems(self) -> Iterator[str]:
         """What the manifest contradicts itself in: names, sizes, ranges that overlap or are missing."""
+        if not 0 <= self.skipped <= self.step:
+            yield f"{self.skipped} of {self.step} steps cannot have been left out"
         if self.kinds not in (["weight"], list(STATE_KINDS)):
             yield f"kinds={self.kinds} is neither weights alone nor {list(STATE_KINDS)}"
             return

@@ -1,5 +1,6 @@
 """Reading a checkpoint from any layout into any other, and finding the newest one that is whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,28 +38,40 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def load(folder: Path, engine: Engine, checked: bool = False) -> Manifest:
+def load(
+    folder: Path, engine: Engine, checked: bool = False, pass_over: Callable[[str], None] | None = None
+) -> Manifest:
     """Fill `engine` from a checkpoint written under any layout; every rank must call.
 
-    checked: its digests were found right a moment ago. Raises ValueError on every rank when a file is damaged, the
-    model has other parameters, or the checkpoint holds weights alone.
+    checked: its digests were found right a moment ago. pass_over: takes a line on each parameter that is absent here or
+    has another shape; it stays as it was. Raises ValueError on every rank when a file is damaged, the checkpoint holds
+    weights alone, or the model has other parameters and there is no pass_over.
     """
-    reader = _reader(folder, engine.model, checked)
+    reader = _reader(folder, checked)
+    others = _other_parameters(reader, engine.model)
+    for problem in others.values():
+        if pass_over is None:
+            raise ValueError(f"{folder}: {problem}: load it with its own config")
+        pass_over(f"not loaded: {problem}")
     if reader.manifest.kinds != list(STATE_KINDS):
         raise ValueError(f"{folder} holds weights alone, no optimizer state: it can generate, but not be continued")
     for kind in STATE_KINDS:
         for piece in engine.held(kind):
+            if piece.name in others:
+                continue
             values = reader.read(kind, piece.name, piece.start, piece.values.numel())
             with torch.no_grad():
                 piece.values.copy_(values)
-    engine.restore(reader.manifest.step)
+    engine.restore(reader.manifest.step - reader.manifest.skipped)
     return reader.manifest
 
 
 @torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> Manifest:
     """Fill a model that no engine owns, on one rank of any layout and in any precision; otherwise as `load`."""
-    reader = _reader(folder, model, checked=False)
+    reader = _reader(folder, checked=False)
+    for problem in _other_parameters(reader, model).values():
+        raise ValueError(f"{folder}: {problem}: load it with its own config")
     for name, param, spec in logical_parameters(model):
         values = reader.read("weight", name, spec.flat_start, param.numel())
         param.copy_(values.view_as(param))
@@ -67,12 +80,10 @@ def load_weights(folder: Path, model: nn.Module) -> Manifest:
     return reader.manifest
 
 
-def _reader(folder: Path, model: nn.Module, checked: bool) -> Reader:
+def _reader(folder: Path, checked: bool) -> Reader:
     if not checked and (problems := _problems(folder)):
         raise ValueError("\n".join(problems))
-    reader = Reader(folder)
-    _check_shapes(reader, model)
-    return reader
+    return Reader(folder)
 
 
 def _problems(folder: Path) -> list[str]:
@@ -84,16 +95,15 @@ def _problems(folder: Path) -> list[str]:
     return list(dict.fromkeys(problem for reply in gather_json(mine) for problem in reply))
 
 
-def _check_shapes(reader: Reader, model: nn.Module) -> None:
-    """By the whole model, not by what this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
-    needed = logical_shapes(model)
-    stored = reader.manifest.shapes
-    for name in sorted(needed.keys() | stored.keys()):
-        if stored.get(name) != needed.get(name):
-            raise ValueError(
-                f"{reader.folder}: parameter {name} {_shape(stored.get(name))} here, but {_shape(needed.get(name))} "
-                f"in this model: load it with its own config"
-            )
+def _other_parameters(reader: Reader, model: nn.Module) -> dict[str, str]:
+    """What is wrong with each parameter that is not the same here as in the checkpoint. By the whole model, not by what
+    this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
+    needed, stored = logical_shapes(model), reader.manifest.shapes
+    return {
+        name: f"parameter {name} {_shape(stored.get(name))} there, but {_shape(needed.get(name))} in this model"
+        for name in sorted(needed.keys() | stored.keys())
+        if stored.get(name) != needed.get(name)
+    }
 
 
 def _shape(shape: list[int] | None) -> str:

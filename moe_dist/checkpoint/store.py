@@ -25,16 +25,17 @@ from moe_dist.parallel.objects import gather_json
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank saves: the ranges it owns, in host memory, and what every rank knows of the model."""
+    """What one rank saves: the ranges it owns, in host memory, and what every rank knows of the run."""
 
     step: int
+    skipped: int
     entries: list[tuple[Range, Tensor]]
     shapes: dict[str, list[int]]
     buffers: list[str]
 
 
 @torch.no_grad()
-def take_snapshot(engine: Engine, step: int, copy: bool) -> Snapshot:
+def take_snapshot(engine: Engine, step: int, copy: bool, skipped: int = 0) -> Snapshot:
     """copy: the values as they are now, for they will change while they are written; else, on CPU, views of them."""
     entries = []
     for kind in STATE_KINDS:
@@ -43,7 +44,7 @@ def take_snapshot(engine: Engine, step: int, copy: bool) -> Snapshot:
                 stored = Range(kind=kind, name=piece.name, start=piece.start, length=piece.values.numel())
                 entries.append((stored, piece.values.detach().to("cpu", torch.float32, copy=copy).contiguous()))
     buffers = sorted(name for name, _ in engine.model.named_buffers())
-    return Snapshot(step, entries, dict(sorted(logical_shapes(engine.model).items())), buffers)
+    return Snapshot(step, skipped, entries, dict(sorted(logical_shapes(engine.model).items())), buffers)
 
 
 def write_checkpoint(
@@ -139,6 +140,7 @@ def _manifest(snapshot: Snapshot, info: RunInfo, shards: list[ShardFile], valida
     position = Position(seed=info.seed, next_step=snapshot.step)
     return Manifest(
         step=snapshot.step,
+        skipped=snapshot.skipped,
         validation_loss=validation_loss,
         data_position=position,
         random_state=position,

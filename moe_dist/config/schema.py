@@ -351,6 +351,37 @@ class RunConfig:
     tensorboard: bool = True
     sample_tokens: int = 0
     """Bytes to generate from the trained model at the end."""
+    time_limit: float | None = None
+    """Minutes after which the run saves and leaves with exit code 75, as after a signal. null: none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """What a run watches over itself, and what it does when something is wrong."""
+
+    __pydantic_config__ = STRICT
+
+    max_skipped: int = 3
+    """A step whose loss or gradient norm is not finite is left out: weights, optimizer and routers stay as they are.
+    After this many in a row the run goes back to its last checkpoint; when that does not help, it ends (exit code
+    76)."""
+    spike: Literal["off", "log", "skip", "roll_back"] = "log"
+    """A loss far above the last ones is noted in metrics.jsonl (log), the step left out (skip), or the run goes back to
+    its last checkpoint and leaves the step out when it comes to it again (roll_back)."""
+    spike_window: int = 100
+    """How many of the last finite losses a loss is compared with; nothing is a spike before there are a fifth."""
+    spike_mads: float = 10.0
+    """A spike is this many times 1.4826 * MAD above their median. MAD: median distance from the median."""
+    stall_seconds: float | None = 300.0
+    """When a rank has made no progress for so long, it is named with what it did last, and all ranks end (exit code
+    77). Longer than the longest evaluation batch or checkpoint takes to write, and below 540: collectives themselves
+    give up after 600. null: nobody watches."""
+    check_replicas: int | None = None
+    """Every so many steps, and before each checkpoint, compare the copies of parameters that ranks hold, bit by bit,
+    and end when they differ (exit code 78). null: never."""
+    max_restarts: int | None = 5
+    """A run that was started again so often without reaching a new checkpoint is not started once more (exit code
+    79). null: no limit."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -368,3 +399,4 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)

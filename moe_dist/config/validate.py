@@ -70,6 +70,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
         *_optim_rules(config),
         *task_rules(config),
         *_run_rules(config),
+        *_guard_rules(config),
     ]
     tp = config.parallel.tp
     dp = world_size // tp if tp >= 1 and world_size >= 1 and world_size % tp == 0 else None
@@ -174,6 +175,7 @@ def _run_rules(config: Config) -> Iterator[str]:
     yield from between(train, "train", "seed", 0, 2**63 - 1)
     yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
     yield from at_least(0, run, "run", "sample_tokens")
+    yield from above_zero(run, "run", "time_limit", "null is no limit")
     if run.keep_every is not None and run.save_every >= 1 and run.keep_every % run.save_every:
         yield (
             f"keep_every={run.keep_every} is not a multiple of save_every={run.save_every}, so its steps have no "
@@ -188,6 +190,24 @@ def _run_rules(config: Config) -> Iterator[str]:
         yield (
             f"name={run.name!r} is not a simple file name; "
             "make run.name of letters, digits, '.', '_' and '-', not opening with '.' or '-'"
+        )
+
+
+def _guard_rules(config: Config) -> Iterator[str]:
+    guard = config.guard
+    yield from at_least(1, guard, "guard", "max_skipped spike_window check_replicas")
+    yield from at_least(0, guard, "guard", "max_restarts")
+    yield from above_zero(guard, "guard", "spike_mads")
+    yield from above_zero(guard, "guard", "stall_seconds", "null watches nothing")
+    if guard.stall_seconds is not None and guard.stall_seconds > 540:
+        yield (
+            f"stall_seconds={guard.stall_seconds} is above 540, but collectives give up after 600 and would not say "
+            "whose fault it was; lower guard.stall_seconds"
+        )
+    if guard.check_replicas is not None and config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+        yield (
+            f"check_replicas={guard.check_replicas} has nothing to compare at zero_stage=3, where each parameter lies "
+            "in pieces; set guard.check_replicas to null or lower engine.zero_stage"
         )
 
 

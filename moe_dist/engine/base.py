@@ -52,7 +52,12 @@ class Engine(Protocol):
         decoding: the caches and at_B of Decoder.forward."""
 
     def update(self, lr: float) -> float:
-        """Clip, step, clear gradients. Returns the global gradient norm before clipping, the same on every rank."""
+        """Clip, step, clear gradients. Returns the global gradient norm before clipping, the same on every rank. When
+        that is not finite, gradients are cleared and nothing else changes."""
+
+    def discard(self) -> None:
+        """In place of `update`: clear the gradients of a whole step. Weights, optimizer and routers stay as they are;
+        every rank must call."""
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         """This rank's pieces. `weight` is the fp32 master; `grad` exists after a step's last micro_step, unclipped."""
@@ -76,6 +81,9 @@ class RouterLoads:
     def settle(self, model: Trainable) -> None:
         """Tell the routers, and begin again."""
         model.balance_routers(self.by_layer)
+        self.forget()
+
+    def forget(self) -> None:
         self.by_layer = {}
 
 

@@ -16,12 +16,15 @@ What DeepSpeed 0.19 needs to be told, and why:
 - Its norm counts a parameter on every model-parallel rank only if `tensor_model_parallel` is set: set for parameters
   cut over tp and for experts, which differ between tp ranks, not for replicated ones.
 - Stage 0 clips by a norm that averages ranks, wrong under ep: we clip there ourselves, by the true norm.
+- ZeRO leaves a step out when its norm is not finite, and keeps its counters right: so discarding a step is giving it
+  such a norm. It then says so in `overflow` alone, for the norm it reports can be an older one.
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
 """
 
 import contextlib
 import io
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -112,7 +115,9 @@ class DeepSpeedEngine:
         self.state = ZeroState(self.stage, self.optimizer, specs, mesh)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        self.mesh.trail.enter("forward")
         output = self.engine(tokens_BS, targets, step)
+        self.mesh.trail.enter("backward")
         self.engine.backward(output.loss)
         self.micro = (self.micro + 1) % self.accumulation
         if self.micro:
@@ -133,9 +138,26 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._clip_by_true_norm() if self.stage == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            self.discard()
+            return norm
         self.engine.step()
+        if self.stage > 0 and self.optimizer.overflow:
+            self.loads.forget()
+            return math.inf
         self.loads.settle(self.model)
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def discard(self) -> None:
+        if self.stage == 0:
+            for param in self.params:
+                param.grad = None  # torch's optimizer passes over it
+        else:
+            for grad in self.state.reduced_gradients():
+                grad.fill_(math.nan)
+        self.engine.step()
+        assert self.stage == 0 or self.optimizer.overflow, "ZeRO leaves a step out when its norm is not finite"
+        self.loads.forget()
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         yield from self.state.pieces(kind)

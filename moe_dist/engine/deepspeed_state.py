@@ -50,6 +50,13 @@ class ZeroState:
             for low, flat in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
                 low.data.copy_(flat.data)
 
+    def reduced_gradients(self) -> list[Tensor]:
+        """Stages 1 to 3: what this rank holds of the gradients, as the step will read them."""
+        zero = self.optimizer
+        if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+            return list(zero.fp32_groups_gradient_flat_partition)
+        return [grad for group in zero.averaged_gradients.values() for grad in group]
+
     def _whole(self, kind: Kind) -> _Held:
         for name, (param, spec) in self.specs.items():
             values = {"weight": lambda p: p.data, "grad": lambda p: p.grad}.get(kind)

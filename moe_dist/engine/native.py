@@ -3,6 +3,7 @@
 Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulated gradients and the moments are fp32.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +58,9 @@ class NativeEngine:
         )
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        self.mesh.trail.enter("forward")
         output = self.model(tokens_BS, targets, step)
+        self.mesh.trail.enter("backward")
         (output.loss / self.accumulation).backward()
         self._accumulate()
         self.micro += 1
@@ -77,6 +80,9 @@ class NativeEngine:
     def update(self, lr: float) -> float:
         grads = [_grad(master) for master in self.masters.values()]
         norm = clip_by_global_norm(grads, list(self.masters), self.mesh, self.grad_clip)
+        if not math.isfinite(norm):
+            self.discard()
+            return norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -84,6 +90,10 @@ class NativeEngine:
         self._refresh()
         self.loads.settle(self.model)
         return norm
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loads.forget()
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         for name, param, spec in logical_parameters(self.model):

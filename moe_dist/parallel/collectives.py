@@ -35,6 +35,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x` in place over the group and return it. Not differentiable."""
     if group.size > 1:
+        group.note("all_reduce")
         dist.all_reduce(x, op=op, group=group.process_group)
     return x
 
@@ -44,6 +45,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
+    group.note("all_gather")
     _all_gather(out, x.contiguous(), group=group.process_group)
     return out
 
@@ -53,6 +55,7 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
+    group.note("reduce_scatter")
     _reduce_scatter(out, x.contiguous(), group=group.process_group)
     return out
 
@@ -98,6 +101,7 @@ def start_exchange(
         return Pending(x if out is None else out.copy_(x))
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
+    group.note("all_to_all")
     work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
     return Pending(out, x, work)
 

@@ -13,11 +13,13 @@ A node is `node_size` consecutive ranks. An ep group that spans nodes is cut bot
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
+
+from moe_dist.parallel.trail import Trail
 
 Axis = Literal["world", "tp", "dp", "ep", "edp", "ep_node", "ep_across"]
 
@@ -102,15 +104,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Group:
-    """One rank's membership in one group. `process_group` is None where the group is a single rank."""
+    """One rank's membership in one group. `process_group` is None where the group is a single rank. trail: where its
+    collectives are noted."""
 
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
     process_group: dist.ProcessGroup | None = None
+    trail: Trail = field(default_factory=Trail, compare=False, repr=False)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def note(self, what: str) -> None:
+        """Called before every collective on the group."""
+        self.trail.note(what, self.ranks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
         return self  # a copied layer talks to the same ranks
@@ -133,6 +141,11 @@ class Mesh:
     ep_node: Group = Group()
     ep_across: Group = Group()
 
+    @property
+    def trail(self) -> Trail:
+        """What this rank did last, in any of its groups."""
+        return self.world.trail
+
 
 def single_process_mesh() -> Mesh:
     """The mesh of a process that is alone; needs no torch.distributed."""
@@ -154,13 +167,14 @@ def create_mesh(ep: int, tp: int, etp: int = 1, node_size: int | None = None, ti
         node_size = int(local)
     layout = Layout(dist.get_world_size(), ep * etp, tp, node_size)
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    trail = Trail()
 
     def group(axis: Axis) -> Group:
         for ranks in layout.groups(axis):
             if ranks not in made:
                 made[ranks] = _new_group(ranks, layout.world, timeout)
         mine = layout.ranks(axis, rank)
-        return Group(mine, mine.index(rank), made[mine])
+        return Group(mine, mine.index(rank), made[mine], trail)
 
     world, tp_, dp, ep_, edp = (group(axis) for axis in ("world", "tp", "dp", "ep", "edp"))
     # Uneven nodes matter to the hierarchical dispatcher alone, which refuses them.

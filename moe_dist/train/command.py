@@ -1,6 +1,8 @@
 """`moe-dist train`: start the rank, train, and tell the person what came out and where."""
 
 import os
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,34 +16,44 @@ from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
-from moe_dist.train.guard import EX_TEMPFAIL
-from moe_dist.train.loop import Outcome, Resume, Trainer
+from moe_dist.train.exit_codes import DONE, SAVED, EndRun
+from moe_dist.train.guard import StopGuard
+from moe_dist.train.loop import Outcome, Trainer
 from moe_dist.train.progress import duration, print_summary, short_number
+from moe_dist.train.resume import Resume
 
 _PROMPT = "def "
 
 
-def train(config: Config, resume: Resume, device: str | None) -> int:
-    """Run one rank from start to end. Returns the exit code: 0, or EX_TEMPFAIL when a signal stopped the run.
+def train(config: Config, resume: Resume, device: str | None, override: Sequence[str] = ()) -> int:
+    """Run one rank from start to end. Returns the exit code, one of exit_codes.py.
+
+    override: names of what a resumed run may have changed, keys of resume.OVERRIDES.
 
     Raises ValueError for what a user got wrong.
     """
     rank = rank_from_environment(os.environ)
     with said_once(rank):
         validate(config, rank.world)  # before anything starts
-    chosen = start(rank, device, config.train.threads)
     console = Console(quiet=rank.rank != 0)
-    with ExitStack() as held:
+    with StopGuard(config.run.time_limit) as guard, ExitStack() as held:
+        chosen = start(rank, device, config.train.threads)
         with said_once(rank):
             held.enter_context(run_lock(Path(config.run.root) / config.run.name, console.print))
             trainer = Trainer(config, chosen, console)
-            newest = trainer.checkpoint_to_continue(resume)
-        outcome = trainer.run(newest)
+            newest = trainer.checkpoint_to_continue(resume, override)
+        try:
+            outcome = trainer.run(newest, guard)
+        except EndRun as error:
+            if rank.rank == 0:
+                print(f"moe-dist: {error}", file=sys.stderr, flush=True)
+            stop()
+            return error.code
     if outcome.stopped_by:
         line = f"stopped by {outcome.stopped_by} after step {outcome.last['step']}, saved; continue with --resume"
         console.print(line, highlight=False)
         stop()
-        return EX_TEMPFAIL
+        return SAVED
     print_summary(console, summary_rows(trainer, outcome), f"run {config.run.name}")
     if config.run.sample_tokens:
         text = sample(trainer, config.run.sample_tokens)
@@ -49,7 +61,7 @@ def train(config: Config, resume: Resume, device: str | None) -> int:
         console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
     console.print(Text(_next_steps(outcome)), soft_wrap=True)
     stop()
-    return 0
+    return DONE
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:

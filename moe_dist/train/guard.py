@@ -1,10 +1,12 @@
-"""Requests to stop: SIGUSR2 (a time limit that comes near) and SIGTERM (preemption, `scancel`, `kill`).
+"""Requests to stop: SIGTERM (preemption, `scancel`, `kill`), SIGUSR2 (a time limit that comes near), SIGINT (Ctrl-C),
+and the time limit of the run itself.
 
 A handler only notes the signal, for a step must not be torn. Ranks are signalled at different moments, some twice and
 some not at all, so at each step boundary they agree on what the world has heard, and all stop after the same step.
 """
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,20 +16,24 @@ import torch.distributed as dist
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group
 
-EX_TEMPFAIL = 75
-"""Exit code of a run that saved and left because a signal asked it to (sysexits.h: try again later)."""
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+TIME_LIMIT = "time limit"
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+_OUT_OF_TIME = 1  # below the numbers of all SIGNALS, so that a signal that came too is the one that is told
+_ECHO_SECONDS = 1.0  # a terminal's Ctrl-C reaches ranks at once, and again through torchrun
 
 
 class StopGuard:
     """Within `with StopGuard() as guard:` the signals above are noted; afterwards the old handlers are back.
 
-    Enter on the main thread: Python handles signals on no other.
+    Enter on the main thread: Python handles signals on no other. minutes: after which the run shall stop, from now.
+    A second SIGINT, a second or more after the first, raises KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float | None = None) -> None:
         self._heard = 0
+        self._interrupted: float | None = None
+        self._deadline = None if minutes is None else time.monotonic() + minutes * 60
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopGuard":
@@ -41,9 +47,18 @@ class StopGuard:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._heard = number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted >= _ECHO_SECONDS:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now
 
     def agreed(self, world: Group, device: torch.device) -> str | None:
-        """Name of a signal that some rank has heard, the same on every rank; None when none has. All ranks call."""
-        heard = all_reduce(torch.tensor(self._heard, device=device), world, dist.ReduceOp.MAX)
+        """Name of a signal that some rank has heard, or TIME_LIMIT, the same on every rank; None when there is no
+        reason to stop. All ranks call."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        heard = all_reduce(torch.tensor(self._heard or late * _OUT_OF_TIME, device=device), world, dist.ReduceOp.MAX)
         number = int(heard)
+        if number == _OUT_OF_TIME:
+            return TIME_LIMIT
         return signal.Signals(number).name if number else None

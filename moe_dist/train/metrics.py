@@ -162,6 +162,14 @@ class MetricsWriter:
         )
 
 
+def recent_losses(run_dir: Path, count: int) -> list[float]:
+    """Losses of the last `count` steps in metrics.jsonl that were applied."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    applied = (record for record in map(json.loads, lines) if "skipped" not in record)
+    return [record["loss"] for record in applied if record.get("loss") is not None][-count:]
+
+
 def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The TensorBoard tag and value of each number in a record."""
     for name, value in record.items():

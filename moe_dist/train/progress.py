@@ -51,6 +51,9 @@ class Progress:
             self._bar.update(self._task, description=line, completed=step, total=total_steps)
         elif numbers and (step % self._log_every == 0 or step == total_steps):
             self.message(line)
+        for what in ("skipped", "spike"):
+            if what in record:
+                self.message(f"step {step}  {what}: {record[what]}")
         if "validation_loss" in record:
             self.message(evaluation_line(record))
 

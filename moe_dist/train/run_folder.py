@@ -4,7 +4,8 @@ runs/NAME/
   config.yaml        everything, resolved       environment.json   versions, backends, layout, revision
   metrics.jsonl      one line a step            tensorboard/
   checkpoints/step-000100/                      logs/rank-00000.log
-  status.json        running | finished | failed, with the reason
+  status.json        running | finished | preempted | failed, with the reason
+  heartbeats/        what each rank did last         restarts.json    starts since the newest checkpoint
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
   run.lock           held by rank 0 while the run lives
 """
@@ -24,7 +25,8 @@ from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, dump_config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.status import write_status
+from moe_dist.train.exit_codes import EndRun
+from moe_dist.train.status import read_status, write_status
 
 _PACKAGES = (
     "torch",
@@ -40,7 +42,7 @@ _PACKAGES = (
 
 
 class RunFolder:
-    """Paths of one run. Only rank 0 writes, but for the logs."""
+    """Paths of one run. Only rank 0 writes, but for the logs, heartbeats, and the reason of a failure."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,6 +81,17 @@ class RunFolder:
 
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)
+
+    def write_failure(self, error: BaseException, rank: int) -> None:
+        """By any rank. The first reason stays: that of the others is that they lost the one that failed."""
+        if read_status(self.path)["state"] == "failed":
+            return
+        if isinstance(error, EndRun):  # the same on every rank
+            if rank == 0:
+                self.write_status("failed", reason=str(error), code=error.code)
+        else:
+            where = {"rank": rank} if rank else {}
+            self.write_status("failed", reason=f"{type(error).__name__}: {error}", **where)
 
     def rank_log(self, rank: int) -> logging.Logger:
         """A logger that writes logs/rank-NNNNN.log."""

@@ -1,6 +1,7 @@
 """The status of a run, status.json in its folder: what it does now, or how it ended. Light: no torch.
 
-running | finished | preempted (saved, and left because a signal asked for it) | failed, with the reason
+running | finished | preempted (saved, and left because a signal or the time limit asked for it) |
+failed, with the reason and, where it has one, its code of exit_codes.py
 """
 
 import json
@@ -12,8 +13,8 @@ FILE = "status.json"
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
-    """Replace the status at once: a reader sees the old one or the new one."""
-    draft = folder / f".{FILE}"
+    """Replace the status at once: a reader sees the old one or the new one. Two ranks may do so in the same moment."""
+    draft = folder / f".{FILE}-{os.uname().nodename}-{os.getpid()}"
     draft.write_text(json.dumps({"state": state, **details}, indent=1))
     os.replace(draft, folder / FILE)
 

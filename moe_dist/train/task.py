@@ -3,6 +3,7 @@
 `B` batch · `S` sequence · `C` classes
 """
 
+import hashlib
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, Protocol
@@ -48,7 +49,8 @@ Phase = Literal["dropless", "eval"]
 
 
 class Task(Protocol):
-    """model: the configured one, completed by what the data says. digest: of all data.
+    """model: the configured one, completed by what the data says. digest: of all data. tokenizer: which one, or its
+    digest.
 
     num_places, width: what the sampler takes as the number of tokens and the length of a sequence; a place is where a
     sequence starts. real_share: share of a batch's tokens that are no padding.
@@ -56,6 +58,7 @@ class Task(Protocol):
 
     model: ModelConfig
     digest: str
+    tokenizer: str
     num_places: int
     width: int
     real_share: float
@@ -112,6 +115,7 @@ class LanguageModelling:
         self.config, self.model, self.width = config, config.model, config.train.seq_len
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.digest, self.num_places = self.corpus.digest, len(self.corpus.train)
+        self.tokenizer = "bytes" if self.corpus.unit == "byte" else "that of the indexed files"
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Decoder:
         return Decoder(model, mesh, self.config.parallel.sequence_parallel, self.config.train.seed)
@@ -190,6 +194,7 @@ class Classification:
                 "set model.num_classes to null"
             )
         self.model, self.digest = replace(config.model, num_classes=classes), self.corpus.digest
+        self.tokenizer = hashlib.sha256(self.corpus.subwords.dumps().encode()).hexdigest()
         # The sampler's windows are one token and its target wide, so that its last token starts none.
         self.num_places = len(self.corpus.train.labels_N) + 1
         self.real_share = float((self.corpus.train.tokens_NS != 0).mean())

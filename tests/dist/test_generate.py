@@ -19,6 +19,7 @@ from moe_dist.models.decoder import Decoder
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
+from moe_dist.train.guard import StopGuard
 from moe_dist.train.loop import Trainer
 from tests.dist.helpers import KEY, forget_process_group, run_checks, tiny_config
 
@@ -29,7 +30,7 @@ def train(root: str, ep: int, position: str) -> None:
     run = dict(run__root=root, run__name="tiny", run__tensorboard=False, run__eval_sequences=2)
     config = tiny_config(parallel__ep=ep, model__attention={"position": position}, train__steps=3, **run)
     trainer = Trainer(config, CPU, Console(quiet=True))
-    trainer.run(trainer.checkpoint_to_continue("never"))
+    trainer.run(trainer.checkpoint_to_continue("never"), StopGuard())
 
 
 def write(root: str, layouts: list[tuple[int | None, int | None]]) -> None:

@@ -47,6 +47,13 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ),
         ("num_experts=8 is not divisible by ep=16", {"parallel__ep": 16, "world_size": 16}),
         ("top_k=9 is larger than num_experts=8", {"model__moe__top_k": 9}),
+        ("max_skipped=0 is below 1", {"guard__max_skipped": 0}),
+        ("stall_seconds=600.0 is above 540, but collectives give up after 600", {"guard__stall_seconds": 600.0}),
+        ("time_limit=0.0 is not above 0", {"run__time_limit": 0.0}),
+        (
+            "check_replicas=5 has nothing to compare at zero_stage=3",
+            {"guard__check_replicas": 5, "engine__name": "deepspeed", "engine__zero_stage": 3},
+        ),
         (
             "global_batch=10 is not divisible by micro_batch*dp=2*8=16",
             {"train__global_batch": 10, "train__micro_batch": 2},

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from moe_dist.parallel.mesh import Group
-from moe_dist.train.guard import SIGNALS, StopGuard
+from moe_dist.train import guard as module
+from moe_dist.train.guard import SIGNALS, TIME_LIMIT, StopGuard
 
 ALONE, CPU = Group(), torch.device("cpu")
 
@@ -26,8 +27,26 @@ def test_the_old_handlers_come_back() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_other_signals_keep_their_meaning() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts with it ignored
-    with pytest.raises(KeyboardInterrupt), StopGuard():
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with StopGuard() as guard:
         os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
+        now[0] += 0.5
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, by way of the launcher
+        assert guard.agreed(ALONE, CPU) == "SIGINT"
+        now[0] += 0.6
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_time_limit_and_a_signal_that_comes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with StopGuard(minutes=2) as guard:
+        now[0] += 119
+        assert guard.agreed(ALONE, CPU) is None
+        now[0] += 2
+        assert guard.agreed(ALONE, CPU) == TIME_LIMIT
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert guard.agreed(ALONE, CPU) == "SIGTERM"

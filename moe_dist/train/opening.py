@@ -1,0 +1,30 @@
+"""The first lines of a run: what is trained, how it is cut, on what."""
+
+import torch
+
+from moe_dist.config import BatchShape, Config
+from moe_dist.kernels.registry import describe_backends
+from moe_dist.parallel.mesh import Layout
+from moe_dist.train.profile import Peak
+from moe_dist.train.progress import short_number
+from moe_dist.train.task import Task
+
+
+def opening_lines(
+    config: Config, task: Task, layout: Layout, shape: BatchShape, device: torch.device, peak: Peak, first: int
+) -> list[str]:
+    """first: steps done already."""
+    counts = task.parameter_counts(config.model)
+    backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, device.type).items())
+    engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
+    return [
+        f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, ep {layout.ep}, edp {layout.edp}; "
+        f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
+        f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; {backends}",
+        f"data      {task.describe()}",
+        f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
+        f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
+        f"steps {first + 1} to {config.train.steps}",
+        *(f"note      {note}" for note in task.notes(config.model)),
+        f"peak      {peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({peak.source})",
+    ]

@@ -1,0 +1,85 @@
+"""What a run goes on from, and what it must agree on with it.
+
+A resumed run repeats nothing and leaves nothing out only if it reads the same data in the same order into the same
+model. Whoever wants something else on purpose names it: `--override seed`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_dist.checkpoint.layout import Manifest
+from moe_dist.checkpoint.reshard import newest_good
+from moe_dist.config import Config
+from moe_dist.train.run_folder import RunFolder
+from moe_dist.train.task import Task
+
+Resume = Literal["never", "auto", "must"]
+
+OVERRIDES = {
+    "data": "other data: steps go on counting, and read what the new data has at their place",
+    "tokenizer": "another tokenizer, under which ids mean other texts",
+    "seed": "another seed: another order of the data from here on",
+    "seq_len": "sequences of another length, so another order of the data",
+    "global_batch": "another number of sequences a step, so another order of the data",
+    "model": "another model: parameters with another shape or name, and their moments, begin anew",
+}
+"""What may be overridden, and what that does."""
+
+
+def identity(config: Config, task: Task) -> dict[str, Any]:
+    """What a continued run must agree on, by the names of OVERRIDES. Where something computes is not part of it, nor
+    what only moves experts about (`moe-dist experts`): their shapes are compared when they are loaded."""
+    train, model = config.train, asdict(config.model)
+    return {
+        "data": task.digest,
+        "tokenizer": task.tokenizer,
+        "seed": train.seed,
+        "seq_len": train.seq_len,
+        "global_batch": train.global_batch,
+        "model": model
+        | {"attention": model["attention"] | {"backend": None, "moe": None}, "recompute": None, "moe": None},
+    }
+
+
+def checkpoint_to_continue(
+    folder: RunFolder, resume: Resume, mine: dict[str, Any], override: Sequence[str], say: Callable[[str], None]
+) -> Path | None:
+    """What a run starts from: the newest whole checkpoint, or None for a new run. Nothing is written.
+
+    resume: `never` wants an unused folder, `must` a checkpoint; `auto` continues where there is one and starts anew
+    where there is none. mine: the identity of the run that wants to continue. override: names that may differ. Raises
+    ValueError when that is not so, when all checkpoints are damaged, or the checkpoint is of another run.
+    """
+    if resume == "never":
+        folder.refuse_second_start()
+        return None
+    newest, damaged = newest_good(folder.checkpoints)
+    for problem in damaged:
+        say(f"passed over: {problem}")
+    if newest is None and resume == "auto":
+        return None
+    if newest is None:
+        raise ValueError(f"{folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
+    run = Manifest.load(newest).run
+    differ = [name for name, value in mine.items() if run.get(name) != value]
+    refused = [name for name in differ if name not in override]
+    if refused:
+        raise ValueError(
+            f"{newest} was trained with "
+            + "; ".join(_difference(name, run.get(name), mine[name]) for name in refused)
+            + ". A resumed run continues with the same data in the same order; to change that on purpose: --override "
+            + ",".join(differ)
+        )
+    for name in differ:
+        say(f"overridden: {_difference(name, run.get(name), mine[name])}")
+    return newest
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    """Of the model only the keys that differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
+        return ", ".join(_difference(f"{name}.{key}", there.get(key), here.get(key)) for key in sorted(keys))
+    return f"{name}={there}, not {here}"

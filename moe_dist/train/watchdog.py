@@ -1,0 +1,211 @@
+"""A rank that stands still is named with the last thing it did, and the others end: in seconds, not at a timeout.
+
+Each rank has a thread that writes a heartbeat into heartbeats/ of the run folder: how far its main thread is, and what
+that did last. The thread of rank r watches two things: its own main thread, and the file of rank r + 1, so that the
+cost for each rank does not grow with the world. When one has not moved for `seconds`, all files are read and judged:
+
+1. A file that no longer changes is of a process that is stopped, or of a machine that is lost. It is to blame.
+2. Else the main thread that has noted the fewest phases and collectives: the others wait for it, further on.
+
+The first to judge writes verdict.json; all watch for that file, and leave on it with os._exit, as their main threads
+hang in a collective. Stopped processes on one's own machine are killed, so that none is left behind.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.exit_codes import STALLED
+from moe_dist.train.status import write_status
+
+_FOLDER, _VERDICT = "heartbeats", "verdict.json"
+_WIDTH = 512  # bytes of a heartbeat: always the same ones, written at once, so that no reader sees a part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """One heartbeat. born: when the process started, in ticks of the machine, so that a pid used again is not killed.
+    count, doing: of the rank's Trail."""
+
+    rank: int
+    host: str
+    pid: int
+    born: str
+    number: int
+    count: int
+    doing: str
+    left: bool = False
+
+
+@dataclass
+class Age:
+    """How long a value has been the same, as far as this process has run."""
+
+    seconds: float = 0.0
+    value: Any = field(default=object())
+
+    def see(self, value: Any, passed: float) -> float:
+        self.seconds = self.seconds + passed if value == self.value else 0.0
+        self.value = value
+        return self.seconds
+
+
+class Watchdog:
+    """Within `with Watchdog(...)`: this rank's heart beats and it watches. seconds None: nothing is done.
+
+    Rank 0 must have called `clear` before any rank enters.
+    """
+
+    def __init__(self, run: Path, mesh: Mesh, seconds: float | None) -> None:
+        self.run, self.mesh, self.seconds = run, mesh, seconds
+        self.folder = run / _FOLDER
+        self.period = min(seconds / 10, 0.5) if seconds is not None else 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._number, self._born = 0, _born(os.getpid())
+
+    def clear(self) -> None:
+        """Forget an earlier start. Rank 0 alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.iterdir():
+            old.unlink()
+
+    def __enter__(self) -> Self:
+        if self.seconds is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            self._beat(left=True)
+
+    def verdict(self) -> str | None:
+        """Who stands still, if that has been judged."""
+        try:
+            return str(json.loads((self.folder / _VERDICT).read_text())["reason"])
+        except (OSError, ValueError):
+            return None  # nothing yet, or half written
+
+    def _watch(self) -> None:
+        assert self.seconds is not None
+        own, other = Age(), Age()
+        next_rank = (self.mesh.rank + 1) % self.mesh.layout.world
+        last = time.monotonic()
+        while not self._stop.wait(self.period):
+            now = time.monotonic()
+            passed, last = min(now - last, 4 * self.period), now  # if this process slept, so may the others have
+            self._beat()
+            if self.verdict() is not None:
+                self._leave()
+            stalled = own.see(self.mesh.trail.count, passed) >= self.seconds
+            beat = self._read(next_rank)
+            if not (beat and beat.left):
+                stalled |= other.see(beat, passed) >= self.seconds
+            if stalled:
+                self._judge()
+
+    def _judge(self) -> None:
+        before = self._read_all()
+        for _ in range(3):  # long enough for any heart that beats
+            time.sleep(self.period)
+            self._beat()
+            if self._stop.is_set():
+                return
+        after = self._read_all()
+        dead = [beat for rank, beat in after.items() if not beat.left and before.get(rank) == beat]
+        alive = [beat for beat in after.values() if beat not in dead]
+        if not dead and any(rank in before and before[rank].count != beat.count for rank, beat in after.items()):
+            return  # it goes on
+        least = min((beat.count for beat in alive), default=0)
+        silent = sorted(set(range(self.mesh.layout.world)) - after.keys())
+        blamed = dead or ([] if silent else [beat for beat in alive if beat.count == least])
+        lines = [f"rank {rank} has not been heard of" for rank in silent]
+        lines += [_sentence(beat, self.seconds or 0.0, beat in dead) for beat in blamed[:8]]
+        waits = next((beat for beat in alive if beat not in blamed), None)
+        if waits is not None:
+            lines.append(f"rank {waits.rank} waits in {waits.doing}")
+        self._pronounce("; ".join(lines), dead)
+
+    def _pronounce(self, reason: str, dead: list[Beat]) -> None:
+        text = json.dumps({"reason": reason, "dead": [asdict(beat) for beat in dead]})
+        try:
+            file = os.open(self.folder / _VERDICT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return  # another rank was first: the next round finds its verdict
+        os.write(file, text.encode())
+        os.close(file)
+        print(f"moe-dist: {reason}", file=sys.stderr, flush=True)
+        write_status(self.run, "failed", reason=reason, code=STALLED)
+        time.sleep(2 * self.period)  # the others leave by themselves first, not by a connection that this one closes
+        self._leave()
+
+    def _leave(self) -> None:
+        for beat in json.loads((self.folder / _VERDICT).read_text())["dead"]:
+            _kill_if_here(Beat(**beat))
+        os._exit(STALLED)
+
+    def _beat(self, left: bool = False) -> None:
+        self._number += 1
+        trail = self.mesh.trail
+        beat = Beat(
+            rank=self.mesh.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            born=self._born,
+            number=self._number,
+            count=trail.count,
+            doing=trail.describe()[:120],
+            left=left,
+        )
+        try:
+            file = os.open(self._path(self.mesh.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            os.pwrite(file, json.dumps(asdict(beat)).ljust(_WIDTH).encode(), 0)
+            os.close(file)
+        except OSError:
+            pass  # a file system that fails for a moment; if it goes on, this rank is taken for one that stands still
+
+    def _read(self, rank: int) -> Beat | None:
+        try:
+            return Beat(**json.loads(self._path(rank).read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def _read_all(self) -> dict[int, Beat]:
+        beats = {rank: self._read(rank) for rank in range(self.mesh.layout.world)}
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}.json"
+
+
+def _sentence(beat: Beat, seconds: float, dead: bool) -> str:
+    how = "its process does not run" if dead else "it has left" if beat.left else "its process runs"
+    return (
+        f"rank {beat.rank} ({beat.host}, pid {beat.pid}) has made no progress for {seconds:g} s, {how}; "
+        f"last: {beat.doing}"
+    )
+
+
+def _kill_if_here(beat: Beat) -> None:
+    """A stopped process cannot end itself. Not where the pid belongs to another process by now."""
+    if beat.host == socket.gethostname() and beat.born and _born(beat.pid) == beat.born:
+        os.kill(beat.pid, signal.SIGKILL)
+
+
+def _born(pid: int) -> str:
+    """When the process was started, in clock ticks; empty where the system does not say, or it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
