@@ -100,7 +100,7 @@ def _other_parameters(reader: Reader, model: nn.Module) -> dict[str, str]:
     this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
     needed, stored = logical_shapes(model), reader.manifest.shapes
     return {
-        name: f"parameter {name} {_shape(stored.get(name))} there, but {_shape(needed.get(name))} in this model"
+        name: f"parameter {name} {_shape(stored.get(name))} in the checkpoint, but {_shape(needed.get(name))} here"
         for name in sorted(needed.keys() | stored.keys())
         if stored.get(name) != needed.get(name)
     }

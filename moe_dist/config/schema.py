@@ -320,6 +320,9 @@ class TrainConfig:
     """Of initial weights, data order and random dropping."""
     threads: int | None = None
     """CPU threads per rank. null: cores of this machine / ranks on it."""
+    deterministic: bool = False
+    """Refuse operations whose last digits differ from run to run, so that a resumed run is bit-equal on GPUs too (same
+    machine, same layout); slower there. On CPU runs repeat bit by bit anyway."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -380,8 +383,8 @@ class GuardConfig:
     """Every so many steps, and before each checkpoint, compare the copies of parameters that ranks hold, bit by bit,
     and end when they differ (exit code 78). null: never."""
     max_restarts: int | None = 5
-    """A run that was started again so often without reaching a new checkpoint is not started once more (exit code
-    79). null: no limit."""
+    """A run that was started again so often in a row without a new checkpoint, or a step further than before, is not
+    started once more (exit code 79). null: no limit."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -80,14 +80,20 @@ def _first_host(nodelist: str) -> str:
         raise ValueError(f"{' '.join(command)} gave no host ({error}): set MASTER_ADDR") from None
 
 
-def start(rank: Rank, device: str | None = None, threads: int | None = None) -> torch.device:
+def start(
+    rank: Rank, device: str | None = None, threads: int | None = None, deterministic: bool = False
+) -> torch.device:
     """Initialise the default process group (also for a process alone: ZeRO wants one) and choose the device.
 
-    device: `cpu`, `cuda` or None for CUDA where there is any. Raises ValueError when CUDA is asked for and missing, or
-    when the port to meet at is taken.
+    device: `cpu`, `cuda` or None for CUDA where there is any. deterministic: torch raises RuntimeError where it would
+    run an operation whose result depends on the order of threads. Raises ValueError when CUDA is asked for and missing,
+    or when the port to meet at is taken.
     """
     # Deprecations that DeepSpeed and torch.distributed have among themselves.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         if torch.cuda.device_count() <= rank.local_rank:

@@ -37,7 +37,7 @@ def train(config: Config, resume: Resume, device: str | None, override: Sequence
         validate(config, rank.world)  # before anything starts
     console = Console(quiet=rank.rank != 0)
     with StopGuard(config.run.time_limit) as guard, ExitStack() as held:
-        chosen = start(rank, device, config.train.threads)
+        chosen = start(rank, device, config.train.threads, config.train.deterministic)
         with said_once(rank):
             held.enter_context(run_lock(Path(config.run.root) / config.run.name, console.print))
             trainer = Trainer(config, chosen, console)

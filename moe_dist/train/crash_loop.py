@@ -1,6 +1,7 @@
-"""Runs that a scheduler starts again and again, and that get nowhere: restarts.json counts starts from a checkpoint.
+"""Runs that a scheduler starts again and again, and that get nowhere: restarts.json counts such starts.
 
-Only a checkpoint is progress, for steps after it are lost with the process.
+A start has got somewhere when there is a new checkpoint, or when it logged a step that none before it had reached: a
+run that is killed now and then goes on, one that dies at the same step each time does not.
 """
 
 import json
@@ -8,21 +9,26 @@ import os
 from pathlib import Path
 
 from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
+from moe_dist.train.metrics import last_logged_step
 
 FILE = "restarts.json"
 
 
-def starts_from(folder: Path, checkpoint: int | None) -> int:
-    """Earlier starts from the checkpoint of this step (None: from nothing). A file that cannot be read counts none."""
+def starts_from(folder: Path, checkpoint: int | None) -> tuple[int, int]:
+    """(earlier starts in a row that got nowhere, the furthest step that any has logged). checkpoint: the step that the
+    run continues from, None for none. To be called before metrics.jsonl is cut back to it. A file that cannot be read
+    counts none."""
+    logged = last_logged_step(folder)
     try:
         seen = json.loads((folder / FILE).read_text())
-        return int(seen["starts"]) if seen["checkpoint"] == checkpoint else 0
+        same = seen["checkpoint"] == checkpoint and logged <= seen["furthest"]
+        return (int(seen["starts"]), int(seen["furthest"])) if same else (0, logged)
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return 0, logged
 
 
 def refuse_crash_loop(folder: Path, checkpoint: int | None, starts: int, max_restarts: int | None) -> None:
-    """Raises EndRun when the run has been started again max_restarts times without a new checkpoint."""
+    """Raises EndRun when the run has been started again max_restarts times and got nowhere."""
     if max_restarts is not None and starts > max_restarts:
         where = "before its first checkpoint" if checkpoint is None else f"after the checkpoint of step {checkpoint}"
         raise EndRun(
@@ -32,8 +38,8 @@ def refuse_crash_loop(folder: Path, checkpoint: int | None, starts: int, max_res
         )
 
 
-def note_start(folder: Path, checkpoint: int | None, starts: int) -> None:
+def note_start(folder: Path, checkpoint: int | None, starts: int, furthest: int) -> None:
     """Rank 0 alone. starts: this one included."""
     draft = folder / f".{FILE}"
-    draft.write_text(json.dumps({"checkpoint": checkpoint, "starts": starts}))
+    draft.write_text(json.dumps({"checkpoint": checkpoint, "starts": starts, "furthest": furthest}))
     os.replace(draft, folder / FILE)

@@ -101,7 +101,8 @@ class Trainer:
         when memory does not suffice.
         """
         begin = Manifest.load(newest).step if newest is not None else None
-        earlier = starts_from(self.folder.path, begin) if begin != self.config.train.steps else 0
+        ahead = begin != self.config.train.steps
+        earlier, furthest = broadcast_json(starts_from(self.folder.path, begin) if ahead else (0, 0))
         watchdog = Watchdog(self.folder.path, self.mesh, self.config.guard.stall_seconds)
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
         main = self.mesh.rank == 0
@@ -118,7 +119,7 @@ class Trainer:
         try:
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             if main:
-                note_start(self.folder.path, begin, earlier + 1)
+                note_start(self.folder.path, begin, earlier + 1, furthest)
             with watchdog, explained(self.config, self.shape, self.mesh.layout, held):
                 outcome = self._steps(newest, guard, log)
         except BaseException as error:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +161,15 @@ class MetricsWriter:
             bucket_counts=load_E,
             global_step=step,
         )
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """The last step that metrics.jsonl has whole; 0 for none."""
+    path = run_dir / "metrics.jsonl"
+    for line in reversed(path.read_bytes().split(b"\n")) if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):  # a torn last line
+            return int(json.loads(line)["step"])
+    return 0
 
 
 def recent_losses(run_dir: Path, count: int) -> list[float]:

@@ -69,7 +69,7 @@ def checkpoint_to_continue(
         raise ValueError(
             f"{newest} was trained with "
             + "; ".join(_difference(name, run.get(name), mine[name]) for name in refused)
-            + ". A resumed run continues with the same data in the same order; to change that on purpose: --override "
+            + ": a resumed run must continue on the same data in the same order; to change that on purpose: --override "
             + ",".join(differ)
         )
     for name in differ:

@@ -174,11 +174,14 @@ def check_another_model_is_refused_on_every_rank(folder: str) -> None:
     for changes, name in (
         (
             {"model__moe__num_experts": 8},
-            "w_gate has shape [4, 48, 32] here, but has shape [8, 48, 32] in",
+            "w_gate has shape [4, 48, 32] in the checkpoint, but has shape [8, 48, 32] here",
         ),
-        ({"model__num_layers": 3}, "blocks.2.attention.key_value.weight is absent here"),
-        ({"model__num_layers": 1}, "blocks.1.attention.key_value.weight has shape [16, 32] here, but is absent"),
-        ({"model__moe__num_shared_experts": 1}, "shared.down.weight is absent here"),
+        ({"model__num_layers": 3}, "blocks.2.attention.key_value.weight is absent in the checkpoint"),
+        (
+            {"model__num_layers": 1},
+            "blocks.1.attention.key_value.weight has shape [16, 32] in the checkpoint, but is absent",
+        ),
+        ({"model__moe__num_shared_experts": 1}, "shared.down.weight is absent in the checkpoint"),
     ):
         for layout in (NATIVE, LAYOUTS["zero1-ep4"], LAYOUTS["zero3-ep2-tp2"]):
             run = start(layout | changes)

@@ -150,7 +150,7 @@ def check_second_starts(folder: Path, run: Path, capsys: pytest.CaptureFixture[s
     for flags, words in (
         ((), "already holds a run: continue it with --resume, or choose another --run.name"),
         (("--resume", "--train.seed", "5"), "was trained with seed=0, not 5"),
-        (("--resume", "--model.num-layers", "1"), "was trained with model="),
+        (("--resume", "--model.num-layers", "1"), "was trained with model.num_layers=2, not 1: a resumed run"),
     ):
         capsys.readouterr()
         assert main([*command, *flags]) == 2
