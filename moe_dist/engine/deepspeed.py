@@ -128,6 +128,7 @@ class DeepSpeedEngine:
     def evaluate(
         self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want, **decoding: Any
     ) -> Tensor:
+        self.mesh.trail.enter("evaluation")
         self.engine.eval()
         with torch.no_grad():
             out = self.engine(tokens_BS, targets, step, want, **decoding)

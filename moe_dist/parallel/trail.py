@@ -14,22 +14,24 @@ class Trail:
         self.count = 0
         self.step = 0
         self.phase = "start"
-        self._what = ""
-        self._ranks: Sequence[int] = ()
+        self._collective = ""
+        self._entered = False  # the collective belongs to this phase, not to one before
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """A new phase; steps are counted from 1."""
         self.step = self.step if step is None else step
-        self.phase, self._what = phase, ""
+        self.phase, self._entered = phase, False
         self.count += 1
 
     def note(self, what: str, ranks: Sequence[int]) -> None:
         """A collective that is about to be entered."""
-        self._what, self._ranks = what, ranks
+        self._collective, self._entered = f"{what} over ranks {ranks[0]} to {ranks[-1]}", True
         self.count += 1
 
     def describe(self) -> str:
-        """For example `all_reduce over ranks 0 to 3, backward of step 12`."""
-        what, ranks = self._what, self._ranks
+        """For example `all_reduce over ranks 0 to 3, backward of step 12`, or `data of step 13, after all_reduce over
+        ranks 0 to 3`."""
         where = f"{self.phase} of step {self.step}" if self.step else self.phase
-        return f"{what} over ranks {ranks[0]} to {ranks[-1]}, {where}" if what else where
+        if not self._collective:
+            return where
+        return f"{self._collective}, {where}" if self._entered else f"{where}, after {self._collective}"

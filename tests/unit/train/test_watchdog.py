@@ -21,7 +21,7 @@ def test_the_last_thing_done() -> None:
     trail.note("all_reduce", (0, 1, 2, 3))
     assert trail.describe() == "all_reduce over ranks 0 to 3, backward of step 12" and trail.count == 3
     trail.enter("update")
-    assert trail.describe() == "update of step 12"
+    assert trail.describe() == "update of step 12, after all_reduce over ranks 0 to 3"
 
 
 def test_a_pid_used_again_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
