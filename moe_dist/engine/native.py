@@ -74,6 +74,7 @@ class NativeEngine:
     def evaluate(
         self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want, **decoding: Any
     ) -> Tensor:
+        self.mesh.trail.enter("evaluation")
         return self.model(tokens_BS, targets, step, want, **decoding)
 
     @torch.no_grad()
