@@ -14,7 +14,7 @@ from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 from moe_dist.parallel.objects import broadcast_json, gather_json
 from moe_dist.parallel.sharding import logical_parameters
 
-__all__ = ["Reader", "load", "load_weights", "newest_good"]
+__all__ = ["Reader", "load", "load_weights", "newest_good", "refuse_other_parameters"]
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
@@ -59,11 +59,21 @@ def load(
         for piece in engine.held(kind):
             if piece.name in others:
                 continue
+            engine.mesh.trail.enter("loading of a checkpoint")
             values = reader.read(kind, piece.name, piece.start, piece.values.numel())
             with torch.no_grad():
                 piece.values.copy_(values)
     engine.restore(reader.manifest.step - reader.manifest.skipped)
     return reader.manifest
+
+
+def refuse_other_parameters(folder: Path, model: nn.Module) -> None:
+    """Raises ValueError where a run with `model` cannot be continued from a checkpoint. Reads its manifest alone."""
+    for problem in _other_parameters(Reader(folder), model).values():
+        raise ValueError(
+            f"{folder}: {problem}: continue with the config of that run, or begin anew with what differs: "
+            "--override model"
+        )
 
 
 @torch.no_grad()

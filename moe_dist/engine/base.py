@@ -128,7 +128,10 @@ def clip_by_global_norm(
     for grad, param in zip(grads, params, strict=True):
         rows = torch.linalg.vector_norm(grad, dim=-1)
         squares[spec_of(param).shard] += rows.double().square().sum()
-    tensor, expert = all_reduce(squares["tensor"], mesh.tp), all_reduce(squares["expert"], mesh.ep)
+    # What is replicated over tp is reduced over dp alone. What is not finite on one tp rank must reach the others:
+    # times zero, for then finite numbers add nothing.
+    tensor = squares["tensor"] + 0.0 * squares["replicated"]
+    tensor, expert = all_reduce(tensor, mesh.tp), all_reduce(squares["expert"], mesh.ep)
     norm = float((squares["replicated"] + tensor + expert).sqrt())
     if max_norm is not None and norm > max_norm:
         torch._foreach_mul_(list(grads), max_norm / (norm + 1e-6))

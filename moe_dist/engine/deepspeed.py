@@ -50,6 +50,7 @@ from moe_dist.models.trainable import Trainable
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
 
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
     def update(self, lr: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._clip_by_true_norm() if self.stage == 0 else None
+        norm = self._clip_by_true_norm() if self.stage == 0 else self._not_finite_on_a_tp_rank()
         if norm is not None and not math.isfinite(norm):
             self.discard()
             return norm
@@ -167,6 +168,15 @@ class DeepSpeedEngine:
 
     def restore(self, optimizer_step: int) -> None:
         self.state.restore(optimizer_step)
+
+    def _not_finite_on_a_tp_rank(self) -> float | None:
+        """Stages 1 to 3 reduce what is replicated over tp over dp alone, and count it in the norm on the first tp rank
+        alone: when it is not finite on another, they would apply the step. A norm then, for all ranks; else None."""
+        if self.mesh.tp.size == 1:
+            return None
+        norms = torch._foreach_norm(self.state.reduced_gradients())
+        total = all_reduce(torch.stack(norms).double().sum(), self.mesh.world)
+        return None if math.isfinite(total) else math.inf
 
     def _clip_by_true_norm(self) -> float:
         """Stage 0: gradients are whole and reduced after backward."""

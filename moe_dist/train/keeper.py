@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from moe_dist.checkpoint.background import Saver
 from moe_dist.checkpoint.layout import RunInfo
-from moe_dist.checkpoint.reshard import load, newest_good
+from moe_dist.checkpoint.reshard import load, newest_good, refuse_other_parameters
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import Config
 from moe_dist.engine.base import Engine
@@ -58,6 +58,8 @@ class Keeper:
         self.saver.wait()
         try:
             newest, damaged = newest_good(self.folder.checkpoints)
+            if newest is not None:
+                refuse_other_parameters(newest, self.engine.model)  # one from before --override model
         except ValueError as error:
             raise health.no_way_back(str(error)) from None
         for problem in damaged:

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from moe_dist.checkpoint.layout import Manifest
+from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import SequenceSampler, rank_starts
 from moe_dist.engine.base import Engine, compute_dtype, make_engine
@@ -88,7 +89,10 @@ class Trainer:
     def checkpoint_to_continue(self, resume: Resume, override: Sequence[str] = ()) -> Path | None:
         """What `run` starts from: as `train.resume.checkpoint_to_continue`, for this run and its folder."""
         self.override = tuple(override)
-        return checkpoint_to_continue(self.folder, resume, self.identity, override, self._say)
+        newest = checkpoint_to_continue(self.folder, resume, self.identity, override, self._say)
+        if newest is not None and "model" not in override:
+            refuse_other_parameters(newest, self.engine.model)  # before `run` replaces the config of the run
+        return newest
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False)
@@ -132,7 +136,7 @@ class Trainer:
         log.info("%s: %s", state, {k: v for k, v in outcome.last.items() if k != "layers"})
         if main:
             details: dict[str, Any] = {"signal": outcome.stopped_by} if outcome.stopped_by else {}
-            if outcome.stopped_by and outcome.last["step"] == (begin or 0) and earlier:
+            if outcome.stopped_by and outcome.last["step"] == begin:
                 details["starts"] = earlier + 1  # unlike the status before, which scripts compare with
             self.folder.write_status(state, step=outcome.last["step"], **details)
         return outcome
@@ -145,8 +149,7 @@ class Trainer:
         writer = MetricsWriter(self.folder.path, run.tensorboard) if main else None
         if writer is not None:
             writer.rewind(step)
-        recent = recent_losses(self.folder.path, self.config.guard.spike_window) if main else []
-        health = Health(self.config.guard, skipped, broadcast_json(recent))
+        health = Health(self.config.guard, skipped, self._recent_losses())
         began = time.monotonic()
         record: dict[str, Any] = {"step": step}
         stopped_by = None
@@ -173,6 +176,7 @@ class Trainer:
                     step = keeper.go_back(step, health)
                     if writer is not None:
                         writer.rewind(step)
+                    health.compare_with(self._recent_losses())  # as after a restart from there
                 elif due:
                     self._save(keeper, step, health, record, writer)
             if stopped_by and keeper.saved != step:
@@ -180,6 +184,12 @@ class Trainer:
         if writer is not None:
             writer.close()
         return Outcome(self.folder, record | {"step": step}, time.monotonic() - began, self.engine, stopped_by)
+
+    def _recent_losses(self) -> list[float]:
+        """Those that the next loss is compared with, from metrics.jsonl; every rank must call."""
+        main, window = self.mesh.rank == 0, self.config.guard.spike_window
+        losses: list[float] = broadcast_json(recent_losses(self.folder.path, window) if main else None)
+        return losses
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """What the record of this step says besides, where it is time for it."""

@@ -37,7 +37,8 @@ def advice(config: Config, shape: BatchShape, layout: Layout, parameters: int) -
     low = engine.precision == "bf16"
     weights = parameters * compute_dtype(engine.precision).itemsize // (dp if stage >= 3 else 1)
     gradients = parameters * 4 // (dp if stage >= 2 else 1)
-    optimizer = parameters * (12 if low else 8) // (dp if stage >= 1 else 1)
+    masters = low or stage >= 1  # ZeRO keeps them beside fp32 weights too
+    optimizer = parameters * (12 if masters else 8) // (dp if stage >= 1 else 1)
     lines = [
         f"{parameters} parameters on this rank take about {_size(weights)} of weights, {_size(gradients)} of gradients "
         f"and {_size(optimizer)} of optimizer state, beside the activations of {shape.micro_batch} x {shape.seq_len} "
@@ -51,8 +52,8 @@ def advice(config: Config, shape: BatchShape, layout: Layout, parameters: int) -
         lines.append(f"set model.recompute to block (it is {config.model.recompute})")
     if dp > 1 and stage < 3:
         lines.append(f"raise engine.zero_stage (it is {stage}, over {dp} ranks; engine.name must be deepspeed)")
-    experts, ep = config.model.moe.num_experts, config.parallel.ep
-    if experts > ep and layout.world > ep:
+    experts, ep, etp = config.model.moe.num_experts, config.parallel.ep, config.parallel.etp
+    if any(experts % more == 0 and layout.world % (more * etp) == 0 for more in range(ep + 1, experts + 1)):
         lines.append(f"raise parallel.ep (it is {ep}, for {experts} experts on {layout.world} ranks)")
     if not low:
         lines.append("set engine.precision to bf16 (activations take half)")

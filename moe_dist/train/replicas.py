@@ -2,8 +2,8 @@
 
 Dense parameters lie on every rank, or under tp on every data-parallel one, experts on their edp group. All of a copy's
 arithmetic is the same on all of its ranks, so copies are equal to the last bit; a flipped bit, in memory or on a wire,
-is not seen in any loss for long. Which copy is wrong is told by the fp32 masters where they lie apart from the weights
-(ZeRO, and bf16), else by the majority; two copies alone cannot tell.
+is not seen in any loss for long. Which copy is wrong is told by the majority, else by the fp32 masters where they lie
+apart from the weights (ZeRO, and bf16); two copies alone cannot tell.
 """
 
 from collections import Counter, defaultdict
@@ -19,7 +19,8 @@ from moe_dist.parallel.objects import gather_json
 from moe_dist.parallel.sharding import spec_of
 from moe_dist.train.exit_codes import REPLICAS_DIFFER, EndRun
 
-_CHUNK = 1 << 22  # elements hashed at once: their int64 copies take eight bytes each
+_CHUNK = 1 << 14  # elements hashed at once: their int64 copies stay in a core's cache, and no other core is woken
+_ON_GPU = 256  # chunks at once, or starting kernels would take the time
 _AXES: dict[str, Axis] = {"replicated": "world", "tensor": "dp", "expert": "edp"}
 _MULTIPLIERS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # odd, as int64
 
@@ -70,8 +71,9 @@ def digest(values: Tensor) -> int:
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     bits = values.detach().contiguous().view(-1).view(size)
     total = torch.zeros((), dtype=torch.int64, device=values.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
+    chunk = _CHUNK * _ON_GPU if values.is_cuda else _CHUNK
+    for start in range(0, bits.numel(), chunk):
+        part = bits[start : start + chunk].long()
         place = torch.arange(start, start + part.numel(), device=values.device)
         total += _mixed(part + place * _MULTIPLIERS[0]).sum()
     return int(total)
@@ -105,10 +107,10 @@ def _describe(held: list[dict[str, tuple[str, int]]], unlike: list[list[str]], l
             if rank != ranks[0] or votes == len(ranks):
                 continue
             wrong = tuple(r for r in ranks if name in unlike[r])
-            if wrong:
-                odd[wrong, "unlike the optimizer's masters in"].append(name)
-            elif 2 * votes > len(ranks):
+            if 2 * votes > len(ranks):  # a master that is wrong itself calls all others wrong
                 odd[tuple(r for r in ranks if copies[r] != value), "unlike the other ranks in"].append(name)
+            elif wrong and wrong != ranks:
+                odd[wrong, "unlike the optimizer's masters in"].append(name)
             else:
                 odd[ranks, "unlike each other, and which one is wrong cannot be told, in"].append(name)
     return "; ".join(

@@ -49,11 +49,16 @@ class Health:
     def __init__(self, guard: GuardConfig, skipped: int = 0, recent: Iterable[float] = ()) -> None:
         self.guard, self.skipped, self.in_a_row = guard, skipped, 0
         self.trouble: str | None = None  # why the run should go back to its last checkpoint now
-        self._detector = SpikeDetector(guard.spike_window, guard.spike_mads)
-        for loss in recent:
-            self._detector.add(loss)
+        self.compare_with(recent)
         self._left_out: set[int] = set()  # steps that a run which went back passes over
         self._went_back_at: int | None = None
+
+    def compare_with(self, recent: Iterable[float]) -> None:
+        """From now on; the run has gone back to where these were its last losses. What came after them was lower, as a
+        rule, and would make spikes of steps that were none at the first pass."""
+        self._detector = SpikeDetector(self.guard.spike_window, self.guard.spike_mads)
+        for loss in recent:
+            self._detector.add(loss)
 
     def look(self, step: int, loss: float, aux: float) -> tuple[str | None, str | None]:
         """(why this step must not be applied, what is odd about it all the same); None where there is nothing to say.

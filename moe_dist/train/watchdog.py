@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -90,12 +91,12 @@ class Watchdog:
             self._thread.join()
             self._beat(left=True)
 
-    def verdict(self) -> str | None:
-        """Who stands still, if that has been judged."""
+    def verdict(self) -> list[Beat] | None:
+        """The processes that do not run, if it has been judged that some rank stands still."""
         try:
-            return str(json.loads((self.folder / _VERDICT).read_text())["reason"])
+            return [Beat(**beat) for beat in json.loads((self.folder / _VERDICT).read_text())["dead"]]
         except (OSError, ValueError):
-            return None  # nothing yet, or half written
+            return None
 
     def _watch(self) -> None:
         assert self.seconds is not None
@@ -106,8 +107,8 @@ class Watchdog:
             now = time.monotonic()
             passed, last = min(now - last, 4 * self.period), now  # if this process slept, so may the others have
             self._beat()
-            if self.verdict() is not None:
-                self._leave()
+            if (dead := self.verdict()) is not None:
+                self._leave(dead)
             stalled = own.see(self.mesh.trail.count, passed) >= self.seconds
             beat = self._read(next_rank)
             if not (beat and beat.left):
@@ -138,21 +139,38 @@ class Watchdog:
         self._pronounce("; ".join(lines), dead)
 
     def _pronounce(self, reason: str, dead: list[Beat]) -> None:
-        text = json.dumps({"reason": reason, "dead": [asdict(beat) for beat in dead]})
+        """Leaves whatever happens: with a full disk, or without the folder, the others come to their own verdict."""
         try:
-            file = os.open(self.folder / _VERDICT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return  # another rank was first: the next round finds its verdict
-        os.write(file, text.encode())
-        os.close(file)
-        print(f"moe-dist: {reason}", file=sys.stderr, flush=True)
-        write_status(self.run, "failed", reason=reason, code=STALLED)
+            if not self._write_verdict(reason, dead):
+                return  # another rank was first: the next round finds its verdict
+            write_status(self.run, "failed", reason=reason, code=STALLED)
+        except OSError as error:
+            reason += f" (not written to {self.run}: {error})"
+        with suppress(OSError):  # nobody may read it any more
+            print(f"moe-dist: {reason}", file=sys.stderr, flush=True)
         time.sleep(2 * self.period)  # the others leave by themselves first, not by a connection that this one closes
-        self._leave()
+        self._leave(dead)
 
-    def _leave(self) -> None:
-        for beat in json.loads((self.folder / _VERDICT).read_text())["dead"]:
-            _kill_if_here(Beat(**beat))
+    def _write_verdict(self, reason: str, dead: list[Beat]) -> bool:
+        """False when there is one."""
+        path = self.folder / _VERDICT
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            os.write(file, json.dumps({"reason": reason, "dead": [asdict(beat) for beat in dead]}).encode())
+        except OSError:
+            path.unlink(missing_ok=True)  # an empty one would keep the others from writing theirs
+            raise
+        finally:
+            os.close(file)
+        return True
+
+    def _leave(self, dead: list[Beat]) -> None:
+        for beat in dead:
+            with suppress(OSError):  # it has ended meanwhile, or is another user's
+                _kill_if_here(beat)
         os._exit(STALLED)
 
     def _beat(self, left: bool = False) -> None:

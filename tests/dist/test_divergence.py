@@ -175,16 +175,59 @@ def check_a_signal_saves_and_so_does_a_time_limit(folder: Path) -> None:
         assert len(stored(settings, step)) == 2
     before = stored(settings, step)
     train(settings, healthy, "must", minutes=0.0)
-    assert status(settings) == {"state": "preempted", "step": step, "signal": "time limit"}
+    assert status(settings) == {"state": "preempted", "step": step, "signal": "time limit", "starts": 1}
     assert stored(settings, step) == before
     assert [line["step"] for line in records(settings)] == [1, 2, 3]
     early = config(folder, "early")
     train(early, healthy, minutes=0.0)
     assert status(early)["step"] == 0 and len(stored(early, 0)) == 2
     train(early, healthy, "must", minutes=0.0)  # unlike the status before, or a script would take it for a failure
-    assert status(early) == {"state": "preempted", "step": 0, "signal": "time limit"}
+    assert status(early) == {"state": "preempted", "step": 0, "signal": "time limit", "starts": 1}
     train(early, healthy, "must", minutes=0.0)
     assert status(early) == {"state": "preempted", "step": 0, "signal": "time limit", "starts": 2}
+
+
+def check_the_window_after_going_back_is_that_of_a_restart(folder: Path) -> None:
+    """Losses fall, a bad step 11 sends the run back to step 8, and step 14 is a spike beside what the window then holds
+    after a kill: not when it still holds losses of the first pass."""
+    falling = [6, 5.8, 5.5, 5.0, 4.4, 3.6, 3.2, 3.0, 2.9, 2.85, 9.0, 2.8, 2.8, 3.6]
+    changes: dict[str, Any] = {"guard__spike_window": 10, "guard__spike_mads": 3.0, "guard__spike": "roll_back"}
+
+    class Kill(Exception):
+        pass
+
+    def falls(trainer: Trainer, last: int = 99) -> None:
+        micro_step, calls = trainer.engine.micro_step, []
+
+        def faulty(tokens_BS: Tensor, targets: Tensor, context: StepContext) -> DecoderOutput:
+            calls.append(context.step)
+            if len(calls) > last:
+                raise Kill
+            output = micro_step(tokens_BS, targets, context)
+            return replace(output, nll=torch.full_like(output.nll, falling[context.step]))
+
+        trainer.engine.micro_step = faulty  # type: ignore[method-assign]
+
+    whole, broken = (
+        config(folder, name, train__steps=14, run__save_every=4, **changes) for name in ("window", "window-killed")
+    )
+    train(whole, falls)
+    with pytest.raises(Kill):
+        train(broken, lambda trainer: falls(trainer, last=16))  # in step 14, past the checkpoint of step 12
+    train(broken, falls, "must")
+    assert stored(broken, 14) == stored(whole, 14)
+    assert [line.get("skipped") for line in records(broken)] == [line.get("skipped") for line in records(whole)]
+
+
+def check_other_experts_are_refused_before_anything_is_replaced(folder: Path) -> None:
+    few = config(folder, "experts", train__steps=2)
+    train(few, healthy)
+    dist.barrier()
+    before = (folder / "experts" / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"experts.*has shape \[4, .*--override model"):
+        train(config(folder, "experts", model__moe__num_experts=8), healthy, "must")
+    assert (folder / "experts" / "config.yaml").read_bytes() == before
+    assert status(few) == {"state": "finished", "step": 2}
 
 
 def check_spikes(folder: Path) -> None:
@@ -243,6 +286,8 @@ def test_losses_that_go_off(tmp_path: Path) -> None:
         check_nans_in_a_row_go_back_once_and_help,
         check_nans_in_a_row_go_back_once_and_end,
         check_spikes,
+        check_the_window_after_going_back_is_that_of_a_restart,
+        check_other_experts_are_refused_before_anything_is_replaced,
         check_a_signal_saves_and_so_does_a_time_limit,
     ]
     run_checks(2, checks, tmp_path)

@@ -107,7 +107,7 @@ def test_signals_and_the_time_limit(run: Run) -> None:
         before = status["step"]
     run.start("--resume", "--run.time-limit", "0.001")  # over before the first step: nothing new to save
     assert run.ended() == [SAVED, SAVED], run.said()
-    assert run.status() == {"state": "preempted", "step": before, "signal": "time limit"}
+    assert run.status() == {"state": "preempted", "step": before, "signal": "time limit", "starts": 1}
     assert run.checkpoints()[-1] == f"step-{before:06d}"
 
 

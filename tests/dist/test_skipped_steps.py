@@ -18,6 +18,13 @@ ENGINES = {
     "zero2": {"engine__name": "deepspeed", "engine__zero_stage": 2, "parallel__ep": 2},
     "zero2-bf16": {"engine__name": "deepspeed", "engine__zero_stage": 2, "engine__precision": "bf16"},
     "zero3": {"engine__name": "deepspeed", "engine__zero_stage": 3},
+    "native-tp": {"parallel__tp": 2},
+    "zero1-tp": {"engine__name": "deepspeed", "engine__zero_stage": 1, "parallel__tp": 2},
+    "zero2-tp-bf16": {
+        **{"engine__name": "deepspeed", "engine__zero_stage": 2, "engine__precision": "bf16"},
+        "parallel__tp": 2,
+    },
+    "zero3-tp": {"engine__name": "deepspeed", "engine__zero_stage": 3, "parallel__tp": 2},
 }
 
 
@@ -28,10 +35,10 @@ def tiny(name: str) -> TinyRun:
     return TinyRun(config, create_mesh(config.parallel.ep, config.parallel.tp))
 
 
-def poisoned(run: TinyRun) -> None:
+def poisoned(run: TinyRun, where: str = "expert") -> None:
     """A step with one NaN, in the gradient of an expert on the last rank."""
     last = run.mesh.rank == run.mesh.layout.world - 1
-    name, param = [(n, p) for n, p in run.engine.model.named_parameters() if "expert" in n][-1]
+    name, param = [(n, p) for n, p in run.engine.model.named_parameters() if where in n][-1]
     assert param.numel() or run.config.engine.zero_stage == 3, name
 
     def poison(grad: torch.Tensor) -> torch.Tensor:
@@ -44,6 +51,11 @@ def poisoned(run: TinyRun) -> None:
     if hook is not None:
         hook.remove()
     assert not math.isfinite(run.engine.update(run.config.optim.lr))
+
+
+def poisoned_norm(run: TinyRun) -> None:
+    """A NaN in the gradient of what every rank holds; under tp, only ranks with the last one's tp rank reduce it."""
+    poisoned(run, "norm")
 
 
 def discarded(run: TinyRun) -> None:
@@ -70,14 +82,14 @@ def check_nothing_is_left(name: str, leave_out: Callable[[TinyRun], None]) -> No
 
 def check_every_engine(names: list[str]) -> None:
     for name in names:
-        for leave_out in (poisoned, discarded):
+        for leave_out in (poisoned, poisoned_norm, discarded):
             try:
                 check_nothing_is_left(name, leave_out)
             except Exception as error:
                 raise AssertionError(f"{name}, {leave_out.__name__}: {error}") from error
 
 
-QUICK = ["native", "zero1", "zero3"]
+QUICK = ["native", "zero1", "zero3", "native-tp", "zero1-tp"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,19 @@ def test_what_cannot_help_is_not_advised() -> None:
     assert not [word for word in ("recompute", "zero_stage", "parallel.ep") if word in said]
 
 
+def test_ep_is_not_to_be_raised_where_no_larger_one_fits() -> None:
+    for ep, etp, experts, raised in ((2, 1, 8, True), (2, 2, 8, False), (2, 1, 6, False), (1, 2, 8, True)):
+        config = Config(parallel=ParallelConfig(ep=ep, etp=etp), train=TRAIN)
+        config.model.moe.num_experts = experts
+        said = advice(config, batch_shape(TRAIN, 4), Layout(4, ep=ep * etp), 2**20)
+        assert ("raise parallel.ep" in said) is raised, (ep, etp, experts)
+
+
+def test_zero_keeps_masters_of_fp32_weights_too() -> None:
+    config = Config(engine=EngineConfig(name="deepspeed", zero_stage=1), train=TRAIN)
+    assert "3.0 MiB of optimizer state" in advice(config, batch_shape(TRAIN, 4), Layout(4), 2**20)
+
+
 def test_the_error_of_torch_itself() -> None:
     shape, said = batch_shape(TRAIN, 1), r"out of memory: 5 parameters.*lower train\.micro_batch"
     with pytest.raises(RuntimeError, match=said) as caught, explained(Config(train=TRAIN), shape, Layout(), 5):

@@ -49,6 +49,12 @@ def test_who_is_wrong() -> None:
         "rank 1 and rank 3 are unlike each other, and which one is wrong cannot be told, in wq and 1 more parameters",
         "rank 2 is unlike the other ranks in norm",
     ]
+    # Of four copies the majority tells. Where a master is wrong, its rank calls the others' copies wrong, and they its.
+    masters_of_all: list[list[str]] = [["norm", "up", "wq"]] * 4
+    assert sorted(replicas._describe(held, masters_of_all, layout).split("; ")) == [
+        "rank 1 and rank 3 are unlike each other, and which one is wrong cannot be told, in wq and 1 more parameters",
+        "rank 2 is unlike the other ranks in norm",
+    ]
     masters_say: list[list[str]] = [[], ["up"], [], ["wq"]]
     assert sorted(replicas._describe(held, masters_say, layout).split("; ")) == [
         "rank 1 is unlike the optimizer's masters in up",

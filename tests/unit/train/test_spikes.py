@@ -39,6 +39,15 @@ def test_what_is_not_finite_never_enters_the_statistics() -> None:
     assert health.skipped == 3
 
 
+def test_losses_from_before_going_back_are_forgotten() -> None:
+    health = Health(GuardConfig(spike="skip", spike_window=5, spike_mads=3.0), recent=[6.0, 6.1, 6.2])
+    for step, loss in enumerate((3.0, 3.1, 3.0, 3.1, 3.0), start=4):
+        health.settle(step, loss, None)
+    assert health.look(4, 5.9, 0.0)[0] is not None
+    health.compare_with([6.0, 6.1, 6.2])
+    assert health.look(4, 5.9, 0.0) == (None, None)
+
+
 def test_back_once_and_again_only_past_the_trouble() -> None:
     health = Health(GuardConfig(max_skipped=2))
 

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.trail import Trail
+from moe_dist.train.exit_codes import STALLED
 from moe_dist.train.watchdog import Age, Beat, Watchdog, _born, _kill_if_here
 
 
@@ -33,6 +35,29 @@ def test_a_pid_used_again_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None
     assert killed == []
     _kill_if_here(Beat(**me, born=_born(os.getpid())))  # type: ignore[arg-type]
     assert killed == [os.getpid()]
+
+
+@pytest.mark.parametrize("broken", ["folder", "write"])
+def test_a_verdict_that_cannot_be_written_is_acted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    watchdog = Watchdog(tmp_path, single_process_mesh(), 0.1)
+    watchdog.clear()
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if broken == "folder":
+        watchdog.folder.rmdir()
+    else:
+        monkeypatch.setattr(os, "write", full)
+    watchdog._pronounce("rank 0 stands still", [])
+    assert left == [STALLED] and "rank 0 stands still (not written to" in capsys.readouterr().err
+    monkeypatch.undo()
+    watchdog.clear()
+    assert watchdog._write_verdict("later", []) and watchdog.verdict() == []  # nothing is left in its way
 
 
 def test_leaving_stops_the_heart_and_says_so(tmp_path: Path) -> None:
