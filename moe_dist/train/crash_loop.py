@@ -4,10 +4,10 @@ Only a checkpoint is progress, for steps after it are lost with the process.
 """
 
 import json
-import os
 from pathlib import Path
 
 from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
+from moe_dist.train.status import replace_text
 
 FILE = "restarts.json"
 
@@ -34,6 +34,4 @@ def refuse_crash_loop(folder: Path, checkpoint: int | None, starts: int, max_res
 
 def note_start(folder: Path, checkpoint: int | None, starts: int) -> None:
     """Rank 0 alone. starts: this one included."""
-    draft = folder / f".{FILE}"
-    draft.write_text(json.dumps({"checkpoint": checkpoint, "starts": starts}))
-    os.replace(draft, folder / FILE)
+    replace_text(folder, FILE, json.dumps({"checkpoint": checkpoint, "starts": starts}))
