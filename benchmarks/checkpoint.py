@@ -1,8 +1,9 @@
 """Saving a checkpoint beside copying its bytes: `python benchmarks/checkpoint.py`.
 
-One process, the native engine: fp32 weights and both Adam moments. A save hashes, writes and flushes to disk; the copy
-reads the same files from the page cache, writes and flushes. They take turns. Then a save in the background under
-training steps: for how much of its time do steps run, and how much slower are they meanwhile?
+The native engine, on one process or `--ranks` data-parallel ones: fp32 weights and both Adam moments. A save hashes,
+writes and flushes to disk; the copy reads the same files from the page cache, each rank some, writes and flushes. They
+take turns. Then a save in the background under training steps: for how much of its time do steps run, and how much
+slower are they meanwhile?
 """
 
 import argparse
@@ -25,6 +26,7 @@ from moe_dist.engine.base import Engine, make_engine
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh
 from moe_dist.parallel.random import RandomKey
 
@@ -35,16 +37,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=4, help="decoder blocks of 3.3 million parameters each")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel processes that hold the same")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary folder by default")
     own = parser.parse_args()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    engine, step = engine_and_step(own.layers)
-    step()
     with tempfile.TemporaryDirectory(dir=own.folder) as folder:
-        print(f"{device_name()}, {torch.get_num_threads()} threads")
-        against_copy(engine, Path(folder), own.rounds)
-        in_background(engine, step, Path(folder), own.rounds)
-    dist.destroy_process_group()
+        spawn(measure, own.ranks, own.layers, own.rounds, folder)
+
+
+def measure(layers: int, rounds: int, folder: str) -> None:
+    """One rank."""
+    engine, step = engine_and_step(layers)
+    step()
+    say(f"{device_name()}, {dist.get_world_size()} ranks of {torch.get_num_threads()} threads")
+    against_copy(engine, Path(folder), rounds)
+    in_background(engine, step, Path(folder), rounds)
+
+
+def say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
 
 
 def engine_and_step(layers: int):
@@ -70,24 +81,32 @@ def saver(engine: Engine, root: Path, background: bool) -> Saver:
 def against_copy(engine: Engine, folder: Path, rounds: int) -> None:
     by = saver(engine, folder / "saved", background=False)
     source = by.save(engine, 1)
-    size = sum(path.stat().st_size for path in source.iterdir())
-    shutil.copytree(source, folder / "source")
+    sizes = sorted((path.stat().st_size for path in source.glob("*.safetensors")), reverse=True)
+    size, ranks, main = sum(sizes), dist.get_world_size(), dist.get_rank() == 0
+    say(f"the fullest file holds {sizes[0] / size:.1%} of all bytes")
+    if main:
+        shutil.copytree(source, folder / "source")
+    dist.barrier()
+    mine = sorted((folder / "source").iterdir())[dist.get_rank() :: ranks]
 
     def copy(number: int) -> None:
-        shutil.rmtree(folder / "copy", ignore_errors=True)
-        (folder / "copy").mkdir()
-        for path in (folder / "source").iterdir():
+        if main:
+            shutil.rmtree(folder / "copy", ignore_errors=True)
+            (folder / "copy").mkdir()
+        dist.barrier()
+        for path in mine:
             target = shutil.copyfile(path, folder / "copy" / path.name)
             descriptor = os.open(target, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+        dist.barrier()
 
     contestants = {"save": lambda number: by.save(engine, number), "copy": copy}
     numbers = iter(range(2, 1000))
     seconds = race(contestants, lambda: next(numbers), rounds, 1)
     rates = {name: size / 1e6 / value for name, value in seconds.items()}
-    print(f"{size / 1e6:.0f} MB, medians of {rounds}: save {rates['save']:.0f} MB/s, copy {rates['copy']:.0f} MB/s")
-    print(f"save / copy = {rates['save'] / rates['copy']:.2f} (goal {GOAL})")
+    say(f"{size / 1e6:.0f} MB, medians of {rounds}: save {rates['save']:.0f} MB/s, copy {rates['copy']:.0f} MB/s")
+    say(f"save / copy = {rates['save'] / rates['copy']:.2f} (goal {GOAL})")
 
 
 def in_background(engine: Engine, step, folder: Path, rounds: int) -> None:
@@ -107,11 +126,11 @@ def in_background(engine: Engine, step, folder: Path, rounds: int) -> None:
             by.raise_pending()
         walls.append(time.perf_counter() - began)
         shares.append(1 - blocked[-1] / walls[-1])
-    print(
+    say(
         f"in the background, medians of {rounds}: {statistics.median(walls):.2f} s, training stands still for "
         f"{statistics.median(blocked) * 1e3:.0f} ms, steps run for {statistics.median(shares):.1%} of it"
     )
-    print(f"a step takes {statistics.median(meanwhile) * 1e3:.0f} ms meanwhile, {alone * 1e3:.0f} ms otherwise")
+    say(f"a step takes {statistics.median(meanwhile) * 1e3:.0f} ms meanwhile, {alone * 1e3:.0f} ms otherwise")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, rights that are missing: a traceback says no more than this
+        from moe_dist.train.exit_codes import FAILED
+
+        print(f"moe-dist: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         from moe_dist.train.exit_codes import INTERRUPTED
 

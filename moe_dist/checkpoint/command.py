@@ -1,6 +1,7 @@
 """`moe-dist checkpoint`: look into checkpoints, verify, convert and compare them, on one process."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 
 from moe_dist.checkpoint.convert import convert
 from moe_dist.checkpoint.diff import Difference, differences
-from moe_dist.checkpoint.layout import MANIFEST, Dtype
+from moe_dist.checkpoint.find import all_checkpoints, whole_checkpoint
+from moe_dist.checkpoint.layout import Dtype
 from moe_dist.checkpoint.reader import Reader
-from moe_dist.checkpoint.store import checkpoints
 
 _ABOUT = """Look into checkpoints, without a model and without the ranks that wrote them.
 
@@ -19,7 +20,8 @@ _ABOUT = """Look into checkpoints, without a model and without the ranks that wr
   moe-dist checkpoint convert PATH TARGET [flags]      the same in another precision or number of files
   moe-dist checkpoint diff PATH OTHER                  largest differences by parameter; exit code 1 when there are any
 
-PATH is a checkpoint, or a run's folder: then its newest one, and for verify all of them.
+PATH is a checkpoint, or a run's folder: then all of its checkpoints for verify, for inspect the newest, and for convert
+and diff the newest that is whole. These two read no file that does not match its SHA-256.
 """
 _DTYPES: dict[str, Dtype] = {"fp32": "F32", "bf16": "BF16"}
 _HIGHLIGHTS = (
@@ -49,26 +51,20 @@ def checkpoint(args: list[str]) -> int:
     own = parser.parse_args(args)
     match own.command:
         case "inspect":
-            print("\n".join(describe(Reader(find(own.path)[-1]))))
+            print("\n".join(describe(Reader(all_checkpoints(own.path)[-1]))))
             return 0
         case "verify":
-            return _verify(find(own.path))
+            return _verify(all_checkpoints(own.path))
         case "convert":
-            source = find(own.path)[-1]
+            source = whole_checkpoint(own.path, _warn)
             convert(source, own.target, _DTYPES.get(own.dtype), own.files, own.weights_only)
             print(f"{source} written to {own.target}")
             return 0
-    return _diff(Reader(find(own.path)[-1]), Reader(find(own.other)[-1]))
+    return _diff(*(Reader(whole_checkpoint(path, _warn)) for path in (own.path, own.other)))
 
 
-def find(path: Path) -> list[Path]:
-    """`path` itself, or the checkpoints of the run `path`, oldest first. Raises ValueError when there is none."""
-    if (path / MANIFEST).is_file():
-        return [path]
-    found = checkpoints(path / "checkpoints") or checkpoints(path)
-    if not found:
-        raise ValueError(f"{path} is neither a checkpoint nor a run with one: give runs/NAME, or a folder step-N in it")
-    return found
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def describe(reader: Reader) -> Iterator[str]:

@@ -1,24 +1,45 @@
-"""From what a person names, a run's folder or one of its checkpoints, to the checkpoint and its configuration."""
+"""From what a person names, a run's folder or one of its checkpoints, to its configuration and a whole checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.reshard import newest_good, require_whole
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, load_config
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Config]:
-    """(checkpoint, configuration) of a run's folder, its newest one, or of one of its checkpoints.
+def whole_checkpoint(path: Path, say: Callable[[str], None]) -> Path:
+    """The checkpoint `path`, or the newest whole one of the run `path`; every file of it is as its manifest says.
 
-    Raises ValueError when there is no checkpoint, or no config.yaml that says what model it holds.
+    say: takes a line on each problem of newer ones that were passed over. Every rank must call. Raises ValueError when
+    there is none, and naming files when it, or all of them, are damaged.
     """
     if (path / MANIFEST).is_file():
-        checkpoint, run = path.resolve(), path.resolve().parents[1]
-    else:
-        run, found = path, checkpoints(path / "checkpoints")
-        if not found:
-            raise ValueError(f"{path} is neither a checkpoint nor a run with one: give runs/NAME, or a step-N in it")
-        checkpoint = found[-1]
+        require_whole(path)
+        return path
+    newest, damaged = newest_good(all_checkpoints(path)[0].parent)
+    for problem in damaged:
+        say(f"passed over: {problem}")
+    assert newest is not None, "they have been listed just now"
+    return newest
+
+
+def all_checkpoints(path: Path) -> list[Path]:
+    """`path` itself, or the checkpoints of the run `path`, or in it, oldest first. Raises ValueError when there is
+    none."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = checkpoints(path / "checkpoints") or checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} is neither a checkpoint nor a run with one: give runs/NAME, or a folder step-N in it")
+    return found
+
+
+def run_config(path: Path) -> Config:
+    """The configuration of a run, by its folder or by one of its checkpoints. Raises ValueError when there is none."""
+    newest = all_checkpoints(path)[-1].resolve()
+    run = newest.parents[1]
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}/config.yaml, which says what model {checkpoint} holds, is not there")
-    return checkpoint, load_config(run / "config.yaml")
+        raise ValueError(f"{run}/config.yaml, which says what model {newest} holds, is not there")
+    return load_config(run / "config.yaml")

@@ -26,8 +26,8 @@ LOCK = "run.lock"
 def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Holds the run folder `folder`, made if it is missing. Every rank must enter; rank 0 takes the lock and speaks.
 
-    Raises ValueError on every rank when another process holds it, naming the process, its host and since when. A
-    folder that was made for the lock alone goes with it, and so do those above it.
+    Raises ValueError on every rank when another process holds it, naming the process, its host and since when, or when
+    the folder cannot be written to. A folder that was made for the lock alone goes with it, and so do those above it.
     """
     refusal: str | None = None
     descriptor = None
@@ -37,6 +37,8 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
             descriptor = _take(folder, say)
         except ValueError as error:
             refusal = str(error)
+        except OSError as error:
+            refusal = f"{folder} cannot be written to: {error}; make it writable, or choose another --run.root"
     refusal = broadcast_json(refusal)
     if refusal is not None:
         raise ValueError(refusal)
@@ -44,7 +46,8 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
         yield
     finally:
         if descriptor is not None:
-            _release(folder, descriptor, made)
+            with suppress(OSError):  # what is left behind keeps nobody out
+                _release(folder, descriptor, made)
 
 
 def _take(folder: Path, say: Callable[[str], None]) -> int:
@@ -72,13 +75,14 @@ def _take(folder: Path, say: Callable[[str], None]) -> int:
 
 
 def _release(folder: Path, descriptor: int, made: list[Path]) -> None:
-    os.ftruncate(descriptor, 0)
-    if os.listdir(folder) == [LOCK]:
-        (folder / LOCK).unlink()
-        with suppress(OSError):  # not empty: somebody else has just come
+    try:
+        os.ftruncate(descriptor, 0)
+        if os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
             for path in made or [folder]:
-                path.rmdir()
-    os.close(descriptor)
+                path.rmdir()  # not empty when somebody else has just come
+    finally:
+        os.close(descriptor)
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -4,26 +4,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
-from moe_dist.parallel.objects import broadcast_json, gather_json
+from moe_dist.parallel.objects import broadcast_json, gather_json, rank_and_world
 from moe_dist.parallel.sharding import logical_parameters
 
-__all__ = ["Reader", "load", "load_weights", "newest_good", "refuse_other_parameters"]
+__all__ = ["Reader", "load", "load_weights", "newest_good", "refuse_other_parameters", "require_whole"]
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """(newest checkpoint under `root` of which every file is as its manifest says, what is wrong with newer ones).
 
     (None, []) where there is none at all. Every rank must call: rank 0 lists them, each rank reads a share of the
-    files. Raises ValueError on every rank when there are checkpoints and all are damaged.
+    files. Raises ValueError on every rank when there are checkpoints and all are damaged, or `root` cannot be listed.
     """
-    listed = broadcast_json([str(folder) for folder in checkpoints(root)] if dist.get_rank() == 0 else None)
+    listed, refusal = broadcast_json(_list(root) if rank_and_world()[0] == 0 else None)
+    if refusal is not None:
+        raise ValueError(refusal)
     damaged: list[str] = []
     for folder in map(Path, reversed(listed)):
         problems = _problems(folder)
@@ -77,9 +78,9 @@ def refuse_other_parameters(folder: Path, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_weights(folder: Path, model: nn.Module) -> Manifest:
+def load_weights(folder: Path, model: nn.Module, checked: bool = False) -> Manifest:
     """Fill a model that no engine owns, on one rank of any layout and in any precision; otherwise as `load`."""
-    reader = _reader(folder, checked=False)
+    reader = _reader(folder, checked)
     for problem in _other_parameters(reader, model).values():
         raise ValueError(f"{folder}: {problem}: load it with its own config")
     for name, param, spec in logical_parameters(model):
@@ -90,16 +91,30 @@ def load_weights(folder: Path, model: nn.Module) -> Manifest:
     return reader.manifest
 
 
-def _reader(folder: Path, checked: bool) -> Reader:
-    if not checked and (problems := _problems(folder)):
+def _list(root: Path) -> tuple[list[str], str | None]:
+    """(checkpoints under `root`, why they cannot be listed)."""
+    try:
+        return [str(folder) for folder in checkpoints(root)], None
+    except ValueError as error:
+        return [], str(error)
+
+
+def require_whole(folder: Path) -> None:
+    """Every rank must call. Raises ValueError on every rank when a file is not as the manifest says, or that is bad."""
+    if problems := _problems(folder):
         raise ValueError("\n".join(problems))
+
+
+def _reader(folder: Path, checked: bool) -> Reader:
+    if not checked:
+        require_whole(folder)
     return Reader(folder)
 
 
 def _problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, the same on every rank; each reads its share of the files."""
     try:
-        mine = Reader(folder).check_digests(dist.get_rank(), dist.get_world_size())
+        mine = Reader(folder).check_digests(*rank_and_world())
     except ValueError as error:
         mine = [str(error)]
     return list(dict.fromkeys(problem for reply in gather_json(mine) for problem in reply))

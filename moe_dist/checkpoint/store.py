@@ -6,7 +6,9 @@ A step that is saved again first moves the earlier one aside, to step-NNNNNN.old
 every moment what was complete before, or what replaces it, is there under a name that is found.
 """
 
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from moe_dist.checkpoint.layout import MANIFEST, STEP_NAME, Manifest, Position, 
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.checkpoint.shard import flush, write_durably, write_shard
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
-from moe_dist.parallel.objects import gather_json
+from moe_dist.parallel.objects import together
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,10 @@ def take_snapshot(engine: Engine, step: int, copy: bool, skipped: int = 0) -> Sn
     entries = []
     for kind in STATE_KINDS:
         for piece in engine.held(kind):
-            if piece.owned and piece.values.numel():
-                stored = Range(kind=kind, name=piece.name, start=piece.start, length=piece.values.numel())
-                entries.append((stored, piece.values.detach().to("cpu", torch.float32, copy=copy).contiguous()))
+            start, values = piece.owned_part()
+            if values.numel():
+                stored = Range(kind=kind, name=piece.name, start=start, length=values.numel())
+                entries.append((stored, values.detach().to("cpu", torch.float32, copy=copy).contiguous()))
     buffers = sorted(name for name, _ in engine.model.named_buffers())
     return Snapshot(step, skipped, entries, dict(sorted(logical_shapes(engine.model).items())), buffers)
 
@@ -62,8 +65,8 @@ def write_checkpoint(
     rank, step = dist.get_rank(), snapshot.step
     final, draft = root / f"step-{step:06d}", root / f".step-{step:06d}"
 
-    def together(work: Callable[[], Any], only_first: bool = False, failure: str = "was not written") -> list[Any]:
-        return _together(work if rank == 0 or not only_first else lambda: None, f"checkpoint {final} {failure}", group)
+    def agreed(work: Callable[[], Any], only_first: bool = False, failure: str = "was not written") -> list[Any]:
+        return together(work if rank == 0 or not only_first else lambda: None, f"checkpoint {final} {failure}", group)
 
     def prepare() -> None:
         shutil.rmtree(draft, ignore_errors=True)
@@ -78,54 +81,49 @@ def write_checkpoint(
         _commit(draft, final)
 
     try:
-        together(prepare, only_first=True)
-        shards = [ShardFile.of(written) for written in together(write)]
-        together(commit, only_first=True)
+        agreed(prepare, only_first=True)
+        shards = [ShardFile.of(written) for written in agreed(write)]
+        agreed(commit, only_first=True)
     except RuntimeError:
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
     failure = "was written, but older ones could not be removed"
-    together(lambda: prune(root, retention, step), only_first=True, failure=failure)
+    agreed(lambda: prune(root, retention, step), only_first=True, failure=failure)
     return final
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, oldest first."""
-    found = [
-        (int(named[1]), named[2] is None, path)
-        for path in root.glob("step-*")
-        if (named := STEP_NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return [path for _, _, path in sorted(found)]
+    """Complete checkpoints under `root`, oldest first; what cannot be looked into is taken for one, and who reads it
+    says why. Raises ValueError when `root` cannot be listed: there may be some."""
+    return [path for _, path in _numbered(root)]
 
 
 def prune(root: Path, retention: Retention, newest: int) -> None:
     """Remove what `retention` does not keep, after step `newest` was written, and what a kill left half done.
 
-    Later steps are not of this run's history: it fell back to an earlier checkpoint because they are broken. They do
-    not count, and stay until they are written again; so does what has no readable manifest.
+    Later steps go too. The run fell back past them because they were damaged, and has a history of its own by now:
+    kept, they would be taken for the newest as soon as they can be read again, or for the best. Of earlier ones, what
+    has no readable manifest does not count, and stays.
     """
     losses: dict[int, float | None] = {}
     found: list[tuple[int, Path]] = []
-    for path in checkpoints(root):
-        if path.suffix == ".old" and (path.with_suffix("") / MANIFEST).is_file():
+    for step, path in _numbered(root):
+        if step > newest or (path.suffix == ".old" and _complete(path.with_suffix(""))):
             remove(path)
             continue
         try:
-            manifest = Manifest.load(path)
+            losses[step] = Manifest.load(path).validation_loss
         except ValueError:
             continue
-        if manifest.step <= newest:
-            losses[manifest.step] = manifest.validation_loss
-            found.append((manifest.step, path))
+        found.append((step, path))
     kept = retention.kept(losses)
     for step, path in found:
         if step not in kept:
             remove(path)
     for path in root.glob("*step-*"):
         draft = path.name.startswith(".")
-        if STEP_NAME.fullmatch(path.name.removeprefix(".")) and (draft or not (path / MANIFEST).is_file()):
+        if STEP_NAME.fullmatch(path.name.removeprefix(".")) and (draft or not _complete(path)):
             shutil.rmtree(path)
 
 
@@ -134,6 +132,31 @@ def remove(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     flush(checkpoint)
     shutil.rmtree(checkpoint)
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of complete checkpoints, oldest first; of two of a step, the one that was moved aside first."""
+    try:
+        names = os.listdir(root)  # not glob, which finds nothing where it may not look
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"{root} cannot be listed: {error.strerror}; make it readable, or name another run") from None
+    found = [
+        (int(named[1]), named[2] is None, root / name)
+        for name in names
+        if (named := STEP_NAME.fullmatch(name)) and _complete(root / name)
+    ]
+    return [(step, path) for step, _, path in sorted(found)]
+
+
+def _complete(path: Path) -> bool:
+    try:
+        return stat.S_ISREG((path / MANIFEST).stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def _manifest(snapshot: Snapshot, info: RunInfo, shards: list[ShardFile], validation_loss: float | None) -> Manifest:
@@ -162,17 +185,3 @@ def _commit(draft: Path, final: Path) -> None:
         final.rename(old)
     draft.rename(final)
     flush(final.parent)
-
-
-def _together(work: Callable[[], Any], failure: str, group: dist.ProcessGroup | None) -> list[Any]:
-    """What `work` returned on each rank, by way of JSON. Raises RuntimeError on every rank when it failed on one."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as caught:
-        error = f"rank {dist.get_rank()}: {caught}"
-    replies = gather_json((result, error), group)
-    errors = [reply[1] for reply in replies if reply[1]]
-    if errors:
-        raise RuntimeError(f"{failure}: " + "; ".join(errors))
-    return [reply[0] for reply in replies]

@@ -1,7 +1,8 @@
 """Megatron-core's indexed corpora: tokens in PREFIX.bin, and in PREFIX.idx where its sequences and documents begin.
 
 Nothing in the two files is believed before it has been checked, and nothing is allocated by a number that they hold:
-both are read once from end to end, in chunks. Only training looks into PREFIX.bin through a memory map.
+both are read once from end to end, in chunks. Training then reads the windows it needs from PREFIX.bin, without a
+memory map: where a mapped file has become shorter, the kernel gives zeros, or kills the process without a word.
 
 PREFIX.idx, little-endian: magic (9 bytes) · version u64 = 1 · dtype code u8 · sequences u64 · documents u64, plus one ·
 length of each sequence i32 · its first byte in PREFIX.bin i64 · first sequence of each document i64, and the end ·
@@ -15,7 +16,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -56,10 +57,37 @@ class Index:
         return self._pointers_at + 8 * self.sequences
 
 
+class StoredTokens:
+    """Tokens [first, last) of an open file. One system call for each run of offsets that follow each other."""
+
+    def __init__(self, file: BufferedReader, dtype: np.dtype, first: int, last: int) -> None:
+        self.file, self.dtype, self.first, self.last = file, dtype, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, offsets_N: np.ndarray) -> np.ndarray:
+        """Raises OSError when the file has become shorter."""
+        tokens_N = np.empty(len(offsets_N), self.dtype)
+        data, size = tokens_N.view(np.uint8).data, self.dtype.itemsize
+        breaks = np.flatnonzero(np.diff(offsets_N) != 1) + 1
+        for begin, end in pairwise([0, *breaks.tolist(), len(offsets_N)]):
+            at, done = (self.first + int(offsets_N[begin])) * size, begin * size
+            while done < end * size:
+                read = os.preadv(self.file.fileno(), [data[done : end * size]], at + done - begin * size)
+                if read == 0:
+                    raise OSError(
+                        f"{self.file.name} has become shorter since the run began: put it back as it was, and continue "
+                        "with --resume"
+                    )
+                done += read
+        return tokens_N
+
+
 class TokenStream:
     """Arrays of tokens, one after the other, read at the offsets asked for."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[np.ndarray | StoredTokens]) -> None:
         self.parts = parts
         self._starts = list(accumulate((len(part) for part in parts), initial=0))
 
@@ -91,9 +119,9 @@ def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float) -> tupl
         bin_digest = _check_tokens(index, vocab_size)
         cut = _cut(index, fraction)
         digest.update(idx_digest + bin_digest + cut.to_bytes(8, "big"))
-        tokens = np.memmap(f"{prefix}.bin", index.dtype, "r", shape=(index.tokens,))
-        train.append(tokens[:cut])
-        validation.append(tokens[cut:])
+        file = _open(f"{prefix}.bin")
+        train.append(StoredTokens(file, index.dtype, 0, cut))
+        validation.append(StoredTokens(file, index.dtype, cut, index.tokens))
     return TokenStream(train), TokenStream(validation), digest.hexdigest()
 
 

@@ -27,14 +27,18 @@ STATE_KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 class Piece:
     """values: 1-D view of what this rank holds, elements [start, start + len) of the flattened logical parameter.
 
-    owned: each logical element is owned by exactly one rank of the world, the one that saves it.
+    owned: which of `values`; each logical element is owned by exactly one rank of the world, the one that saves it.
     """
 
     name: str
     logical_shape: tuple[int, ...]
     start: int
     values: Tensor
-    owned: bool
+    owned: range
+
+    def owned_part(self) -> tuple[int, Tensor]:
+        """(first element in the logical parameter, values) of what is owned; perhaps nothing."""
+        return self.start + self.owned.start, self.values[self.owned.start : self.owned.stop]
 
 
 class Engine(Protocol):
@@ -88,9 +92,11 @@ class RouterLoads:
 
 
 def held_buffers(model: Trainable, mesh: Mesh) -> Iterator[Piece]:
-    """State that is not trained, the same on every rank; it is saved among the weights."""
+    """State that is not trained, the same on every rank; it is saved among the weights. A few numbers an expert, which
+    are not worth sharing: rank 0 saves them."""
     for name, buffer in model.named_buffers():
-        yield Piece(name, tuple(buffer.shape), 0, buffer.view(-1), mesh.rank == 0)
+        owned = range(buffer.numel() if mesh.rank == 0 else 0)
+        yield Piece(name, tuple(buffer.shape), 0, buffer.view(-1), owned)
 
 
 def logical_shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -104,12 +110,6 @@ def decay_groups(model: nn.Module) -> list[tuple[str, float, list[nn.Parameter]]
     groups = [("decay", 1.0, True), ("no_decay", 0.0, False)]
     params = list(model.parameters())
     return [(name, factor, [p for p in params if spec_of(p).decay is decay]) for name, factor, decay in groups]
-
-
-def owns_replica(param: nn.Parameter, mesh: Mesh) -> bool:
-    """Of the ranks that hold the same piece of an unpartitioned parameter, the first owns it."""
-    shard = spec_of(param).shard
-    return {"replicated": mesh.rank == 0, "tensor": mesh.dp.rank == 0, "expert": mesh.edp.rank == 0}[shard]
 
 
 @torch.no_grad()

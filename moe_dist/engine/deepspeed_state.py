@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.engine.base import Kind, Piece, owns_replica
+from moe_dist.engine.base import Kind, Piece
+from moe_dist.engine.shares import copies, shares
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec
 
 # Any: DeepSpeed hangs attributes of its own on parameters.
 Specs = dict[str, tuple[Any, ParamSpec]]
-_Held = Iterator[tuple[str, int, Tensor, bool]]  # name, first element in the logical parameter, values, owned
+_Held = Iterator[tuple[str, int, Tensor, Group]]
+"""(name, first element in the logical parameter, values, ranks that hold the same)."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class ZeroState:
 
     def pieces(self, kind: Kind) -> Iterator[Piece]:
         """This rank's pieces of every parameter, as views wherever they can be written to."""
-        held = {0: self._whole, 1: self._ranges, 2: self._ranges, 3: self._equal_cuts}[self.stage](kind)
-        for name, start, values, owned in held:
-            yield Piece(name, self.specs[name][1].logical_shape, start, values, owned)
+        held = list({0: self._whole, 1: self._ranges, 2: self._ranges, 3: self._equal_cuts}[self.stage](kind))
+        owned = shares([(values.numel(), ranks) for _, _, values, ranks in held])
+        for (name, start, values, _), mine in zip(held, owned, strict=True):
+            yield Piece(name, self.specs[name][1].logical_shape, start, values, mine)
 
     def restore(self, optimizer_step: int) -> None:
         """Makes the compute weights follow the masters, and sets Adam's step."""
@@ -61,7 +64,7 @@ class ZeroState:
         for name, (param, spec) in self.specs.items():
             values = {"weight": lambda p: p.data, "grad": lambda p: p.grad}.get(kind)
             held = values(param) if values else _adam(self.optimizer, param)[kind]
-            yield name, spec.flat_start, held.view(-1), owns_replica(param, self.mesh)
+            yield name, spec.flat_start, held.view(-1), copies(spec, self.mesh)
 
     def _ranges(self, kind: Kind) -> _Held:
         zero = self.optimizer
@@ -87,7 +90,7 @@ class ZeroState:
                 here, there = param._hp_mapping.get_hp_fragment_address(), param._hp_mapping.lp_fragment_address
                 spec = self.specs[names[param]][1]
                 values = buffer.narrow(0, here.start, here.numel)
-                yield names[param], spec.flat_start + there.start, values, self._owned(spec)
+                yield names[param], spec.flat_start + there.start, values, self._copies(spec)
 
     def _equal_cuts(self, kind: Kind) -> _Held:
         zero = self.optimizer
@@ -105,11 +108,11 @@ class ZeroState:
                 values = flat.data.narrow(0, offset, numel)
             else:
                 values = _adam(zero.optimizer, flat)[kind].narrow(0, offset, numel)
-            yield name, spec.flat_start + first, values.view(-1).narrow(0, 0, held), self._owned(spec)
+            yield name, spec.flat_start + first, values.view(-1).narrow(0, 0, held), self._copies(spec)
 
-    def _owned(self, spec: ParamSpec) -> bool:
+    def _copies(self, spec: ParamSpec) -> Group:
         """A cut piece is held once by dp or edp; the tp ranks hold the same of a replicated parameter."""
-        return spec.shard != "replicated" or self.mesh.tp.rank == 0
+        return self.mesh.tp if spec.shard == "replicated" else Group()
 
 
 def partition_group(spec: ParamSpec, mesh: Mesh) -> Group:

@@ -20,8 +20,8 @@ from moe_dist.engine.base import (
     compute_dtype,
     decay_groups,
     held_buffers,
-    owns_replica,
 )
+from moe_dist.engine.shares import copies, shares
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.routing import StepContext
@@ -97,7 +97,9 @@ class NativeEngine:
         self.loads.forget()
 
     def held(self, kind: Kind) -> Iterator[Piece]:
-        for name, param, spec in logical_parameters(self.model):
+        parameters = list(logical_parameters(self.model))
+        owned = shares([(param.numel(), copies(spec, self.mesh)) for _, param, spec in parameters])
+        for (name, param, spec), mine in zip(parameters, owned, strict=True):
             master = self.masters[param]
             if kind == "weight":
                 values = master
@@ -105,7 +107,7 @@ class NativeEngine:
                 values = _grad(master)
             else:
                 values = self._moment(master, kind)
-            yield Piece(name, spec.logical_shape, spec.flat_start, values.view(-1), owns_replica(param, self.mesh))
+            yield Piece(name, spec.logical_shape, spec.flat_start, values.view(-1), mine)
         if kind == "weight":
             yield from held_buffers(self.model, self.mesh)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.find import find_checkpoint
+from moe_dist.checkpoint.find import run_config, whole_checkpoint
 from moe_dist.checkpoint.reshard import load_weights
 from moe_dist.config import Config, validate
 from moe_dist.config.schema import ParallelConfig
@@ -28,7 +28,7 @@ from moe_dist.parallel.launch import rank_from_environment, said_once, start, st
 from moe_dist.parallel.mesh import create_mesh
 from moe_dist.parallel.objects import broadcast_json
 
-_ABOUT = """Write text with the model of a run, from its newest checkpoint or a given one.
+_ABOUT = """Write text with the model of a run, from its newest whole checkpoint or a given one.
 
 RUN is a run's folder, or one checkpoint of it. Alone, the model runs on one process, however it was trained; under
 torchrun in the layout it was trained in, or that of --ep and --tp: the text is the same.
@@ -42,8 +42,9 @@ def generate_text(args: Sequence[str]) -> int:
     own = _arguments(args)
     sampling = Sampling(temperature=own.temperature, top_k=own.top_k, top_p=own.top_p)
     rank = rank_from_environment(os.environ)
+    device = start(rank, own.device)
     with said_once(rank):
-        checkpoint, config = find_checkpoint(Path(own.run))
+        config = run_config(Path(own.run))
         if config.task != "language_modelling":
             raise ValueError(f"{own.run} was trained for {config.task}: only a language model writes text")
         if config.data.kind == "indexed":
@@ -51,9 +52,8 @@ def generate_text(args: Sequence[str]) -> int:
                 f"{own.run} was trained on token ids (data.kind indexed), and their tokenizer is not part of a run"
             )
         config = in_layout(config, rank.world, own.ep, own.tp)
-    device = start(rank, own.device)
-    with said_once(rank):
         prompts = _same_on_all_ranks(own)
+        checkpoint = whole_checkpoint(Path(own.run), _say if rank.rank == 0 else _keep_quiet)
         decoder = load_decoder(checkpoint, config, device)
     show = _Screen(prompts, own.stream) if rank.rank == 0 else None
     if show is not None:
@@ -74,13 +74,13 @@ def generate_text(args: Sequence[str]) -> int:
 
 
 def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:
-    """The model with the checkpoint's weights, ready to be asked; every rank must call."""
+    """The model with the weights of a checkpoint, whose digests have been found right; ready to be asked."""
     parallel = config.parallel
     model = resolve_backends(config.model, parallel.expert_ranks, device.type, config.train.seq_len)
     mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp)
     decoder = Decoder(model, mesh, parallel.sequence_parallel, config.train.seed)
     decoder = decoder.to(device, compute_dtype(config.engine.precision)).eval()
-    load_weights(checkpoint, decoder)
+    load_weights(checkpoint, decoder, checked=True)
     return decoder
 
 
@@ -211,3 +211,7 @@ def _speed(prompt_tokens: int, rows: int, new_tokens: int, first: float, seconds
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _keep_quiet(line: str) -> None:
+    """The other ranks: rank 0 has said it."""

@@ -3,6 +3,7 @@ whatever the sender likes.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The value of each rank of `group` (all ranks), in rank order; each must call. Tuples come back as lists, keys as
-    text. The group must take CPU tensors.
+    text. The group must take CPU tensors. A process that has joined no group is alone.
     """
     mine = _encode(value)
+    if not dist.is_initialized():
+        return [_decode(mine)]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
     # Equal sizes: not every backend gathers unequal ones.
@@ -27,7 +30,33 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
 
 def broadcast_json(value: Any) -> Any:
     """Rank 0's value on every rank, which must all call."""
-    return gather_json(value if dist.get_rank() == 0 else None)[0]
+    return gather_json(value if rank_and_world()[0] == 0 else None)[0]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) of a process that has joined no group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class RankFailed(RuntimeError):
+    """Something failed on one rank, and all of them know."""
+
+
+def together(work: Callable[[], Any], failure: str, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What `work` returned on each rank of `group` (all ranks), by way of JSON; each must call.
+
+    Raises RankFailed on every rank, which opens with `failure` and names ranks, when it raised an exception on any.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = f"rank {rank_and_world()[0]}: {caught}"
+    replies = gather_json((result, error), group)
+    errors = [reply[1] for reply in replies if reply[1]]
+    if errors:
+        raise RankFailed(f"{failure}: " + "; ".join(errors))
+    return [reply[0] for reply in replies]
 
 
 def require_same(what: str, value: Any) -> None:

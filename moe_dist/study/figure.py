@@ -1,4 +1,6 @@
-"""The figure of a study: validation loss and drop rate against the capacity factor, with the spread over seeds."""
+"""The figure of a study: validation loss, a classifier's accuracy, and drop rate against the capacity factor, with the
+spread over seeds.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_dist.study.grid import Scalar, axis_names, show
+from moe_dist.study.measure import loss_unit
 
 if TYPE_CHECKING:
     from moe_dist.study.report import Cell
@@ -38,13 +41,16 @@ def draw(grid: Sequence["Cell"], x_axis: str, files: Sequence[Path]) -> None:
     Thin lines join the dots of one seed, where all its runs have finished. The same cells give the same bytes.
     """
     places = x_places([cell.axes[x_axis] for cell in grid])
-    panels = (
-        ("validation_loss", "dropless validation loss (nats/token)", 1.0),
+    unit = " or ".join(dict.fromkeys(loss_unit(record) for cell in grid for record in cell.records))
+    panels = [
+        ("validation_loss", f"dropless validation loss ({unit})", 1.0),
+        ("validation_accuracy", "dropless validation accuracy (%)", 100.0),
         ("drop_rate", "assignments dropped at the end (%)", 100.0),
-    )
+    ]
+    panels = [panel for panel in panels if panel[0] != "validation_accuracy" or any(c.values(panel[0]) for c in grid)]
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(7.4, 3.1), layout="constrained", dpi=160)
-        for axes, (field, title, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        figure = Figure(figsize=(3.7 * len(panels), 3.1), layout="constrained", dpi=160)
+        for axes, (field, title, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for number, (name, cells) in enumerate(_series(grid, x_axis).items()):
                 known = [(places[cell.axes[x_axis]], [scale * each for each in cell.values(field)]) for cell in cells]
                 curve = sorted((x, values) for x, values in known if values)

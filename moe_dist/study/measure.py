@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from statistics import fmean, median
 from typing import Any
 
-from moe_dist.models.flops import parameter_counts
+from moe_dist.config import Config, load_config
+from moe_dist.models.flops import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.study.grid import Point
 
 _LAST_STEPS = 20
@@ -18,24 +19,27 @@ def identity(point: Point) -> dict[str, Any]:
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """The ledger's line. Losses in nats a token; a number that the run did not record is null.
+    """The ledger's line. Losses in nats a token, of a classifier a text; a number that the run did not record is null.
 
-    loss: training, mean of the last 20 steps. validation_loss: dropless, after the last step. drop_rate and
-    load_max_over_mean: mean over the last quarter of the steps; drop_rate_whole_run: over all of them.
-    step_seconds and tokens_per_second: medians over steps. dispatch_rows_bytes, dispatch_bytes: mean bytes a step that
-    the experts receive, and that cross between ranks in the forward pass (train/metrics.py). seconds: sum over steps,
-    without start-up and evaluation. started: when the point first was, in UTC.
+    loss: training, mean of the last 20 steps. validation_*, test_*: all that the run's last evaluation says, under the
+    names of metrics.jsonl: validation_loss (dropless), bits per byte or token, a classifier's accuracy and macro-F1;
+    with an eval_capacity_factor, what ends in _capped. drop_rate and load_max_over_mean: mean over the last quarter of
+    the steps; drop_rate_whole_run: over all of them. step_seconds and tokens_per_second: medians over steps.
+    dispatch_rows_bytes, dispatch_bytes: mean bytes a step that the experts receive, and that cross between ranks in the
+    forward pass (train/metrics.py). seconds: sum over steps, without start-up and evaluation. started: when the point
+    first was, in UTC.
     """
     records = [json.loads(line) for line in (point.run / "metrics.jsonl").read_text().splitlines()]
     environment = json.loads((point.run / "environment.json").read_text())
     quarter = records[-max(1, len(records) // 4) :]
-    counts = parameter_counts(point.config.model)
+    counts = _parameter_counts(load_config(point.run / "config.yaml"))
+    measured = {name: value for name, value in records[-1].items() if name.startswith(("validation_", "test_"))}
     return identity(point) | {
         "status": "finished",
         "steps": records[-1]["step"],
         "loss": _mean(records[-_LAST_STEPS:], "loss"),
-        "validation_loss": records[-1].get("validation_loss"),
-        "validation_bits_per_byte": records[-1].get("validation_bits_per_byte"),
+        "validation_loss": None,
+        **measured,
         "drop_rate": _mean(quarter, "drop_rate"),
         "drop_rate_whole_run": _mean(records, "drop_rate"),
         "load_max_over_mean": _mean(quarter, "load_max_over_mean"),
@@ -57,6 +61,18 @@ def started(point: Point) -> str:
     """point.yaml is written once, when the point first starts."""
     seconds = (point.folder / "point.yaml").stat().st_mtime
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def loss_unit(record: dict[str, Any]) -> str:
+    """Of a finished point's losses."""
+    return "nats/text" if "validation_accuracy" in record else "nats/token"
+
+
+def _parameter_counts(config: Config) -> ParameterCounts:
+    """config: the run's own, in which the data has said how many classes there are."""
+    if config.task == "classification":
+        return classifier_parameter_counts(config.model, config.train.seq_len)
+    return parameter_counts(config.model)
 
 
 def _mean(records: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -7,11 +7,22 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from moe_dist.config import ModelConfig, TrainConfig
+from moe_dist.config import Config, ModelConfig
 from moe_dist.study.figure import draw
 from moe_dist.study.grid import Scalar, Study, axis_names, show
+from moe_dist.study.measure import loss_unit
 
 CAPACITY = "model.moe.capacity_factor"
+_MEASURED = {
+    "validation_loss_capped": ("validation loss, capped", "{:.4f}", 1.0),
+    "validation_bits_per_byte": ("validation bits/byte", "{:.4f}", 1.0),
+    "validation_bits_per_token": ("validation bits/token", "{:.4f}", 1.0),
+    "validation_accuracy": ("validation accuracy", "{:.2f} %", 100.0),
+    "validation_macro_f1": ("validation macro-F1", "{:.4f}", 1.0),
+    "test_accuracy": ("test accuracy", "{:.2f} %", 100.0),
+    "test_macro_f1": ("test macro-F1", "{:.4f}", 1.0),
+}
+"""Names of the ledger that not every run has, with the head of the column and how a number is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +72,7 @@ def markdown(study: Study, latest: dict[str, dict[str, Any]]) -> str:
         record = latest.get(point.name, {"status": "not run to its end yet", "reason": ""})
         if record["status"] != "finished":
             lines.append(f"- {point.name}: {record['status']} {record['reason']}".rstrip())
-    lines += ["", f"![{name}]({name}.png)", "", *table(study, grid), "", _LEGEND, ""]
+    lines += ["", f"![{name}]({name}.png)", "", *table(study, grid), "", _legend(grid), ""]
     lines += ["## Again", "", "```", f"moe-dist study run {path}", f"moe-dist study report {path}", "```", ""]
     lines += ["## Setting", "", *_setting(study, grid), ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
@@ -71,14 +82,17 @@ def table(study: Study, grid: Sequence[Cell]) -> list[str]:
     """One row for each combination of the axes."""
     names = axis_names(list(study.file.axes))
     paired = CAPACITY in study.file.axes and None in study.file.axes[CAPACITY]
-    head = [*names.values(), "seeds", "validation loss", *(["minus dropless"] if paired else []), "training loss"]
-    head += ["dropped, end", "dropped, whole run", "fullest expert", "step", "rows to experts", "crossing ranks"]
+    measured = {name: how for name, how in _MEASURED.items() if any(cell.values(name) for cell in grid)}
+    head = [*names.values(), "seeds", "validation loss", *(["minus dropless"] if paired else [])]
+    head += [*(title for title, _, _ in measured.values()), "training loss", "dropped, end", "dropped, whole run"]
+    head += ["fullest expert", "step", "rows to experts", "crossing ranks"]
     rows = [head, ["---"] * len(head)]
     for cell in grid:
         row = [label(key, value) for key, value in cell.axes.items()]
         row += [str(len(cell.records)), spread(cell.values("validation_loss"), "{:.4f}")]
         if paired:
             row.append(spread(list(_minus_dropless(cell, grid)), "{:+.4f}"))
+        row += [spread(cell.values(name), form, scale) for name, (_, form, scale) in measured.items()]
         row += [
             spread(cell.values("loss"), "{:.4f}"),
             spread(cell.values("drop_rate"), "{:.2f} %", 100),
@@ -123,7 +137,12 @@ def _minus_dropless(cell: Cell, grid: Sequence[Cell]) -> Iterator[float]:
             yield record["validation_loss"] - dropless[record["seed"]]
 
 
-_LEGEND = """Mean ± sample standard deviation over seeds. Losses are in nats a token; validation drops nothing.
+def _legend(grid: Sequence[Cell]) -> str:
+    units = dict.fromkeys(loss_unit(record) for cell in grid for record in cell.records)
+    return f"Mean ± sample standard deviation over seeds. Losses are in {' and '.join(units)}; {_LEGEND}"
+
+
+_LEGEND = """validation drops nothing, unless it is capped.
 
 - minus dropless: the difference to the dropless run of the same seed
 - dropped: share of assignments, over the last quarter of the run and over all of it
@@ -146,7 +165,7 @@ def _setting(study: Study, grid: Sequence[Cell]) -> list[str]:
         "data": [config.data.kind for config in configs],
         "model": [_model(config.model) for config in configs],
         "parameters": [f"{record['parameters']:,}, {record['active_parameters']:,} active" for record in records],
-        "training": [_training(config.train) for config in configs],
+        "training": [_training(config) for config in configs],
         "device": [str(record["device"]) for record in records],
         "revision": [str(record["revision"]) for record in records],
     }
@@ -161,5 +180,6 @@ def _model(model: ModelConfig) -> str:
     return f"{model.num_layers} layers, d_model {model.d_model}, {moe.num_experts} experts, top_k {moe.top_k}"
 
 
-def _training(train: TrainConfig) -> str:
-    return f"{train.steps} steps of {train.global_batch} sequences of {train.seq_len} tokens"
+def _training(config: Config) -> str:
+    train, what = config.train, "texts of up to" if config.task == "classification" else "sequences of"
+    return f"{train.steps} steps of {train.global_batch} {what} {train.seq_len} tokens"

@@ -23,7 +23,7 @@ from moe_dist.config import Config, dump_config, load_config
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.lock import locked
-from moe_dist.study.measure import identity, measure, started
+from moe_dist.study.measure import identity, loss_unit, measure, started
 from moe_dist.train.status import describe_status, read_status
 
 Command = Callable[[Path, int], list[str]]
@@ -138,7 +138,9 @@ def summary(record: dict[str, Any]) -> str:
         return f"{record['status']}: {record['reason']}"
     words = [f"finished {record['steps']} steps in {record['seconds']:.0f} s"]
     if record["validation_loss"] is not None:
-        words.append(f"validation {record['validation_loss']:.4f} nats/token")
+        words.append(f"validation {record['validation_loss']:.4f} {loss_unit(record)}")
+    if record.get("validation_accuracy") is not None:
+        words.append(f"accuracy {record['validation_accuracy']:.2%}")
     if record["drop_rate"] is not None:
         words.append(f"dropped {record['drop_rate']:.2%}")
     return ", ".join(words)

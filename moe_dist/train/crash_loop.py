@@ -5,11 +5,11 @@ run that is killed now and then goes on, one that dies at the same step each tim
 """
 
 import json
-import os
 from pathlib import Path
 
 from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
 from moe_dist.train.metrics import last_logged_step
+from moe_dist.train.status import replace_text
 
 FILE = "restarts.json"
 
@@ -40,6 +40,4 @@ def refuse_crash_loop(folder: Path, checkpoint: int | None, starts: int, max_res
 
 def note_start(folder: Path, checkpoint: int | None, starts: int, furthest: int) -> None:
     """Rank 0 alone. starts: this one included."""
-    draft = folder / f".{FILE}"
-    draft.write_text(json.dumps({"checkpoint": checkpoint, "starts": starts, "furthest": furthest}))
-    os.replace(draft, folder / FILE)
+    replace_text(folder, FILE, json.dumps({"checkpoint": checkpoint, "starts": starts, "furthest": furthest}))

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.background import Saver
-from moe_dist.checkpoint.find import find_checkpoint
+from moe_dist.checkpoint.find import run_config, whole_checkpoint
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
@@ -40,8 +41,8 @@ _DESCRIPTION = """Change the experts of a trained model, without training.
   moe-dist experts RUN close 3 --output runs/closed
   moe-dist experts RUN remove 3 --output runs/fewer    closed ones: outputs stay the same, to the bit
 
-RUN is a run folder, whose newest checkpoint is taken, or one checkpoint in it. Nothing in it changes. --output becomes
-a run folder that `moe-dist train OUTPUT/config.yaml --resume --train.steps N` continues.
+RUN is a run folder, whose newest whole checkpoint is taken, or one checkpoint in it. Nothing in it changes. --output
+becomes a run folder that `moe-dist train OUTPUT/config.yaml --resume --train.steps N` continues.
 """
 
 
@@ -56,16 +57,16 @@ def experts(args: list[str]) -> int:
     parser.add_argument("--init", choices=["clone", "random"], default="clone", help="what added experts start from")
     parser.add_argument("--output", type=Path, help="the new run folder")
     own = parser.parse_args(args)
-    checkpoint, config = find_checkpoint(own.run)
-    run = checkpoint.parent.parent
-    if own.action == "list":
-        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), run)))
-        return 0
-    numbers = _numbers(own.which)
-    if own.output is None or own.output.exists():
+    config, listing = run_config(own.run), own.action == "list"
+    numbers = [] if listing else _numbers(own.which)
+    if not listing and (own.output is None or own.output.exists()):
         raise ValueError(f"--output {own.output or ''} must name a folder that is not there yet")
     if own.action == "add" and len(numbers) != 1:
         raise ValueError(f"add takes how many experts, one number, got {own.which!r}")
+    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr)).resolve()
+    if listing:
+        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), checkpoint.parents[1])))
+        return 0
 
     def change(layer: MoE) -> object:
         match own.action:
@@ -103,11 +104,8 @@ def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
 
 
 def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[MoE], object]) -> None:
-    """`change` every MoE layer of a checkpoint; the new run folder is `output`."""
+    """`change` every MoE layer of a checkpoint, whose digests have been found right; the new run folder is `output`."""
     reader = Reader(checkpoint)
-    problems = reader.check_digests(0, 1)
-    if problems:
-        raise ValueError("\n".join(problems))
     before = config.model.moe.num_experts
     models = {kind: read_model(config, reader, kind) for kind in STATE_KINDS}
     for kind, model in models.items():

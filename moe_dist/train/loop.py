@@ -5,7 +5,7 @@ What a step does is a pure function of (config, seed, step): the step number is 
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from logging import Logger
@@ -23,9 +23,10 @@ from moe_dist.engine.base import Engine, compute_dtype, make_engine
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Mesh, create_mesh
-from moe_dist.parallel.objects import broadcast_json, require_same
+from moe_dist.parallel.objects import RankFailed, broadcast_json, require_same, together
 from moe_dist.parallel.random import RandomKey
 from moe_dist.train.crash_loop import note_start, refuse_crash_loop, starts_from
+from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.guard import StopGuard
 from moe_dist.train.keeper import Keeper
 from moe_dist.train.memory import explained, held_parameters
@@ -95,7 +96,7 @@ class Trainer:
         return newest
 
     def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def run(self, newest: Path | None, guard: StopGuard) -> Outcome:
         """Train to the last step, from checkpoint `newest` if given. Status, metrics and checkpoints are on disk
@@ -109,37 +110,57 @@ class Trainer:
         earlier, furthest = broadcast_json(starts_from(self.folder.path, begin) if ahead else (0, 0))
         watchdog = Watchdog(self.folder.path, self.mesh, self.config.guard.stall_seconds)
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
-        main = self.mesh.rank == 0
-        if main:
-            self.folder.write_config(self.config)
-            self.folder.write_environment(self.config, self.mesh, self.device)
-            self.task.prepare(self.folder)
-            self.folder.write_status("running")
-            watchdog.clear()
-        torch.distributed.barrier()
-        log = self.folder.rank_log(self.mesh.rank)
+        log = self._open(watchdog)
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
         held = held_parameters(self.engine.model)
         try:
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
-            if main:
-                note_start(self.folder.path, begin, earlier + 1, furthest)
+            self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))
             with watchdog, explained(self.config, self.shape, self.mesh.layout, held):
                 outcome = self._steps(newest, guard, log)
         except BaseException as error:
             log.exception("stopped")
             if watchdog.verdict() is None:
-                with suppress(OSError):  # the disk may be what has failed
-                    self.folder.write_failure(error, self.mesh.rank)
+                self._note_failure(error)
             raise
         state = "preempted" if outcome.stopped_by else "finished"
         log.info("%s: %s", state, {k: v for k, v in outcome.last.items() if k != "layers"})
-        if main:
-            details: dict[str, Any] = {"signal": outcome.stopped_by} if outcome.stopped_by else {}
-            if outcome.stopped_by and outcome.last["step"] == begin:
-                details["starts"] = earlier + 1  # unlike the status before, which scripts compare with
-            self.folder.write_status(state, step=outcome.last["step"], **details)
+        details: dict[str, Any] = {"signal": outcome.stopped_by} if outcome.stopped_by else {}
+        if outcome.stopped_by and outcome.last["step"] == begin:
+            details["starts"] = earlier + 1  # unlike the status before, which scripts compare with
+        self._write(lambda: self.folder.write_status(state, step=outcome.last["step"], **details))
         return outcome
+
+    def _open(self, watchdog: Watchdog) -> Logger:
+        """The run's folder, with all that is known at the start; this rank's log. Raises EndRun."""
+
+        def first() -> None:
+            self.folder.write_config(self.config)
+            self.folder.write_environment(self.config, self.mesh, self.device)
+            self.task.prepare(self.folder)
+            self.folder.write_status("running")
+            watchdog.clear()
+
+        logs: list[Logger] = []
+        try:
+            self._write(first)
+            self._write(lambda: logs.append(self.folder.rank_log(self.mesh.rank)), everywhere=True)
+        except EndRun as error:
+            self._note_failure(error)
+            raise
+        return logs[0]
+
+    def _write(self, work: Callable[[], None], everywhere: bool = False) -> None:
+        """On rank 0, or everywhere. Raises EndRun on every rank when it failed on one: the disk may be full."""
+        mine = work if everywhere or self.mesh.rank == 0 else lambda: None
+        try:
+            together(mine, f"{self.folder.path} cannot be written to")
+        except RankFailed as error:
+            raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+
+    def _note_failure(self, error: BaseException) -> None:
+        with suppress(OSError, ValueError):  # the disk may be what has failed
+            self.folder.write_failure(error, self.mesh.rank)
 
     def _steps(self, newest: Path | None, guard: StopGuard, log: Logger) -> Outcome:
         run, total, main = self.config.run, self.config.train.steps, self.mesh.rank == 0

@@ -12,7 +12,6 @@ runs/NAME/
 
 import json
 import logging
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -26,7 +25,7 @@ from moe_dist.config import Config, dump_config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.exit_codes import EndRun
-from moe_dist.train.status import read_status, write_status
+from moe_dist.train.status import read_status, replace_text, write_status
 
 _PACKAGES = (
     "torch",
@@ -61,7 +60,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._replace("config.yaml", dump_config(config))
+        replace_text(self.path, "config.yaml", dump_config(config))
 
     def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         layout = mesh.layout
@@ -74,10 +73,10 @@ class RunFolder:
             "layout": {"world": layout.world, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep, "edp": layout.edp},
             "revision": _git_revision(),
         }
-        self._replace("environment.json", json.dumps(record, indent=1))
+        replace_text(self.path, "environment.json", json.dumps(record, indent=1))
 
     def write_text(self, name: str, text: str) -> None:
-        self._replace(name, text)
+        replace_text(self.path, name, text)
 
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)
@@ -106,11 +105,6 @@ class RunFolder:
         log.setLevel(logging.INFO)
         log.propagate = False
         return log
-
-    def _replace(self, name: str, text: str) -> None:
-        draft = self.path / f".{name}"
-        draft.write_text(text)
-        os.replace(draft, self.path / name)
 
 
 def _version(package: str) -> str | None:

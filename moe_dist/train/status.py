@@ -14,9 +14,18 @@ FILE = "status.json"
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
     """Replace the status at once: a reader sees the old one or the new one. Two ranks may do so in the same moment."""
-    draft = folder / f".{FILE}-{os.uname().nodename}-{os.getpid()}"
-    draft.write_text(json.dumps({"state": state, **details}, indent=1))
-    os.replace(draft, folder / FILE)
+    replace_text(folder, FILE, json.dumps({"state": state, **details}, indent=1))
+
+
+def replace_text(folder: Path, name: str, text: str) -> None:
+    """The file `name` as a whole: what was there stays until then. Raises OSError, and leaves nothing behind."""
+    draft = folder / f".{name}-{os.uname().nodename}-{os.getpid()}"
+    try:
+        draft.write_text(text)
+        os.replace(draft, folder / name)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def read_status(folder: Path) -> dict[str, Any]:

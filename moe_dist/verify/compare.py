@@ -145,9 +145,9 @@ def _gradient_difference(
     """Largest ||g - ref|| / ||ref|| over logical parameters, and which one it is."""
     squares: dict[str, float] = defaultdict(float)
     for piece in engine.held("grad"):
-        if piece.owned:
-            expected = reference[piece.name][piece.start : piece.start + piece.values.numel()].to(device)
-            squares[piece.name] += float((piece.values.double() - expected.double()).square().sum())
+        start, values = piece.owned_part()
+        expected = reference[piece.name][start : start + values.numel()].to(device)
+        squares[piece.name] += float((values.double() - expected.double()).square().sum())
     names = sorted(reference)
     difference = all_reduce(
         torch.tensor([squares[name] for name in names], dtype=torch.float64, device=device), mesh.world

@@ -108,10 +108,10 @@ def logical(engine: Engine, kind: Kind) -> dict[str, Tensor]:
     starts = dict(zip(shapes, accumulate(sizes, initial=0), strict=False))
     for piece in engine.held(kind):
         assert piece.logical_shape == shapes[piece.name]
-        if piece.owned:
-            first = starts[piece.name] + piece.start
-            values[first : first + piece.values.numel()] += piece.values.detach().double()
-            owners[first : first + piece.values.numel()] += 1
+        start, owned = piece.owned_part()
+        first = starts[piece.name] + start
+        values[first : first + owned.numel()] += owned.detach().double()
+        owners[first : first + owned.numel()] += 1
     all_reduce(values, engine.mesh.world)
     all_reduce(owners, engine.mesh.world)
     parts = zip(shapes.items(), values.split(sizes), owners.split(sizes), strict=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from moe_dist.checkpoint import store
 from moe_dist.checkpoint.background import Saver
-from moe_dist.checkpoint.layout import RunInfo
+from moe_dist.checkpoint.layout import Manifest, RunInfo
 from moe_dist.checkpoint.reshard import load, newest_good
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.checkpoint.store import checkpoints
@@ -104,6 +104,9 @@ def check_native_to_any_layout_and_back(folder: str, layouts: list[str]) -> None
         assert_close_losses(layout.train(SAVED, CONTINUED), losses, tolerance, f"native to {name}")
 
         saved_there = save(Path(folder) / name, layout.engine, CONTINUED)
+        # Not to the element: ZeRO cuts what is replicated and what lies on one tp rank alone at the same place.
+        sizes = [sum(piece.bytes for piece in shard.ranges) for shard in Manifest.load(saved_there).files]
+        assert len(sizes) == 4 and max(sizes) < 1.03 * sum(sizes) / 4, (name, sizes)
         there = state(layout)
         native, again = start(NATIVE | OTHER_WEIGHTS), start(changes | OTHER_WEIGHTS)
         for other in (native, again):

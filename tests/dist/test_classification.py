@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from moe_dist.checkpoint.find import find_checkpoint
+from moe_dist.checkpoint.find import whole_checkpoint
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config, load_config, validate
@@ -157,7 +157,7 @@ def check_run_folder(run: Path) -> None:
 
 
 def whole_model(run: Path) -> Classifier:
-    model = read_model(load_config(run / "config.yaml"), Reader(find_checkpoint(run)[0]), "weight")
+    model = read_model(load_config(run / "config.yaml"), Reader(whole_checkpoint(run, print)), "weight")
     assert isinstance(model, Classifier)
     return model
 
@@ -175,12 +175,12 @@ def check_surgery_on_checkpoints(runs: Path, capsys: pytest.CaptureFixture[str])
         with torch.no_grad():
             return whole_model(runs / run)(batch(0, 0)[0], None, StepContext(KEY, "dropless"), "logits")
 
-    before, original = logits("alone"), Reader(find_checkpoint(runs / "alone")[0])
+    before, original = logits("alone"), Reader(whole_checkpoint(runs / "alone", print))
     assert experts("alone", "list").count("4 experts of width 48, top 2; all open; load ") == 2
     experts("alone", "add", "2", "--output", str(runs / "more"))
     assert "6 experts of width 48, top 2; closed [4, 5]" in experts("more", "list")
     assert logits("more").equal(before)
-    grown = Reader(find_checkpoint(runs / "more")[0])
+    grown = Reader(whole_checkpoint(runs / "more", print))
     name, size = "blocks.1.feed_forward.experts.w_up", 48 * 32
     for kind in ("exp_avg", "exp_avg_sq"):
         assert grown.read(kind, name, 4 * size, 2 * size).eq(0).all()

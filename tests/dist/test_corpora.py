@@ -1,6 +1,7 @@
 """Training on an indexed corpus, and corpora that change under a run."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe_dist.cli import main
 from moe_dist.config.load import parse_dict
 from moe_dist.train.loop import Trainer
 from moe_dist.train.metrics import MetricsWriter
+from moe_dist.train.status import read_status
 from tests.dist.helpers import TINY, forget_process_group, raised, run_checks
 from tests.unit.data.test_indexed import write as write_indexed
 
@@ -72,11 +74,33 @@ def test_an_indexed_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with (tmp_path / "corpus.bin").open("r+b") as file:
         file.write(b"\x01")  # another first token
     assert train(tmp_path, "a", data, "--resume", vocab_size=64) == 2
-    assert "a resumed run must continue on the same data" in capsys.readouterr().err
+    assert "was trained with data=" in capsys.readouterr().err
     with (tmp_path / "corpus.bin").open("ab") as file:
         file.write(b"\0\0")
     assert train(tmp_path, "a", data, "--resume", vocab_size=64) == 2
     assert "it has 901 tokens, but the sequence lengths" in capsys.readouterr().err
+
+
+def test_an_indexed_corpus_that_is_cut_under_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A memory map would give zeros up to the end of a page, and end the process by SIGBUS beyond it."""
+    prefix = write_indexed(tmp_path / "corpus", [[[token % 50 for token in range(3000)]] for _ in range(4)])
+    data, log = {"kind": "indexed", "paths": [str(prefix)]}, MetricsWriter.log
+
+    def log_and_cut(writer: MetricsWriter, record: dict[str, Any]) -> None:
+        log(writer, record)
+        if record["step"] == 3:
+            os.truncate(tmp_path / "corpus.bin", 2)
+
+    monkeypatch.setattr(MetricsWriter, "log", log_and_cut)
+    assert train(tmp_path, "cut", data, "--run.eval-every", "100", vocab_size=64) == 1
+    said, status = capsys.readouterr().err, read_status(tmp_path / "runs/cut")
+    assert said.startswith(f"moe-dist: {prefix}.bin has become shorter since the run began") and "Traceback" not in said
+    assert status["state"] == "failed" and "has become shorter" in status["reason"]
+    monkeypatch.undo()
+    write_indexed(tmp_path / "corpus", [[[token % 50 for token in range(3000)]] for _ in range(4)])  # as it was
+    assert train(tmp_path, "cut", data, "--resume", vocab_size=64) == 0
 
 
 def test_a_folder_that_changes_under_a_run(
@@ -101,10 +125,40 @@ def test_a_folder_that_changes_under_a_run(
     assert train(tmp_path, "changed", data) == 0
     assert numbers(tmp_path, "changed") == numbers(tmp_path, "calm")  # the corpus was read once, at the start
     monkeypatch.undo()
+    assert_refused(tmp_path, "changed", data, capsys)
+
+
+def test_data_that_changed_between_two_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file changed, added, or removed; bytes that are no UTF-8 are bytes like others. Put back, the run goes on."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_bytes(bytes((number * 7 + i * i) % 255 + 1 for i in range(500)))
+    (text / "empty.txt").touch()
+    data = {"kind": "text", "paths": [str(text)]}
+    assert train(tmp_path, "run", data) == 0
+    file = text / "7.txt"
+    before = file.read_bytes()
+    for change, undo in (
+        (lambda: file.write_bytes(before[:-1] + b"!"), lambda: file.write_bytes(before)),
+        (lambda: (text / "new.txt").write_text("another"), (text / "new.txt").unlink),
+        (file.unlink, lambda: file.write_bytes(before)),
+    ):
+        change()
+        assert_refused(tmp_path, "run", data, capsys)
+        undo()
+    (text / "another-empty.txt").touch()
+    assert train(tmp_path, "run", data, "--resume", "--train.steps", "6") == 0
+    file.unlink()
+    assert train(tmp_path, "run", data, "--resume", "--train.steps", "8", "--override", "data") == 0
+    assert "overridden: data=" in capsys.readouterr().out
+
+
+def assert_refused(folder: Path, name: str, data: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert train(tmp_path, "changed", data, "--resume") == 2
+    assert train(folder, name, data, "--resume") == 2
     said = capsys.readouterr().err
-    assert "was trained with data=" in said and "must continue on the same data" in said and "Traceback" not in said
+    assert "was trained with data=" in said and "--override data" in said and "Traceback" not in said
 
 
 def check_ranks_that_read_other_data(root: str) -> None:

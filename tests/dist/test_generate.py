@@ -1,6 +1,8 @@
 """A checkpoint of one layout writes the same text in every other; decoding in pieces is the whole."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from moe_dist.checkpoint.find import find_checkpoint
+from moe_dist.checkpoint.find import run_config, whole_checkpoint
+from moe_dist.checkpoint.layout import Manifest
 from moe_dist.cli import main
 from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.command import in_layout, load_decoder
@@ -36,7 +39,7 @@ def train(root: str, ep: int, position: str) -> None:
 def write(root: str, layouts: list[tuple[int | None, int | None]]) -> None:
     """Texts in every layout (ep, tp) of these ranks; None is as trained."""
     for ep, tp in layouts:
-        checkpoint, config = find_checkpoint(Path(root) / "tiny")
+        config, checkpoint = run_config(Path(root) / "tiny"), whole_checkpoint(Path(root) / "tiny", print)
         model = CachedDecoder(load_decoder(checkpoint, in_layout(config, dist.get_world_size(), ep, tp), CPU), CPU)
         sampling = Sampling(temperature=1.0, top_k=40)
         texts = list(generate(model, [[100, 101], [102], [7, 8, 9]], 20, 16, 3, sampling))
@@ -104,6 +107,35 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
     spawn(train, 1, str(folder), 1, "rotary")
     return f"{folder}/tiny"
+
+
+def test_the_newest_whole_checkpoint_is_taken(
+    tiny_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `generate` and `experts` alike; what is wrong with a newer one is said before."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    whole, newer = run / "checkpoints/step-000003", run / "checkpoints/step-000007"
+    shutil.copytree(whole, newer)
+    at = replace(Manifest.load(whole), step=7)
+    (newer / "manifest.json").write_text(at.dumps())
+    ask = ["--prompt=import os", "--max-new-tokens=8", "--device=cpu"]
+    assert main(["generate", str(run), *ask]) == 0
+    printed = capsys.readouterr()
+    assert "passed over" not in printed.err and f"{newer}: 1 ranks" in printed.err
+    expected = printed.out
+    shard = newer / "rank-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    for command in (["generate", str(run), *ask], ["experts", str(run), "list"]):
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"passed over: {shard} does not match its SHA-256 in the manifest\n")
+        assert printed.out == expected or (command[0] == "experts" and "4 experts" in printed.out)
+    assert main(["generate", str(newer), *ask]) == 2
+    assert f"{shard} does not match" in capsys.readouterr().err
+    forget_process_group()
 
 
 def test_prompts_from_a_file_and_a_stream(tiny_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ class HoldsState:
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         for name, values in self.state[kind].items():
-            yield Piece(name, tuple(values.shape), 0, values.view(-1), True)
+            yield Piece(name, tuple(values.shape), 0, values.view(-1), range(values.numel()))
 
     def restore(self, optimizer_step: int) -> None:
         self.restored = optimizer_step
@@ -68,6 +68,6 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def save(root: Path, engine: Any, step: int, keep_last: int = 9, **retention: Any) -> Path:
+def save(root: Path, engine: Any, step: int, keep_last: int = 9, loss: float | None = None, **retention: Any) -> Path:
     kept = Retention(keep_last=keep_last, **retention)
-    return write_checkpoint(root, take_snapshot(engine, step, copy=False), INFO, kept)
+    return write_checkpoint(root, take_snapshot(engine, step, copy=False), INFO, kept, loss)

@@ -114,8 +114,30 @@ def test_convert_refuses(saved: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert command("convert", saved, target) == 2
     assert f"{shard} does not match its SHA-256" in capsys.readouterr().err
     assert os.listdir(saved.parent) == [saved.name]
+    assert command("diff", saved, saved) == 2
+    assert f"{shard} does not match its SHA-256" in capsys.readouterr().err
     assert command("inspect", saved.parent / "nowhere") == 2
     assert "is neither a checkpoint nor a run with one" in capsys.readouterr().err
+
+
+def test_of_a_run_the_newest_whole_one_is_taken(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what was passed over is said; all damaged is an error that names them."""
+    run, target = saved.parents[1], saved.parents[2] / "target"
+    newer = save(saved.parent, HoldsState(2), 8)
+    shard = newer / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    said = f"passed over: {shard} does not match its SHA-256 in the manifest\n"
+    assert command("convert", run, target) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{saved} written to {target}\n" and printed.err == said
+    assert command("diff", saved, run) == 0
+    assert capsys.readouterr().err == said
+    assert command("inspect", run) == 0  # what is there, damaged or not
+    assert "step 8" in capsys.readouterr().out
+    (saved / "rank-00000.safetensors").unlink()
+    assert command("diff", target, run) == 2
+    printed = capsys.readouterr()
+    assert "step-000007" in printed.err and "step-000008" in printed.err and printed.out == ""
 
 
 def test_diff_names_the_largest_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,15 +113,47 @@ def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fell_back_keeps_what_it_writes(tmp_path: Path) -> None:
-    """The damaged later checkpoint does not count as the newest one to keep, and is replaced when its turn comes."""
+    """The damaged later checkpoint does not count as the newest one to keep, and goes when it has been left behind."""
     with alone():
         for step in (1, 2, 3):
             path = save(tmp_path, HoldsState(step), step)
         garbage(path / "rank-00000.safetensors", random.Random())
         save(tmp_path, HoldsState(), 2, keep_last=1)
-        assert sorted(os.listdir(tmp_path)) == ["step-000002", "step-000003"]
-        assert newest_good(tmp_path)[0] == tmp_path / "step-000002"
-        garbage(path / MANIFEST, random.Random())
+        assert os.listdir(tmp_path) == ["step-000002"]
+        garbage(save(tmp_path, HoldsState(), 4) / MANIFEST, random.Random())
         save(tmp_path, HoldsState(), 3, keep_last=1)
         assert os.listdir(tmp_path) == ["step-000003"]
         assert newest_good(tmp_path) == (tmp_path / "step-000003", [])
+
+
+@pytest.mark.parametrize("retention", [dict(keep_best=True), dict(keep_every=7), dict(keep_last=3)])
+def test_a_history_that_was_left_does_not_come_back(tmp_path: Path, retention: dict[str, Any]) -> None:
+    """A file of step 7 cannot be read for a while; the run falls back to step 4 and goes on to other steps. Then 7,
+    which it will not write again, is readable, and has the lowest loss of all."""
+    kept: dict[str, Any] = {"keep_last": 1} | retention
+    with alone():
+        for step, loss in ((4, 3.0), (7, 1.0)):
+            path = save(tmp_path, HoldsState(step), step, loss=loss, keep_last=9)
+        shard, aside = path / "rank-00000.safetensors", tmp_path / "aside"
+        shard.rename(aside)
+        assert newest_good(tmp_path)[0] == tmp_path / "step-000004"
+        save(tmp_path, HoldsState(), 5, loss=2.0, **kept)
+        if path.exists():
+            aside.rename(shard)
+        assert newest_good(tmp_path)[0] == tmp_path / "step-000005"
+        save(tmp_path, HoldsState(), 8, loss=2.5, **kept)
+    left = {"keep_best": [5, 8], "keep_every": [8], "keep_last": [4, 5, 8]}[next(iter(retention))]
+    assert sorted(path.name for path in checkpoints(tmp_path)) == [f"step-{step:06d}" for step in left]
+
+
+def test_the_best_stays_over_restarts(tmp_path: Path) -> None:
+    """Its loss is read from the disk; a step that is saved again counts with its new loss."""
+    with alone():
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
+            save(tmp_path, HoldsState(step), step, loss=loss, keep_last=1, keep_best=True)
+        assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+        garbage(tmp_path / "step-000004" / "rank-00000.safetensors", random.Random())
+        assert newest_good(tmp_path)[0] == tmp_path / "step-000002"
+        for step, loss in ((2, 5.0), (3, 3.0), (4, 4.0)):
+            save(tmp_path, HoldsState(step), step, loss=loss, keep_last=1, keep_best=True)
+        assert [path.name for path in checkpoints(tmp_path)] == ["step-000003", "step-000004"]

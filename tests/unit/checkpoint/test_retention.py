@@ -4,7 +4,7 @@ import pytest
 
 from moe_dist.checkpoint.retention import Retention
 
-LOSSES = {10: 3.0, 20: 2.0, 30: None, 40: 1.5, 50: 1.5, 60: 1.7, 70: float("nan")}
+LOSSES = {0: None, 10: 3.0, 20: 2.0, 30: None, 40: 1.5, 50: 1.5, 60: 1.7, 70: float("nan")}
 
 
 @pytest.mark.parametrize(

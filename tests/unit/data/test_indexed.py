@@ -242,6 +242,24 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, call: int, monkeyp
         load(prefix)
 
 
+def test_windows_of_a_file_are_read_as_they_are_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of the offsets, also in single bytes; past the end of a file that was cut there is nothing."""
+    documents = random_documents(3, 1000)
+    whole = np.array([token for document in documents for sequence in document for token in sequence])
+    prefix = write(tmp_path / "c", documents)
+    train, validation, _ = read_indexed([str(prefix)], 1000, 0.3)
+    offsets = np.random.default_rng(0).integers(0, len(train) - 9, (5, 1)) + np.array([[0, 1, 2, 3, 7, 8, 4, 4, 9]])
+    assert np.array_equal(train[offsets], whole[offsets])
+    preadv = indexed.os.preadv
+    monkeypatch.setattr(indexed.os, "preadv", lambda file, parts, at: preadv(file, [parts[0][:1]], at))
+    assert np.array_equal(validation[np.arange(9)], whole[len(train) :][:9])
+    indexed.os.truncate(f"{prefix}.bin", 2 * len(train) - 1)  # in the middle of the last token
+    assert np.array_equal(train[np.arange(len(train) - 1)], whole[: len(train) - 1])
+    for stream, offset in ((train, len(train) - 1), (validation, 0)):
+        with pytest.raises(OSError, match=r"c\.bin has become shorter since the run began"):
+            stream[np.array([offset])]
+
+
 EDGES = [0, 1, -1, 2**31 - 1, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63)]
 
 

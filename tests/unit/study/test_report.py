@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.classifier import Classifier
+from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.study.command import study as command_line
 from moe_dist.study.figure import x_places
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.report import cells, markdown, spread, table, write_report
 from moe_dist.study.runner import Runner
-from tests.unit.study.helpers import Pretend, toy_study, write_study
+from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
@@ -23,6 +26,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "seeds": "2",
         "validation loss": "3.0000 ± 0.7071",  # 2.5 and 3.5
         "minus dropless": "+0.5000",  # 2.5 - 2 and 3.5 - 3
+        "validation bits/byte": "4.0000",
         "training loss": "7.0000 ± 0.7071",
         "dropped, end": "50.00 %",
         "dropped, whole run": "87.50 %",
@@ -34,6 +38,36 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert row(dropless)["capacity_factor"] == "dropless"
     assert row(dropless)["validation loss"] == "2.5000 ± 0.7071"
     assert row(dropless)["minus dropless"] == "–"
+
+
+def test_what_was_measured_is_told_by_its_own_name(tmp_path: Path) -> None:
+    """Of token ids bits per token; of a classifier accuracies, its own number of parameters, losses by the text."""
+    tokens, texts = tmp_path / "tokens", tmp_path / "texts"
+    for folder in (tokens, texts):
+        folder.mkdir()
+    indexed = "overrides: {train.steps: 8, data.kind: indexed, data.paths: [x]}"
+    study = toy_study(tokens, STUDY.replace("overrides: {train.steps: 8}", indexed))
+    assert Runner(study, Pretend(tokens, validation_bits_per_token=5.5)).run(study.points) == 0
+    record = Ledger(study.ledger).records()[0]
+    assert record["validation_bits_per_token"] == 5.5 and "validation_bits_per_byte" not in record
+    write_report(study, Ledger(study.ledger).latest())
+    page = (study.folder / "report.md").read_text()
+    assert "| validation bits/token |" in page and "bits/byte" not in page and "Losses are in nats/token;" in page
+
+    classes = "overrides: {train.steps: 8, task: classification, model.num_classes: 7, model.num_heads: 2}"
+    study = toy_study(texts, STUDY.replace("overrides: {train.steps: 8}", classes))
+    measured = {"validation_accuracy": 0.75, "validation_macro_f1": 0.5, "test_loss": 3.25, "test_accuracy": 0.625}
+    assert Runner(study, Pretend(texts, **measured)).run(study.points) == 0
+    record = Ledger(study.ledger).records()[0]
+    assert {name: record[name] for name in measured} == measured
+    built = Classifier(resolve_backends(study.points[0].config.model, 1), single_process_mesh(), max_len=32)
+    assert record["parameters"] == sum(param.numel() for param in built.parameters())
+    write_report(study, Ledger(study.ledger).latest())
+    page, picture = ((study.folder / name).read_text() for name in ("report.md", "toy.svg"))
+    assert "| validation accuracy | validation macro-F1 | test accuracy |" in page
+    assert "| 75.00 % | 0.5000 | 62.50 % |" in page and "bits" not in page
+    assert "Losses are in nats/text;" in page and "8 steps of 16 texts of up to 32 tokens" in page
+    assert "dropless validation accuracy (%)" in picture and "(nats/text)" in picture
 
 
 def test_spread() -> None:

@@ -1,0 +1,117 @@
+"""Folders that cannot be read or written to: one line that says so, on every rank the same end, nothing half written.
+
+The suite may run as root, whom no rights keep out. So a full disk is /dev/full, what may not be made lies under /proc,
+and what cannot be read is a link to itself, or a file where a folder should be.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_dist.cli import main
+from moe_dist.train.status import read_status
+from tests.dist.helpers import TINY, forget_process_group
+from tests.dist.test_train import own_environment  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_config(folder: Path, **run: Any) -> str:
+    (folder / "text.txt").write_text(" ".join(str(number * number) for number in range(1000)))
+    values = TINY | {
+        "data": {"kind": "text", "paths": [str(folder / "text.txt")]},
+        "train": TINY["train"] | {"steps": 2, "threads": 1},
+        "run": {"root": str(folder / "runs"), "name": "run", "eval_sequences": 2, "tensorboard": False} | run,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def draft(folder: Path, name: str) -> Path:
+    """What this process writes before it is `name`."""
+    return folder / f".{name}-{os.uname().nodename}-{os.getpid()}"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "status.json", "restarts.json"])
+def test_a_full_disk_at_the_start(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = write_config(tmp_path), tmp_path / "runs/run"
+    run.mkdir(parents=True)
+    draft(run, name).symlink_to("/dev/full")
+    assert main(["train", config, "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"moe-dist: {run} cannot be written to: rank 0: [Errno 28] No space left on device; make room"
+    )
+    assert said.count("\n") == 1
+    assert not (run / name).exists() or read_status(run)["state"] == "failed"
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+    assert not (run / "metrics.jsonl").exists()
+    forget_process_group()
+    assert main(["train", config, "--device", "cpu"]) == 0  # there is room again: nothing is in the way
+    assert read_status(run) == {"state": "finished", "step": 2}
+
+
+def test_a_root_where_nothing_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", write_config(tmp_path, root="/proc/runs"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moe-dist: /proc/runs/run cannot be written to: [Errno 2]") and "--run.root" in said
+    assert said.count("\n") == 1
+
+
+def test_checkpoints_that_cannot_be_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No new run begins over them. One that cannot be read is passed over, and stays."""
+    config, run = write_config(tmp_path, save_every=1), tmp_path / "runs/run"
+    assert main(["train", config, "--device", "cpu"]) == 0
+    checkpoints, aside = run / "checkpoints", tmp_path / "aside"
+    checkpoints.rename(aside)
+    checkpoints.touch()
+    for command in (
+        ["train", config, "--device", "cpu", "--resume", "auto", "--train.steps", "4"],
+        ["generate", str(run), "--prompt", "a"],
+        ["checkpoint", "verify", str(run)],
+    ):
+        capsys.readouterr()
+        forget_process_group()
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"moe-dist: {checkpoints} cannot be listed: Not a directory; make it readable"), said
+        assert said.count("\n") == 1
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    manifest = checkpoints / "step-000002/manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    forget_process_group()
+    assert main(["train", config, "--device", "cpu", "--resume", "auto", "--train.steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert f"passed over: {manifest}: not a readable manifest: [Errno 40] Too many levels of symbolic links" in printed
+    assert "step-000001, step 1" in printed
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_every_rank_ends_when_one_cannot_write(tmp_path: Path) -> None:
+    """The log of rank 1 is where its disk is full. Rank 0 says so, in one line, and the status too."""
+    run = tmp_path / "runs/run"
+    (run / "logs/rank-00001.log").mkdir(parents=True)
+    command = ["-m", "moe_dist.parallel.torchrun", "--nproc_per_node", "2", "-m", "moe_dist.cli", "train"]
+    ended = subprocess.run(
+        [sys.executable, *command, write_config(tmp_path), "--device", "cpu"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("moe-dist: ")]
+    assert len(lines) == 1 and f"{run} cannot be written to: rank 1: [Errno 21] Is a directory" in lines[0], (
+        ended.stderr
+    )
+    assert ended.stderr.count("Traceback") == 1  # the launcher's own
+    assert "rank 1: [Errno 21]" in read_status(run)["reason"] and not (run / "metrics.jsonl").exists()
