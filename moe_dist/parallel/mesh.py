@@ -153,11 +153,19 @@ def single_process_mesh() -> Mesh:
     return Mesh(Layout(), 0, alone, alone, alone, alone, alone)
 
 
-def create_mesh(ep: int, tp: int, etp: int = 1, node_size: int | None = None, timeout: timedelta | None = None) -> Mesh:
+def create_mesh(
+    ep: int,
+    tp: int,
+    etp: int = 1,
+    node_size: int | None = None,
+    timeout: timedelta | None = None,
+    trail: Trail | None = None,
+) -> Mesh:
     """Process groups for `ep`, `etp` and `tp` over the initialised default group.
 
-    node_size: ranks of a node; None asks LOCAL_WORLD_SIZE, and is the whole world where that is not set. Every rank
-    must call this, with the same sizes. Raises ValueError when a size does not divide the world size.
+    node_size: ranks of a node; None asks LOCAL_WORLD_SIZE, and is the whole world where that is not set. trail: where
+    collectives are noted, a new one if None. Every rank must call this, with the same sizes. Raises ValueError when a
+    size does not divide the world size.
     """
     if not dist.is_initialized():
         Layout(1, ep * etp, tp)
@@ -167,7 +175,7 @@ def create_mesh(ep: int, tp: int, etp: int = 1, node_size: int | None = None, ti
         node_size = int(local)
     layout = Layout(dist.get_world_size(), ep * etp, tp, node_size)
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-    trail = Trail()
+    trail = trail or Trail()
 
     def group(axis: Axis) -> Group:
         for ranks in layout.groups(axis):

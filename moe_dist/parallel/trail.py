@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 
 class Trail:
-    """count: notes so far. Ranks run the same program, so the one that holds others up has fewer than they."""
+    """count: notes so far. Ranks run the same program, so the one that holds others up has fewer than they. ticks:
+    signs of life besides, of work that takes long and is not the same on all ranks."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.ticks = 0, 0
         self.step = 0
         self.phase = "start"
         self._collective = ""
@@ -27,6 +28,9 @@ class Trail:
         """A collective that is about to be entered."""
         self._collective, self._entered = f"{what} over ranks {ranks[0]} to {ranks[-1]}", True
         self.count += 1
+
+    def tick(self) -> None:
+        self.ticks += 1
 
     def describe(self) -> str:
         """For example `all_reduce over ranks 0 to 3, backward of step 12`, or `data of step 13, after all_reduce over

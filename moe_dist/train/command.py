@@ -16,11 +16,14 @@ from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
+from moe_dist.parallel.trail import Trail
 from moe_dist.train.exit_codes import DONE, SAVED, EndRun
 from moe_dist.train.guard import StopGuard
 from moe_dist.train.loop import Outcome, Trainer
 from moe_dist.train.progress import duration, print_summary, short_number
 from moe_dist.train.resume import Resume
+from moe_dist.train.run_folder import RunFolder
+from moe_dist.train.watchdog import Watchdog
 
 _PROMPT = "def "
 
@@ -35,33 +38,39 @@ def train(config: Config, resume: Resume, device: str | None, override: Sequence
     rank = rank_from_environment(os.environ)
     with said_once(rank):
         validate(config, rank.world)  # before anything starts
-    console = Console(quiet=rank.rank != 0)
+    console, folder = Console(quiet=rank.rank != 0), RunFolder(Path(config.run.root) / config.run.name)
     with StopGuard(config.run.time_limit) as guard, ExitStack() as held:
-        chosen = start(rank, device, config.train.threads, config.train.deterministic)
-        with said_once(rank):
-            held.enter_context(run_lock(Path(config.run.root) / config.run.name, console.print))
-            trainer = Trainer(config, chosen, console)
-            newest = trainer.checkpoint_to_continue(resume, override)
+        chosen, trail = start(rank, device, config.train.threads, config.train.deterministic), Trail()
         try:
+            with said_once(rank), folder.failures_noted(rank.rank, but=(ValueError, SystemExit)):
+                held.enter_context(run_lock(folder.path, console.print))
+                held.enter_context(Watchdog(folder.path, rank.rank, rank.world, trail, config.guard.stall_seconds))
+                trainer = Trainer(config, chosen, console, trail)
+                newest = trainer.checkpoint_to_continue(resume, override)
             outcome = trainer.run(newest, guard)
         except EndRun as error:
             if rank.rank == 0:
                 print(f"moe-dist: {error}", file=sys.stderr, flush=True)
             stop()
             return error.code
+        _tell(trainer, outcome)
+        stop()
+    return SAVED if outcome.stopped_by else DONE
+
+
+def _tell(trainer: Trainer, outcome: Outcome) -> None:
+    """What came out; every rank must call."""
+    console, config = trainer.console, trainer.config
     if outcome.stopped_by:
         line = f"stopped by {outcome.stopped_by} after step {outcome.last['step']}, saved; continue with --resume"
         console.print(line, highlight=False)
-        stop()
-        return SAVED
+        return
     print_summary(console, summary_rows(trainer, outcome), f"run {config.run.name}")
     if config.run.sample_tokens:
         text = sample(trainer, config.run.sample_tokens)
         console.print(Text(f"\nsample after {_PROMPT!r}:"))
         console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
     console.print(Text(_next_steps(outcome)), soft_wrap=True)
-    stop()
-    return DONE
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:

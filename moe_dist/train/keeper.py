@@ -66,7 +66,7 @@ class Keeper:
             self.say(f"passed over: {problem}")
         if newest is None:
             raise health.no_way_back("there is no checkpoint to go back to")
-        health.go_back(step)
+        health.go_back(step, newest)
         step, health.skipped = self.load(newest)
         return step
 

@@ -6,7 +6,6 @@ What a step does is a pure function of (config, seed, step): the step number is 
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from logging import Logger
 from pathlib import Path
@@ -25,6 +24,7 @@ from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Mesh, create_mesh
 from moe_dist.parallel.objects import RankFailed, broadcast_json, require_same, together
 from moe_dist.parallel.random import RandomKey
+from moe_dist.parallel.trail import Trail
 from moe_dist.train.crash_loop import note_start, refuse_crash_loop, starts_from
 from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.guard import StopGuard
@@ -41,7 +41,6 @@ from moe_dist.train.schedule import learning_rate
 from moe_dist.train.spikes import Health
 from moe_dist.train.statistics import gather_statistics
 from moe_dist.train.task import Task, make_task
-from moe_dist.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Outcome:
 class Trainer:
     """One rank's run. Construct on every rank, then `run` on every rank."""
 
-    def __init__(self, config: Config, device: torch.device, console: Console) -> None:
+    def __init__(self, config: Config, device: torch.device, console: Console, trail: Trail | None = None) -> None:
         world = torch.distributed.get_world_size()
         self.shape: BatchShape = validate(config, world)
         self.task: Task = make_task(config)
@@ -70,7 +69,7 @@ class Trainer:
         parallel = config.parallel
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
-        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size)
+        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size, trail=trail)
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )
@@ -108,21 +107,15 @@ class Trainer:
         begin = Manifest.load(newest).step if newest is not None else None
         ahead = begin != self.config.train.steps
         earlier, furthest = broadcast_json(starts_from(self.folder.path, begin) if ahead else (0, 0))
-        watchdog = Watchdog(self.folder.path, self.mesh, self.config.guard.stall_seconds)
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
-        log = self._open(watchdog)
+        log = self._open()
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
         held = held_parameters(self.engine.model)
-        try:
+        with self.folder.failures_noted(self.mesh.rank, log):
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))
-            with watchdog, explained(self.config, self.shape, self.mesh.layout, held):
+            with explained(self.config, self.shape, self.mesh.layout, held):
                 outcome = self._steps(newest, guard, log)
-        except BaseException as error:
-            log.exception("stopped")
-            if watchdog.verdict() is None:
-                self._note_failure(error)
-            raise
         state = "preempted" if outcome.stopped_by else "finished"
         log.info("%s: %s", state, {k: v for k, v in outcome.last.items() if k != "layers"})
         details: dict[str, Any] = {"signal": outcome.stopped_by} if outcome.stopped_by else {}
@@ -131,7 +124,7 @@ class Trainer:
         self._write(lambda: self.folder.write_status(state, step=outcome.last["step"], **details))
         return outcome
 
-    def _open(self, watchdog: Watchdog) -> Logger:
+    def _open(self) -> Logger:
         """The run's folder, with all that is known at the start; this rank's log. Raises EndRun."""
 
         def first() -> None:
@@ -139,15 +132,11 @@ class Trainer:
             self.folder.write_environment(self.config, self.mesh, self.device)
             self.task.prepare(self.folder)
             self.folder.write_status("running")
-            watchdog.clear()
 
         logs: list[Logger] = []
-        try:
+        with self.folder.failures_noted(self.mesh.rank):
             self._write(first)
             self._write(lambda: logs.append(self.folder.rank_log(self.mesh.rank)), everywhere=True)
-        except EndRun as error:
-            self._note_failure(error)
-            raise
         return logs[0]
 
     def _write(self, work: Callable[[], None], everywhere: bool = False) -> None:
@@ -158,10 +147,6 @@ class Trainer:
         except RankFailed as error:
             raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
 
-    def _note_failure(self, error: BaseException) -> None:
-        with suppress(OSError, ValueError):  # the disk may be what has failed
-            self.folder.write_failure(error, self.mesh.rank)
-
     def _steps(self, newest: Path | None, guard: StopGuard, log: Logger) -> Outcome:
         run, total, main = self.config.run, self.config.train.steps, self.mesh.rank == 0
         progress = Progress(self.console, run.log_every)
@@ -170,7 +155,7 @@ class Trainer:
         writer = MetricsWriter(self.folder.path, run.tensorboard) if main else None
         if writer is not None:
             writer.rewind(step)
-        health = Health(self.config.guard, skipped, self._recent_losses())
+        health = Health(self.config.guard, skipped, self._recent_losses(), newest is not None)
         began = time.monotonic()
         record: dict[str, Any] = {"step": step}
         stopped_by = None

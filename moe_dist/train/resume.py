@@ -4,6 +4,7 @@ A resumed run repeats nothing and leaves nothing out only if it reads the same d
 model. Whoever wants something else on purpose names it: `--override seed`.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,18 +29,23 @@ OVERRIDES = {
 """What may be overridden, and what that does."""
 
 
+_NOT_THE_MODEL = frozenset(
+    "backend kernels recompute dispatch wire wire_dtype overlap_chunks experts eval_capacity_factor "
+    "num_experts d_ff num_groups".split()
+)
+
+
 def identity(config: Config, task: Task) -> dict[str, Any]:
-    """What a continued run must agree on, by the names of OVERRIDES. Where something computes is not part of it, nor
-    what only moves experts about (`moe-dist experts`): their shapes are compared when they are loaded."""
-    train, model = config.train, asdict(config.model)
+    """What a continued run must agree on, by the names of OVERRIDES. Not part of it: where and how something is
+    computed, and what `moe-dist experts` changes, whose shapes are compared with the checkpoint's."""
+    train = config.train
     return {
         "data": task.digest,
         "tokenizer": task.tokenizer,
         "seed": train.seed,
         "seq_len": train.seq_len,
         "global_batch": train.global_batch,
-        "model": model
-        | {"attention": model["attention"] | {"backend": None, "moe": None}, "recompute": None, "moe": None},
+        "model": _without(json.loads(json.dumps(asdict(config.model))), _NOT_THE_MODEL),  # with keys as read back
     }
 
 
@@ -75,6 +81,14 @@ def checkpoint_to_continue(
     for name in differ:
         say(f"overridden: {_difference(name, run.get(name), mine[name])}")
     return newest
+
+
+def _without(values: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in names
+    }
 
 
 def _difference(name: str, there: Any, here: Any) -> str:

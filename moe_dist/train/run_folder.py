@@ -5,7 +5,7 @@ runs/NAME/
   metrics.jsonl      one line a step            tensorboard/
   checkpoints/step-000100/                      logs/rank-00000.log
   status.json        running | finished | preempted | failed, with the reason
-  heartbeats/        what each rank did last         restarts.json    starts since the newest checkpoint
+  heartbeats/        what each rank did last         restarts.json    starts that got nowhere
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
   run.lock           held by rank 0 while the run lives
 """
@@ -14,6 +14,8 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from moe_dist.config import Config, dump_config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.exit_codes import EndRun
+from moe_dist.train.status import FILE as STATUS
 from moe_dist.train.status import read_status, replace_text, write_status
 
 _PACKAGES = (
@@ -46,6 +49,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._before = self._written()  # the status of an earlier start
 
     def newest_checkpoint(self) -> Path | None:
         found = checkpoints(self.checkpoints)
@@ -81,9 +85,25 @@ class RunFolder:
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)
 
-    def write_failure(self, error: BaseException, rank: int) -> None:
-        """By any rank. The first reason stays: that of the others is that they lost the one that failed."""
-        if read_status(self.path)["state"] == "failed":
+    @contextmanager
+    def failures_noted(
+        self, rank: int, log: logging.Logger | None = None, but: tuple[type[BaseException], ...] = ()
+    ) -> Iterator[None]:
+        """Within, what ends this start is noted in the status and the log; on any rank. but: what is not."""
+        try:
+            yield
+        except but:
+            raise
+        except BaseException as error:
+            if log is not None:
+                log.exception("stopped")
+            with suppress(OSError, ValueError):  # the disk may be what has failed
+                self._note_failure(error, rank)
+            raise
+
+    def _note_failure(self, error: BaseException, rank: int) -> None:
+        """The first reason of this start stays: that of the others is that they lost the rank that failed."""
+        if read_status(self.path)["state"] == "failed" and self._written() != self._before:
             return
         if isinstance(error, EndRun):  # the same on every rank
             if rank == 0:
@@ -91,6 +111,12 @@ class RunFolder:
         else:
             where = {"rank": rank} if rank else {}
             self.write_status("failed", reason=f"{type(error).__name__}: {error}", **where)
+
+    def _written(self) -> int | None:
+        try:
+            return (self.path / STATUS).stat().st_mtime_ns
+        except OSError:
+            return None
 
     def rank_log(self, rank: int) -> logging.Logger:
         """A logger that writes logs/rank-NNNNN.log."""

@@ -9,6 +9,7 @@ median, times 1.4826 is the standard deviation of normal noise, and a few wild v
 import math
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import median
 
 from moe_dist.config.schema import GuardConfig
@@ -43,12 +44,16 @@ class Health:
     """The same state on every rank: what was left out, and whether the run should go back.
 
     skipped: steps left out since the run began, for the optimizer has made fewer steps than the loop. recent: losses
-    of the last steps before this start.
+    of the last steps before this start. checkpoint: whether the run has one to go back to.
     """
 
-    def __init__(self, guard: GuardConfig, skipped: int = 0, recent: Iterable[float] = ()) -> None:
+    def __init__(
+        self, guard: GuardConfig, skipped: int = 0, recent: Iterable[float] = (), checkpoint: bool = False
+    ) -> None:
         self.guard, self.skipped, self.in_a_row = guard, skipped, 0
         self.trouble: str | None = None  # why the run should go back to its last checkpoint now
+        self._spiked = False  # the trouble is a spike
+        self._checkpoint = checkpoint
         self.compare_with(recent)
         self._left_out: set[int] = set()  # steps that a run which went back passes over
         self._went_back_at: int | None = None
@@ -73,11 +78,11 @@ class Health:
         spike = f"loss {loss:.4f} is above {limit:.4f}"
         if self.guard.spike == "log":
             return None, spike
-        if self.guard.spike == "roll_back":
+        if self.guard.spike == "roll_back" and self._checkpoint:
             if step in self._left_out:
                 return f"{spike}, again", None
             self._left_out.add(step)
-            self.trouble = f"step {step}: {spike}"
+            self.trouble, self._spiked = f"step {step}: {spike}", True
         return spike, None
 
     def settle(self, step: int, loss: float, reason: str | None) -> None:
@@ -89,22 +94,28 @@ class Health:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.guard.max_skipped:
+            self._spiked = False
             self.trouble = f"{self.in_a_row} steps in a row were left out, up to step {step}: {reason}"
 
     def saved(self, step: int) -> None:
         """A checkpoint past the trouble: the run may go back once more, if it must."""
+        self._checkpoint = True
         if self._went_back_at is not None and step > self._went_back_at:
             self._went_back_at = None
 
     def no_way_back(self, why: str) -> EndRun:
         return EndRun(DIVERGED, f"{self.trouble}; {why}: lower optim.lr, or clip (engine.grad_clip)")
 
-    def go_back(self, step: int) -> None:
-        """Called before a checkpoint is loaded. Raises EndRun where the run has gone back from here before."""
-        if self._went_back_at is not None:
-            raise EndRun(
-                DIVERGED,
-                f"{self.trouble}; the run had gone back to a checkpoint at step {self._went_back_at} already: "
-                "lower optim.lr, clip (engine.grad_clip), or look at the data of these steps",
-            )
-        self._went_back_at, self.trouble, self.in_a_row = step, None, 0
+    def go_back(self, step: int, checkpoint: Path) -> None:
+        """Called before `checkpoint` is loaded. Raises EndRun where the run has gone back from here before; not for
+        spikes, which go back once a step, for it is left out the next time."""
+        if not self._spiked:
+            if self._went_back_at is not None:
+                raise EndRun(
+                    DIVERGED,
+                    f"{self.trouble}; the run had gone back to a checkpoint at step {self._went_back_at} already: "
+                    "lower optim.lr, clip (engine.grad_clip), look at the data of these steps, or remove "
+                    f"{checkpoint} to go back further",
+                )
+            self._went_back_at = step
+        self.trouble, self._spiked, self.in_a_row = None, False, 0

@@ -1,11 +1,13 @@
 """A rank that stands still is named with the last thing it did, and the others end: in seconds, not at a timeout.
 
-Each rank has a thread that writes a heartbeat into heartbeats/ of the run folder: how far its main thread is, and what
-that did last. The thread of rank r watches two things: its own main thread, and the file of rank r + 1, so that the
-cost for each rank does not grow with the world. When one has not moved for `seconds`, all files are read and judged:
+Each rank has a thread that writes a heartbeat into heartbeats/ of the run folder: how far its main thread is, for how
+long it has been there, and what it did last. The thread of rank r watches two things: its own main thread, and the file
+of rank r + 1, so that the cost for each rank does not grow with the world. When one has not moved for `seconds`, all
+files are read and judged:
 
 1. A file that no longer changes is of a process that is stopped, or of a machine that is lost. It is to blame.
-2. Else the main thread that has noted the fewest phases and collectives: the others wait for it, further on.
+2. Else, when every main thread has stood still for so long, the one that has noted the fewest phases and collectives:
+   the others wait for it, further on. Not before the first step: how long reading data takes nobody knows.
 
 The first to judge writes verdict.json; all watch for that file, and leave on it with os._exit, as their main threads
 hang in a collective. Stopped processes on one's own machine are killed, so that none is left behind.
@@ -13,6 +15,7 @@ hang in a collective. Stopped processes on one's own machine are killed, so that
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -24,8 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.exit_codes import STALLED
+from moe_dist.parallel.objects import RankFailed, together
+from moe_dist.parallel.trail import Trail
+from moe_dist.train.exit_codes import FAILED, STALLED, EndRun
 from moe_dist.train.status import write_status
 
 _FOLDER, _VERDICT = "heartbeats", "verdict.json"
@@ -35,7 +39,7 @@ _WIDTH = 512  # bytes of a heartbeat: always the same ones, written at once, so 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
     """One heartbeat. born: when the process started, in ticks of the machine, so that a pid used again is not killed.
-    count, doing: of the rank's Trail."""
+    count, doing: of the rank's Trail. idle: seconds since its main thread was last seen to move."""
 
     rank: int
     host: str
@@ -43,6 +47,7 @@ class Beat:
     born: str
     number: int
     count: int
+    idle: float
     doing: str
     left: bool = False
 
@@ -63,16 +68,17 @@ class Age:
 class Watchdog:
     """Within `with Watchdog(...)`: this rank's heart beats and it watches. seconds None: nothing is done.
 
-    Rank 0 must have called `clear` before any rank enters.
+    Every rank must enter, with the trail that its mesh will have. Leaving it in order, after the last collective, or
+    because the run was refused, removes what was written. Raises EndRun on every rank when nothing can be.
     """
 
-    def __init__(self, run: Path, mesh: Mesh, seconds: float | None) -> None:
-        self.run, self.mesh, self.seconds = run, mesh, seconds
+    def __init__(self, run: Path, rank: int, world: int, trail: Trail, seconds: float | None) -> None:
+        self.run, self.rank, self.world, self.trail, self.seconds = run, rank, world, trail, seconds
         self.folder = run / _FOLDER
         self.period = min(seconds / 10, 0.5) if seconds is not None else 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._number, self._born = 0, _born(os.getpid())
+        self._number, self._born, self._own = 0, _born(os.getpid()), Age()
 
     def clear(self) -> None:
         """Forget an earlier start. Rank 0 alone."""
@@ -82,14 +88,23 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.seconds is not None:
+            try:
+                together(self.clear if self.rank == 0 else lambda: None, f"{self.folder} cannot be written to")
+            except RankFailed as error:
+                raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+            self._beat()  # before anything can stop this process: who has never been heard of cannot be ended either
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.seconds is None:
+            return
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
+        if kind is not None and not issubclass(kind, ValueError | SystemExit):
             self._beat(left=True)
+        elif self.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def verdict(self) -> list[Beat] | None:
         """The processes that do not run, if it has been judged that some rank stands still."""
@@ -100,43 +115,56 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self.seconds is not None
-        own, other = Age(), Age()
-        next_rank = (self.mesh.rank + 1) % self.mesh.layout.world
+        other, next_rank = Age(), (self.rank + 1) % self.world
         last = time.monotonic()
         while not self._stop.wait(self.period):
             now = time.monotonic()
             passed, last = min(now - last, 4 * self.period), now  # if this process slept, so may the others have
+            stalled = self._idle(passed) >= self.seconds
             self._beat()
             if (dead := self.verdict()) is not None:
                 self._leave(dead)
-            stalled = own.see(self.mesh.trail.count, passed) >= self.seconds
             beat = self._read(next_rank)
             if not (beat and beat.left):
                 stalled |= other.see(beat, passed) >= self.seconds
             if stalled:
                 self._judge()
 
+    def _idle(self, passed: float) -> float:
+        return self._own.see((self.trail.count, self.trail.ticks), passed)
+
     def _judge(self) -> None:
+        assert self.seconds is not None
+        if not self._sleep(min(self.rank, 4)):  # a few ranks first, or all would read all files at once
+            return
         before = self._read_all()
-        for _ in range(3):  # long enough for any heart that beats
-            time.sleep(self.period)
-            self._beat()
-            if self._stop.is_set():
-                return
+        if not self._sleep(3):  # long enough for any heart that beats
+            return
         after = self._read_all()
         dead = [beat for rank, beat in after.items() if not beat.left and before.get(rank) == beat]
         alive = [beat for beat in after.values() if beat not in dead]
-        if not dead and any(rank in before and before[rank].count != beat.count for rank, beat in after.items()):
-            return  # it goes on
+        patience = self.seconds - 2 * self.period
+        if not dead and (not self.trail.step or any(beat.idle < patience for beat in alive if not beat.left)):
+            return  # somebody goes on, and the others may wait for it
         least = min((beat.count for beat in alive), default=0)
-        silent = sorted(set(range(self.mesh.layout.world)) - after.keys())
+        silent = sorted(set(range(self.world)) - after.keys())
         blamed = dead or ([] if silent else [beat for beat in alive if beat.count == least])
         lines = [f"rank {rank} has not been heard of" for rank in silent]
-        lines += [_sentence(beat, self.seconds or 0.0, beat in dead) for beat in blamed[:8]]
+        lines += [_sentence(beat, self.seconds, beat in dead) for beat in blamed[:8]]
         waits = next((beat for beat in alive if beat not in blamed), None)
         if waits is not None:
             lines.append(f"rank {waits.rank} waits in {waits.doing}")
         self._pronounce("; ".join(lines), dead)
+
+    def _sleep(self, periods: int) -> bool:
+        """False when there is nothing to judge any more."""
+        for _ in range(periods):
+            time.sleep(self.period)
+            self._idle(self.period)
+            self._beat()
+            if self._stop.is_set() or self.verdict() is not None:
+                return False
+        return True
 
     def _pronounce(self, reason: str, dead: list[Beat]) -> None:
         """Leaves whatever happens: with a full disk, or without the folder, the others come to their own verdict."""
@@ -175,19 +203,19 @@ class Watchdog:
 
     def _beat(self, left: bool = False) -> None:
         self._number += 1
-        trail = self.mesh.trail
         beat = Beat(
-            rank=self.mesh.rank,
+            rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             born=self._born,
             number=self._number,
-            count=trail.count,
-            doing=trail.describe()[:120],
+            count=self.trail.count,
+            idle=self._own.seconds,
+            doing=self.trail.describe()[:120],
             left=left,
         )
         try:
-            file = os.open(self._path(self.mesh.rank), os.O_WRONLY | os.O_CREAT, 0o644)
+            file = os.open(self._path(self.rank), os.O_WRONLY | os.O_CREAT, 0o644)
             os.pwrite(file, json.dumps(asdict(beat)).ljust(_WIDTH).encode(), 0)
             os.close(file)
         except OSError:
@@ -200,7 +228,7 @@ class Watchdog:
             return None
 
     def _read_all(self) -> dict[int, Beat]:
-        beats = {rank: self._read(rank) for rank in range(self.mesh.layout.world)}
+        beats = {rank: self._read(rank) for rank in range(self.world)}
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _path(self, rank: int) -> Path:

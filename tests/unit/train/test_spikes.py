@@ -1,10 +1,13 @@
 import math
+from pathlib import Path
 
 import pytest
 
 from moe_dist.config import GuardConfig
 from moe_dist.train.exit_codes import DIVERGED, EndRun
 from moe_dist.train.spikes import Health, SpikeDetector
+
+OLD = Path("checkpoints/step-000008")
 
 
 def test_the_limit_by_hand() -> None:
@@ -58,15 +61,19 @@ def test_back_once_and_again_only_past_the_trouble() -> None:
 
     nans(10)
     assert health.trouble is not None and "2 steps in a row" in health.trouble
-    health.go_back(11)
+    health.go_back(11, OLD)
     assert (health.trouble, health.in_a_row) == (None, 0)
     health.saved(11)  # not past it
     nans(10)
     with pytest.raises(EndRun) as ended:
-        health.go_back(11)
-    assert ended.value.code == DIVERGED and "at step 11 already" in str(ended.value)
+        health.go_back(11, OLD)
+    assert (
+        ended.value.code == DIVERGED
+        and "at step 11 already" in str(ended.value)
+        and f"remove {OLD}" in str(ended.value)
+    )
     health.saved(12)
-    health.go_back(14)
+    health.go_back(14, OLD)
 
 
 def test_a_finite_step_breaks_the_row() -> None:
@@ -74,3 +81,19 @@ def test_a_finite_step_breaks_the_row() -> None:
     for step, loss in enumerate((math.nan, 2.0, math.nan, 2.0), start=1):
         health.settle(step, loss, health.look(step, loss, 0.0)[0])
     assert health.trouble is None and health.skipped == 2
+
+
+def test_a_spike_goes_back_once_a_step_and_only_where_there_is_a_checkpoint() -> None:
+    guard = GuardConfig(spike="roll_back", spike_window=5, spike_mads=3.0)
+    health = Health(guard, recent=[2.0] * 5)
+    spike = health.look(6, 9.0, 0.0)[0]
+    assert spike == "loss 9.0000 is above 2.0600" and health.trouble is None  # left out, and that is all
+    health.settle(6, 9.0, spike)
+    health.saved(8)
+    for step in (9, 10):  # between two checkpoints
+        health.settle(step, 9.0, health.look(step, 9.0, 0.0)[0])
+        assert health.trouble == f"step {step}: loss 9.0000 is above 2.0600"
+        health.go_back(step, OLD)
+        assert health.trouble is None
+    for step in (9, 10):
+        assert health.look(step, 9.0, 0.0) == ("loss 9.0000 is above 2.0600, again", None) and health.trouble is None
