@@ -66,7 +66,7 @@ class Saver:
             self._thread = threading.Thread(target=self._work, args=(snapshot, validation_loss), name=f"save-{step}")
             self._thread.start()
         else:
-            write_checkpoint(self.root, snapshot, self.info, self.retention, validation_loss)
+            self._write(snapshot, validation_loss)
         return self.root / f"step-{step:06d}"
 
     @property
@@ -100,9 +100,13 @@ class Saver:
         elif self._thread is not None:
             self._thread.join()  # no collective: who knows where the other ranks are
 
+    def _write(self, snapshot: Snapshot, validation_loss: float | None) -> None:
+        tick = self.mesh.trail.tick  # a write that takes long is no standstill
+        write_checkpoint(self.root, snapshot, self.info, self.retention, validation_loss, self._group, tick)
+
     def _work(self, snapshot: Snapshot, validation_loss: float | None) -> None:
         try:
-            write_checkpoint(self.root, snapshot, self.info, self.retention, validation_loss, self._group)
+            self._write(snapshot, validation_loss)
         except Exception as error:
             self._error = error
 

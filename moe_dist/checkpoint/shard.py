@@ -8,7 +8,7 @@ back.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,10 +21,12 @@ TORCH_DTYPE: dict[Dtype, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfl
 _CHUNK = 2**23
 
 
-def write_shard(path: Path, entries: Sequence[tuple[Range, Iterable[Tensor]]]) -> ShardFile:
+def write_shard(
+    path: Path, entries: Sequence[tuple[Range, Iterable[Tensor]]], progress: Callable[[], None] = lambda: None
+) -> ShardFile:
     """Write each range's values, given as 1-D CPU tensors of its dtype one after another; `path` must not exist yet.
 
-    Values may come from a generator: no more than one of its tensors is held.
+    Values may come from a generator: no more than one of its tensors is held. progress: called now and then.
     """
     entries = sorted(entries, key=lambda entry: -ITEM_BYTES[entry[0].dtype])  # so that all are aligned
     header, offset = {}, 0
@@ -44,6 +46,7 @@ def write_shard(path: Path, entries: Sequence[tuple[Range, Iterable[Tensor]]]) -
             while at < len(chunk):
                 at += file.write(chunk[at:])
             hashed.result()
+            progress()
 
         put(memoryview(len(text).to_bytes(8, "little") + text))
         for piece, parts in entries:

@@ -57,10 +57,12 @@ def write_checkpoint(
     retention: Retention,
     validation_loss: float | None = None,
     group: dist.ProcessGroup | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint under `root` and remove those that `retention` does not keep; every rank of `group` must call.
 
-    Returns its folder. Raises RuntimeError on every rank when any rank failed; what was there before stays.
+    progress: called now and then while this rank writes. Returns the folder. Raises RuntimeError on every rank when any
+    rank failed; what was there before stays.
     """
     rank, step = dist.get_rank(), snapshot.step
     final, draft = root / f"step-{step:06d}", root / f".step-{step:06d}"
@@ -74,7 +76,7 @@ def write_checkpoint(
 
     def write() -> dict[str, Any]:
         entries = [(piece, [values]) for piece, values in snapshot.entries]
-        return asdict(write_shard(draft / f"rank-{rank:05d}.safetensors", entries))
+        return asdict(write_shard(draft / f"rank-{rank:05d}.safetensors", entries, progress))
 
     def commit() -> None:
         write_durably(draft / MANIFEST, _manifest(snapshot, info, shards, validation_loss).dumps())

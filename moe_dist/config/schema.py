@@ -377,8 +377,8 @@ class GuardConfig:
     """A spike is this many times 1.4826 * MAD above their median. MAD: median distance from the median."""
     stall_seconds: float | None = 300.0
     """When a rank has made no progress for so long, it is named with what it did last, and all ranks end (exit code
-    77). Longer than the longest evaluation batch or checkpoint takes to write, and below 540: collectives themselves
-    give up after 600. null: nobody watches."""
+    77). Longer than the longest evaluation batch takes, and below 540: collectives themselves give up after 600. null:
+    nobody watches."""
     check_replicas: int | None = None
     """Every so many steps, and before each checkpoint, compare the copies of parameters that ranks hold, bit by bit,
     and end when they differ (exit code 78). null: never."""
