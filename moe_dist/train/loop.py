@@ -29,7 +29,7 @@ from moe_dist.train.crash_loop import note_start, refuse_crash_loop, starts_from
 from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.guard import StopGuard
 from moe_dist.train.keeper import Keeper
-from moe_dist.train.memory import explained, held_parameters
+from moe_dist.train.memory import Held, explained
 from moe_dist.train.metrics import MetricsWriter, moe_record, recent_losses
 from moe_dist.train.opening import opening_lines
 from moe_dist.train.profile import matmul_peak, memory_bytes
@@ -73,8 +73,8 @@ class Trainer:
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )
-        counts = self.task.parameter_counts(config.model)
-        with explained(config, self.shape, self.mesh.layout, counts.total):
+        held = Held.of(self.task.parameter_counts(config.model), self.mesh.layout)
+        with explained(config, self.shape, self.mesh.layout, held):
             built = self.task.build(config.model, self.mesh).to(device)
             self.engine = make_engine(
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
@@ -110,7 +110,7 @@ class Trainer:
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
         log = self._open()
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
-        held = held_parameters(self.engine.model)
+        held = Held.by(self.engine.model)
         with self.folder.failures_noted(self.mesh.rank, log):
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))

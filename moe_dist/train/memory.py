@@ -2,47 +2,66 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.engine.base import compute_dtype
+from moe_dist.models.flops import ParameterCounts
 from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.sharding import logical_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Elements of the parameters on a rank, before ZeRO cuts them: over dp, those of experts over edp."""
+
+    dense: int
+    expert: int = 0
+
+    @staticmethod
+    def by(model: nn.Module) -> "Held":
+        count = {True: 0, False: 0}
+        for _, param, spec in logical_parameters(model):
+            count[spec.shard == "expert"] += getattr(param, "ds_numel", param.numel())  # whole ones, under ZeRO-3
+        return Held(dense=count[False], expert=count[True])
+
+    @staticmethod
+    def of(counts: ParameterCounts, layout: Layout) -> "Held":
+        """About what a rank of this layout will hold of a model that is not built yet."""
+        return Held(dense=(counts.total - counts.expert) // layout.tp, expert=counts.expert // layout.ep)
+
+    def bytes(self, each: int, layout: Layout, cut: bool) -> int:
+        """each: of an element. cut: whether ZeRO cuts them."""
+        return each * (self.dense // (layout.dp if cut else 1) + self.expert // (layout.edp if cut else 1))
 
 
 @contextmanager
-def explained(config: Config, shape: BatchShape, layout: Layout, parameters: int) -> Iterator[None]:
-    """Raises RuntimeError with advice in place of an error for want of memory; others pass.
-
-    parameters: on this rank.
-    """
+def explained(config: Config, shape: BatchShape, layout: Layout, held: Held) -> Iterator[None]:
+    """Raises RuntimeError with advice in place of an error for want of memory; others pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise RuntimeError(f"out of memory: {advice(config, shape, layout, parameters)}") from error
+        raise RuntimeError(f"out of memory: {advice(config, shape, layout, held)}") from error
 
 
-def held_parameters(model: nn.Module) -> int:
-    """Elements of the parameters on this rank; under ZeRO-3 of the whole ones that it holds pieces of."""
-    return sum(getattr(param, "ds_numel", param.numel()) for param in model.parameters())
-
-
-def advice(config: Config, shape: BatchShape, layout: Layout, parameters: int) -> str:
-    """Bytes for `parameters` on a rank, by what they are for, and what to change, the cheapest first."""
+def advice(config: Config, shape: BatchShape, layout: Layout, held: Held) -> str:
+    """Bytes for what a rank holds, by what they are for, and what to change, the cheapest first."""
     engine, dp = config.engine, layout.dp
     stage = engine.zero_stage if engine.name == "deepspeed" else 0
     low = engine.precision == "bf16"
-    weights = parameters * compute_dtype(engine.precision).itemsize // (dp if stage >= 3 else 1)
-    gradients = parameters * 4 // (dp if stage >= 2 else 1)
+    weights = held.bytes(compute_dtype(engine.precision).itemsize, layout, cut=stage >= 3)
+    gradients = held.bytes(4, layout, cut=stage >= 2)
     masters = low or stage >= 1  # ZeRO keeps them beside fp32 weights too
-    optimizer = parameters * (12 if masters else 8) // (dp if stage >= 1 else 1)
+    optimizer = held.bytes(12 if masters else 8, layout, cut=stage >= 1)
     lines = [
-        f"{parameters} parameters on this rank take about {_size(weights)} of weights, {_size(gradients)} of gradients "
-        f"and {_size(optimizer)} of optimizer state, beside the activations of {shape.micro_batch} x {shape.seq_len} "
-        f"tokens in {config.model.num_layers} blocks"
+        f"{held.dense + held.expert} parameters on this rank take about {_size(weights)} of weights, "
+        f"{_size(gradients)} of gradients and {_size(optimizer)} of optimizer state, beside the activations of "
+        f"{shape.micro_batch} x {shape.seq_len} tokens in {config.model.num_layers} blocks"
     ]
     if shape.micro_batch > 1:
         lines.append(f"lower train.micro_batch (it is {shape.micro_batch}; gradients accumulate over the rest)")
