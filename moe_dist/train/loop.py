@@ -91,7 +91,7 @@ class Trainer:
         return checkpoint_to_continue(self.folder, resume, self.identity, override, self._say)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path in a log stays whole
 
     def run(self, newest: Path | None, guard: StopGuard) -> Outcome:
         """Train to the last step, from checkpoint `newest` if given. Status, metrics and checkpoints are on disk

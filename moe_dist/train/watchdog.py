@@ -81,6 +81,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.seconds is not None:
+            self._beat()  # before anything can stop this process: who has never been heard of cannot be ended either
             self._thread.start()
         return self
 

@@ -39,6 +39,8 @@ def test_leaving_stops_the_heart_and_says_so(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, single_process_mesh(), 100.0)
     watchdog.clear()
     with watchdog:
+        first = watchdog._read(0)  # at once: a rank that nobody has heard of could not be ended, when it stops
+        assert first is not None and first.pid == os.getpid() and not first.left
         watchdog.mesh.trail.enter("update", 3)
     beat = watchdog._read(0)
     assert beat is not None and beat.left and beat.doing == "update of step 3" and watchdog.verdict() is None
