@@ -18,6 +18,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   status CONFIG [flags]         how far that run is
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
+  chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model
   checkpoint ACTION PATH        inspect, verify, convert or diff checkpoints
   verify [flags]                prove that training means the same in every layout, on this machine
@@ -50,6 +51,24 @@ Takes what `moe-dist train` takes, and reads status.json of the run that this na
 """
 
 
+_CHAOS = """Break a training run on purpose, again and again, and prove that nothing was lost.
+
+Starts the run root/NAME-chaos on its own ranks and, start after start, breaks it: SIGKILL at random moments and inside
+saves, SIGSTOP, SIGTERM, a hang, a delay, a full disk, a flipped bit, a damaged checkpoint; each start resumes the one
+before. It saves often and watches closely for that, and says what it sets. In the end it trains the same steps without
+faults, root/NAME-reference, and compares weights, both moments, metrics.jsonl and the samples of each step, bit by bit.
+
+  moe-dist chaos configs/chaos.yaml --minutes 10
+
+--minutes    how long faults come (default 10)
+--ranks      processes, on this machine (default 2)
+--seed       of the faults (default 0)
+
+What it saves on the way lies in NAME-chaos/starts, the report in NAME-chaos/chaos.json. Exit codes: 0 nothing was lost
+and every start ended as its fault should end it; 1 otherwise, and the report says what; 2 a mistake of the user.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong; others: train/exit_codes.py."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
@@ -67,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from moe_dist.generate.command import generate_text
 
                 return generate_text(rest)
+            case "chaos":
+                return _chaos(rest)
             case "experts":
                 from moe_dist.train.experts import experts
 
@@ -136,17 +157,36 @@ def _status(args: list[str]) -> int:
     return 0
 
 
-def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
-    """What follows `moe-dist train`: a YAML file, flags of the command itself, and flags of the configuration."""
-    from moe_dist.config.load import load_config, override_config
+def _chaos(args: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="moe-dist chaos", add_help=False, allow_abbrev=False)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    usage = "moe-dist chaos [CONFIG] [--minutes M] [--ranks N] [--seed S]"
+    own, config = _with_config(parser, args, usage, _CHAOS)
+    from moe_dist.chaos.command import chaos
 
+    return chaos(config, own.minutes, own.ranks, own.seed)
+
+
+def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
+    """What follows `moe-dist train`."""
     parser = argparse.ArgumentParser(prog=f"moe-dist {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
     parser.add_argument("--override")
     parser.add_argument("--device", choices=["cpu", "cuda"])
+    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--override NAME,..] [--device {{cpu,cuda}}]"
+    return _with_config(parser, args, usage, description)
+
+
+def _with_config(
+    parser: argparse.ArgumentParser, args: list[str], usage: str, description: str
+) -> tuple[argparse.Namespace, "Config"]:
+    """A YAML file, flags of the command itself, and flags of the configuration."""
+    from moe_dist.config.load import load_config, override_config
+
     path = args.pop(0) if args and not args[0].startswith("-") else None
     own, flags = parser.parse_known_args(args)
-    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--override NAME,..] [--device {{cpu,cuda}}]"
     return own, override_config(load_config(path), flags, prog=usage, description=description)
 
 

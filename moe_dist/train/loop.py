@@ -95,7 +95,7 @@ class Trainer:
         return newest
 
     def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path in a log stays whole
 
     def run(self, newest: Path | None, guard: StopGuard) -> Outcome:
         """Train to the last step, from checkpoint `newest` if given. Status, metrics and checkpoints are on disk

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-_SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
+SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
 _MOE = frozenset(
     "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
     "dispatch_rows_bytes dispatch_bytes".split()
@@ -188,7 +188,7 @@ def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         split, _, what = name.partition("_")
         if split in ("validation", "test"):
             yield f"{split}/{what}", value
-        elif name in _SYSTEM:
+        elif name in SYSTEM:
             yield f"system/{name}", value
         else:
             yield f"{'moe' if name in _MOE else 'train'}/{name}", value

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from moe_dist.chaos.fault import Fault, Plan
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config, load_config
@@ -70,7 +71,10 @@ def start(ranks: int, folder: Path, name: str, *flags: str, killed_at: int | Non
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     program = ["-m", "moe_dist.cli"]
     if killed_at is not None:
-        program = [str(Path(__file__).with_name("killed_train.py")), str(killed_at)]
+        fault = Fault(kind="kill", rank=0, step=killed_at + 1, phase="data")
+        plan = Plan(faults=[fault], journal=str(folder), checkpoints=str(folder / "runs" / name / "checkpoints"))
+        (folder / "plan.json").write_text(json.dumps(asdict(plan)))
+        program = ["-m", "moe_dist.chaos.inject", str(folder / "plan.json")]
     command = [*torchrun, *program, "train", str(folder / "tiny.yaml"), "--run.name", name, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)

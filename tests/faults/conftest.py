@@ -1,0 +1,27 @@
+"""Ranks of these tests share few cores: one thread each, also in the processes they start."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_dist.chaos.series import Series
+from tests.faults.helpers import series
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Series]:
+    """The run of so many steps that nothing has disturbed."""
+    made: dict[int, Series] = {}
+    folder: Path = tmp_path_factory.mktemp("reference")
+
+    def of(steps: int) -> Series:
+        if steps not in made:
+            made[steps] = series(folder / str(steps), steps)
+            assert made[steps].start().codes == [0, 0], made[steps].starts[0].said
+        return made[steps]
+
+    return of
