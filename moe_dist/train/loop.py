@@ -40,6 +40,7 @@ from moe_dist.train.run_folder import RunFolder
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.spikes import Health
 from moe_dist.train.statistics import gather_statistics
+from moe_dist.train.status import remove_drafts
 from moe_dist.train.task import Task, make_task
 
 
@@ -128,6 +129,7 @@ class Trainer:
         """The run's folder, with all that is known at the start; this rank's log. Raises EndRun."""
 
         def first() -> None:
+            remove_drafts(self.folder.path)
             self.folder.write_config(self.config)
             self.folder.write_environment(self.config, self.mesh, self.device)
             self.task.prepare(self.folder)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-FILE = "status.json"
+FILE, _DRAFT = "status.json", ".draft-"
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
@@ -19,13 +19,19 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
 
 def replace_text(folder: Path, name: str, text: str) -> None:
     """The file `name` as a whole: what was there stays until then. Raises OSError, and leaves nothing behind."""
-    draft = folder / f".{name}-{os.uname().nodename}-{os.getpid()}"
+    draft = folder / f"{_DRAFT}{name}-{os.uname().nodename}-{os.getpid()}"
     try:
         draft.write_text(text)
         os.replace(draft, folder / name)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def remove_drafts(folder: Path) -> None:
+    """What a process that was killed in `replace_text` has left. While nobody else writes there."""
+    for draft in folder.glob(f"{_DRAFT}*"):
+        draft.unlink(missing_ok=True)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

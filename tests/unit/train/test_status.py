@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from moe_dist.cli import main
-from moe_dist.train.status import describe_status, is_finished, read_status, write_status
+from moe_dist.train.status import describe_status, is_finished, read_status, remove_drafts, write_status
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -13,6 +14,21 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert status == {"state": "preempted", "step": 40, "signal": "SIGUSR2"}
     assert describe_status(status) == "preempted step=40 signal=SIGUSR2"
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(tmp_path, "running")
+
+    def killed(old: Path, new: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_status(tmp_path, "failed", reason="none")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_drafts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"] and read_status(tmp_path)["state"] == "running"
 
 
 def test_a_reason_of_several_lines_stays_one() -> None:
