@@ -111,6 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"moe-dist: {error}", file=sys.stderr)
         return FAILED
+    except RuntimeError as error:
+        from moe_dist.parallel.objects import RankFailed
+        from moe_dist.train.exit_codes import FAILED
+
+        if not isinstance(error, RankFailed):
+            raise
+        print(f"moe-dist: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         from moe_dist.train.exit_codes import INTERRUPTED
 

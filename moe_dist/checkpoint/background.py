@@ -22,6 +22,7 @@ from moe_dist.checkpoint.store import Snapshot, take_snapshot, write_checkpoint
 from moe_dist.engine.base import Engine
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.objects import RankFailed
 
 DEADLINE = timedelta(hours=1)
 """The longest that one rank's thread waits for the others to write their files."""
@@ -55,7 +56,7 @@ class Saver:
 
         skipped: how many of the steps were left out, so that the optimizer has made fewer.
 
-        Raises RuntimeError on every rank when this save, or a pending one, failed on any.
+        Raises RankFailed on every rank when this save, or a pending one, failed on any.
         """
         self.wait()
         if validation_loss is not None and not math.isfinite(validation_loss):
@@ -75,7 +76,7 @@ class Saver:
         return self._thread is not None
 
     def raise_pending(self) -> None:
-        """At every step boundary: raises RuntimeError on all ranks when a save in the background has failed on one.
+        """At every step boundary: raises RankFailed on all ranks when a save in the background has failed on one.
 
         Costs one small all-reduce, and only from a save to the first boundary that finds its threads ended everywhere.
         """
@@ -115,8 +116,8 @@ class Saver:
         error, self._thread, self._error = self._error, None, None
         if not self._everywhere(error is None):
             if error is None:
-                raise RuntimeError(f"checkpoint of step {self._step} failed on another rank, which says why")
-            raise RuntimeError(str(error)) from error
+                raise RankFailed(f"checkpoint of step {self._step} failed on another rank, which says why")
+            raise RankFailed(str(error)) from error
 
     def _everywhere(self, here: bool) -> bool:
         return bool(all_reduce(torch.tensor(int(here)), self.mesh.world, dist.ReduceOp.MIN))

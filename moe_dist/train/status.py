@@ -19,7 +19,7 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
 
 def replace_text(folder: Path, name: str, text: str) -> None:
     """The file `name` as a whole: what was there stays until then. Raises OSError, and leaves nothing behind."""
-    draft = folder / f"{_DRAFT}{name}-{os.uname().nodename}-{os.getpid()}"
+    draft = folder / f"{_DRAFT}{name}{_own()}"
     try:
         draft.write_text(text)
         os.replace(draft, folder / name)
@@ -29,9 +29,14 @@ def replace_text(folder: Path, name: str, text: str) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """What a process that was killed in `replace_text` has left. While nobody else writes there."""
+    """What another process left that was killed in `replace_text`. While nobody else writes there."""
     for draft in folder.glob(f"{_DRAFT}*"):
-        draft.unlink(missing_ok=True)
+        if not draft.name.endswith(_own()):
+            draft.unlink(missing_ok=True)
+
+
+def _own() -> str:
+    return f"-{os.uname().nodename}-{os.getpid()}"
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def write_config(folder: Path, **run: Any) -> str:
 
 def draft(folder: Path, name: str) -> Path:
     """What this process writes before it is `name`."""
-    return folder / f".{name}-{os.uname().nodename}-{os.getpid()}"
+    return folder / f".draft-{name}-{os.uname().nodename}-{os.getpid()}"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "environment.json", "status.json", "restarts.json"])
