@@ -114,10 +114,10 @@ class Harassment:
 
     def _note_pace(self, start: Start) -> float | None:
         """Seconds to the first step, where there was one."""
-        phases = start.noted(0, "phase")
-        if not phases:
+        begun = start.noted(0, "phase", phase="data")
+        if not begun:
             return None
-        ready = float(phases[0]["time"]) - start.began
+        ready = float(begun[0]["time"]) - start.began
         updates = [entry["time"] for entry in start.noted(0, "phase", phase="update")]
         if len(updates) > 5:
             self._pace = Pace(ready, (updates[-1] - updates[0]) / (len(updates) - 1))
