@@ -71,6 +71,7 @@ and every start ended as its fault should end it; 1 otherwise, and the report sa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong; others: train/exit_codes.py."""
+    os.umask(os.umask(0o022) | 0o022)  # what is written, others may read where the user lets them, and never change
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
         match command:
@@ -133,10 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: list[str]) -> int:
     own, config = _run_arguments("train", args, _TRAIN)
+    from moe_dist.train.resume import as_configured
     from moe_dist.train.status import is_finished
 
     folder = Path(config.run.root) / config.run.name
-    if own.resume == "auto" and is_finished(folder, config.train.steps):
+    if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} has finished its {config.train.steps} steps already")
         return 0

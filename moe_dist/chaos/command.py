@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.chaos.draw import Pace
 from moe_dist.chaos.fault import Fault
 from moe_dist.chaos.harass import Attack, Harassment, leftovers, under_watch
 from moe_dist.chaos.judge import losses
@@ -34,6 +35,9 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
         raise ValueError(f"--ranks={ranks} must be from 1 to 64: all run on this machine")
     config, changed = under_watch(config, ranks)
     validate(config, ranks)
+    room = Pace().reach(config.run.save_every) + 2 * config.run.save_every
+    if config.train.steps < room:
+        raise ValueError(f"train.steps={config.train.steps} leaves no room for a fault: make it {room} at least")
     console = Console()
 
     def say(line: str) -> None:
@@ -41,7 +45,7 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
 
     broken, reference = both(config, ranks)
     say(f"faults for {minutes:g} minutes against {broken.run}, on {ranks} ranks; changed: {', '.join(changed)}")
-    with _terminated_like_ctrl_c():
+    with _ended_like_ctrl_c():
         harassment = Harassment(broken, seed, say)
         step = harassment.run(minutes)
         if not step:
@@ -143,14 +147,16 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 @contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
-    """So that SIGTERM, too, leaves no rank behind."""
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """So that SIGTERM and a terminal that is closed, too, leave no rank behind."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores it
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -25,10 +25,12 @@ class Pace:
         return max(2 * save_every, int(self.ready / self.step))
 
 
-def kinds(seed: int, number: int, copies: bool) -> tuple[Kind, random.Random]:
+def kinds(seed: int, number: int, world: int, copies: bool) -> tuple[Kind, random.Random]:
     """The kind of fault `number` (from 0), and what else is drawn for it. Each kind comes once before any comes again,
-    in an order of the seed's; kills twice. copies: whether a flipped bit can be found."""
-    deck: list[Kind] = ["kill", "kill", "save", "save", "stop", "hang", "corrupt", "fill", "delay", "term"]
+    in an order of the seed's; kills twice. world: ranks; only others can find one that is stopped. copies: whether a
+    flipped bit can be found."""
+    deck: list[Kind] = ["kill", "kill", "save", "save", "hang", "corrupt", "fill", "delay", "term"]
+    deck += ["stop"] if world > 1 else []
     deck += ["flip"] if copies else []
     random.Random(f"{seed}/round {number // len(deck)}").shuffle(deck)
     return deck[number % len(deck)], random.Random(f"{seed}/fault {number}")

@@ -33,7 +33,8 @@ class Injector:
         self.faults = [fault for fault in plan.faults if fault.rank == rank]
         self.checkpoints = Path(plan.checkpoints).absolute()
         Path(plan.journal).mkdir(parents=True, exist_ok=True)
-        self._journal = os.open(Path(plan.journal) / f"rank-{rank}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        journal = Path(plan.journal) / f"rank-{rank}.jsonl"
+        self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._step, self._phase, self._save = 0, "start", 0
 
     def arm(self) -> None:

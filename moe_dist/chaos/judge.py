@@ -70,6 +70,8 @@ def _records(chaos: Path, reference: Path, step: int) -> Iterator[str]:
 
 def _samples(chaos: Series, reference: Series, step: int) -> Iterator[str]:
     here, there = chaos.samples(), reference.samples()
+    if unknown := [number for number in range(1, step + 1) if not any(here.get(number, []))]:
+        yield f"{chaos.run}: of {len(unknown)} steps nobody noted the samples, step {unknown[0]} first"
     unlike = [number for number in range(1, step + 1) if here.get(number) != there.get(number)]
     if unlike:
         yield f"{chaos.run}: {len(unlike)} steps read other samples, step {unlike[0]} first"

@@ -95,7 +95,7 @@ def _value(config: dict[str, Any], key: str) -> Any:
     at: Any = config
     for part in key.split("."):
         at = at.get(part) if isinstance(at, dict) else None
-    return at
+    return at if isinstance(at, int | float | None) or str(at).isprintable() else repr(at)  # it is for a terminal
 
 
 def _verify(folders: list[Path]) -> int:

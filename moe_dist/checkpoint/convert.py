@@ -3,12 +3,13 @@
 What is stored stays the same logical tensors, so any layout reads either. Memory is one piece of a stream.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from moe_dist.checkpoint.layout import MANIFEST, Dtype, Range, ShardFile
+from moe_dist.checkpoint.layout import MANIFEST, STEP_NAME, Dtype, Range, ShardFile
 from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.shard import TORCH_DTYPE, flush, write_durably, write_shard
 from moe_dist.engine.base import Kind
@@ -23,12 +24,17 @@ def convert(
 
     dtype: of the weights, None as they are; moments, and what no optimizer holds, stay as they are. files: how many, of
     nearly equal numbers of elements; None as many as there are. The digests of the source have been found right. Raises
-    ValueError when the target is there.
+    ValueError when the target is there, or is named after another step. What is not finished leaves nothing behind.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"{target} is there already: name a new folder")
     reader = Reader(source)
     before = reader.manifest
+    named = STEP_NAME.fullmatch(target.name)
+    if named and int(named[1]) != before.step:
+        raise ValueError(
+            f"{source} is of step {before.step}: as {target.name} nothing would read it; name it otherwise"
+        )
     kinds: list[Kind] = ["weight"] if weights_only else before.kinds
     tensors = [(kind, name, elements) for kind, name, elements in before.tensors() if kind in kinds and elements]
     parts = list(cut(tensors, len(before.files) if files is None else files))
@@ -36,10 +42,14 @@ def convert(
     draft = target.with_name(f".converting-{target.name}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    shards = [_write(draft / f"part-{index:05d}.safetensors", part, reader, dtype) for index, part in enumerate(parts)]
-    write_durably(draft / MANIFEST, replace(before, kinds=kinds, files=shards).dumps())
-    flush(draft)
-    draft.rename(target)
+    try:
+        shards = [_write(draft / f"part-{at:05d}.safetensors", part, reader, dtype) for at, part in enumerate(parts)]
+        write_durably(draft / MANIFEST, replace(before, kinds=kinds, files=shards).dumps())
+        flush(draft)
+        draft.rename(target)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     flush(target.parent)
 
 

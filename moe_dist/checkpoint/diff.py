@@ -31,8 +31,7 @@ def differences(first: Reader, second: Reader) -> Iterator[Difference]:
     for name in sorted(here.shapes.keys() | there.shapes.keys()):
         shapes = here.shapes.get(name), there.shapes.get(name)
         if shapes[0] != shapes[1]:
-            note = f"{shapes[0] or 'absent'} and {shapes[1] or 'absent'}"
-            yield Difference(name, {}, note)
+            yield Difference(name, {}, " and ".join("absent" if shape is None else str(shape) for shape in shapes))
             continue
         kinds = [kind for kind in both if kind == "weight" or name not in buffers]
         yield Difference(name, {kind: _largest(first, second, kind, name) for kind in kinds})

@@ -21,7 +21,8 @@ def whole_checkpoint(path: Path, say: Callable[[str], None]) -> Path:
     newest, damaged = newest_good(all_checkpoints(path)[0].parent)
     for problem in damaged:
         say(f"passed over: {problem}")
-    assert newest is not None, "they have been listed just now"
+    if newest is None:
+        raise ValueError(f"{path} had checkpoints a moment ago, and has none now: look again")
     return newest
 
 
@@ -39,7 +40,7 @@ def all_checkpoints(path: Path) -> list[Path]:
 def run_config(path: Path) -> Config:
     """The configuration of a run, by its folder or by one of its checkpoints. Raises ValueError when there is none."""
     newest = all_checkpoints(path)[-1].resolve()
-    run = newest.parents[1]
+    run = newest.parent.parent
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}/config.yaml, which says what model {newest} holds, is not there")
     return load_config(run / "config.yaml")

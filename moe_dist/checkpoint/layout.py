@@ -114,7 +114,12 @@ class Manifest:
     files: list[ShardFile]
 
     def dumps(self) -> str:
+        """Raises ValueError when it would be too large to be read again."""
         text = json.dumps({"format": FORMAT, "sha256": _BLANK, **asdict(self)}, indent=1)
+        if len(text) > _LARGEST_MANIFEST:
+            raise ValueError(
+                f"the manifest of {len(text)} bytes is larger than {_LARGEST_MANIFEST}: save on fewer ranks"
+            )
         return text.replace(_BLANK, _digest(text), 1)
 
     @staticmethod
@@ -153,12 +158,17 @@ class Manifest:
         """What the manifest contradicts itself in: names, sizes, ranges that overlap or are missing."""
         if not 0 <= self.skipped <= self.step:
             yield f"{self.skipped} of {self.step} steps cannot have been left out"
+        for what, at in (("data_position", self.data_position), ("random_state", self.random_state)):
+            if at.next_step != self.step:
+                yield f"{what} goes on at step {at.next_step} (from 0), but {self.step} steps are done"
         if self.kinds not in (["weight"], list(STATE_KINDS)):
             yield f"kinds={self.kinds} is neither weights alone nor {list(STATE_KINDS)}"
             return
         if unknown := set(self.buffers) - self.shapes.keys():
             yield f"buffers {sorted(unknown)} have no shape"
         for name, shape in self.shapes.items():
+            if not name.isprintable():  # it will be shown on a terminal
+                yield f"{name!r} is no name of a parameter"
             if any(size < 0 for size in shape) or prod(shape) > _LARGEST_TENSOR:
                 yield f"{name} has the impossible shape {shape}"
                 return

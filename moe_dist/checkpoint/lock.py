@@ -54,7 +54,7 @@ def _take(folder: Path, say: Callable[[str], None]) -> int:
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it will be emptied
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,7 +79,7 @@ def _release(folder: Path, descriptor: int, made: list[Path]) -> None:
         os.ftruncate(descriptor, 0)
         if os.listdir(folder) == [LOCK]:
             (folder / LOCK).unlink()
-            for path in made or [folder]:
+            for path in made:
                 path.rmdir()  # not empty when somebody else has just come
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 Files go to a hidden folder and are flushed to disk; rank 0 writes the manifest last and renames the folder. A folder
 named step-NNNNNN that has a manifest is therefore complete, and everything else is rubbish that the next save removes.
+A checkpoint that is a link to another folder is read there; removing it removes the link alone.
 A step that is saved again first moves the earlier one aside, to step-NNNNNN.old, which counts until it is replaced: at
 every moment what was complete before, or what replaces it, is there under a name that is found.
 """
@@ -97,8 +98,11 @@ def write_checkpoint(
 
 def checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first; what cannot be looked into is taken for one, and who reads it
-    says why. Raises ValueError when `root` cannot be listed: there may be some."""
-    return [path for _, path in _numbered(root)]
+    says why. So is what holds files but no manifest and is newer than all complete ones: somebody took it away, where
+    older ones are a removal that was cut short. Raises ValueError when `root` cannot be listed: there may be some."""
+    found = [path for _, path in _numbered(root, lambda path: _complete(path) or any(path.glob("*.safetensors")))]
+    newest = max((at for at, path in enumerate(found) if _complete(path)), default=0)
+    return [path for at, path in enumerate(found) if at >= newest or _complete(path)]
 
 
 def prune(root: Path, retention: Retention, newest: int) -> None:
@@ -110,7 +114,7 @@ def prune(root: Path, retention: Retention, newest: int) -> None:
     """
     losses: dict[int, float | None] = {}
     found: list[tuple[int, Path]] = []
-    for step, path in _numbered(root):
+    for step, path in _numbered(root, _complete):
         if step > newest or (path.suffix == ".old" and _complete(path.with_suffix(""))):
             remove(path)
             continue
@@ -124,20 +128,23 @@ def prune(root: Path, retention: Retention, newest: int) -> None:
         if step not in kept:
             remove(path)
     for path in root.glob("*step-*"):
-        draft = path.name.startswith(".")
-        if STEP_NAME.fullmatch(path.name.removeprefix(".")) and (draft or not _complete(path)):
-            shutil.rmtree(path)
+        ours = STEP_NAME.fullmatch(path.name.removeprefix(".")) and (path.is_dir() or path.is_symlink())
+        if ours and (path.name.startswith(".") or not _complete(path)):
+            remove(path)
 
 
 def remove(checkpoint: Path) -> None:
-    """The manifest goes first: what is left is no checkpoint any more."""
+    """The manifest goes first: what is left is no checkpoint any more. Of a link, the link alone."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     flush(checkpoint)
     shutil.rmtree(checkpoint)
 
 
-def _numbered(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of complete checkpoints, oldest first; of two of a step, the one that was moved aside first."""
+def _numbered(root: Path, wanted: Callable[[Path], bool]) -> list[tuple[int, Path]]:
+    """(step, folder) of wanted checkpoints, oldest first; of two of a step, the one that was moved aside first."""
     try:
         names = os.listdir(root)  # not glob, which finds nothing where it may not look
     except FileNotFoundError:
@@ -147,7 +154,7 @@ def _numbered(root: Path) -> list[tuple[int, Path]]:
     found = [
         (int(named[1]), named[2] is None, root / name)
         for name in names
-        if (named := STEP_NAME.fullmatch(name)) and _complete(root / name)
+        if (named := STEP_NAME.fullmatch(name)) and wanted(root / name)
     ]
     return [(step, path) for step, _, path in sorted(found)]
 

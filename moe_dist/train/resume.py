@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import newest_good
-from moe_dist.config import Config
+from moe_dist.config import Config, load_config
 from moe_dist.train.run_folder import RunFolder
 from moe_dist.train.task import Task
 
@@ -29,10 +29,10 @@ OVERRIDES = {
 """What may be overridden, and what that does."""
 
 
-_NOT_THE_MODEL = frozenset(
-    "backend kernels recompute dispatch wire wire_dtype overlap_chunks experts eval_capacity_factor "
-    "num_experts d_ff num_groups".split()
+_HOW = frozenset(
+    "backend kernels recompute dispatch wire wire_dtype overlap_chunks experts eval_capacity_factor".split()
 )
+_NOT_THE_MODEL = _HOW | {"num_experts", "d_ff", "num_groups"}
 
 
 def identity(config: Config, task: Task) -> dict[str, Any]:
@@ -47,6 +47,22 @@ def identity(config: Config, task: Task) -> dict[str, Any]:
         "global_batch": train.global_batch,
         "model": _without(json.loads(json.dumps(asdict(config.model))), _NOT_THE_MODEL),  # with keys as read back
     }
+
+
+def as_configured(folder: Path, config: Config) -> bool:
+    """Whether config.yaml in `folder` names the same data, seed and model, so that a run that has finished there is
+    this one. Where it cannot be read, no; where there is none, nothing speaks against it."""
+
+    def settings(of: Config) -> dict[str, Any]:
+        values = asdict(of)
+        train = {name: values["train"][name] for name in ("seed", "seq_len", "global_batch")}
+        return {"data": values["data"], "model": _without(values["model"], _HOW), **train}
+
+    path = folder / "config.yaml"
+    try:
+        return not path.exists() or settings(load_config(path)) == settings(config)
+    except (OSError, ValueError):
+        return False
 
 
 def checkpoint_to_continue(

@@ -21,7 +21,10 @@ def replace_text(folder: Path, name: str, text: str) -> None:
     """The file `name` as a whole: what was there stays until then. Raises OSError, and leaves nothing behind."""
     draft = folder / f"{_DRAFT}{name}{_own()}"
     try:
-        draft.write_text(text)
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that goes down can leave an empty file
         os.replace(draft, folder / name)
     except OSError:
         draft.unlink(missing_ok=True)
@@ -46,9 +49,9 @@ def read_status(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {"state": "none"}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / FILE} cannot be read: {error}") from None
-    if not isinstance(status, dict) or "state" not in status:
-        raise ValueError(f"{folder / FILE} names no state")
+        raise ValueError(f"{folder / FILE} cannot be read: {error}; remove it, the checkpoints know the rest") from None
+    if not isinstance(status, dict) or "state" not in status or not isinstance(status.get("step", 0), int):
+        raise ValueError(f"{folder / FILE} names no state, or no step; remove it, the checkpoints know the rest")
     return status
 
 
@@ -61,4 +64,4 @@ def describe_status(status: dict[str, Any]) -> str:
 def is_finished(folder: Path, steps: int) -> bool:
     """Whether the run has trained all of `steps` already."""
     status = read_status(folder)
-    return status["state"] == "finished" and int(status.get("step", 0)) >= steps
+    return status["state"] == "finished" and status.get("step", 0) >= steps

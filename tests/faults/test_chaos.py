@@ -18,9 +18,10 @@ from rich.console import Console
 from moe_dist.chaos.command import both, judged, show, undisturbed
 from moe_dist.chaos.draw import kinds
 from moe_dist.chaos.fault import Fault, Plan
-from moe_dist.chaos.harass import Harassment, under_watch
+from moe_dist.chaos.harass import Attack, Harassment, under_watch
 from moe_dist.chaos.judge import losses
-from moe_dist.chaos.series import Series
+from moe_dist.chaos.ranks import End
+from moe_dist.chaos.series import Series, Start
 from moe_dist.checkpoint.layout import MANIFEST, Manifest
 from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.shard import write_shard
@@ -78,6 +79,9 @@ def test_the_judge_sees_what_is_lost(tmp_path: Path, reference: Reference) -> No
     entry["starts"] = entry["starts"][::-1]
     samples.starts = [replace(original.starts[0], journals=journals)]
     assert losses(samples, original, 40) == [f"{samples.run}: 1 steps read other samples, step 9 first"]
+    silent = [[entry for entry in journal if entry["what"] != "samples"] for journal in original.starts[0].journals]
+    samples.starts = [replace(original.starts[0], journals=silent)]
+    assert losses(samples, samples, 40) == [f"{samples.run}: of 40 steps nobody noted the samples, step 1 first"]
 
     damaged = copied(original, tmp_path / "damaged")
     (damaged.checkpoints / "step-000040" / MANIFEST).write_text("{}")
@@ -85,12 +89,13 @@ def test_the_judge_sees_what_is_lost(tmp_path: Path, reference: Reference) -> No
 
 
 def test_faults_are_drawn_from_the_seed_and_all_kinds_come() -> None:
-    drawn = [kinds(3, number, copies=True)[0] for number in range(22)]
-    assert drawn == [kinds(3, number, copies=True)[0] for number in range(22)]
-    assert drawn != [kinds(4, number, copies=True)[0] for number in range(22)]
+    drawn = [kinds(3, number, 2, copies=True)[0] for number in range(22)]
+    assert drawn == [kinds(3, number, 2, copies=True)[0] for number in range(22)]
+    assert drawn != [kinds(4, number, 2, copies=True)[0] for number in range(22)]
     assert sorted(drawn[:11]) == sorted(drawn[11:]) and len(set(drawn)) == 9
-    assert "flip" not in [kinds(3, number, copies=False)[0] for number in range(22)]
-    assert kinds(3, 5, True)[1].random() == kinds(3, 5, True)[1].random() != kinds(3, 6, True)[1].random()
+    assert "flip" not in [kinds(3, number, 2, copies=False)[0] for number in range(22)]
+    assert "stop" not in [kinds(3, number, 1, copies=False)[0] for number in range(22)]
+    assert kinds(3, 5, 2, True)[1].random() == kinds(3, 5, 2, True)[1].random() != kinds(3, 6, 2, True)[1].random()
 
 
 def test_faults_are_words_and_json() -> None:
@@ -120,6 +125,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--minutes", "0"], "--minutes=0 must be above 0"),
         (["--ranks", "0"], "--ranks=0 must be from 1 to 64"),
         (["--ranks", "3"], "ep=2"),
+        (["--train.steps", "39"], "train.steps=39 leaves no room for a fault: make it 40 at least"),
         ([], "default-chaos is not empty: remove it, or choose another --run.name"),
     ):
         assert main(["chaos", str(config), *flags]) == 2
@@ -133,6 +139,23 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         with pytest.raises(ValueError, match=wrong["kind"]):
             Fault(**wrong)
+
+
+def test_a_start_that_is_refused_later_is_a_loss_and_no_mistake_of_the_user(tmp_path: Path) -> None:
+    """A start that found all checkpoints damaged ends with the code of a mistake."""
+    broken = series(tmp_path, 400)
+    (tmp_path / "log.txt").write_text("all checkpoints are damaged")
+    refused = Start(0.0, [End(2, 1.0, False)] * 2, [[], []], tmp_path / "log.txt")
+    broken.start = lambda *args, **how: refused  # type: ignore[method-assign]
+    harassment, fault = Harassment(broken, 0, print), Fault(kind="kill", rank=0, after=1.0)
+    with pytest.raises(ValueError, match="the run does not start: all checkpoints are damaged"):
+        harassment._attack("kill", [fault], 0)
+    harassment.attacks.append(Attack("kill", [fault], [1, -9], 20, 0, 1.0, True, None, []))
+    harassment._attack("kill", [fault], 20)
+    assert harassment.attacks[-1].problems == [
+        "the fault never came: codes [2, 2]",
+        "the newest whole checkpoint was of step 20, but now is of 0",
+    ]
 
 
 @pytest.mark.slow
@@ -157,21 +180,31 @@ def test_a_short_real_run_and_one_that_lost_something(tmp_path: Path, capsys: py
 
 
 @pytest.mark.slow
-def test_the_command_and_ctrl_c(tmp_path: Path) -> None:
-    """The whole command ends with 0, and, interrupted, leaves no rank behind."""
+def test_the_command(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(dump_config(series(tmp_path, 400).config))
     command = [sys.executable, "-m", "moe_dist.cli", "chaos", str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--minutes", "0.1"], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [*command, "--minutes", "0.1"], env=environment, capture_output=True, text=True, timeout=250, umask=0
+    )
     assert done.returncode == 0 and "NOTHING: weights" in done.stdout, done.stdout + done.stderr
     report = json.loads((tmp_path / "runs" / "default-chaos" / "chaos.json").read_text())
     assert report["lost"] == [] and report["seed"] == 0 and len(report["starts"]) >= 2
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("runs/**/*") if path.is_file()}
+    assert modes <= {0o644, 0o600}, "nothing that others may change, and nothing to execute"
 
-    process = subprocess.Popen([*command, "--run.name", "other"], env=environment)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_interrupted_it_leaves_no_rank_behind(tmp_path: Path, number: signal.Signals) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_config(series(tmp_path, 400).config))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "moe_dist.cli", "chaos", str(config)], env=environment)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(ranks := children.read_text().split()) < 2:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(20) == 130
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]

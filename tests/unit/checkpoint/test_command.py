@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moe_dist.checkpoint import convert as convert_module
 from moe_dist.checkpoint import reader as reader_module
 from moe_dist.checkpoint.convert import cut
 from moe_dist.checkpoint.layout import MANIFEST
@@ -118,6 +119,28 @@ def test_convert_refuses(saved: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{shard} does not match its SHA-256" in capsys.readouterr().err
     assert command("inspect", saved.parent / "nowhere") == 2
     assert "is neither a checkpoint nor a run with one" in capsys.readouterr().err
+
+
+def test_convert_refuses_a_name_under_which_nobody_would_read_it(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (saved.parent / "link").symlink_to("nowhere")
+    for name, words in (("step-000009", "is of step 7"), ("link", "is there already")):
+        assert command("convert", saved, saved.with_name(name)) == 2
+        assert words in capsys.readouterr().err
+    assert sorted(os.listdir(saved.parent)) == ["link", saved.name]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_conversion_cut_short_leaves_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def write(path: Path, text: str) -> None:
+        raise error
+
+    monkeypatch.setattr(convert_module, "write_durably", write)
+    assert command("convert", saved, saved.with_name("new")) == (1 if isinstance(error, OSError) else 130)
+    assert os.listdir(saved.parent) == [saved.name]
 
 
 def test_of_a_run_the_newest_whole_one_is_taken(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

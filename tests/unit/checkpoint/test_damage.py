@@ -12,6 +12,7 @@ import torch
 
 from moe_dist.checkpoint.convert import convert
 from moe_dist.checkpoint.layout import MANIFEST
+from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.reshard import load, newest_good
 from moe_dist.checkpoint.store import checkpoints
 from tests.unit.checkpoint.helpers import HoldsState, alone, save
@@ -72,15 +73,14 @@ def mutate(tmp_path: Path, count: int) -> None:
             dice = random.Random(index)
             kind, name = kinds[index % len(kinds)], names[index // len(kinds) % len(names)]
             kind(broken / name, dice)
-            listed = broken in checkpoints(root)
-            assert listed or (kind is missing and name == MANIFEST)  # then it is no checkpoint any more
             what = f"{kind.__name__} of {name}, number {index}"
+            assert broken in checkpoints(root), what
             with pytest.raises(ValueError) as error:
                 load(broken, HoldsState())  # type: ignore[arg-type]
             assert name in str(error.value), what
             found, problems = newest_good(root)
             assert found == root / "step-000001", what
-            assert not listed or any(name in problem for problem in problems), what
+            assert any(name in problem for problem in problems), what
             engine = HoldsState()
             assert load(found, engine, checked=True).step == 1  # type: ignore[arg-type]
             for tensors, expected in zip(engine.state.values(), good.state.values(), strict=True):
@@ -97,6 +97,34 @@ def test_damage_is_refused_and_the_step_before_taken(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_200_mutations(tmp_path: Path) -> None:
     mutate(tmp_path, 216)
+
+
+def test_a_manifest_that_is_gone_is_missed_where_its_checkpoint_was_the_newest(tmp_path: Path) -> None:
+    with alone():
+        folders = [save(tmp_path, HoldsState(), step) for step in (1, 2, 3)]
+        (folders[0] / MANIFEST).unlink()
+        assert checkpoints(tmp_path) == folders[1:], "older than a whole one: a removal that was cut short"
+        (folders[2] / MANIFEST).unlink()
+        found, (problem,) = newest_good(tmp_path)
+        assert found == folders[1] and f"{folders[2] / MANIFEST}: not a readable manifest" in problem
+        (folders[1] / MANIFEST).unlink()
+        with pytest.raises(ValueError, match=r"all checkpoints under .* are damaged"):
+            newest_good(tmp_path)  # not (None, []): a run would begin anew, and remove what is left of them
+        assert all((folder / "rank-00000.safetensors").exists() for folder in folders)
+
+
+def test_removing_leaves_alone_what_a_link_points_to(tmp_path: Path) -> None:
+    with alone():
+        archived = save(tmp_path / "archive", HoldsState(1), 1)
+        root = tmp_path / "root"
+        root.mkdir()
+        (root / archived.name).symlink_to(archived)
+        (root / "step-000009").symlink_to(tmp_path / "nowhere")
+        (root / "step-000002").write_text("a file of the user's")
+        assert newest_good(root) == (root / archived.name, [])
+        save(root, HoldsState(3), 3, keep_last=1)
+        assert sorted(path.name for path in root.iterdir()) == ["step-000002", "step-000003"]
+        assert Reader(archived).check_digests(0, 1) == []
 
 
 def test_all_damaged_is_an_error_and_none_is_none(tmp_path: Path) -> None:

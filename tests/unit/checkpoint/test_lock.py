@@ -60,6 +60,23 @@ def test_a_folder_made_for_the_lock_goes_with_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    """With the rights and the striping that somebody gave it."""
+    (tmp_path / "mine").mkdir()
+    with run_lock(tmp_path / "mine"):
+        pass
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("not to be emptied")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="run cannot be written to"), run_lock(tmp_path / "run"):
+        pass
+    assert (tmp_path / "precious").read_text() == "not to be emptied"
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(descriptor: int, how: int) -> None:
         raise OSError(95, "Operation not supported")

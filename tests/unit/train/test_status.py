@@ -1,9 +1,13 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moe_dist.cli import main
+from moe_dist.config import Config, dump_config
+from moe_dist.config.schema import DataConfig, EngineConfig
+from moe_dist.train.resume import as_configured
 from moe_dist.train.status import describe_status, is_finished, read_status, remove_drafts, write_status
 
 
@@ -36,10 +40,10 @@ def test_a_reason_of_several_lines_stays_one() -> None:
     assert describe_status({"state": "failed", "reason": "one\ntwo"}) == "failed reason=one two"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "finished", "step": null}'])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)
-    with pytest.raises(ValueError, match=r"status\.json"):
+    with pytest.raises(ValueError, match=r"status\.json.* remove it"):
         read_status(tmp_path)
 
 
@@ -69,3 +73,19 @@ def test_auto_leaves_a_finished_run_alone(tmp_path: Path, capsys: pytest.Capture
     assert main(["train", *flags]) == 0
     assert "finished its 5 steps already" in capsys.readouterr().out
     assert [path.name for path in run.iterdir()] == ["status.json"]
+
+
+def test_auto_does_not_take_another_run_for_the_finished_one(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(kind="text", paths=["a"]))
+    assert as_configured(tmp_path, config), "nothing speaks against it"
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert as_configured(tmp_path, replace(config, engine=EngineConfig(name="deepspeed", zero_stage=1)))
+    for other in (
+        replace(config, train=replace(config.train, seed=7)),
+        replace(config, train=replace(config.train, global_batch=2 * config.train.global_batch)),
+        replace(config, model=replace(config.model, d_ff=2 * config.model.d_ff)),
+        replace(config, data=replace(config.data, paths=["b"])),
+    ):
+        assert not as_configured(tmp_path, other)
+    (tmp_path / "config.yaml").write_text("train: [")
+    assert not as_configured(tmp_path, config)
