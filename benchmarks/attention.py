@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
-from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder

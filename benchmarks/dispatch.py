@@ -25,7 +25,7 @@ import torch.distributed as dist
 from race import cpu_name, race, restart_like_a_launch_script
 from torch import Tensor
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext

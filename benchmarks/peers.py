@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cells import Cell, Weights, choose
 from torch import Tensor, nn
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routing import StepContext

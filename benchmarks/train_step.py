@@ -19,7 +19,8 @@ import transformers
 from race import cpu_name, profile, race, restart_like_a_launch_script
 from torch import Tensor
 
-from moe_dist.config.schema import EngineConfig, ModelConfig, MoEConfig, OptimConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.native import NativeEngine
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder

@@ -17,7 +17,7 @@ from moe_dist.attention.local import local_attention, part_of
 from moe_dist.attention.mqa import KeyValueHeads
 from moe_dist.attention.places import Places
 from moe_dist.attention.routing_tokens import RoutingTokens
-from moe_dist.config.schema import ModelConfig, RoutedAttentionConfig
+from moe_dist.config.model import ModelConfig, RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import Attend, attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.coordinate_descent.backend import Descent, coordinate_descent

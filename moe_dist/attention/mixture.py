@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.attention.autoregressive import Rotary, RoutedAttention
-from moe_dist.config.schema import RoutedAttentionConfig
+from moe_dist.config.model import RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout
 from moe_dist.kernels.coordinate_descent.backend import coordinate_descent

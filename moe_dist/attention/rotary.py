@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 
 _FAST, _SLOW = 32, 1  # YaRN: turns over the original length from which a rotation is fast, up to which it is slow
 

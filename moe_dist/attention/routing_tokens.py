@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.schema import RoutedAttentionConfig
+from moe_dist.config.model import RoutedAttentionConfig
 from moe_dist.kernels.coordinate_descent.backend import Descent
 from moe_dist.kernels.coordinate_descent.schedule import Schedule
 from moe_dist.parallel.collectives import copy_to_group

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import apply_rotary
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.grouped_mm.linear import linear

@@ -14,7 +14,8 @@ from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.load import parse_as
-from moe_dist.config.schema import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.schema import Config, ParallelConfig
 from moe_dist.config.switch_rules import NOT_OF_ATTENTION, switch_rules
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.routing import StepContext

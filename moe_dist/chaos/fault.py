@@ -8,7 +8,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_dist.config.schema import STRICT
+from moe_dist.config.model import STRICT
 
 Kind = Literal["kill", "stop", "term", "int", "usr2", "hang", "delay", "fill", "flip", "nan", "spike"]
 Phase = Literal["data", "forward", "backward", "update", "evaluation", "checkpoint"]

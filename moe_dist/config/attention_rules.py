@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from moe_dist.config.model import ModelConfig
 from moe_dist.config.rules import above_zero, at_least
-from moe_dist.config.schema import Config, ModelConfig
+from moe_dist.config.schema import Config
 
 _SECTION = "model.attention"
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from moe_dist.config.model import MoEConfig
 from moe_dist.config.rules import above_zero, at_least, multiple
-from moe_dist.config.schema import Config, MoEConfig
+from moe_dist.config.schema import Config
 
 
 def moe_rules(config: Config) -> Iterator[str]:

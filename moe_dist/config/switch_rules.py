@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from moe_dist.config.model import MoEConfig
 from moe_dist.config.moe_rules import moe_rules
-from moe_dist.config.schema import Config, MoEConfig
+from moe_dist.config.schema import Config
 
 SECTION = "model.attention.moe"
 # Fields of MoEConfig that say nothing about attention experts, and the value that they keep.

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from moe_dist.config.model import AttentionConfig
 from moe_dist.config.rules import at_least
-from moe_dist.config.schema import AttentionConfig, Config
+from moe_dist.config.schema import Config
 
 _BYTES = 256
 _LABELLED = ("jsonl", "csv")

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe_dist.config.attention_rules import attention_rules, routed_rules
+from moe_dist.config.model import ModelConfig
 from moe_dist.config.moe_rules import moe_rules
 from moe_dist.config.rules import above_zero, at_least, between, multiple
-from moe_dist.config.schema import Config, ModelConfig, TrainConfig
+from moe_dist.config.schema import Config, TrainConfig
 from moe_dist.config.switch_rules import switch_rules
 from moe_dist.config.task_rules import task_rules
 

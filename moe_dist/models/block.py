@@ -9,7 +9,7 @@ from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.feed_forward import FeedForward

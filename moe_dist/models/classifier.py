@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.encoder_block import Drop, EncoderBlock
 from moe_dist.moe.layer import MoE

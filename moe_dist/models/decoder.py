@@ -17,7 +17,7 @@ from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.models.block import BlockReplay, DecoderBlock
 from moe_dist.moe.layer import MoE

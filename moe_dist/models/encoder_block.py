@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.attention.mqa import KeyValueHeads
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Pattern
 from moe_dist.kernels.norm.layer import RMSNorm

@@ -9,7 +9,7 @@ V vocabulary.
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.moe.experts import expert_widths
 

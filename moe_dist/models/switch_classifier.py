@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config.load import parse_as
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.moe_rules import moe_rules
-from moe_dist.config.schema import Config, ModelConfig, MoEConfig
+from moe_dist.config.schema import Config
 from moe_dist.config.task_rules import encoder_rules
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier

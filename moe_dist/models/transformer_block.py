@@ -15,7 +15,7 @@ from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.attention_rules import attention_rules
-from moe_dist.config.schema import AttentionConfig, ModelConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.mixture import MixtureOfExperts

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.config.schema import CapacityFactor, MoEConfig
+from moe_dist.config.model import CapacityFactor, MoEConfig
 from moe_dist.moe.routing import Routing, StepContext
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 
 
 def causality_notes(model: ModelConfig) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm import cpu, reference
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights

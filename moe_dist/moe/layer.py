@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.moe import surgery
 from moe_dist.moe.capacity import Capacity, DispatchPlan
 from moe_dist.moe.dispatch import make_dispatcher, split_over_etp

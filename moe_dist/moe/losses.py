@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.moe.capacity import DispatchPlan
 from moe_dist.moe.routing import Router, Routing, StepContext
 from moe_dist.parallel.collectives import all_reduce

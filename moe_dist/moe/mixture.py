@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config.load import parse_as
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.moe_rules import moe_rules
-from moe_dist.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig
+from moe_dist.config.schema import Config, ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import MoE

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.route.reference import best, scores_of
 from moe_dist.moe.routing import Router, Routing, StepContext, fp32_logits
 from moe_dist.parallel.collectives import all_gather, mean_over_group

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.registry import route_kernel
 from moe_dist.kernels.route.reference import Routed, Score, best, scores_of
 from moe_dist.parallel.collectives import all_reduce, copy_to_group

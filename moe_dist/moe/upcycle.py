@@ -22,8 +22,9 @@ from dataclasses import replace
 
 import torch
 
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.moe_rules import moe_rules
-from moe_dist.config.schema import Config, ModelConfig, MoEConfig
+from moe_dist.config.schema import Config
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.feed_forward import FeedForward

@@ -20,8 +20,8 @@ from typing import Any
 
 from moe_dist.config import Config, load_config, validate
 from moe_dist.config.load import parse_as, parse_dict
+from moe_dist.config.model import STRICT
 from moe_dist.config.read import read_yaml
-from moe_dist.config.schema import STRICT
 
 Scalar = bool | int | float | str | None
 

@@ -15,7 +15,7 @@ from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.routing import StepContext

@@ -13,7 +13,7 @@ from rich.console import Console
 from moe_dist.checkpoint.find import run_config, whole_checkpoint
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.cli import main
-from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.command import in_layout, load_decoder
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling

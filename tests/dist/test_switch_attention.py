@@ -12,7 +12,7 @@ from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config import ModelConfig, MoEConfig
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import Replay
 from moe_dist.moe.routing import StepContext

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Group, Layout, Mesh

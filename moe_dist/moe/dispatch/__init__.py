@@ -1,6 +1,6 @@
 """The dispatcher named by config; `auto` has been resolved before (kernels/registry.py)."""
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.permute.backend import permutation
 from moe_dist.moe.dispatch.all_gather import AllGatherDispatcher
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.mqa import CausalSelfAttention
 from moe_dist.attention.places import Places
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from tests.unit.helpers import context, tiny_model

@@ -11,7 +11,7 @@ from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.local import local_attention
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
-from moe_dist.config.schema import AttentionConfig, RoutedAttentionConfig
+from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
 from moe_dist.config.validate import validate
 from moe_dist.kernels.attention import reference
 from moe_dist.kernels.attention.pattern import Pattern

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_dist.attention.rotary import apply_rotary, rotary_table
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 
 
 def test_table_by_hand() -> None:

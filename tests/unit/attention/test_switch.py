@@ -12,7 +12,7 @@ from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.block import BlockReplay
 from moe_dist.models.flops import parameter_counts, train_flops_per_token

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_dist.config import MoEConfig, validate
-from moe_dist.config.schema import AttentionConfig, ModelConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 from tests.unit.config.test_validate import config, problems
 

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from moe_dist.config.schema import EngineConfig, ModelConfig, MoEConfig, OptimConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.native import NativeEngine
 from moe_dist.engine.shares import shares
 from moe_dist.kernels.registry import resolve_backends

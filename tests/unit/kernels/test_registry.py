@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_dist.config.schema import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moe_dist
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import AttentionConfig
+from moe_dist.config.model import AttentionConfig
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, random_ids, tiny_model

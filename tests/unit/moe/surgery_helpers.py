@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.mesh import Mesh, single_process_mesh

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.route.reference import route
 from moe_dist.moe import capacity
 from moe_dist.moe.capacity import Capacity, DispatchPlan, expert_capacity

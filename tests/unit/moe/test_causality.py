@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.causality import causality_notes
 from moe_dist.moe.routers import ROUTERS

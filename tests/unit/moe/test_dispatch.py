@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.kernels.route.reference import route

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist import MixtureOfExperts
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routers import ROUTERS
 from moe_dist.moe.routing import StepContext

@@ -5,7 +5,7 @@ from math import log
 import pytest
 import torch
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.losses import MoEStats, balance_loss, moe_stats
 from moe_dist.moe.routing import Router, Routing, StepContext

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.routing import Routing

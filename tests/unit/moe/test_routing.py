@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import ModelConfig, MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.moe.routers import ROUTERS, SoftmaxRouter
 from moe_dist.moe.routing import Router, Routing, StepContext
 from moe_dist.parallel.mesh import single_process_mesh

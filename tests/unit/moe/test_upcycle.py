@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.schema import MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.upcycle import change_experts, upcycle_decoder
 from moe_dist.moe.feed_forward import FeedForward

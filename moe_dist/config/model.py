@@ -1,0 +1,204 @@
+"""The model's part of the configuration: attention, experts, and what surrounds them. The rest is in schema.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+CapacityFactor = float | None | list[float | None]
+
+
+@dataclass(kw_only=True, slots=True)
+class MoEConfig:
+    """Mixture-of-Experts feed-forward layers."""
+
+    __pydantic_config__ = STRICT
+
+    num_experts: int = 8
+    """Experts in each MoE layer. 0: every layer is a dense feed-forward."""
+    top_k: int = 2
+    """Experts that each token is sent to. 1 is the Switch layer."""
+    d_ff: int | list[int] | None = None
+    """Hidden width of one expert; a list gives each expert its own. null: model.d_ff."""
+    every: int = 1
+    """Every nth layer is MoE (the nth, 2nth, ...), the others are dense."""
+    num_shared_experts: int = 0
+    """Experts of width d_ff that every token passes through, beside the routed ones."""
+    expert_bias: bool = False
+    """Biases on the experts' matrices."""
+    router: Literal["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"] = "softmax"
+    """softmax: the top_k most probable experts. sigmoid: by sigmoid score plus a bias that balances the load without a
+    loss. noisy: softmax with learned noise, importance and load losses. expert_choice: each expert takes its best
+    tokens; not causal, for language models see the README. sinkhorn: balanced over the micro-step in training; not
+    causal there. hash: by token id, not learned."""
+    jitter: float = 0.0
+    """With router = softmax, in training: multiply its input by uniform numbers in [1 - jitter, 1 + jitter]."""
+    num_groups: int = 1
+    """With softmax and sigmoid: experts are in this many groups of neighbours ..."""
+    top_k_groups: int = 1
+    """... and a token chooses within its best top_k_groups of them, so that it travels to few ranks."""
+    bias_update_rate: float = 1e-3
+    """With router = sigmoid: how much the balancing bias of an expert moves at every step."""
+    routed_scale: float = 1.0
+    """The weights of routed experts are multiplied by this."""
+    importance_loss_coef: float = 1e-2
+    """With router = noisy: weight of the squared coefficient of variation of the experts' summed weights."""
+    load_loss_coef: float = 1e-2
+    """With router = noisy: the same of the experts' expected load."""
+    sinkhorn_iterations: int = 8
+    """With router = sinkhorn: scalings of rows and columns."""
+    renormalize: bool = True
+    """Divide the top-k router weights by their sum. Never done at top_k = 1: the router would get no gradient."""
+    capacity_factor: CapacityFactor = 1.25
+    """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
+    null: dropless. A list gives each MoE layer its own."""
+    capacity_schedule: dict[int, float | None] = field(default_factory=dict)
+    """{step: factor}: from that optimizer step on, counted from 0, the factor of all layers."""
+    eval_capacity_factor: CapacityFactor = None
+    """The same for evaluation. null: evaluation drops nothing. When set, both losses are reported."""
+    min_capacity: int = 1
+    """Lower bound of C."""
+    capacity_scope: Literal["global", "local"] = "global"
+    """global: all tokens of the data-parallel micro-step compete, so the dropped set does not depend on the layout.
+    local: each rank caps its own tokens."""
+    drop_policy: Literal["position", "score", "random"] = "position"
+    """Who stays when an expert is full: the first tokens, the highest router weights, or a keyed random choice.
+    Only `position` is causal: under `score` and `random` a later token can displace an earlier one."""
+    overflow: Literal["drop", "reroute"] = "drop"
+    """What becomes of an assignment that finds its expert full. drop: it adds nothing, the residual carries the token.
+    reroute: it asks for the token's next choice that has room, until all experts were asked."""
+    balance_loss_coef: float = 1e-2
+    """Weight of the load-balancing loss, E * sum_i f_i P_i (Switch Transformers, eq. 4)."""
+    balance_scope: Literal["global", "local", "sequence"] = "global"
+    """Over which tokens that loss is taken: all of the micro-step, those of one rank, or each sequence on its own.
+    `local` depends on how many ranks there are."""
+    z_loss_coef: float = 1e-3
+    """Weight of the router z-loss, mean(logsumexp(logits)^2) (ST-MoE, eq. 5)."""
+    dispatch: Literal["auto", "local", "all_to_all", "hierarchical", "all_gather"] = "auto"
+    """How rows reach their experts. all_to_all: straight to their rank. hierarchical: within the node first, then
+    across nodes in fewer, larger messages. all_gather: every rank of the group sees all tokens. auto: local at ep = 1,
+    else all_to_all."""
+    wire: Literal["ragged", "padded"] = "ragged"
+    """all_to_all messages: exactly the rows kept, or blocks padded to the largest so that all messages are equal."""
+    wire_dtype: Literal["same", "bf16", "fp8"] = "same"
+    """Precision of rows between ranks: that of the activations, or less. fp8 (e4m3, one scale a row) is for the way to
+    the experts; the way back and gradients then travel in bf16."""
+    overlap_chunks: int = 1
+    """Parts of a rank's experts whose rows travel on their own, so that one part computes while the next is on its way.
+    Divides num_experts / ep."""
+    experts: Literal["auto", "loop", "bmm", "grouped_mm", "triton"] = "auto"
+    """How the experts compute: one after another (the oracle), padded batched GEMM, grouped GEMM, or our Triton kernels
+    with gather, activation and weighting fused in. auto: grouped_mm, which on CPU is a fused loop of ours; loop where
+    experts differ in width."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RoutedAttentionConfig:
+    """With model.attention.kind = routed: which tokens look further than their neighbourhood."""
+
+    __pydantic_config__ = STRICT
+
+    num_experts: int = 2
+    """Attention experts, each of num_heads heads and with routing tokens of its own."""
+    num_routed_queries: int = 32
+    """Queries that each expert takes out of a window; from routed_window on: all of them."""
+    num_routed_key_values: int = 32
+    """Keys that they see, out of all windows before."""
+    local_window: int = 128
+    """Every token sees this many before it, and itself."""
+    routed_window: int | None = None
+    """Tokens of a window. null: local_window."""
+    average_routed: bool = False
+    """The mean of local and routed outputs in place of their sum."""
+    causal_routing: bool = True
+    """A query is chosen by a threshold found in the window before, and earlier ones have precedence. false: the best of
+    the window, as published, so that whether a token is chosen depends on later ones."""
+    cosine_routing: bool = True
+    """Score by 8 times the cosine with the routing token. false: by the product, for which coordinate descent needs
+    inputs and tokens of moderate length."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig:
+    """Attention of every block. Number and width of heads are the model's."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["multi_query", "switch", "routed"] = "multi_query"
+    """multi_query: num_heads query heads share num_kv_heads key/value heads. switch: each token goes to top_k of
+    num_experts attention experts with query and output projections of their own (arXiv 2210.05144). routed: local
+    attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
+    backend: Literal["auto", "torch", "packed", "flash", "triton"] = "auto"
+    """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
+    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU
+    up to 1,024 tokens where at least 4 query heads share a key, else flash."""
+    position: Literal["rotary", "alibi", "none"] = "rotary"
+    """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
+    distance (arXiv 2108.12409)."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """For sequences longer than those first trained on. linear: positions are divided by rope_factor. ntk: the base
+    grows instead. yarn: slow rotations are divided, fast ones stay (arXiv 2309.00071)."""
+    rope_factor: float = 1.0
+    """How many times longer."""
+    rope_original_len: int | None = None
+    """With rope_scaling = yarn: the sequence length first trained on."""
+    clip_qkv: float | None = None
+    """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection."""
+    qk_ln: bool = False
+    """Layer norm of the queries over all heads and of each key over its head."""
+    window: int | None = None
+    """Sliding window: a token sees the last `window` tokens, itself included. null: all before it."""
+    sinks: bool = False
+    """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
+    dropout: float = 0.0
+    """Of the attention weights, in training."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
+    query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
+    routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
+
+    __pydantic_config__ = STRICT
+
+    vocab_size: int = 256
+    """Rows of the embedding. Byte-level corpora use 256."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Decoder blocks."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 1
+    """Key/value heads: 1 is multi-query attention, num_heads is multi-head attention."""
+    head_dim: int | None = None
+    """Width of one head. null: d_model / num_heads."""
+    d_ff: int = 1024
+    """Hidden width of a dense feed-forward."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2"] = "swiglu"
+    """Of dense and expert feed-forwards. swiglu and geglu have a third matrix, the gate; relu2 is the squared ReLU."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """The output projection is the embedding matrix."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    recompute: Literal["none", "activation", "block"] = "none"
+    """activation: experts keep their input and pre-activation alone, and activate again in the backward pass. block:
+    keep only each block's input and its routing, and run the block again."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
+    num_classes: int | None = None
+    """With task = classification: outputs of the head. null: as many as the data has labels."""
+    dropout: float = 0.0
+    """With task = classification, in training: of the embeddings and of what each part of a block adds."""
+    token_dropout: float = 0.0
+    """With task = classification, in training: share of the tokens that are taken for padding, others each time."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
