@@ -117,8 +117,9 @@ def test_the_newest_whole_checkpoint_is_taken(
     shutil.copytree(tiny_run, run)
     whole, newer = run / "checkpoints/step-000003", run / "checkpoints/step-000007"
     shutil.copytree(whole, newer)
-    at = replace(Manifest.load(whole), step=7)
-    (newer / "manifest.json").write_text(at.dumps())
+    manifest = Manifest.load(whole)
+    there = replace(manifest.data_position, next_step=7)
+    (newer / "manifest.json").write_text(replace(manifest, step=7, data_position=there, random_state=there).dumps())
     ask = ["--prompt=import os", "--max-new-tokens=8", "--device=cpu"]
     assert main(["generate", str(run), *ask]) == 0
     printed = capsys.readouterr()
