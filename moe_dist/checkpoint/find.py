@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_dist.checkpoint.layout import MANIFEST
-from moe_dist.checkpoint.reshard import newest_good, require_whole
+from moe_dist.checkpoint.reshard import newest_told, require_whole
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, load_config
 
@@ -18,9 +18,7 @@ def whole_checkpoint(path: Path, say: Callable[[str], None]) -> Path:
     if (path / MANIFEST).is_file():
         require_whole(path)
         return path
-    newest, damaged = newest_good(all_checkpoints(path)[0].parent)
-    for problem in damaged:
-        say(f"passed over: {problem}")
+    newest = newest_told(all_checkpoints(path)[0].parent, say)
     if newest is None:
         raise ValueError(f"{path} had checkpoints a moment ago, and has none now: look again")
     return newest

@@ -13,7 +13,7 @@ from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 from moe_dist.parallel.objects import broadcast_json, gather_json, rank_and_world
 from moe_dist.parallel.sharding import logical_parameters
 
-__all__ = ["Reader", "load", "load_weights", "newest_good", "refuse_other_parameters", "require_whole"]
+__all__ = ["Reader", "load", "load_weights", "newest_good", "newest_told", "refuse_other_parameters", "require_whole"]
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
@@ -37,6 +37,14 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
             "folder with --resume never and another --run.name"
         )
     return None, []
+
+
+def newest_told(root: Path, say: Callable[[str], None]) -> Path | None:
+    """As `newest_good`; `say` takes a line on what is wrong with newer ones."""
+    newest, damaged = newest_good(root)
+    for problem in damaged:
+        say(f"passed over: {problem}")
+    return newest
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from moe_dist.checkpoint.background import Saver
 from moe_dist.checkpoint.layout import RunInfo
-from moe_dist.checkpoint.reshard import load, newest_good, refuse_other_parameters
+from moe_dist.checkpoint.reshard import load, newest_told, refuse_other_parameters
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import Config
 from moe_dist.engine.base import Engine
@@ -57,13 +57,11 @@ class Keeper:
         """To the newest whole checkpoint, from the troubled `step`; its step. Raises EndRun when that cannot help."""
         self.saver.wait()
         try:
-            newest, damaged = newest_good(self.folder.checkpoints)
+            newest = newest_told(self.folder.checkpoints, self.say)
             if newest is not None:
                 refuse_other_parameters(newest, self.engine.model)  # one from before --override model
         except ValueError as error:
             raise health.no_way_back(str(error)) from None
-        for problem in damaged:
-            self.say(f"passed over: {problem}")
         if newest is None:
             raise health.no_way_back("there is no checkpoint to go back to")
         health.go_back(step, newest)

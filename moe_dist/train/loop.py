@@ -22,11 +22,10 @@ from moe_dist.engine.base import Engine, compute_dtype, make_engine
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Mesh, create_mesh
-from moe_dist.parallel.objects import RankFailed, broadcast_json, require_same, together
+from moe_dist.parallel.objects import broadcast_json, require_same
 from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.trail import Trail
 from moe_dist.train.crash_loop import note_start, refuse_crash_loop, starts_from
-from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.guard import StopGuard
 from moe_dist.train.keeper import Keeper
 from moe_dist.train.memory import Held, explained
@@ -36,7 +35,7 @@ from moe_dist.train.profile import matmul_peak, memory_bytes
 from moe_dist.train.progress import Progress
 from moe_dist.train.replicas import check_replicas
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
-from moe_dist.train.run_folder import RunFolder
+from moe_dist.train.run_folder import RunFolder, write_together
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.spikes import Health
 from moe_dist.train.statistics import gather_statistics
@@ -144,10 +143,7 @@ class Trainer:
     def _write(self, work: Callable[[], None], everywhere: bool = False) -> None:
         """On rank 0, or everywhere. Raises EndRun on every rank when it failed on one: the disk may be full."""
         mine = work if everywhere or self.mesh.rank == 0 else lambda: None
-        try:
-            together(mine, f"{self.folder.path} cannot be written to")
-        except RankFailed as error:
-            raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+        write_together(self.folder.path, mine)
 
     def _steps(self, newest: Path | None, guard: StopGuard, log: Logger) -> Outcome:
         run, total, main = self.config.run, self.config.train.steps, self.mesh.rank == 0
@@ -204,7 +200,6 @@ class Trainer:
         done = step == self.config.train.steps
         if not done and step % self.config.run.eval_every:
             return {}
-        self.mesh.trail.enter("evaluation", step)
         record = self.task.evaluate(self.engine, self.shape, step)
         return record | (self.task.finish(self.engine, self.shape, step, self.folder) if done else {})
 

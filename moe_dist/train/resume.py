@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_dist.checkpoint.layout import Manifest
-from moe_dist.checkpoint.reshard import newest_good
+from moe_dist.checkpoint.reshard import newest_told
 from moe_dist.config import Config, load_config
 from moe_dist.train.run_folder import RunFolder
 from moe_dist.train.task import Task
@@ -77,9 +77,7 @@ def checkpoint_to_continue(
     if resume == "never":
         folder.refuse_second_start()
         return None
-    newest, damaged = newest_good(folder.checkpoints)
-    for problem in damaged:
-        say(f"passed over: {problem}")
+    newest = newest_told(folder.checkpoints, say)
     if newest is None and resume == "auto":
         return None
     if newest is None:

@@ -14,7 +14,7 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,8 @@ from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, dump_config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.train.exit_codes import EndRun
+from moe_dist.parallel.objects import RankFailed, together
+from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.status import FILE as STATUS
 from moe_dist.train.status import read_status, replace_text, write_status
 
@@ -131,6 +132,15 @@ class RunFolder:
         log.setLevel(logging.INFO)
         log.propagate = False
         return log
+
+
+def write_together(folder: Path, work: Callable[[], None]) -> None:
+    """`work` on every rank, which must all call. Raises EndRun on every rank when it failed on one: the disk of
+    `folder` may be full."""
+    try:
+        together(work, f"{folder} cannot be written to")
+    except RankFailed as error:
+        raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
 
 
 def _version(package: str) -> str | None:

@@ -27,9 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moe_dist.parallel.objects import RankFailed, together
 from moe_dist.parallel.trail import Trail
-from moe_dist.train.exit_codes import FAILED, STALLED, EndRun
+from moe_dist.train.exit_codes import STALLED
+from moe_dist.train.run_folder import write_together
 from moe_dist.train.status import write_status
 
 _FOLDER, _VERDICT = "heartbeats", "verdict.json"
@@ -88,10 +88,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.seconds is not None:
-            try:
-                together(self.clear if self.rank == 0 else lambda: None, f"{self.folder} cannot be written to")
-            except RankFailed as error:
-                raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+            write_together(self.folder, self.clear if self.rank == 0 else lambda: None)
             self._beat()  # before anything can stop this process: who has never been heard of cannot be ended either
             self._thread.start()
         return self
