@@ -19,16 +19,16 @@ from race import device_name, race, restart_like_a_launch_script, versions
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moe_dist.attention.mqa import CausalSelfAttention
+from moe_dist.attention.multi_query import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.attention.backend import attention
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import initialize
+from moe_dist.step import StepContext
 
 STEP = StepContext(RandomKey.of("benchmark"), "dropless")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

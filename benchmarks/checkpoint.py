@@ -21,14 +21,15 @@ from race import device_name, race
 from moe_dist.checkpoint.background import Saver
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.retention import Retention
-from moe_dist.config.load import parse_dict
-from moe_dist.engine.base import Engine, make_engine
+from moe_dist.config.parse import parse_dict
+from moe_dist.engine.base import Engine
+from moe_dist.engine.make import make_engine
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh
-from moe_dist.parallel.random import RandomKey
+from moe_dist.step import StepContext
 
 GOAL = 0.6
 

@@ -26,14 +26,14 @@ from race import cpu_name, race, restart_like_a_launch_script
 from torch import Tensor
 
 from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_gather, all_reduce, exchange_rows
 from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import Mesh, create_mesh
-from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import initialize
+from moe_dist.step import StepContext
 
 PLOTS = Path(__file__).resolve().parent / "plots"
 STEP = StepContext(RandomKey.of("benchmark"))

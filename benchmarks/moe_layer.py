@@ -24,7 +24,7 @@ from peers import Contestant, contestants
 from race import device_name, profile, race, restart_like_a_launch_script, versions
 from torch import Tensor
 
-from moe_dist.train.profile import matmul_peak
+from moe_dist.train.record.profile import matmul_peak
 
 HERE = Path(__file__).resolve().parent
 Batch = tuple[Tensor, Tensor]  # x_TD and the gradient of y_TD

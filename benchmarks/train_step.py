@@ -22,12 +22,12 @@ from torch import Tensor
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.native import NativeEngine
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import train_flops_per_token
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.parallel.random import RandomKey
+from moe_dist.step import StepContext
 
 OPTIM = OptimConfig(lr=3e-4)
 Step = Callable[[Tensor], float]  # tokens [B, S + 1] -> loss

@@ -70,7 +70,7 @@ and every start ended as its fault should end it; 1 otherwise, and the report sa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a failed check, 2 what the user got wrong; others: train/exit_codes.py."""
+    """Returns the exit code: 0 done, 1 a failed check, 2 a wrong input; others: train/health/exit_codes.py."""
     os.umask(os.umask(0o022) | 0o022)  # what is written, others may read where the user lets them, and never change
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "chaos":
                 return _chaos(rest)
             case "experts":
-                from moe_dist.train.experts import experts
+                from moe_dist.surgery.command import experts
 
                 return experts(rest)
             case "checkpoint":
@@ -108,20 +108,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, rights that are missing: a traceback says no more than this
-        from moe_dist.train.exit_codes import FAILED
+        from moe_dist.train.health.exit_codes import FAILED
 
         print(f"moe-dist: {error}", file=sys.stderr)
         return FAILED
     except RuntimeError as error:
         from moe_dist.parallel.objects import RankFailed
-        from moe_dist.train.exit_codes import FAILED
+        from moe_dist.train.health.exit_codes import FAILED
 
         if not isinstance(error, RankFailed):
             raise
         print(f"moe-dist: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        from moe_dist.train.exit_codes import INTERRUPTED
+        from moe_dist.train.health.exit_codes import INTERRUPTED
 
         print("moe-dist: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: list[str]) -> int:
     own, config = _run_arguments("train", args, _TRAIN)
+    from moe_dist.train.record.status import is_finished
     from moe_dist.train.resume import as_configured
-    from moe_dist.train.status import is_finished
 
     folder = Path(config.run.root) / config.run.name
     if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
@@ -161,7 +161,7 @@ def _overrides(own: argparse.Namespace) -> list[str]:
 
 def _status(args: list[str]) -> int:
     _, config = _run_arguments("status", args, _STATUS)
-    from moe_dist.train.status import describe_status, read_status
+    from moe_dist.train.record.status import describe_status, read_status
 
     print(describe_status(read_status(Path(config.run.root) / config.run.name)))
     return 0

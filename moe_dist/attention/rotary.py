@@ -43,7 +43,7 @@ def _frequencies(head_dim: int, theta: float, scaling: AttentionConfig) -> tuple
     if scaling.rope_scaling != "yarn":
         return frequency, 1.0
     length = scaling.rope_original_len
-    assert length is not None, "config/attention_rules.py asks for it"
+    assert length is not None, "config/rules/attention.py asks for it"
     # The i whose rotation makes so many turns over the original length.
     fast, slow = (head_dim * log(length / (turns * 2 * pi)) / (2 * log(theta)) for turns in (_FAST, _SLOW))
     first, last = max(floor(fast), 0), min(ceil(slow), head_dim - 1)

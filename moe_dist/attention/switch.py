@@ -33,13 +33,14 @@ from moe_dist.moe.capacity import Capacity, DispatchPlan
 from moe_dist.moe.dispatch import Arrival, make_dispatcher
 from moe_dist.moe.layer import Replay
 from moe_dist.moe.losses import MoEStats, moe_stats
+from moe_dist.moe.router import Routing
 from moe_dist.moe.routers import ROUTERS
-from moe_dist.moe.routing import Routing, StepContext
 from moe_dist.parallel.collectives import copy_to_group, gather_from_group, split_to_group
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
 from moe_dist.parallel.linear import enter
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
+from moe_dist.step import StepContext
 
 
 class SwitchAttention(nn.Module):

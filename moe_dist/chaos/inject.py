@@ -178,7 +178,7 @@ def _wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable
 
 
 def main(argv: Sequence[str]) -> None:
-    from moe_dist.config.load import parse_as
+    from moe_dist.config.parse import parse_as
 
     path = Path(argv[0])
     plan = parse_as(Plan, json.loads(path.read_text()), str(path))

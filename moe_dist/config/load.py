@@ -4,40 +4,16 @@ Nothing is guessed. A key that does not exist, a value of the wrong type or a ke
 at once, each with the file, the key and the nearest right one. Rules that tie two fields together are in `validate.py`.
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
+from moe_dist.config.parse import parse_dict
 from moe_dist.config.read import Dumper, read_yaml
 from moe_dist.config.schema import Config
-
-Schema = TypeVar("Schema")
-
-_EXPECTED = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text; put it in quotes",
-    "list_type": "a list",
-    "dataclass_type": "a section (key: value lines)",
-    "dict_type": "a mapping (key: value lines)",
-    "int_parsing": "an integer",
-}
-_MOST_PROBLEMS = 50
-_LONGEST_VALUE = 200
-# Where a value may be of several types, pydantic adds the one that failed to the place of the error.
-_TYPE_TAG = re.compile(r"int|float|str|bool|\[key\]|(list|nullable|dict)\[.*\]")
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -57,102 +33,6 @@ def override_config(
     return parse_dict(asdict(overridden), "command line")
 
 
-def parse_dict(values: Mapping[str, Any], source: str) -> Config:
-    """Checks plain nested mappings and builds a Config. `source` opens every line of the ValueError."""
-    return parse_as(Config, values, source)
-
-
-def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
-    """The same for any dataclass of the schema's kind."""
-    if too_large := list(_too_large(values)):
-        raise ValueError("\n".join(f"{source}: {problem}" for problem in too_large))
-    try:
-        # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
-        return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        problems = _explain_all(cls, found[:_MOST_PROBLEMS])
-        if len(found) > _MOST_PROBLEMS:
-            problems.append(f"and {len(found) - _MOST_PROBLEMS} more problems")
-        raise ValueError("\n".join(f"{source}: {problem}" for problem in problems)) from None
-
-
 def dump_config(config: Config) -> str:
     """YAML with every field, in the order of the schema. Loading it gives an equal Config."""
     return yaml.dump(asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _too_large(values: Any, path: str = "") -> Iterator[str]:
-    """A line for each integer that torch could not take."""
-    if isinstance(values, int) and not -(2**63) <= values < 2**64:
-        yield f"{path}: {values} does not fit 64 bits"
-    elif isinstance(values, Mapping | list):
-        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            yield from _too_large(value, f"{path}.{key}".lstrip("."))
-
-
-def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Drops `section:` with nothing under it, which YAML reads as null: like an empty file, it means the defaults."""
-    sections = _sections(cls)
-    kept = {key: value for key, value in values.items() if not (key in sections and value is None)}
-    return {
-        key: _without_empty_sections(value, sections[key]) if key in sections and isinstance(value, dict) else value
-        for key, value in kept.items()
-    }
-
-
-def _explain_all(cls: type, problems: Sequence[ErrorDetails]) -> list[str]:
-    """A line for each wrong value. Where several types are allowed, pydantic reports it once for each of them."""
-    lines: dict[str, str] = {}
-    for problem in problems:
-        path = ".".join(str(part) for part in problem["loc"] if not _TYPE_TAG.fullmatch(str(part)))
-        line, expected = _explain(cls, path, problem), _EXPECTED.get(problem["type"])
-        if path in lines and expected is not None:
-            wrong, hint, advice = lines[path].partition("; ")
-            line = f"{wrong} or {expected}{hint}{advice}" if expected not in wrong else lines[path]
-        lines[path] = line
-    return [line for path, line in lines.items() if not any(other.startswith(f"{path}.") for other in lines)]
-
-
-def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
-    """One pydantic error, in the words of somebody who edits YAML."""
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown key{_advice(cls, path)}"
-    if problem["type"] == "missing":
-        return f"{path}: missing; add `{path}: ...`"
-    value = repr(problem["input"])
-    value = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
-    if problem["type"] == "literal_error":
-        return f"{path}: {value} is not one of {problem['ctx']['expected'].replace(' or ', ', ')}"
-    if expected := _EXPECTED.get(problem["type"]):
-        hint = "; write null for none" if problem["input"] in ("None", "none") else ""
-        return f"{path}: {value} is not {expected}{hint}"
-    return f"{path}: {value}: {problem['msg']}"
-
-
-def _advice(cls: type, path: str) -> str:
-    """For an unknown key: the section that has it, or the nearest key of its own section, else of the others."""
-    section, _, key = path.rpartition(".")
-    known = sorted(_keys(cls), key=lambda item: item[0].count("."))  # of equal names, the outer one first
-    homes = [home or "the top level" for home, name in known if name == key]
-    if homes:
-        return f"; {key} belongs under {' or '.join(homes)}"
-    if near := get_close_matches(key, [name for home, name in known if home == section], n=1):
-        return f"; did you mean {near[0]}?"
-    if near := get_close_matches(key, [name for _, name in known], n=1):
-        home = next(home for home, name in known if name == near[0])
-        return f"; did you mean {home}.{near[0]}?" if home else f"; did you mean {near[0]}?"
-    return f"; {section or 'the top level'} has {', '.join(name for home, name in known if home == section)}"
-
-
-def _keys(cls: type, home: str = "") -> Iterator[tuple[str, str]]:
-    """Every (section, key) below a dataclass of the schema."""
-    for key in get_type_hints(cls):
-        yield home, key
-    for key, section in _sections(cls).items():
-        yield from _keys(section, f"{home}.{key}".lstrip("."))
-
-
-def _sections(cls: type) -> dict[str, type]:
-    """The fields of a dataclass that are dataclasses themselves."""
-    return {key: hint for key, hint in get_type_hints(cls).items() if isinstance(hint, type) and is_dataclass(hint)}

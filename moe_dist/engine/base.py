@@ -11,13 +11,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
+from moe_dist.step import StepContext
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "grad"]
 STATE_KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -136,19 +135,6 @@ def clip_by_global_norm(
     if max_norm is not None and norm > max_norm:
         torch._foreach_mul_(list(grads), max_norm / (norm + 1e-6))
     return norm
-
-
-def make_engine(
-    model: Trainable, mesh: Mesh, engine: EngineConfig, optim: OptimConfig, micro_batch: int, accumulation: int
-) -> Engine:
-    """The engine named by config, owning `model` from now on."""
-    if engine.name == "native":
-        from moe_dist.engine.native import NativeEngine
-
-        return NativeEngine(model, mesh, engine, optim, accumulation)
-    from moe_dist.engine.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(model, mesh, engine, optim, micro_batch, accumulation)
 
 
 def compute_dtype(precision: str) -> torch.dtype:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.attention.autoregressive import RoutedSelfAttention
+from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.base import (
@@ -49,10 +49,10 @@ from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
+from moe_dist.step import StepContext
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

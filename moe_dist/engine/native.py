@@ -24,10 +24,10 @@ from moe_dist.engine.base import (
 from moe_dist.engine.shares import copies, shares
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
+from moe_dist.step import StepContext
 
 
 class NativeEngine:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.generate.sampling import Sampling
+from moe_dist.kernels.random import RandomKey
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.routing import StepContext
-from moe_dist.parallel.random import RandomKey
+from moe_dist.step import StepContext
 
 _CHUNK = 2048  # tokens of a row that are prefilled at once
 _ROW = 1 << 32  # tokens that a row may draw

@@ -4,19 +4,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.mqa import CausalSelfAttention
+from moe_dist.attention.multi_query import CausalSelfAttention
 from moe_dist.attention.places import Places
+from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
-from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.moe.experts import expert_widths
-from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE, Replay
 from moe_dist.moe.losses import MoEStats
-from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.norm import RMSNorm
+from moe_dist.step import StepContext
 
 
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:

@@ -1,6 +1,6 @@
 """The classifier: token and position embedding, encoder blocks with MoE layers, mean over tokens, one linear head.
 
-`Classifier` is what the trainer trains, in any layout; `SwitchClassifier` (switch_classifier.py) is its plain face.
+`Classifier` is what the trainer trains, in any layout; `SwitchClassifier` (standalone/classifier.py) is its plain face.
 
 Legend: B batch, S sequence, T = B * S tokens, D d_model, C classes.
 """
@@ -16,11 +16,11 @@ from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.encoder_block import Drop, EncoderBlock
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
-from moe_dist.moe.routing import RealTokens, StepContext
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.linear import VocabParallelEmbedding, leave
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
+from moe_dist.step import RealTokens, StepContext
 
 
 class Classifier(nn.Module):

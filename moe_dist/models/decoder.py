@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.alibi import alibi_slopes
-from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
+from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
-from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.models.block import BlockReplay, DecoderBlock
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_gather, own_slice
 from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
+from moe_dist.step import StepContext
 
 Want = Literal["loss", "token_losses", "logits"]
 

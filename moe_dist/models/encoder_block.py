@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_dist.attention.mqa import KeyValueHeads
+from moe_dist.attention.multi_query import KeyValueHeads
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Pattern
-from moe_dist.kernels.norm.layer import RMSNorm
+from moe_dist.kernels.random import RandomKey
 from moe_dist.models.block import is_moe_layer
 from moe_dist.moe.experts import expert_widths
-from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
-from moe_dist.moe.routing import StepContext
+from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.parallel.random import RandomKey
+from moe_dist.parallel.norm import RMSNorm
+from moe_dist.step import StepContext
 
 
 class EncoderAttention(nn.Module):

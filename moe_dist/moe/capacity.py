@@ -1,10 +1,10 @@
 """Which assignments are kept when experts are full.
 
-C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)), where experts that are closed (surgery.py)
-do not count; an expert takes its C first assignments
-in the order that `drop_policy` sets, the others are dropped. Under `global` scope the tokens of all ranks of the
-micro-step compete, in global token order, so the dropped set is the same in every layout. The world's rank order is the
-global order of tokens (`parallel/mesh.py`), which makes a global position a local one plus the counts of ranks before.
+C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)), where experts that are closed
+(surgery/layers.py) do not count; an expert takes its C first assignments in the order that `drop_policy` sets, the
+others are dropped. Under `global` scope the tokens of all ranks of the micro-step compete, in global token order, so
+the dropped set is the same in every layout. The world's rank order is the global order of tokens (`parallel/mesh.py`),
+which makes a global position a local one plus the counts of ranks before.
 
 | drop_policy | who stays                                | causal                                               |
 |-------------|------------------------------------------|------------------------------------------------------|
@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config.model import CapacityFactor, MoEConfig
-from moe_dist.moe.routing import Routing, StepContext
+from moe_dist.moe.router import Routing
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
+from moe_dist.step import StepContext
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_dist.config.model import ModelConfig
-from moe_dist.moe import surgery
 from moe_dist.moe.capacity import Capacity, DispatchPlan
 from moe_dist.moe.dispatch import make_dispatcher, split_over_etp
 from moe_dist.moe.dispatch.overlap import overlapped
 from moe_dist.moe.experts import Experts, expert_widths
-from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.losses import MoEStats, moe_stats
 from moe_dist.moe.routers import ROUTERS
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import gather_from_group, split_to_group
+from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.step import StepContext
 
 
 @dataclass
@@ -83,10 +82,6 @@ class MoE(nn.Module):
             sent_bytes = arrival.sent_bytes
         # 3. What it cost, and what the router is told.
         return y_TD, moe_stats(self.config, self.layer, routing, plan, self.router, step, sent_bytes)
-
-    add_experts, split_experts = surgery.add_experts, surgery.split_experts
-    open_experts, close_experts = surgery.open_experts, surgery.close_experts
-    remove_experts, merge_experts = surgery.remove_experts, surgery.merge_experts
 
     def _own_tokens(self, x_TD: Tensor) -> Tensor:
         """Each tp rank dispatches its own slice, so that no token travels twice."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.routing import Router, Routing, StepContext
+from moe_dist.moe.router import Router, Routing
 from moe_dist.parallel.collectives import all_reduce
+from moe_dist.step import StepContext
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config.model import ModelConfig
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.route.reference import best, scores_of
-from moe_dist.moe.routing import Router, Routing, StepContext, fp32_logits
+from moe_dist.moe.router import Router, Routing, fp32_logits
 from moe_dist.parallel.collectives import all_gather, mean_over_group
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import ParamSpec, parameter
+from moe_dist.step import StepContext
 
 
 class SoftmaxRouter(Router):

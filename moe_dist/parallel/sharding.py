@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_dist.parallel.random import RandomKey
+from moe_dist.kernels.random import RandomKey
 
 Shard = Literal["replicated", "tensor", "expert"]
 

@@ -16,7 +16,7 @@ from moe_dist.study.grid import Scalar, axis_names, show
 from moe_dist.study.measure import loss_unit
 
 if TYPE_CHECKING:
-    from moe_dist.study.report import Cell
+    from moe_dist.study.cells import Cell
 
 # Okabe and Ito's colours, told apart with any colour vision; and a marker each, for print in grey.
 _STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.config import Config, load_config, validate
-from moe_dist.config.load import parse_as, parse_dict
 from moe_dist.config.model import STRICT
+from moe_dist.config.parse import parse_as, parse_dict
 from moe_dist.config.read import read_yaml
 
 Scalar = bool | int | float | str | None
@@ -57,7 +57,7 @@ class StudyFile:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run of the grid. Everything about it is in `folder`; `run` is the run's own folder (train/run_folder.py)."""
+    """One run of the grid. Everything about it is in `folder`; `run` is the run's own (train/record/run_folder.py)."""
 
     index: int
     name: str

@@ -26,8 +26,8 @@ def measure(point: Point) -> dict[str, Any]:
     with an eval_capacity_factor, what ends in _capped. drop_rate and load_max_over_mean: mean over the last quarter of
     the steps; drop_rate_whole_run: over all of them. step_seconds and tokens_per_second: medians over steps.
     dispatch_rows_bytes, dispatch_bytes: mean bytes a step that the experts receive, and that cross between ranks in the
-    forward pass (train/metrics.py). seconds: sum over steps, without start-up and evaluation. started: when the point
-    first was, in UTC.
+    forward pass (train/record/metrics.py). seconds: sum over steps, without start-up and evaluation. started: when the
+    point first was, in UTC.
     """
     records = [json.loads(line) for line in (point.run / "metrics.jsonl").read_text().splitlines()]
     environment = json.loads((point.run / "environment.json").read_text())

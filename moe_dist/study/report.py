@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from moe_dist.config import Config, ModelConfig
+from moe_dist.study.cells import Cell, cells
 from moe_dist.study.figure import draw
 from moe_dist.study.grid import Scalar, Study, axis_names, show
 from moe_dist.study.measure import loss_unit
@@ -23,28 +23,6 @@ _MEASURED = {
     "test_macro_f1": ("test macro-F1", "{:.4f}", 1.0),
 }
 """Names of the ledger that not every run has, with the head of the column and how a number is shown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One combination of the axes: the ledger's lines of its seeds that have finished, in the order of the seeds."""
-
-    axes: dict[str, Scalar]
-    records: list[dict[str, Any]]
-
-    def values(self, name: str) -> list[float]:
-        return [record[name] for record in self.records if record.get(name) is not None]
-
-
-def cells(study: Study, latest: dict[str, dict[str, Any]]) -> list[Cell]:
-    """The grid in order, without the seeds."""
-    found: dict[tuple[Scalar, ...], Cell] = {}
-    for point in study.points:
-        cell = found.setdefault(tuple(point.axes.values()), Cell(point.axes, []))
-        record = latest.get(point.name)
-        if record is not None and record["status"] == "finished":
-            cell.records.append(record)
-    return list(found.values())
 
 
 def write_report(study: Study, latest: dict[str, dict[str, Any]]) -> list[Path]:

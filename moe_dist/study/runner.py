@@ -24,7 +24,7 @@ from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.lock import locked
 from moe_dist.study.measure import identity, loss_unit, measure, started
-from moe_dist.train.status import describe_status, read_status
+from moe_dist.train.record.status import describe_status, read_status
 
 Command = Callable[[Path, int], list[str]]
 """(config file, ranks) -> the command that trains it, continuing what is there."""

@@ -17,13 +17,13 @@ from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
 from moe_dist.parallel.trail import Trail
-from moe_dist.train.exit_codes import DONE, SAVED, EndRun
-from moe_dist.train.guard import StopGuard
+from moe_dist.train.health.exit_codes import DONE, SAVED, EndRun
+from moe_dist.train.health.signals import StopGuard
+from moe_dist.train.health.watchdog import Watchdog
 from moe_dist.train.loop import Outcome, Trainer
-from moe_dist.train.progress import duration, print_summary, short_number
+from moe_dist.train.record.progress import duration, print_summary, short_number
+from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.resume import Resume
-from moe_dist.train.run_folder import RunFolder
-from moe_dist.train.watchdog import Watchdog
 
 _PROMPT = "def "
 

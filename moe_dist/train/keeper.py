@@ -12,8 +12,8 @@ from moe_dist.checkpoint.reshard import load, newest_told, refuse_other_paramete
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import Config
 from moe_dist.engine.base import Engine
-from moe_dist.train.run_folder import RunFolder
-from moe_dist.train.spikes import Health
+from moe_dist.train.health.spikes import Health
+from moe_dist.train.record.run_folder import RunFolder
 
 
 class Keeper:

@@ -18,28 +18,29 @@ from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import SequenceSampler, rank_starts
-from moe_dist.engine.base import Engine, compute_dtype, make_engine
+from moe_dist.engine.base import Engine, compute_dtype
+from moe_dist.engine.make import make_engine
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, require_same
-from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.trail import Trail
-from moe_dist.train.crash_loop import note_start, refuse_crash_loop, starts_from
-from moe_dist.train.guard import StopGuard
+from moe_dist.plan.memory import Held, explained
+from moe_dist.step import StepContext
+from moe_dist.train.health.crash_loop import note_start, refuse_crash_loop, starts_from
+from moe_dist.train.health.replicas import check_replicas
+from moe_dist.train.health.signals import StopGuard
+from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
-from moe_dist.train.memory import Held, explained
-from moe_dist.train.metrics import MetricsWriter, moe_record, recent_losses
 from moe_dist.train.opening import opening_lines
-from moe_dist.train.profile import matmul_peak, memory_bytes
-from moe_dist.train.progress import Progress
-from moe_dist.train.replicas import check_replicas
+from moe_dist.train.record.metrics import MetricsWriter, moe_record, recent_losses
+from moe_dist.train.record.profile import matmul_peak, memory_bytes
+from moe_dist.train.record.progress import Progress
+from moe_dist.train.record.run_folder import RunFolder, write_together
+from moe_dist.train.record.statistics import gather_statistics
+from moe_dist.train.record.status import remove_drafts
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
-from moe_dist.train.run_folder import RunFolder, write_together
 from moe_dist.train.schedule import learning_rate
-from moe_dist.train.spikes import Health
-from moe_dist.train.statistics import gather_statistics
-from moe_dist.train.status import remove_drafts
 from moe_dist.train.task import Task, make_task
 
 

@@ -5,8 +5,8 @@ import torch
 from moe_dist.config import BatchShape, Config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Layout
-from moe_dist.train.profile import Peak
-from moe_dist.train.progress import short_number
+from moe_dist.train.record.profile import Peak
+from moe_dist.train.record.progress import short_number
 from moe_dist.train.task import Task
 
 

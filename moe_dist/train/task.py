@@ -26,6 +26,7 @@ from moe_dist.data import (
     validation_batches,
 )
 from moe_dist.engine.base import Engine
+from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import (
@@ -37,13 +38,12 @@ from moe_dist.models.flops import (
 )
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.random import RandomKey
-from moe_dist.train.confusion import accuracy, macro_f1, write_confusion
-from moe_dist.train.progress import short_number
-from moe_dist.train.run_folder import RunFolder
+from moe_dist.step import StepContext
+from moe_dist.train.record.confusion import accuracy, macro_f1, write_confusion
+from moe_dist.train.record.progress import short_number
+from moe_dist.train.record.run_folder import RunFolder
 
 Phase = Literal["dropless", "eval"]
 

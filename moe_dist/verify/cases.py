@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from moe_dist.config import Config
-from moe_dist.config.load import parse_dict
+from moe_dist.config.parse import parse_dict
 
 Axes = dict[str, tuple[str, ...]]
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import Config, validate
-from moe_dist.engine.base import Engine, make_engine
+from moe_dist.engine.base import Engine
+from moe_dist.engine.make import make_engine
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
-from moe_dist.parallel.random import RandomKey
+from moe_dist.step import StepContext
 from moe_dist.train.schedule import learning_rate
 from moe_dist.verify.cases import LayoutCase, Options, Setting, case_config
 from moe_dist.verify.witness import Comparer, Differences, Recorder, Tape

@@ -13,16 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import Config, validate
-from moe_dist.config.load import parse_dict
-from moe_dist.engine.base import Engine, Kind, make_engine
+from moe_dist.config.parse import parse_dict
+from moe_dist.engine.base import Engine, Kind
+from moe_dist.engine.make import make_engine
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.step import StepContext
 
 KEY = RandomKey.of("tests")
 TINY: dict[str, Any] = {

@@ -18,7 +18,7 @@ from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config
 from moe_dist.train.loop import Trainer
-from moe_dist.train.run_folder import RunFolder
+from moe_dist.train.record.run_folder import RunFolder
 from tests.dist.helpers import raised, run_checks
 from tests.dist.test_divergence import config, healthy, loss_at, status, stored, train
 

@@ -16,15 +16,16 @@ from moe_dist.checkpoint.find import whole_checkpoint
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config, load_config, validate
-from moe_dist.config.load import parse_dict
-from moe_dist.engine.base import Engine, make_engine
+from moe_dist.config.parse import parse_dict
+from moe_dist.engine.base import Engine
+from moe_dist.engine.make import make_engine
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
-from moe_dist.train.confusion import accuracy, draw_confusion, f1_scores, macro_f1
-from moe_dist.train.experts import read_model
+from moe_dist.step import StepContext
+from moe_dist.surgery.command import read_model
+from moe_dist.train.record.confusion import accuracy, draw_confusion, f1_scores, macro_f1
 from tests.dist.helpers import KEY, assert_same, forget_process_group, logical, run_checks
 from tests.dist.test_train import deterministic, records, start, stored
 

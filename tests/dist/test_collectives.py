@@ -11,19 +11,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.attention.mqa import CausalSelfAttention
+from moe_dist.attention.multi_query import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
 from moe_dist.config.model import AttentionConfig
-from moe_dist.kernels.norm.layer import RMSNorm
-from moe_dist.moe.feed_forward import FeedForward
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel import collectives as c
+from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, create_mesh, single_process_mesh
+from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import initialize, spec_of
+from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, raised, run_checks
 
 T, D = 8, 6

@@ -15,10 +15,10 @@ import yaml
 from rich.console import Console
 
 from moe_dist.cli import main
-from moe_dist.config.load import parse_dict
+from moe_dist.config.parse import parse_dict
 from moe_dist.train.loop import Trainer
-from moe_dist.train.metrics import MetricsWriter
-from moe_dist.train.status import read_status
+from moe_dist.train.record.metrics import MetricsWriter
+from moe_dist.train.record.status import read_status
 from tests.dist.helpers import TINY, forget_process_group, raised, run_checks
 from tests.unit.data.test_indexed import write as write_indexed
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.models.decoder import DecoderOutput
-from moe_dist.moe.routing import StepContext
-from moe_dist.train.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
-from moe_dist.train.guard import SIGNALS, StopGuard
+from moe_dist.step import StepContext
+from moe_dist.train.health.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
+from moe_dist.train.health.signals import SIGNALS, StopGuard
 from moe_dist.train.loop import Trainer
-from moe_dist.train.status import read_status
+from moe_dist.train.record.status import read_status
 from tests.dist.helpers import run_checks, tiny_config
 
 CPU = torch.device("cpu")

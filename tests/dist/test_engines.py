@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.engine.base import Engine, Kind
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
+from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, TinyRun, assert_same, logical, run_checks, tiny_config
 
 DEEPSPEED = {"engine__name": "deepspeed"}

@@ -19,10 +19,10 @@ from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
-from moe_dist.train.guard import StopGuard
+from moe_dist.step import StepContext
+from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from tests.dist.helpers import KEY, forget_process_group, run_checks, tiny_config
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.parallel.mesh import create_mesh
-from moe_dist.train.guard import StopGuard
+from moe_dist.train.health.signals import StopGuard
 from tests.dist.helpers import run_checks
 
 

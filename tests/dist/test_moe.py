@@ -19,11 +19,12 @@ from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.routing import Routing, StepContext
+from moe_dist.moe.router import Routing
 from moe_dist.parallel import collectives
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
+from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, assert_same, raised, run_checks
 
 T, D, E = 32, 8, 8  # tokens of the whole micro-step, width, experts

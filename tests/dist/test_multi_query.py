@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_dist import MultiQueryAttention
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.parts import Part
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group, create_mesh
+from moe_dist.standalone.multi_query.parts import Part
 from tests.dist.helpers import assert_same, raised, run_checks
 
 B, S, D = 3, 8, 16

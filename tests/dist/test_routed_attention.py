@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from moe_dist.attention.autoregressive import RoutedSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
+from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh

@@ -15,11 +15,11 @@ from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.config.model import AttentionConfig
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.moe.layer import Replay
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
+from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, raised, run_checks
 
 B, S, D, H, P, E = 4, 6, 10, 2, 4, 4

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from moe_dist.cli import main
-from moe_dist.train.status import read_status
+from moe_dist.train.record.status import read_status
 from tests.dist.helpers import TINY, forget_process_group
 from tests.dist.test_train import own_environment  # noqa: F401  (a fixture)
 

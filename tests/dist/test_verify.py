@@ -116,7 +116,7 @@ def _with_capacity(rule):  # type: ignore[no-untyped-def]
 
 def check_unsynchronised_router_gradient_is_found() -> None:
     """Under tp each rank routes its own slice; forgetting to sum the router's gradient changes no forward pass."""
-    with mock.patch("moe_dist.moe.routing.copy_to_group", lambda x, group: x):
+    with mock.patch("moe_dist.moe.router.copy_to_group", lambda x, group: x):
         assert not run_cases(options(Setting(), LayoutCase(tp="2"), steps=1), CPU)
 
 

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from moe_dist.chaos.series import Series
 from tests.faults.helpers import series
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 

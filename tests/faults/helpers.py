@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.chaos.series import Series, Start
-from moe_dist.config.load import parse_dict
+from moe_dist.config.parse import parse_dict
 from tests.dist.helpers import TINY
 
 ZERO1 = {"engine": {"name": "deepspeed", "zero_stage": 1}, "parallel": {"ep": 2}}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_dist.checkpoint.store import checkpoints
-from moe_dist.train.status import read_status
+from moe_dist.train.record.status import read_status
 from tests.slurm.conftest import ROOT, Cluster, wait_until
 
 pytestmark = pytest.mark.timeout(240)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import Group, Layout, Mesh
-from moe_dist.parallel.random import RandomKey
+from moe_dist.step import StepContext
 
 
 def idle_group(ranks: tuple[int, ...], rank: int) -> Group:

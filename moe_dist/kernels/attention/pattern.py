@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.parallel.random import RandomKey
+from moe_dist.kernels.random import RandomKey
 
 _POSITION_BITS = 21  # positions below 2^21, and 2^21 pairs of row and head
 
@@ -97,3 +97,12 @@ class Pattern:
         far_BHQK = self.distances(queries, keys, device)[:, None].abs()
         alibi = -self.slopes_H[:, None, None] * far_BHQK
         return alibi if self.bias is None else alibi + self.bias
+
+
+def check_packed(pattern: Pattern) -> None:
+    """Raises ValueError for what belongs to rows of a batch."""
+    cannot = [name for name in ("starts_B", "keys_BS", "bias") if getattr(pattern, name) is not None]
+    if cannot:
+        raise ValueError(
+            f"packed sequences take no {', '.join(cannot)}: pad them to [B, H, S, P] and call attention(backend)"
+        )

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.kernels.attention.pattern import Pattern
+from moe_dist.kernels.attention.pattern import Pattern, check_packed
 from moe_dist.kernels.attention.triton_backward import run_key_value_gradient, run_query_gradient
 from moe_dist.kernels.attention.triton_call import Call, Packed, Tiling, choose_tiling
 from moe_dist.kernels.attention.triton_decode import decode, decode_splits
 from moe_dist.kernels.attention.triton_forward import forward, run_forward
 from moe_dist.kernels.attention.triton_parts import LOG2E
-from moe_dist.kernels.attention.varlen import check_packed
 from moe_dist.kernels.launch import check_launch
 
 MAX_WIDTH = 256

@@ -32,7 +32,7 @@ from moe_dist.kernels.attention.triton_parts import (
     share,
     store_rows,
 )
-from moe_dist.kernels.grouped_mm.triton_parts import add_product, rounded
+from moe_dist.kernels.tile import add_product, rounded
 
 
 @triton.jit(do_not_specialize=SIZES)

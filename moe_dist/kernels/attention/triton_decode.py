@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dist.kernels.attention.triton_call import Call, choose_splits, strides
 from moe_dist.kernels.attention.triton_forward import run_forward
 from moe_dist.kernels.attention.triton_parts import LOG2E
-from moe_dist.kernels.grouped_mm.triton_parts import rounded
+from moe_dist.kernels.tile import rounded
 
 FEW_ROWS = 64  # queries times query heads of a key/value head: more of them are programs enough
 _KEYS = 256  # of a split, at least

@@ -204,7 +204,7 @@ def growth(threshold):
 
 @triton.jit
 def _mix(z):
-    """The finaliser of SplitMix64, as in parallel/random.py."""
+    """The finaliser of SplitMix64, as in kernels/random.py."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return z ^ (z >> 31)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.kernels.attention.backend import Attend, attention
 from moe_dist.kernels.attention.flash import flash_options, flash_provider
-from moe_dist.kernels.attention.pattern import Pattern
+from moe_dist.kernels.attention.pattern import Pattern, check_packed
 
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Pattern | None, float | None], Tensor]
 """(q [T, H, P], k [T', G, P], v [T', G, P], cu_q, cu_k, max_q, max_k, pattern, scale) -> [T, H, P].
@@ -84,15 +84,6 @@ def flash_attn(
     return flash_attn_varlen_func(
         q_THP, k_TGP, v_TGP, cu_q, cu_k, max_q, max_k, softmax_scale=scale, **flash_options(pattern)
     )
-
-
-def check_packed(pattern: Pattern) -> None:
-    """Raises ValueError for what belongs to rows of a batch."""
-    cannot = [name for name in ("starts_B", "keys_BS", "bias") if getattr(pattern, name) is not None]
-    if cannot:
-        raise ValueError(
-            f"packed sequences take no {', '.join(cannot)}: pad them to [B, H, S, P] and call attention(backend)"
-        )
 
 
 def _of_row(pattern: Pattern, n: int) -> Pattern:

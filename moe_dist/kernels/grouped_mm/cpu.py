@@ -15,8 +15,7 @@ experts, C rows of the fullest expert, c rows of this one; C and c count the zer
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,9 @@ from moe_dist.kernels.grouped_mm.onednn import ROUNDING, add_linear, linear, row
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import sum_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def replaces(backend: str, device_type: str) -> bool:

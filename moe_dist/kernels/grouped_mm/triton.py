@@ -21,9 +21,9 @@ from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm.tiles import Tiling, choose_tiling, tile_table
 from moe_dist.kernels.grouped_mm.triton_backward import HiddenGrad, run_bias, run_hidden, run_weights
 from moe_dist.kernels.grouped_mm.triton_forward import run_down, run_up
-from moe_dist.kernels.grouped_mm.triton_parts import INTERPRETED
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.kernels.tile import INTERPRETED
 
 FUNCTIONS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
 GATED = tuple(name for name in FUNCTIONS if gated(name))

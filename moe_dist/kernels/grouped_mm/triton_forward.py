@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.grouped_mm.tiles import Tiling
-from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, halves, place, rounded, value_and_slope
+from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, halves, place, value_and_slope
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.kernels.tile import rounded
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_dist.attention.autoregressive import Heads, RoutedAttention
+from moe_dist.attention.routed import Heads, RoutedAttention
 from moe_dist.kernels.coordinate_descent.schedule import Schedule
 
 EPS = 0.03

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.attention.alibi import alibi_slopes
-from moe_dist.attention.mqa import CausalSelfAttention
+from moe_dist.attention.multi_query import CausalSelfAttention
 from moe_dist.attention.places import Places
 from moe_dist.config.model import AttentionConfig
 from moe_dist.parallel.mesh import single_process_mesh

@@ -18,9 +18,9 @@ from moe_dist.models.block import BlockReplay
 from moe_dist.models.flops import parameter_counts, train_flops_per_token
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
+from moe_dist.step import StepContext
 from tests.unit.helpers import context, gradients
 
 B, S, D, H, P, E = 3, 7, 10, 2, 4, 4

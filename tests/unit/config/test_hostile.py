@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from moe_dist.config import Config, dump_config, load_config, validate
-from moe_dist.config.load import parse_dict
+from moe_dist.config.parse import parse_dict
 from moe_dist.config.read import MAX_BYTES
 
 ROOT = Path(__file__).parents[3]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config import Config, dump_config, load_config
-from moe_dist.config.load import override_config, parse_dict
+from moe_dist.config.load import override_config
+from moe_dist.config.parse import parse_dict
 
 
 def write(folder: Path, text: str) -> Path:

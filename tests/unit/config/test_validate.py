@@ -3,7 +3,7 @@
 import pytest
 
 from moe_dist.config import BatchShape, Config, TrainConfig, batch_shape, validate
-from moe_dist.config.load import parse_dict
+from moe_dist.config.parse import parse_dict
 
 
 def config(**values: object) -> Config:

@@ -11,8 +11,8 @@ from moe_dist.generate import decode
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.step import StepContext
 from tests.unit.helpers import tiny_model
 
 GREEDY = Sampling(temperature=0)

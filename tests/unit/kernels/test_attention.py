@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dist.kernels.attention import flash, reference
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
-from moe_dist.parallel.random import RandomKey
+from moe_dist.kernels.random import RandomKey
 
 B, H, K, P = 2, 4, 9, 8
 

@@ -16,7 +16,7 @@ from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.triton import attend
 from moe_dist.kernels.attention.triton_call import Tile, Tiling, choose_splits, choose_tiling
-from moe_dist.parallel.random import RandomKey
+from moe_dist.kernels.random import RandomKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))

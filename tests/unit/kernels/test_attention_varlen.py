@@ -9,7 +9,7 @@ from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.triton import attend_varlen
 from moe_dist.kernels.attention.triton_call import Tile, Tiling
 from moe_dist.kernels.attention.varlen import one_by_one, varlen
-from moe_dist.parallel.random import RandomKey
+from moe_dist.kernels.random import RandomKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from moe_dist.attention.rotary import apply_rotary, rotary_table
-from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.norm import RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6), (0, 6)])

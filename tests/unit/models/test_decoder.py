@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.feed_forward import FeedForward
 from moe_dist.moe.layer import MoE
+from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, gradients, random_ids, tiny_model
 

@@ -13,8 +13,9 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.route.reference import route
 from moe_dist.moe import capacity
 from moe_dist.moe.capacity import Capacity, DispatchPlan, expert_capacity
-from moe_dist.moe.routing import Routing, StepContext
+from moe_dist.moe.router import Routing
 from moe_dist.parallel.mesh import Group
+from moe_dist.step import StepContext
 from tests.unit.helpers import context
 
 POLICIES = ("position", "score", "random")

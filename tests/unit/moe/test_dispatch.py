@@ -16,7 +16,7 @@ from moe_dist.moe.dispatch import Arrival, Dispatcher, make_dispatcher, split_ov
 from moe_dist.moe.dispatch.counts import order_of, ranges, sent_rows, transposed
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.wire import Wire, pack, row_bytes, unpack
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.router import Routing
 from moe_dist.parallel.mesh import Group, Layout, Mesh, single_process_mesh
 from tests.unit.helpers import context, idle_group, idle_mesh
 

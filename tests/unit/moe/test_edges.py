@@ -12,9 +12,9 @@ from moe_dist import MixtureOfExperts
 from moe_dist.config.model import MoEConfig
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routers import ROUTERS
-from moe_dist.moe.routing import StepContext
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
+from moe_dist.step import StepContext
 from tests.unit.helpers import context, tiny_model
 
 D = 16

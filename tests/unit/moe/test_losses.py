@@ -8,8 +8,9 @@ import torch
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.losses import MoEStats, balance_loss, moe_stats
-from moe_dist.moe.routing import Router, Routing, StepContext
+from moe_dist.moe.router import Router, Routing
 from moe_dist.parallel.mesh import Group, single_process_mesh
+from moe_dist.step import StepContext
 from tests.unit.helpers import context
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.route.reference import route
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.routing import Routing
+from moe_dist.moe.router import Routing
 from moe_dist.parallel.mesh import Group
 from tests.unit.helpers import context
 

@@ -9,7 +9,7 @@ from torch.distributions import Normal
 
 from moe_dist.moe.routers import cv_squared, limit_groups, sinkhorn
 from tests.unit.helpers import context
-from tests.unit.moe.test_routing import D, E, T, probs, routed, router, tokens
+from tests.unit.moe.test_router import D, E, T, probs, routed, router, tokens
 
 
 def test_jitter_multiplies_the_input_by_keyed_numbers() -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.kernels.norm.layer import RMSNorm
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import initialize
 
 LAYERS = ((ColumnParallelLinear, (4, 6)), (RowParallelLinear, (6, 4)))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_dist.kernels.random import RandomKey
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import Layout, single_process_mesh
-from moe_dist.parallel.random import RandomKey
 from moe_dist.parallel.sharding import ParamSpec, initialize, logical_parameters, parameter
 from tests.unit.helpers import idle_mesh, tiny_model
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.study.cells import cells
 from moe_dist.study.command import study as command_line
 from moe_dist.study.figure import x_places
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.report import cells, markdown, spread, table, write_report
+from moe_dist.study.report import markdown, spread, table, write_report
 from moe_dist.study.runner import Runner
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 

@@ -1,0 +1,79 @@
+"""Rules of the engine, the optimizer, the run and its guard."""
+
+import re
+from collections.abc import Iterator
+
+from moe_dist.config.rules.parts import above_zero, at_least, between
+from moe_dist.config.schema import Config
+
+
+def engine_rules(config: Config) -> Iterator[str]:
+    engine = config.engine
+    yield from above_zero(engine, "engine", "grad_clip", "null clips nothing")
+    yield from between(engine, "engine", "zero_stage", 0, 3)
+    if engine.name == "native":
+        if engine.zero_stage > 0:
+            yield f"zero_stage={engine.zero_stage} needs engine.name deepspeed; native replicates (engine.zero_stage 0)"
+        return
+    if engine.zero_stage == 0 and engine.precision == "bf16":
+        yield (
+            "zero_stage=0 with precision=bf16 is not supported under deepspeed: its stage 0 accumulates gradients in "
+            "bf16 and takes a norm per rank; set engine.zero_stage to 1 or engine.name to native"
+        )
+
+
+def optim_rules(config: Config) -> Iterator[str]:
+    optim, steps = config.optim, config.train.steps
+    yield from above_zero(optim, "optim", "lr eps decay_fraction")
+    yield from at_least(0, optim, "optim", "weight_decay warmup_steps")
+    yield from between(optim, "optim", "min_lr_ratio", 0, 1)
+    if optim.decay_fraction > 1:
+        yield f"decay_fraction={optim.decay_fraction} is above 1, but a share of all steps; lower optim.decay_fraction"
+    if optim.warmup_steps > steps >= 1:
+        yield f"warmup_steps={optim.warmup_steps} is larger than steps={steps}; lower optim.warmup_steps"
+    for name in ("beta1", "beta2"):
+        beta = getattr(optim, name)
+        if not 0 <= beta < 1:
+            yield f"{name}={beta} is outside 0 <= {name} < 1; change optim.{name}"
+
+
+def run_rules(config: Config) -> Iterator[str]:
+    run, train = config.run, config.train
+    yield from at_least(1, train, "train", "steps seq_len threads")
+    yield from between(train, "train", "seed", 0, 2**63 - 1)
+    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
+    yield from at_least(0, run, "run", "sample_tokens")
+    yield from above_zero(run, "run", "time_limit", "null is no limit")
+    if run.keep_every is not None and run.save_every >= 1 and run.keep_every % run.save_every:
+        yield (
+            f"keep_every={run.keep_every} is not a multiple of save_every={run.save_every}, so its steps have no "
+            "checkpoint; change one of them"
+        )
+    if run.keep_best and run.eval_every >= 1 and run.save_every % run.eval_every:
+        yield (
+            f"keep_best=true needs a validation loss for each checkpoint, but save_every={run.save_every} is not a "
+            f"multiple of eval_every={run.eval_every}; change one of them"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run.name):
+        yield (
+            f"name={run.name!r} is not a simple file name; "
+            "make run.name of letters, digits, '.', '_' and '-', not opening with '.' or '-'"
+        )
+
+
+def guard_rules(config: Config) -> Iterator[str]:
+    guard = config.guard
+    yield from at_least(1, guard, "guard", "max_skipped spike_window check_replicas")
+    yield from at_least(0, guard, "guard", "max_restarts")
+    yield from above_zero(guard, "guard", "spike_mads")
+    yield from above_zero(guard, "guard", "stall_seconds", "null watches nothing")
+    if guard.stall_seconds is not None and guard.stall_seconds > 540:
+        yield (
+            f"stall_seconds={guard.stall_seconds} is above 540, but collectives give up after 600 and would not say "
+            "whose fault it was; lower guard.stall_seconds"
+        )
+    if guard.check_replicas is not None and config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+        yield (
+            f"check_replicas={guard.check_replicas} has nothing to compare at zero_stage=3, where each parameter lies "
+            "in pieces; set guard.check_replicas to null or lower engine.zero_stage"
+        )

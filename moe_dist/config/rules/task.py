@@ -1,0 +1,90 @@
+"""The rules of the task and its data: `validate` asks for all of them."""
+
+from collections.abc import Iterator
+
+from moe_dist.config.model import AttentionConfig
+from moe_dist.config.rules.parts import at_least
+from moe_dist.config.schema import Config
+
+_BYTES = 256
+_LABELLED = ("jsonl", "csv")
+
+
+def task_rules(config: Config) -> Iterator[str]:
+    yield from _paths_rules(config)
+    yield from (_classification if config.task == "classification" else _language_modelling)(config)
+
+
+def encoder_rules(config: Config) -> Iterator[str]:
+    """What the classifier's layers cannot do, or what means nothing to them."""
+    model, moe, plain = config.model, config.model.moe, AttentionConfig()
+    yield from at_least(2, model, "model", "num_classes")
+    for name in ("dropout", "token_dropout"):
+        if not 0 <= getattr(model, name) < 1:
+            yield f"{name}={getattr(model, name)} is outside 0 <= {name} < 1; change model.{name}"
+    for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "window", "sinks", "dropout"):
+        value, only = getattr(model.attention, name), getattr(plain, name)
+        if value != only:
+            shown = "null" if only is None else str(only).lower()
+            yield f"attention.{name}={value} is of language models; set model.attention.{name} to {shown}"
+    if model.recompute == "block":
+        yield "recompute=block is of language models; set model.recompute to none or activation"
+    if config.parallel.sequence_parallel:
+        yield "sequence_parallel=true is of language models; set parallel.sequence_parallel to false"
+    if moe.num_experts == 0:
+        return
+    if moe.router in ("noisy", "sinkhorn"):
+        yield f"router={moe.router} counts padding as tokens; set model.moe.router to softmax, sigmoid or hash"
+    for name in ("balance_scope", "capacity_scope"):
+        value = getattr(moe, name)
+        if value != "global":
+            yield f"{name}={value} counts padding as tokens; set model.moe.{name} to global"
+
+
+def _classification(config: Config) -> Iterator[str]:
+    data = config.data
+    yield from encoder_rules(config)
+    if data.kind in ("text", "indexed"):
+        yield f"data.kind {data.kind} has no labels for task=classification; set data.kind to jsonl, csv or stdlib"
+    if config.run.sample_tokens > 0:
+        yield f"sample_tokens={config.run.sample_tokens} needs a language model; set run.sample_tokens to 0"
+    yield from at_least(1, data, "data", "block_lines")
+    yield from at_least(3, config.model, "model", "vocab_size")
+    held_out = data.validation_fraction + data.test_fraction
+    if not 0 < data.test_fraction < 1 or held_out >= 1:
+        yield (
+            f"test_fraction={data.test_fraction} must be above 0, and with validation_fraction="
+            f"{data.validation_fraction} below 1; change data.test_fraction"
+        )
+
+
+def _language_modelling(config: Config) -> Iterator[str]:
+    data, model = config.data, config.model
+    if data.kind == "indexed":
+        if config.run.sample_tokens:
+            yield f"sample_tokens={config.run.sample_tokens} needs bytes as tokens, not data.kind indexed; set it to 0"
+    elif 1 <= model.vocab_size < _BYTES:
+        yield f"vocab_size={model.vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
+    if data.kind in _LABELLED:
+        yield f"data.kind {data.kind} is for task=classification; set data.kind to text, or task to classification"
+    if model.num_classes is not None:
+        yield f"num_classes={model.num_classes} is of task=classification; set model.num_classes to null"
+    for name in ("dropout", "token_dropout"):
+        if getattr(model, name) != 0.0:
+            yield f"{name}={getattr(model, name)} is of task=classification; set model.{name} to 0"
+
+
+def _paths_rules(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.kind == "indexed" and not data.paths:
+        yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths"
+    elif data.kind != "stdlib" and not data.paths:
+        what = "files" if data.kind in _LABELLED else "files or folders"
+        yield f"data.kind {data.kind} needs paths; name {what} in data.paths, or set data.kind to stdlib"
+    if data.kind == "stdlib" and data.paths:
+        yield f"data.kind stdlib takes no paths, got {data.paths}; set data.kind to text or clear data.paths"
+    if not 0 < data.validation_fraction < 1:
+        yield (
+            f"validation_fraction={data.validation_fraction} is outside 0 < validation_fraction < 1; "
+            "change data.validation_fraction"
+        )

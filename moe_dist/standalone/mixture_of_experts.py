@@ -1,0 +1,189 @@
+"""`MixtureOfExperts`: the MoE layer on its own, for models that are not ours.
+
+Legend: B batch, S sequence, T tokens, D d_model, E experts.
+"""
+
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.parse import parse_as
+from moe_dist.config.rules.moe import moe_rules
+from moe_dist.config.schema import Config, ParallelConfig
+from moe_dist.kernels.activation import gated
+from moe_dist.kernels.random import RandomKey
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.moe.layer import MoE
+from moe_dist.parallel.mesh import Mesh, single_process_mesh
+from moe_dist.parallel.sharding import initialize
+from moe_dist.standalone.counting import drawn_seed, runs_again, step_of
+from moe_dist.step import StepContext
+from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
+
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
+
+
+class MixtureOfExperts(nn.Module):
+    """y = dropout(sum over the top_k experts i of p_i(x) E_i(x)), E_i(x) = act(x W_up) W_out.
+
+    d_ff: hidden width of one expert. expert_capacity_factor: in training an expert takes at most
+    ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless. Evaluation drops
+    nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too). device: where
+    the layer starts, and for which kernels are chosen. activation: gelu, as in the usual feed-forward; swiglu and geglu
+    have a third matrix. seed: of initial weights and of everything random; None draws one from torch's generator, so
+    that layers differ. mesh: process groups to cut the experts over; the input is then this rank's tokens, equally many
+    on every rank, and every rank must call. options: any other field of MoEConfig, such as router, expert_bias,
+    drop_policy, balance_loss_coef.
+
+    Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index). `step`
+    counts forward passes in training; seed and step are part of the state dict. Where a pass is run again (activation
+    checkpointing), give `step` to `forward`, so that it is the same pass.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int = 8,
+        top_k: int = 2,
+        dropout: float = 0.1,
+        expert_capacity_factor: float | None = 1.25,
+        *,
+        activation: Activation = "gelu",
+        seed: int | None = None,
+        mesh: Mesh | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if "capacity_factor" in options:
+            raise ValueError("capacity_factor is called expert_capacity_factor here: give that one")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
+        mesh = mesh or single_process_mesh()
+        seed = drawn_seed(seed, mesh.world.size)
+        options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
+        model = _model(d_model, d_ff, activation, options, mesh, torch.device(device).type)
+        self.d_model, self.dropout, self.seed, self.step = d_model, dropout, seed, 0
+        self.dp = mesh.dp
+        self.moe = MoE(model, 0, mesh)
+        self._counts_E: Tensor | None = None
+        self._since_balance: Tensor | None = None
+        initialize(self, seed)
+        self.to(device)
+
+    def forward(
+        self, x: Tensor, return_aux_loss: bool = False, *, token_ids: Tensor | None = None, step: int | None = None
+    ) -> Any:
+        """x of any shape [..., D] -> the same; with return_aux_loss (y, the weighted balancing and z-loss), also in
+        evaluation. [B, S, D] has sequences of S for balance_scope=sequence. token_ids: [...], for router=hash."""
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be d_model={self.d_model}")
+        x_TD = x.reshape(-1, self.d_model)
+        context = self._context(x, token_ids, step)
+        y_TD, stats = self.moe(x_TD, context)
+        if not runs_again():
+            self._counts_E = stats.load_E
+        if self.training and not runs_again():
+            earlier = self._since_balance
+            self._since_balance = stats.load_E if earlier is None else earlier + stats.load_E
+        y = self._dropped_out(y_TD, context).view(x.shape)
+        return (y, stats.aux_loss) if return_aux_loss else y
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe.config.num_experts
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """[E]: assignments to each expert in the last forward pass, of all ranks, before dropping; zeros before one."""
+        return torch.zeros(self.num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
+
+    def balance(self) -> None:
+        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since."""
+        if self._since_balance is not None:
+            self.moe.router.balance(self._since_balance)
+        self._since_balance = None
+
+    def add_experts(self, n: int, init: Literal["clone", "random", "split"] = "clone", **options: Any) -> list[int]:
+        """n closed experts, outputs unchanged until `open_experts`; see surgery/layers.py. Clones are of the experts
+        most loaded in the last forward pass, unless `sources` says otherwise. Rebuild the optimizer afterwards."""
+        if init == "clone" and self._counts_E is not None and not {"sources", "load_E"} & options.keys():
+            options["load_E"] = self._counts_E
+        if init == "random":
+            options = {"seed": self.seed, "name": "moe."} | options
+        added = add_experts(self.moe, n, init, **options)
+        self._counts_E = self._since_balance = None
+        return added
+
+    def open_experts(self, ids: list[int]) -> None:
+        """Let tokens go to added experts."""
+        open_experts(self.moe, ids)
+
+    def close_experts(self, ids: list[int]) -> None:
+        """Let no token go to these experts."""
+        close_experts(self.moe, ids)
+
+    def remove_experts(self, ids: list[int]) -> list[int]:
+        """Take experts out; returns the former numbers of those that stay. Closed ones leave the outputs unchanged."""
+        stay = remove_experts(self.moe, ids)
+        self._counts_E = self._since_balance = None
+        return stay
+
+    def merge_experts(self, groups: list[list[int]], weights: Tensor | list[float] | None = None) -> list[list[int]]:
+        """Each group becomes one expert, their mean weighted by `weights` [E]; returns the former numbers of each."""
+        came_from = merge_experts(self.moe, groups, weights)
+        self._counts_E = self._since_balance = None
+        return came_from
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seed, self.step = state.tolist()
+
+    def extra_repr(self) -> str:
+        moe = self.moe.config
+        return f"num_experts={moe.num_experts}, top_k={moe.top_k}, router={moe.router}, dropout={self.dropout}"
+
+    def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
+        step = step_of(self, step)
+        return StepContext(
+            RandomKey.of(self.seed, "mixture", step),
+            "train" if self.training else "eval",
+            step=step,
+            seq_len=x.shape[-2] if x.dim() > 2 else None,
+            token_ids_T=None if token_ids is None else token_ids.reshape(-1),
+        )
+
+    def _dropped_out(self, y_TD: Tensor, context: StepContext) -> Tensor:
+        if self.dropout == 0.0 or not self.training:
+            return y_TD
+        first = self.dp.rank * y_TD.numel()
+        index_TD = torch.arange(first, first + y_TD.numel(), device=y_TD.device).view_as(y_TD)
+        stays_TD = context.key.fold("dropout").uniform(index_TD) >= self.dropout
+        return y_TD * stays_TD / (1 - self.dropout)
+
+
+def _model(
+    d_model: int, d_ff: int, activation: Activation, options: dict[str, Any], mesh: Mesh, device_type: str
+) -> ModelConfig:
+    """The layer as a model of one layer, whose rules it must keep."""
+    known = {field.name for field in fields(MoEConfig)} - {"every", "d_ff"}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
+    gated(activation)  # raises for a name that is none of NAMES
+    moe = parse_as(MoEConfig, options, "MixtureOfExperts")
+    model = ModelConfig(d_model=d_model, d_ff=d_ff, num_layers=1, num_heads=1, activation=activation, moe=moe)
+    ep = mesh.ep.size // mesh.etp
+    problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]
+    if model.moe.num_experts < 1:
+        problems.append(f"num_experts={model.moe.num_experts} is below 1")
+    problems += moe_rules(Config(model=model, parallel=ParallelConfig(ep=ep, etp=mesh.etp, tp=mesh.tp.size)))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return resolve_backends(model, mesh.ep.size, device_type)

@@ -1,0 +1,167 @@
+"""`SwitchMultiQueryAttention`: switch attention on its own, for models that are not ours.
+
+Legend: B batch, S sequence, T = B * S tokens, D d_model, H heads, P width of a head, E experts.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.attention.places import Places
+from moe_dist.attention.rotary import rotary_table
+from moe_dist.attention.switch import SwitchAttention
+from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.parse import parse_as
+from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
+from moe_dist.config.schema import Config, ParallelConfig
+from moe_dist.kernels.random import RandomKey
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.parallel.collectives import own_slice
+from moe_dist.parallel.mesh import Mesh, single_process_mesh
+from moe_dist.parallel.sharding import initialize
+from moe_dist.standalone.counting import drawn_seed, runs_again, step_of
+from moe_dist.standalone.masks import added_by
+from moe_dist.step import StepContext
+
+
+class SwitchMultiQueryAttention(nn.Module):
+    """Each token goes to top_k of num_experts attention experts, which have num_heads query heads each and an output
+    projection; they share one key/value head over the whole causal sequence, with rotary positions (arXiv 2210.05144).
+
+    dropout: of the attention weights, in training. capacity_factor: in training an expert takes at most
+    ceil(factor * top_k * tokens / num_experts) tokens; a token that all its experts refuse gets zero. None is dropless,
+    and so is evaluation. load_loss_coef: weight of the load-balancing loss. head_dim: width of a head, d_model /
+    num_heads if None; of an odd head the last number has no position. seed, mesh, device and what is random: as
+    `MixtureOfExperts`; with tp, every rank of a tp group takes the same sequences. options: any field of MoEConfig that
+    is not of feed-forwards alone, such as router, drop_policy, z_loss_coef, eval_capacity_factor.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_experts: int,
+        dropout: float = 0.0,
+        capacity_factor: float | None = 1.0,
+        top_k: int = 2,
+        load_loss_coef: float = 1e-2,
+        *,
+        head_dim: int | None = None,
+        rope_theta: float = 10000.0,
+        seed: int | None = None,
+        mesh: Mesh | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        mesh = mesh or single_process_mesh()
+        self.seed, self.step, self.d_model, self.rope_theta = drawn_seed(seed, mesh.world.size), 0, d_model, rope_theta
+        options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
+        options |= dict(balance_loss_coef=load_loss_coef)
+        model = _model(d_model, num_heads, head_dim, dropout, options, mesh, torch.device(device).type)
+        self.attention = SwitchAttention(model, 0, mesh)
+        self._counts_E: Tensor | None = None
+        self._since_balance: Tensor | None = None
+        initialize(self, self.seed)
+        self.to(device)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        return_aux_loss: bool = False,
+        *,
+        token_ids: Tensor | None = None,
+        step: int | None = None,
+    ) -> Any:
+        """x: [B, S, D] -> the same; with return_aux_loss (y, the weighted balancing and z-loss), also in evaluation.
+
+        attn_mask: zeros are masked, beside the future. [B, S] are keys; [S, S], [B, S, S] or [B, H, S, S] are queries
+        and keys. A query that sees nothing gets zero. token_ids: [B, S], for router=hash.
+        """
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, d_model={self.d_model}]")
+        again = runs_again()
+        context = self._context(x, token_ids, step)
+        positions_S = torch.arange(x.shape[1], device=x.device)[None]
+        positions_S = positions_S.double() if x.dtype == torch.float64 else positions_S
+        rotary = rotary_table(positions_S, self.attention.head_dim // 2 * 2, self.rope_theta)
+        bias = None
+        if attn_mask is not None:
+            bias = added_by(attn_mask != 0, x.shape[0], self.attention.heads, x.shape[1], x.shape[1])
+        places = Places(rotary=rotary, bias=bias)
+        y_TD, stats = self.attention(x.reshape(-1, self.d_model), x.shape[:2], places, context)
+        if not again:
+            self._counts_E = stats.load_E
+            if self.training:
+                earlier = self._since_balance
+                self._since_balance = stats.load_E if earlier is None else earlier + stats.load_E
+        y = y_TD.view(x.shape)
+        return (y, stats.aux_loss) if return_aux_loss else y
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """[E]: assignments to each expert in the last forward pass, of all ranks, before dropping; zeros before one."""
+        num_experts = self.attention.config.moe.num_experts
+        return torch.zeros(num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
+
+    def balance(self) -> None:
+        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since."""
+        if self._since_balance is not None:
+            self.attention.router.balance(self._since_balance)
+        self._since_balance = None
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seed, self.step = state.tolist()
+
+    def extra_repr(self) -> str:
+        moe = self.attention.config.moe
+        return f"num_experts={moe.num_experts}, top_k={moe.top_k}, heads={self.attention.heads}, router={moe.router}"
+
+    def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
+        step = step_of(self, step)
+        tp, ids_T = self.attention.tp, None if token_ids is None else token_ids.reshape(-1)
+        return StepContext(
+            RandomKey.of(self.seed, "switch attention", step),
+            "train" if self.training else "eval",
+            step=step,
+            seq_len=x.shape[1],
+            token_ids_T=None if ids_T is None else own_slice(ids_T, tp),
+        )
+
+
+def _model(
+    d_model: int,
+    num_heads: int,
+    head_dim: int | None,
+    dropout: float,
+    options: dict[str, Any],
+    mesh: Mesh,
+    device_type: str,
+) -> ModelConfig:
+    """The layer as a model of one layer, whose rules it must keep."""
+    known = {field.name for field in fields(MoEConfig)} - NOT_OF_ATTENTION.keys()
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
+    sizes = dict(d_model=d_model, num_heads=num_heads, head_dim=head_dim)
+    problems = [f"{name}={size} is below 1" for name, size in sizes.items() if size is not None and size < 1]
+    if head_dim is None and not problems and d_model % num_heads:
+        problems.append(f"d_model={d_model} is not divisible by num_heads={num_heads}: change one, or give head_dim")
+    if not 0.0 <= dropout < 1.0:
+        problems.append(f"dropout={dropout} is outside 0 <= dropout < 1")
+    moe = parse_as(MoEConfig, options, "SwitchMultiQueryAttention")
+    # With dropout the plain maths: it draws by global index, the fused kernels as they like.
+    attention = AttentionConfig(kind="switch", backend="torch" if dropout else "auto", dropout=dropout, moe=moe)
+    dense = MoEConfig(num_experts=0)
+    model = ModelConfig(num_layers=1, attention=attention, moe=dense, **sizes)  # type: ignore[arg-type]
+    parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
+    problems += switch_rules(Config(model=model, parallel=parallel))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return resolve_backends(model, mesh.ep.size, device_type)

@@ -1,0 +1,86 @@
+"""A dense decoder becomes a Mixture-of-Experts decoder, and whole decoders change their experts.
+
+`surgery/upcycle.py` and `surgery/layers.py` do it to one layer and say what stays the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from moe_dist.config.model import MoEConfig
+from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.decoder import Decoder
+from moe_dist.models.trainable import Trainable
+from moe_dist.moe.layer import MoE
+from moe_dist.parallel.feed_forward import FeedForward
+from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.surgery.upcycle import become, check_rules, upcycled_config
+
+
+def upcycle_decoder(
+    decoder: Decoder,
+    moe: MoEConfig,
+    layers: Sequence[int] | None = None,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    preserve: bool = True,
+) -> Decoder:
+    """A new decoder with the weights of the dense `decoder`, in which the layers of `moe.every`, or `layers`, are MoE
+    layers whose experts are copies of the dense feed-forward. Dropless it computes the same, see surgery/upcycle.py.
+
+    layers: counted from 0; a model has MoE on every nth layer, so they must be n-1, 2n-1, ... seed: of the new routers.
+    """
+    model = decoder.config
+    if model.moe.num_experts > 0:
+        raise ValueError(f"the decoder has MoE layers of {model.moe.num_experts} experts: upcycle a dense one")
+    if decoder.tp.size > 1:
+        raise ValueError(f"the decoder is cut over tp={decoder.tp.size}: load its checkpoint on one process first")
+    if layers is not None:
+        moe = replace(moe, every=_every(layers, model.num_layers))
+    wanted = replace(model, moe=moe)
+    check_rules(wanted)
+    wanted = resolve_backends(upcycled_config(wanted) if preserve else wanted, ep=1)
+    new = Decoder(wanted, single_process_mesh(), seed=seed).to(decoder.embedding.weight)
+    for index, (block, before) in enumerate(zip(new.blocks, decoder.blocks, strict=True)):
+        layer, dense, name = block.feed_forward, before.feed_forward, f"blocks.{index}.feed_forward."
+        if isinstance(layer, MoE):
+            assert isinstance(dense, FeedForward), "a decoder without experts has dense layers only"
+            become(layer, dense, noise=noise, seed=seed, name=name, preserve=preserve)
+    old = dict(decoder.named_parameters())
+    with torch.no_grad():
+        for name, param, _ in logical_parameters(new):
+            if name in old:
+                param.copy_(old[name])
+    return new.train(decoder.training)
+
+
+def change_experts(decoder: Trainable, change: Callable[[MoE], object]) -> list[object]:
+    """Does `change` to every MoE layer, `lambda layer: layer.add_experts(2)` say, and makes the config of the decoder,
+    or classifier, follow. Returns what it returned. All layers must end with the same config: a model has one. An
+    engine that holds the model must be built again.
+    """
+    layers = [block.feed_forward for block in decoder.blocks if isinstance(block.feed_forward, MoE)]
+    if not layers:
+        raise ValueError("the decoder has no MoE layer; upcycle_decoder makes some")
+    results = [change(layer) for layer in layers]
+    configs = [layer.config for layer in layers]
+    if any(config != configs[0] for config in configs):
+        raise ValueError(
+            f"the layers' configs differ now: {configs}; a model has one for all: change each in the same way"
+        )
+    decoder.config = replace(decoder.config, moe=configs[0])
+    return results
+
+
+def _every(layers: Sequence[int], num_layers: int) -> int:
+    """The n of which `layers` are n-1, 2n-1, ..."""
+    every = min(layers, default=-1) + 1
+    if every < 1 or sorted(layers) != list(range(every - 1, num_layers, every)):
+        raise ValueError(
+            f"layers={list(layers)} of {num_layers}: MoE layers are every nth, n-1, 2n-1, ... counted from 0; "
+            f"for n=2 name {list(range(1, num_layers, 2))}"
+        )
+    return every

@@ -1,0 +1,160 @@
+"""A run on disk: its folder, its configuration, its environment and its status.
+
+runs/NAME/
+  config.yaml        everything, resolved       environment.json   versions, backends, layout, revision
+  metrics.jsonl      one line a step            tensorboard/
+  checkpoints/step-000100/                      logs/rank-00000.log
+  status.json        running | finished | preempted | failed, with the reason
+  heartbeats/        what each rank did last         restarts.json    starts that got nowhere
+  tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  run.lock           held by rank 0 while the run lives
+"""
+
+import json
+import logging
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_dist.checkpoint.store import checkpoints
+from moe_dist.config import Config, dump_config
+from moe_dist.kernels.registry import describe_backends
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.objects import RankFailed, together
+from moe_dist.train.health.exit_codes import FAILED, EndRun
+from moe_dist.train.record.status import FILE as STATUS
+from moe_dist.train.record.status import read_status, replace_text, write_status
+
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "triton",
+    "flash-attn",
+    "apex",
+    "safetensors",
+    "numpy",
+    "tokenizers",
+)
+
+
+class RunFolder:
+    """Paths of one run. Only rank 0 writes, but for the logs, heartbeats, and the reason of a failure."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._before = self._written()  # the status of an earlier start
+
+    def newest_checkpoint(self) -> Path | None:
+        found = checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def refuse_second_start(self) -> None:
+        """Raises ValueError when the folder holds a run."""
+        if (self.path / "metrics.jsonl").exists() or self.newest_checkpoint() is not None:
+            raise ValueError(
+                f"{self.path} already holds a run: continue it with --resume, or choose another --run.name"
+            )
+
+    def write_config(self, config: Config) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path, "config.yaml", dump_config(config))
+
+    def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
+        layout = mesh.layout
+        record = {
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "threads_per_rank": torch.get_num_threads(),
+            "backends": describe_backends(config.model, device.type),
+            "layout": {"world": layout.world, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep, "edp": layout.edp},
+            "revision": _git_revision(),
+        }
+        replace_text(self.path, "environment.json", json.dumps(record, indent=1))
+
+    def write_text(self, name: str, text: str) -> None:
+        replace_text(self.path, name, text)
+
+    def write_status(self, state: str, **details: Any) -> None:
+        write_status(self.path, state, **details)
+
+    @contextmanager
+    def failures_noted(
+        self, rank: int, log: logging.Logger | None = None, but: tuple[type[BaseException], ...] = ()
+    ) -> Iterator[None]:
+        """Within, what ends this start is noted in the status and the log; on any rank. but: what is not."""
+        try:
+            yield
+        except but:
+            raise
+        except BaseException as error:
+            if log is not None:
+                log.exception("stopped")
+            with suppress(OSError, ValueError):  # the disk may be what has failed
+                self._note_failure(error, rank)
+            raise
+
+    def _note_failure(self, error: BaseException, rank: int) -> None:
+        """The first reason of this start stays: that of the others is that they lost the rank that failed."""
+        if read_status(self.path)["state"] == "failed" and self._written() != self._before:
+            return
+        if isinstance(error, EndRun):  # the same on every rank
+            if rank == 0:
+                self.write_status("failed", reason=str(error), code=error.code)
+        else:
+            where = {"rank": rank} if rank else {}
+            self.write_status("failed", reason=f"{type(error).__name__}: {error}", **where)
+
+    def _written(self) -> int | None:
+        try:
+            return (self.path / STATUS).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def rank_log(self, rank: int) -> logging.Logger:
+        """A logger that writes logs/rank-NNNNN.log."""
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / "logs" / f"rank-{rank:05d}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log = logging.getLogger(f"moe_dist.rank{rank}")
+        for old in list(log.handlers):
+            log.removeHandler(old)
+            old.close()
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        return log
+
+
+def write_together(folder: Path, work: Callable[[], None]) -> None:
+    """`work` on every rank, which must all call. Raises EndRun on every rank when it failed on one: the disk of
+    `folder` may be full."""
+    try:
+        together(work, f"{folder} cannot be written to")
+    except RankFailed as error:
+        raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None  # no git on this machine
+    return shown.stdout.strip() or None

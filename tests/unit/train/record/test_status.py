@@ -1,0 +1,91 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moe_dist.cli import main
+from moe_dist.config import Config, dump_config
+from moe_dist.config.schema import DataConfig, EngineConfig
+from moe_dist.train.record.status import describe_status, is_finished, read_status, remove_drafts, write_status
+from moe_dist.train.resume import as_configured
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    assert read_status(tmp_path) == {"state": "none"}
+    write_status(tmp_path, "preempted", step=40, signal="SIGUSR2")
+    status = read_status(tmp_path)
+    assert status == {"state": "preempted", "step": 40, "signal": "SIGUSR2"}
+    assert describe_status(status) == "preempted step=40 signal=SIGUSR2"
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_status(tmp_path, "running")
+
+    def killed(old: Path, new: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_status(tmp_path, "failed", reason="none")
+    monkeypatch.undo()
+    (draft,) = tmp_path.glob(".*")
+    draft.rename(draft.with_name(draft.name.removesuffix(str(os.getpid())) + "0"))  # of another process
+    remove_drafts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"] and read_status(tmp_path)["state"] == "running"
+
+
+def test_a_reason_of_several_lines_stays_one() -> None:
+    assert describe_status({"state": "failed", "reason": "one\ntwo"}) == "failed reason=one two"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": "finished", "step": null}'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(ValueError, match=r"status\.json.* remove it"):
+        read_status(tmp_path)
+
+
+def test_finished_means_all_steps_of_this_configuration(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path, 40)
+    write_status(tmp_path, "preempted", step=40)
+    assert not is_finished(tmp_path, 40)
+    write_status(tmp_path, "finished", step=40)
+    assert is_finished(tmp_path, 40)
+    assert not is_finished(tmp_path, 80), "the user has asked for more"
+
+
+def test_the_command_finds_the_run_as_train_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    write_status(run, "running")
+    flags = ["--run.root", str(tmp_path), "--run.name", "mine", "--resume", "auto", "--device", "cpu"]
+    assert main(["status", *flags]) == 0
+    assert capsys.readouterr().out == "running\n"
+
+
+def test_auto_leaves_a_finished_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    write_status(run, "finished", step=5)
+    flags = ["--run.root", str(tmp_path), "--run.name", "mine", "--train.steps", "5", "--resume", "auto"]
+    assert main(["train", *flags]) == 0
+    assert "finished its 5 steps already" in capsys.readouterr().out
+    assert [path.name for path in run.iterdir()] == ["status.json"]
+
+
+def test_auto_does_not_take_another_run_for_the_finished_one(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(kind="text", paths=["a"]))
+    assert as_configured(tmp_path, config), "nothing speaks against it"
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert as_configured(tmp_path, replace(config, engine=EngineConfig(name="deepspeed", zero_stage=1)))
+    for other in (
+        replace(config, train=replace(config.train, seed=7)),
+        replace(config, train=replace(config.train, global_batch=2 * config.train.global_batch)),
+        replace(config, model=replace(config.model, d_ff=2 * config.model.d_ff)),
+        replace(config, data=replace(config.data, paths=["b"])),
+    ):
+        assert not as_configured(tmp_path, other)
+    (tmp_path / "config.yaml").write_text("train: [")
+    assert not as_configured(tmp_path, config)
