@@ -137,7 +137,7 @@ def address_of(node: str) -> str:
         return node
     command = ["scontrol", "show", "node", node]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         failed = f"{' '.join(command)} failed ({error})"
         raise ValueError(f"the network knows no host {node}, and {failed}: set MASTER_ADDR") from None

@@ -82,7 +82,7 @@ class Runner:
             if self.ledger.finished(point.name):  # meanwhile
                 return True
             if not (point.folder / "point.yaml").exists():
-                (point.folder / ".point.yaml").write_text(dump_config(point.config))
+                (point.folder / ".point.yaml").write_text(dump_config(point.config), encoding="utf-8")
                 os.replace(point.folder / ".point.yaml", point.folder / "point.yaml")
             before = read_status(point.run)
             if before["state"] == "finished":  # trained, but its runner was killed before it could say so
@@ -133,7 +133,7 @@ class Runner:
 
     def _last_words(self, point: Point, code: int) -> str:
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = (point.folder / "train.log").read_text(errors="replace").split("\n")
+        lines = (point.folder / "train.log").read_text(encoding="utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"{end}; {point.folder / 'train.log'} ends with: {said[:300]}"
 
