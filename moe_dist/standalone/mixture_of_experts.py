@@ -15,7 +15,7 @@ from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.schema import Config, ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize

@@ -26,7 +26,7 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.schema import Config
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward

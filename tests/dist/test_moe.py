@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
-from moe_dist.kernels.registry import resolve_backends
 from moe_dist.kernels.route.reference import route
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.layer import MoE

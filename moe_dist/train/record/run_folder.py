@@ -24,7 +24,7 @@ import torch
 
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, dump_config
-from moe_dist.kernels.registry import describe_backends
+from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
 from moe_dist.train.health.exit_codes import FAILED, EndRun
