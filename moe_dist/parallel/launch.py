@@ -81,13 +81,18 @@ def _first_host(nodelist: str) -> str:
 
 
 def start(
-    rank: Rank, device: str | None = None, threads: int | None = None, deterministic: bool = False
+    rank: Rank,
+    device: str | None = None,
+    threads: int | None = None,
+    deterministic: bool = False,
+    share_gpus: bool = False,
 ) -> torch.device:
     """Initialise the default process group (also for a process alone: ZeRO wants one) and choose the device.
 
     device: `cpu`, `cuda` or None for CUDA where there is any. deterministic: torch raises RuntimeError where it would
-    run an operation whose result depends on the order of threads. Raises ValueError when CUDA is asked for and missing,
-    or when the port to meet at is taken.
+    run an operation whose result depends on the order of threads. share_gpus: where a machine has fewer GPUs than
+    ranks, they share them and talk over gloo, since NCCL wants a GPU for each; to compare numbers, not for speed.
+    Raises ValueError when CUDA is asked for and missing, or when the port to meet at is taken.
     """
     # Deprecations that DeepSpeed and torch.distributed have among themselves.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -95,22 +100,23 @@ def start(
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpus, shared = torch.cuda.device_count(), False
     if name == "cuda":
-        if torch.cuda.device_count() <= rank.local_rank:
-            found = torch.cuda.device_count()
+        shared = share_gpus and 0 < gpus < rank.local_world
+        if gpus <= rank.local_rank and not shared:
             raise ValueError(
-                f"local rank {rank.local_rank} needs a GPU of its own, but {found} are visible: --device cpu"
+                f"local rank {rank.local_rank} needs a GPU of its own, but {gpus} are visible: --device cpu"
             )
-        torch.cuda.set_device(rank.local_rank)
+        torch.cuda.set_device(rank.local_rank % gpus)
     else:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world))
     _export(rank)
     if rank.on_one_machine:  # nobody else to talk to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if name == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, store=_store(rank), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
-    return torch.device(name, rank.local_rank) if name == "cuda" else torch.device("cpu")
+    return torch.device(name, rank.local_rank % gpus) if name == "cuda" else torch.device("cpu")
 
 
 def _store(rank: Rank) -> dist.Store | None:
@@ -157,7 +163,8 @@ def said_once(rank: Rank) -> Iterator[None]:
 def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | None = "cpu") -> None:
     """Run worker(*args) on `ranks` new processes of this machine that form a process group, and wait for all.
 
-    worker must be importable. An exception in any rank is raised here; the others are stopped.
+    worker must be importable. An exception in any rank is raised here; the others are stopped. On `cuda`, ranks that
+    outnumber the GPUs share them.
     """
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         join = (ranks, str(Path(folder) / "store"), device, worker, args)
@@ -165,7 +172,7 @@ def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | Non
 
 
 def _spawned(index: int, ranks: int, file: str, device: str | None, worker: Callable[..., None], args: Any) -> None:
-    start(Rank(index, ranks, index, ranks, file=file), device)
+    start(Rank(index, ranks, index, ranks, file=file), device, share_gpus=True)
     worker(*args)
     stop()
 
