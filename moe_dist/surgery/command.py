@@ -98,7 +98,7 @@ def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
     if config.task == "classification":
         built = Classifier(model, mesh, config.train.seq_len, seed)
     else:
-        built = Decoder(model, mesh, False, seed)
+        built = Decoder(model, mesh, seed)
     with torch.no_grad():
         for name, param in built.named_parameters():
             param.copy_(reader.read(kind, name, 0, param.numel()).view_as(param))
