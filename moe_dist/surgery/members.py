@@ -84,7 +84,7 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
     problems = list(moe_rules(Config(model=model)))
     if problems:
         raise ValueError("\n".join(problems))
-    return type(layer)(model, layer.layer, layer.mesh, layer.sequence_parallel, layer.out_std)
+    return type(layer)(model, layer.layer, layer.mesh, layer.out_std)
 
 
 def random_members(layer: "MoE", members: list[Member], widths: list[int], seed: int, name: str) -> list[Member]:
