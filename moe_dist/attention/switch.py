@@ -52,11 +52,10 @@ class SwitchAttention(nn.Module):
         model: ModelConfig,
         layer: int,
         mesh: Mesh,
-        sequence_parallel: bool = False,
         out_std: float | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.layer, self.sequence_parallel = model.attention, layer, sequence_parallel
+        self.config, self.layer, self.mesh = model.attention, layer, mesh
         self.tp, self.dp, self.heads = mesh.tp, mesh.dp, model.num_heads
         self.head_dim = model.head_dim or model.d_model // model.num_heads
         moe, with_experts = model.attention.moe, replace(model, moe=model.attention.moe)
@@ -68,7 +67,7 @@ class SwitchAttention(nn.Module):
         # A number of its own: neither draws nor a witness may take this router for the same block's feed-forward one.
         number = -1 - layer
         self.router = ROUTERS[moe.router](with_experts, number, mesh)
-        self.capacity = Capacity(moe, number, mesh.world, index=layer)
+        self.capacity = Capacity(moe, number, mesh.token_ranks, index=layer)
         self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
         self.experts = AttentionExperts(model, mesh, out_std)
         shape = (2 * self.head_dim, model.d_model)
@@ -85,7 +84,7 @@ class SwitchAttention(nn.Module):
         replay: Replay | None = None,
     ) -> tuple[Tensor, MoEStats]:
         """shape: (B, S) of the full tokens. cache: of the shared head, whole on every tp rank. Every rank must call."""
-        own_TD = x_TD if self.sequence_parallel else split_to_group(x_TD, self.tp)
+        own_TD = x_TD if self.mesh.sequence_parallel else split_to_group(x_TD, self.tp)
         # 1. Who goes where, and who is let in.
         routing, plan, weights_TK = self._route(own_TD, step, replay)
         # 2. To the query projections and back: K * H query heads of each token, zero where an assignment was dropped.
@@ -104,7 +103,7 @@ class SwitchAttention(nn.Module):
         back = self.dispatcher.dispatch(y_NM, weight_N1, each)
         y_ND = self.dispatcher.combine(self.experts.outputs(back), weight_N1, back)
         y_TD = y_ND.unflatten(0, weights_TK.shape).sum(1)
-        if not self.sequence_parallel:
+        if not self.mesh.sequence_parallel:
             y_TD = gather_from_group(y_TD, self.tp)
         # 5. What it cost, and what the router is told. Rows go there D and come back M wide, then the other way round:
         # the sum is that of two trips with one width each.
@@ -127,7 +126,7 @@ class SwitchAttention(nn.Module):
 
     def _keys_values(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of all tokens, on every tp rank; each rank's heads give a part of the gradients, which are summed over tp."""
-        kv_TP = F.linear(enter(x_TD, self.tp, self.sequence_parallel), copy_to_group(self.key_value, self.tp))
+        kv_TP = F.linear(enter(x_TD, self.mesh), copy_to_group(self.key_value, self.tp))
         k_BSP, v_BSP = self._clip(kv_TP).view(*shape, 2 * self.head_dim).chunk(2, dim=-1)
         return k_BSP, v_BSP
 

@@ -42,20 +42,20 @@ class BlockReplay:
 class DecoderBlock(nn.Module):
     """x_TD -> x_TD. Output projections start smaller by 1 / sqrt(2 num_layers), as in GPT-2."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
-        tp, residual = mesh.tp, (2 * model.num_layers) ** -0.5
+        residual = (2 * model.num_layers) ** -0.5
         widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention = ATTENTIONS[model.attention.kind]
-        self.attention = attention(model, layer, mesh, sequence_parallel, width**-0.5 * residual)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        self.attention = attention(model, layer, mesh, width**-0.5 * residual)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, sequence_parallel, out_std)
+            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std)
         else:
-            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, tp, sequence_parallel, out_std)
+            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
 
     def forward(
         self,

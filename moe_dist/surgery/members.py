@@ -83,7 +83,7 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
     moe = replace(moe, num_experts=len(widths), d_ff=d_ff, **changes)
     model = replace(layer.model, moe=moe)
     refuse(moe_rules(moe, ParallelConfig(), d_ff=model.d_ff, num_layers=model.num_layers))
-    return type(layer)(model, layer.layer, layer.mesh, layer.sequence_parallel, layer.out_std)
+    return type(layer)(model, layer.layer, layer.mesh, layer.out_std)
 
 
 def random_members(layer: "MoE", members: list[Member], widths: list[int], seed: int, name: str) -> list[Member]:

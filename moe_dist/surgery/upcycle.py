@@ -57,7 +57,7 @@ def upcycle(
     check_rules(model)
     model = resolve_backends(upcycled_config(model) if preserve else model, ep=1)
     std = spec_of(dense.down.weight).std
-    moe = MoE(model, layer, single_process_mesh(), dense.sequence_parallel, std).to(dense.up.weight)
+    moe = MoE(model, layer, single_process_mesh(), std).to(dense.up.weight)
     initialize(moe, seed, name)
     become(moe, dense, noise=noise, seed=seed, name=name, preserve=preserve)
     return moe
@@ -119,8 +119,10 @@ def upcycled_config(model: ModelConfig) -> ModelConfig:
 
 
 def _check_fit(dense: FeedForward, model: ModelConfig) -> None:
-    if dense.tp.size > 1:
-        raise ValueError(f"the dense layer is cut over tp={dense.tp.size}: load its checkpoint on one process first")
+    if dense.mesh.tp.size > 1:
+        raise ValueError(
+            f"the dense layer is cut over tp={dense.mesh.tp.size}: load its checkpoint on one process first"
+        )
     width, d_model = dense.up.weight.shape
     if model.d_model != d_model or model.activation != dense.activation:
         raise ValueError(
