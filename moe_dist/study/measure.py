@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from statistics import fmean, median
 from typing import Any
 
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import load_config
 from moe_dist.models.flops import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.study.grid import Point
 
@@ -29,8 +30,8 @@ def measure(point: Point) -> dict[str, Any]:
     forward pass (train/record/metrics.py). seconds: sum over steps, without start-up and evaluation. started: when the
     point first was, in UTC.
     """
-    records = [json.loads(line) for line in (point.run / "metrics.jsonl").read_text().splitlines()]
-    environment = json.loads((point.run / "environment.json").read_text())
+    records = [json.loads(line) for line in (point.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    environment = json.loads((point.run / "environment.json").read_text(encoding="utf-8"))
     quarter = records[-max(1, len(records) // 4) :]
     counts = _parameter_counts(load_config(point.run / "config.yaml"))
     measured = {name: value for name, value in records[-1].items() if name.startswith(("validation_", "test_"))}

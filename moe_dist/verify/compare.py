@@ -17,7 +17,7 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.engine.base import Engine
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
@@ -88,7 +88,7 @@ def compare_layout(
     sizes = (config.parallel.ep, config.parallel.tp, config.parallel.etp, config.parallel.node_size)
     if sizes not in meshes:
         meshes[sizes] = create_mesh(*sizes)
-    mesh = meshes[sizes]
+    mesh = replace(meshes[sizes], sequence_parallel=config.parallel.sequence_parallel)
     run, found = _Run(config, mesh, device), Differences()
     top_k, tie = config.model.moe.top_k, options.tie_tolerance
     loss_off, norm_off, grad_off, worst = 0.0, 0.0, 0.0, ""
@@ -134,7 +134,7 @@ class _Run:
         self.config = replace(config, model=model_config)
         self.mesh, self.device, self.parts = mesh, device, parts
         self.shape = validate(config, mesh.layout.world)
-        model = Decoder(model_config, mesh, config.parallel.sequence_parallel, config.train.seed)
+        model = Decoder(model_config, mesh, config.train.seed)
         model = model.to(device, torch.float64 if is_wide(model_config) else None)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.store import checkpoints
-from moe_dist.config import Config, dump_config
-from moe_dist.kernels.registry import describe_backends
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config
+from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
-from moe_dist.train.health.exit_codes import FAILED, EndRun
+from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.record.status import FILE as STATUS
 from moe_dist.train.record.status import read_status, replace_text, write_status
 
@@ -122,7 +123,8 @@ class RunFolder:
     def rank_log(self, rank: int) -> logging.Logger:
         """A logger that writes logs/rank-NNNNN.log."""
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.path / "logs" / f"rank-{rank:05d}.log")
+        name = self.path / "logs" / f"rank-{rank:05d}.log"
+        handler = logging.FileHandler(name, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log = logging.getLogger(f"moe_dist.rank{rank}")
         for old in list(log.handlers):
@@ -154,7 +156,7 @@ def _git_revision() -> str | None:
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+        shown = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     except OSError:
         return None  # no git on this machine
     return shown.stdout.strip() or None
