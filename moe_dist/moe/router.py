@@ -63,6 +63,10 @@ class Router(nn.Module):
         self.register_buffer("open_E", torch.ones(self.moe.num_experts))
         self._read: tuple[Tensor, int, Tensor | None] | None = None
 
+    def reset_buffers(self) -> None:
+        """As they were at first: all experts open."""
+        self.open_E.fill_(1.0)
+
     def route(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         """`forward` where closed experts do not exist: not for probabilities, noise, losses nor capacity.
 
