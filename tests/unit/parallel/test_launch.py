@@ -32,6 +32,9 @@ SLURM = {
     "MASTER_ADDR": "node1",
 }
 
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What `start` sets; a test that calls it sets them before, so that they are put back."""
+
 
 def without(environ: dict[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in environ.items() if key != name}
@@ -158,14 +161,15 @@ def test_neighbours_share_a_node_everywhere() -> None:
     """Nodes of 4, 2 and 2 ranks: in pairs, no node ends within a group."""
     assert neighbours([place(local_world=size) for size in (4, 4, 4, 4, 2, 2, 2, 2)]) == 2
     assert neighbours([place(local_world=size) for size in (2, 2, 1)]) == 1
+    assert neighbours([place(local_world=size) for size in (3, 3, 3, 2, 2)]) == 1  # though all have 2
     assert neighbours([place(local_world=4)] * 8) == 4
 
 
 @pytest.mark.parametrize(("visible", "gpu"), [(1, 0), (4, 3)])
 def test_libraries_are_told_the_gpu(visible: int, gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed takes LOCAL_RANK for the number of the GPU."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "9")  # to be put back: a rank sets them
+    for name in OF_A_RANK:
+        monkeypatch.setenv(name, "9")
     join, taken = dist.init_process_group, []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
@@ -182,3 +186,24 @@ def test_libraries_are_told_the_gpu(visible: int, gpu: int, monkeypatch: pytest.
         dist.destroy_process_group()
     assert device == torch.device("cuda", gpu) and taken == [device]
     assert os.environ["LOCAL_RANK"] == str(gpu)
+
+
+def test_deterministic_runs_refuse_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run after them in the same process does not: the setting is what was asked for last."""
+    for name in (*OF_A_RANK, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "lo" if name == "GLOO_SOCKET_IFNAME" else "9")
+    try:
+        for deterministic in (True, False):
+            start(Rank(), "cpu", 1, deterministic)
+            dist.destroy_process_group()
+            assert torch.are_deterministic_algorithms_enabled() is deterministic
+            # One of the operations that torch knows to depend on the order of threads, also on CPU.
+            values, index = torch.zeros(2), torch.zeros(1, dtype=torch.long)
+            if deterministic:
+                with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+                    values.put_(index, torch.ones(1))
+            else:
+                values.put_(index, torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
