@@ -28,14 +28,14 @@ from moe_dist.parallel.collectives import (
     scatter_sequence,
 )
 from moe_dist.parallel.mesh import Group
-from moe_dist.standalone.counting import drawn_seed
+from moe_dist.standalone.base import Layer, device_of, drawn_seed
 from moe_dist.standalone.multi_query.inputs import Past, check_bias, check_lengths, check_mask, check_past, extend
 from moe_dist.standalone.multi_query.norms import Norm
 from moe_dist.standalone.multi_query.options import check_options, check_sizes
 from moe_dist.standalone.multi_query.parts import Heads, Part, initialize, logical_state, qkv_part, sum_shared
 
 
-class MultiQueryAttention(nn.Module):
+class MultiQueryAttention(Layer):
     """softmax(scale * q k^T + bias) v for every query head, all of them on num_kv_heads heads of keys and values.
 
     attn_impl: `triton` (ours), `flash` (the flash-attn package on GPU where it is installed, else torch's fused
@@ -84,9 +84,12 @@ class MultiQueryAttention(nn.Module):
         sequence_parallel: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        self.tp, self.sequence_parallel = tp or Group(), sequence_parallel
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tp = tp or Group()
+        super().__init__(drawn_seed(seed, tp.size))
+        self.tp, self.sequence_parallel = tp, sequence_parallel
+        if device is None and torch.get_default_device().type == "cpu" and torch.cuda.is_available():
+            device = "cuda"
+        device = device_of(device)
         check_sizes(d_model, heads, num_kv_heads, head_dim, self.tp.size)
         check_options(attn_impl, clip_qkv, attn_pdrop, norm_type, fc_type, window, device.type)
         self.d_model, self.heads, self.num_kv_heads = d_model, heads, num_kv_heads
@@ -98,27 +101,37 @@ class MultiQueryAttention(nn.Module):
         self.rope_theta = rope_theta if rotary else None
         self.alibi, self.window = alibi, window
         self.attend = attention(attn_impl)
-        self.seed, self.step = drawn_seed(seed, self.tp.size), 0
 
         self.mine = Heads.of(heads, num_kv_heads, self.tp)
         self.qkv = qkv_part(self.mine, heads, num_kv_heads, self.head_dim)
         width, first = self.mine.count * self.head_dim, self.mine.first * self.head_dim
         own = range(first, first + width)
-        out = Part.of(heads * self.head_dim, [(own, own)], dim=1)
+        self.out = Part.of(heads * self.head_dim, [(own, own)], dim=1)
         self.Wqkv = nn.Linear(d_model, len(self.qkv.index_N), use_bias, device)
         self.out_proj = nn.Linear(width, d_model, use_bias, device)
-        for name, linear, part in (("Wqkv", self.Wqkv, self.qkv), ("out_proj", self.out_proj, out)):
-            initialize(linear, part, RandomKey.of(self.seed, name))
         width = heads * self.head_dim
         self.q_ln = Norm(width, norm_type, device, self.tp, cut=True) if qk_ln else None
         self.k_ln = Norm(self.head_dim, norm_type, device, self.tp) if qk_ln else None
         self.sinks = nn.Parameter(torch.zeros(heads, device=device)) if sinks else None
         if self.tp.size > 1:
             logical_state(self.Wqkv, self.tp, weight=self.qkv, **(dict(bias=self.qkv) if use_bias else {}))
-            logical_state(self.out_proj, self.tp, weight=out)
+            logical_state(self.out_proj, self.tp, weight=self.out)
+        if device.type != "meta":
+            self.reset_parameters()
         if verbose:
             runs = flash_provider(device.type) if attn_impl == "flash" else attn_impl
             print(f"MultiQueryAttention({self.extra_repr()}) on {device}: attention by {runs}")
+
+    def reset_parameters(self) -> None:
+        self.step = 0
+        with torch.no_grad():
+            for name, linear, part in (("Wqkv", self.Wqkv, self.qkv), ("out_proj", self.out_proj, self.out)):
+                initialize(linear, part, RandomKey.of(self.seed, name))
+            for norm in (self.q_ln, self.k_ln):
+                if norm is not None:
+                    norm.reset_parameters()
+            if self.sinks is not None:
+                self.sinks.zero_()
 
     def forward(
         self,
@@ -246,15 +259,10 @@ class MultiQueryAttention(nn.Module):
     def _dropout(self, step: int | None, first_row: int) -> Dropout | None:
         if not self.training or self.attn_pdrop == 0.0:
             return None
-        if step is None:
-            if self.attn_impl != "flash" and torch._C._current_graph_task_id() != -1:
-                raise ValueError(
-                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
-                    "other random numbers: give forward the same `step` both times"
-                )
-            step = self.step
-            self.step += 1
-        key = RandomKey.of(self.seed, "attention", step)
+        step = self.pass_of(step)
+        # Whoever cuts heads over tp or names the first row says themselves which rows these are.
+        told = self.tp.size > 1 or first_row > 0
+        key = RandomKey.of(self.seed, "attention", step) if told else self.key_of("attention", step)
         return Dropout(self.attn_pdrop, key, first_row, self.mine.first, self.heads)
 
     def _enter(self, x: Tensor) -> Tensor:

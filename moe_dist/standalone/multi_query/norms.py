@@ -35,6 +35,11 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width, device=device))
         self.bias = nn.Parameter(torch.zeros(width, device=device)) if self.centred else None
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]; [..., c] -> [..., c] where cut."""
         kind = x.device.type
