@@ -106,7 +106,7 @@ def cores(shape: tuple[int, ...], precision: str, steps: int, device: torch.devi
     if device.type == "cuda":
         for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)):
             found[name] = partial(_under, backend, sdpa)
-        found["triton"] = _backend("triton")
+        found |= {"moe_dist flash": _backend("flash"), "triton": _backend("triton")}
     else:
         found = {"plain maths": plain, "SDPA": sdpa, "flash": _backend("flash"), "packed": _backend("packed")}
     return race({name: partial(_step, one) for name, one in found.items()}, draw, steps, 2)

@@ -64,7 +64,9 @@ SECTIONS = (
     Section("e", "layer", "One MoE layer beside other systems', bf16, forward and backward", 0.35, 2),
     Section("f", "attention", "Attention beside SDPA", 0.15, 3, page=False),
     Section("g", "waits", "Where a step waits for the host, and where its time goes", 0.10, 4),
+    Section("h", "tune", "Blocks of the experts' Triton kernels", 0.20, 5),
 )
+USUAL = "abcdefg"
 
 
 @dataclass
@@ -174,7 +176,7 @@ def page(results: Sequence[Result], minutes: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
-    parser.add_argument("--sections", default="".join(section.letter for section in SECTIONS), help="letters, say beg")
+    parser.add_argument("--sections", default=USUAL, help=f"letters (default {USUAL}; h measures block sizes)")
     parser.add_argument("--folder", type=Path, default=Path("gpu-report"), help="where the report goes")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on CPU, kernels in Triton's interpreter")
     own = parser.parse_args()

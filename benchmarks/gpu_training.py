@@ -48,7 +48,8 @@ class Bench:
         return [json.loads(line) for line in lines]
 
     def command(self, *args: str) -> str:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
         if "cpu" in args:  # DeepSpeed and Triton must not look for the GPU
             environment |= {"CUDA_VISIBLE_DEVICES": ""}
         call = [sys.executable, "-m", "moe_dist.cli", *args]
