@@ -61,7 +61,7 @@ SECTIONS = (
     Section("b", "tests", "Tests of every kernel, fp32 and bf16", 0.35, 1, page=False),
     Section("c", "training", "The quickstart's configuration", 0.35, 1),
     Section("d", "verify", "The same in every layout, 4 ranks on one GPU over gloo", 0.35, 1, page=False),
-    Section("e", "layer", "One MoE layer beside other systems', bf16, forward and backward", 0.35, 2),
+    Section("e", "layer", "One MoE layer beside other systems', bf16, forward and backward", 0.45, 2),
     Section("f", "attention", "Attention beside SDPA", 0.15, 3, page=False),
     Section("g", "waits", "Where a step waits for the host, and where its time goes", 0.10, 4),
     Section("h", "tune", "Blocks of the experts' Triton kernels", 0.20, 5),
