@@ -30,6 +30,8 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
 
+_LEAST_NOISE = 1e-2
+
 
 class SoftmaxRouter(Router):
     """p = softmax(W x), the top_k largest (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, eq. 1 and 2).
@@ -74,6 +76,10 @@ class SigmoidRouter(Router):
         self.bias_E: Tensor
         self.register_buffer("bias_E", torch.zeros(self.moe.num_experts))
 
+    def reset_buffers(self) -> None:
+        super().reset_buffers()
+        self.bias_E.zero_()
+
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
         preference_TE = None
@@ -96,7 +102,8 @@ class NoisyRouter(Router):
     (Shazeer et al., arXiv 1701.06538, eq. 3 to 5).
 
     Its losses are squared coefficients of variation over experts: of importance, the summed weights (eq. 6), and of
-    load, the summed probability to be chosen if an expert's noise were drawn again (eq. 8 to 11).
+    load, the summed probability to be chosen if an expert's noise were drawn again (eq. 8 to 11). The deviation of the
+    noise is at least that of the authors' code, 0.01: the load divides by it.
     """
 
     knows_padding = False
@@ -108,7 +115,7 @@ class NoisyRouter(Router):
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         clean_TE = fp32_logits(x_TD, self.weight, self.slices)
-        std_TE = F.softplus(fp32_logits(x_TD, self.noise_weight, self.slices))
+        std_TE = at_least(F.softplus(fp32_logits(x_TD, self.noise_weight, self.slices)), _LEAST_NOISE)
         noisy_TE = clean_TE
         if step.phase == "train":
             index_TE = self.draw_index(clean_TE)
@@ -117,10 +124,10 @@ class NoisyRouter(Router):
         routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)
         importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).sum(0)
         importance_E = importance_E / max(len(x_TD), 1)
-        extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.world))
+        extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.token_ranks))
         if step.phase == "train" and self.moe.top_k < self.moe.num_experts:
             load_E = self._chance(clean_TE, noisy_TE, std_TE, routing.experts_TK).sum(0) / max(len(x_TD), 1)
-            extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.world))
+            extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.token_ranks))
         return replace(routing, extra_loss=extra)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
@@ -178,13 +185,13 @@ class SinkhornRouter(Router):
         preference_TE = logits_TE.detach()
         if step.phase == "train":
             self._check_equal(len(preference_TE))
-            everyone = all_gather(preference_TE, self.world)
-            first = self.world.rank * len(logits_TE)
+            everyone = all_gather(preference_TE, self.token_ranks)
+            first = self.token_ranks.rank * len(logits_TE)
             preference_TE = sinkhorn(everyone, self.moe.sinkhorn_iterations)[first : first + len(logits_TE)]
         return self.routing(logits_TE, step, None, self.settle(preference_TE.softmax(-1), step))
 
     def _check_equal(self, tokens: int) -> None:
-        held = all_gather(torch.tensor([tokens], device=self.weight.device), self.world).tolist()
+        held = all_gather(torch.tensor([tokens], device=self.weight.device), self.token_ranks).tolist()
         if len(set(held)) > 1:
             raise ValueError(f"router=sinkhorn balances over all ranks, but they hold {held} tokens: give each as many")
 
@@ -203,6 +210,10 @@ class HashRouter(Router):
         super().__init__(model, layer, mesh)
         self.names_E: Tensor
         self.register_buffer("names_E", torch.arange(self.moe.num_experts))
+
+    def reset_buffers(self) -> None:
+        super().reset_buffers()
+        self.names_E.copy_(torch.arange(len(self.names_E)))
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         num_experts = self.moe.num_experts
@@ -246,6 +257,11 @@ def limit_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best_of:
     group_TG = grouped_TGe.topk(min(best_of, grouped_TGe.shape[2]), dim=-1).values.sum(-1)
     open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, best(group_TG, top_k_groups), True)
     return grouped_TGe.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+
+
+def at_least(x: Tensor, floor: float) -> Tensor:
+    """The larger of both, exactly x where that is x; with the gradient of x everywhere, so that it can grow again."""
+    return x + (floor - x).clamp(min=0).detach()
 
 
 def cv_squared(values_E: Tensor) -> Tensor:
