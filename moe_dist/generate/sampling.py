@@ -12,7 +12,8 @@ from torch import Tensor
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """temperature 0 takes the most likely token; where it is hardly above, the draw chooses among equally likely ones.
-    top_k: choose among so many of the most likely. top_p: among the fewest whose probabilities add up to it (nucleus sampling, arXiv 1904.09751). None: among all."""
+    top_k: choose among so many of the most likely. top_p: among the fewest whose probabilities add up to it
+    (nucleus sampling, arXiv 1904.09751). None: among all."""
 
     temperature: float = 0.8
     top_k: int | None = None
