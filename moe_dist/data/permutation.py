@@ -31,7 +31,8 @@ def permuted(places_N: np.ndarray, size: int, keys: Sequence[int]) -> np.ndarray
 
 
 def _moved(cell_N: np.ndarray, rows: int, columns: int, keys: Sequence[int]) -> np.ndarray:
-    row_N, column_N = cell_N // np.uint64(columns), cell_N % np.uint64(columns)
+    row_N: np.ndarray = cell_N // np.uint64(columns)
+    column_N: np.ndarray = cell_N % np.uint64(columns)
     for turn, key in enumerate(keys):
         if turn % 2:
             column_N = (column_N + _hash(row_N, key) % np.uint64(columns)) % np.uint64(columns)
