@@ -17,7 +17,7 @@ from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
 from moe_dist.kernels.grouped_mm.onednn import fp32_products
 from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
-from moe_dist.kernels.route.reference import Routed, route
+from moe_dist.kernels.top_k.reference import TopK, top_k_experts
 
 _SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head from which, packed is faster on CPU
 
@@ -70,13 +70,13 @@ def check_triton(field: str, instead: str, device_type: str) -> None:
         )
 
 
-def route_kernel(kernels: str) -> Callable[..., Routed]:
-    """`route` of kernels/route."""
+def top_k_kernel(kernels: str) -> Callable[..., TopK]:
+    """`top_k_experts` of kernels/top_k."""
     if kernels == "triton":
-        from moe_dist.kernels.route.triton import route as fused
+        from moe_dist.kernels.top_k.triton import top_k_experts as fused
 
         return fused
-    return route
+    return top_k_experts
 
 
 def norm_kernel(kernels: str, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:

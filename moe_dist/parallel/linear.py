@@ -9,7 +9,14 @@ are cut over the same group.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.parallel.collectives import copy_to_group, gather_sequence, reduce_from_group, scatter_sequence
+from moe_dist.parallel.collectives import (
+    copy_to_group,
+    gather_from_group,
+    gather_sequence,
+    reduce_from_group,
+    scatter_sequence,
+    split_to_group,
+)
 from moe_dist.parallel.mesh import Group
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
@@ -22,6 +29,21 @@ def enter(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
 def leave(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
     """Out of a tensor-parallel region: partial sums become sums, cut by tokens under sequence parallelism."""
     return scatter_sequence(x_TD, tp) if sequence_parallel else reduce_from_group(x_TD, tp)
+
+
+class TokenSlices:
+    """For layers that do different work on each tp rank's own slice of the tokens. Under sequence parallelism tokens
+    are cut already."""
+
+    def __init__(self, tp: Group, sequence_parallel: bool) -> None:
+        self.tp = tp
+        self.sequence_parallel = sequence_parallel
+
+    def own(self, x_TD: Tensor) -> Tensor:
+        return x_TD if self.sequence_parallel else split_to_group(x_TD, self.tp)
+
+    def all(self, y_TD: Tensor) -> Tensor:
+        return y_TD if self.sequence_parallel else gather_from_group(y_TD, self.tp)
 
 
 def _part(size: int, tp: Group, what: str) -> tuple[int, int]:

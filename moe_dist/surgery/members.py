@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe_dist.config.model import ModelConfig
 from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.schema import Config
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
@@ -68,7 +69,7 @@ def rebuild(layer: "MoE", members: list[Member], **changes: Any) -> None:
     for (name, new), (_, old) in zip(_per_expert(fresh), _per_expert(layer), strict=True):
         new.data = torch.stack([member.row[name] for member in members])
         new.requires_grad_(old.requires_grad)
-    for part in ("config", "model", "capacity", "dispatcher", "router", "experts"):
+    for part in ("config", "gate", "router", "dispatcher", "experts"):
         setattr(layer, part, getattr(fresh, part))
     layer.train(layer.training)
 
@@ -77,14 +78,25 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
     """A new layer with experts of these widths, otherwise as `layer`. Raises ValueError where a rule is broken."""
     moe = layer.config
     d_ff: int | list[int] | None = widths if len(set(widths)) > 1 or isinstance(moe.d_ff, list) else widths[0]
-    if moe.d_ff is None and d_ff == layer.model.d_ff:
+    if moe.d_ff is None and d_ff == layer.d_ff:
         d_ff = None
     moe = replace(moe, num_experts=len(widths), d_ff=d_ff, **changes)
-    model = replace(layer.model, moe=moe)
-    problems = list(moe_rules(Config(model=model)))
+    problems = list(moe_rules(Config(model=ModelConfig(d_ff=layer.d_ff, moe=moe))))
     if problems:
         raise ValueError("\n".join(problems))
-    return type(layer)(model, layer.layer, layer.mesh, layer.sequence_parallel, layer.out_std)
+    held = layer.experts
+    return type(layer)(
+        moe,
+        held.d_model,
+        layer.d_ff,
+        held.activation,
+        layer=layer.layer,
+        mesh=layer.mesh,
+        kernels=held.kernels,
+        recompute=held.recompute,
+        sequence_parallel=layer.slices.sequence_parallel,
+        out_std=held.out_std,
+    )
 
 
 def random_members(layer: "MoE", members: list[Member], widths: list[int], seed: int, name: str) -> list[Member]:

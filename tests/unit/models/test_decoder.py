@@ -9,6 +9,7 @@ from moe_dist.models.decoder import Decoder
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.step import Site
 from tests.unit.helpers import context, gradients, random_ids, tiny_model
 
 
@@ -90,10 +91,10 @@ class CountingWitness:
     def __init__(self) -> None:
         self.decisions = 0
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
         return scores if self.decisions < 2 else -scores
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
         self.decisions += 1
 
 

@@ -71,7 +71,7 @@ def test_padding_changes_nothing(capacity_factor: float | None) -> None:
 
 
 def moe_layer(**changes: object) -> MoE:
-    layer = MoE(tiny_model(**changes), 0, single_process_mesh())
+    layer = moe_layer(tiny_model(**changes), 0, single_process_mesh())
     initialize(layer, 3)
     return layer.double()
 
