@@ -88,13 +88,11 @@ class QueryKeyNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism."""
 
-    def __init__(
-        self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool = False, out_std: float | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> None:
         super().__init__()
         tp = mesh.tp
-        self.config, self.layer, self.tp, self.dp = model.attention, layer, tp, mesh.dp
-        self.sequence_parallel, self.num_heads = sequence_parallel, model.num_heads
+        self.config, self.layer, self.mesh = model.attention, layer, mesh
+        self.num_heads = model.num_heads
         self.head_dim = model.head_dim or model.d_model // model.num_heads
         width = model.num_heads * self.head_dim
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
@@ -122,7 +120,7 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """shape: (B, S) of the full tokens. With a cache, queries also see what is in it, and are added to it. There
         are no losses, and no decisions to replay."""
-        x_TD = enter(x_TD, self.tp, self.sequence_parallel)
+        x_TD = enter(x_TD, self.mesh)
         q_BSHP = self.query(x_TD).view(*shape, self.heads.stop - self.heads.start, self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
         if self.config.clip_qkv is not None:
@@ -140,7 +138,7 @@ class CausalSelfAttention(nn.Module):
             k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
         y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(places, starts_B, shape, step), None)
         y_TD = self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1))
-        return leave(y_TD, self.tp, self.sequence_parallel), None
+        return leave(y_TD, self.mesh), None
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
@@ -151,7 +149,7 @@ class CausalSelfAttention(nn.Module):
         dropout = None
         if self.config.dropout > 0 and step.phase == "train":
             key = step.key.fold("attention dropout", self.layer)
-            dropout = Dropout(self.config.dropout, key, self.dp.rank * shape[0], self.heads.start, self.num_heads)
+            dropout = Dropout(self.config.dropout, key, self.mesh.dp.rank * shape[0], self.heads.start, self.num_heads)
         slopes_H = None if places.slopes_H is None else places.slopes_H[self.heads]
         return Pattern(
             window=self.config.window,

@@ -172,9 +172,9 @@ class RoutedSelfAttention(nn.Module):
     """The trainer's layer for model.attention.kind = routed: x_TD -> y_TD, both cut by tokens under sequence
     parallelism."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool, out_std: float) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> None:
         super().__init__()
-        self.layer, self.tp, self.dp, self.sequence_parallel = layer, mesh.tp, mesh.dp, sequence_parallel
+        self.layer, self.mesh = layer, mesh
         self.rate, self.num_heads = model.attention.dropout, model.num_heads
         self.routed = RoutedAttention(
             model.d_model,
@@ -207,10 +207,10 @@ class RoutedSelfAttention(nn.Module):
             rotary = tuple(torch.cat((t, t), dim=-1)[:, :, None] for t in places.rotary)
         dropout = None
         if self.rate > 0 and step.phase == "train":
-            key, first = step.key.fold("attention", self.layer), self.num_heads // self.tp.size * self.tp.rank
-            dropout = Dropout(self.rate, key, self.dp.rank * shape[0], first, self.num_heads)
-        y_TD = self.routed(enter(x_TD, self.tp, self.sequence_parallel), shape, rotary, dropout)
-        return leave(y_TD, self.tp, self.sequence_parallel), None
+            key, first = step.key.fold("attention", self.layer), self.num_heads // self.mesh.tp.size * self.mesh.tp.rank
+            dropout = Dropout(self.rate, key, self.mesh.dp.rank * shape[0], first, self.num_heads)
+        y_TD = self.routed(enter(x_TD, self.mesh), shape, rotary, dropout)
+        return leave(y_TD, self.mesh), None
 
 
 def _check(places: Places, cache: KVCache | None) -> None:

@@ -51,14 +51,13 @@ class SwitchAttention(nn.Module):
         model: ModelConfig,
         layer: int,
         mesh: Mesh,
-        sequence_parallel: bool = False,
         out_std: float | None = None,
     ) -> None:
         super().__init__()
         moe = model.attention.moe
         self.config = model.attention
         self.layer = layer
-        self.sequence_parallel = sequence_parallel
+        self.mesh = mesh
         self.tp = mesh.tp
         self.dp = mesh.dp
         self.heads = model.num_heads
@@ -68,7 +67,7 @@ class SwitchAttention(nn.Module):
                 f"top_k*num_heads={moe.top_k}*{self.heads} query heads of a token are not divisible by "
                 f"tp={self.tp.size}: change one of them"
             )
-        self.slices = TokenSlices(mesh.tp, sequence_parallel)
+        self.slices = TokenSlices(mesh)
         self.gate = Gate(moe, model.d_model, layer, mesh, model.kernels, kind="attention")
         self.router = self.gate.router
         self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
@@ -116,7 +115,7 @@ class SwitchAttention(nn.Module):
 
     def _keys_values(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of all tokens, on every tp rank; each rank's heads give a part of the gradients, which are summed over tp."""
-        kv_TP = F.linear(enter(x_TD, self.tp, self.sequence_parallel), copy_to_group(self.key_value, self.tp))
+        kv_TP = F.linear(enter(x_TD, self.mesh), copy_to_group(self.key_value, self.tp))
         k_BSP, v_BSP = self._clip(kv_TP).view(*shape, 2 * self.head_dim).chunk(2, dim=-1)
         return k_BSP, v_BSP
 

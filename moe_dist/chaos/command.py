@@ -54,7 +54,7 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
         say(f"the same without faults, to step {step}: {reference.run}")
         undisturbed(reference, step)
     report = judged(harassment, reference, step) | {"seed": seed, "minutes": minutes}
-    (broken.run / "chaos.json").write_text(json.dumps(report, indent=1))
+    (broken.run / "chaos.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     show(report, console)
     return 0 if not report["lost"] and not report["problems"] else 1
 

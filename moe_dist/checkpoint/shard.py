@@ -69,7 +69,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -11,6 +11,8 @@ What DeepSpeed 0.19 needs to be told, and why:
   them sees, and experts without rows still get a gradient of zeros, so that every rank reduces.
 - Stage 3 gathers sets of parameters, group after group in the order of their addresses, which differs between ranks:
   we sort them, because exchanges of two groups that ranks begin in different order can wait for each other.
+- Stage 3 fetches a module's own parameters again when backward reaches its output, which it finds in tensors, tuples
+  and dicts alone: our root returns none of these, so `micro_step` marks the loss in its name.
 - Stage 3 fetches ahead, keeps and cuts groups of parameters by their size here, which differs between the ranks of dp
   where experts have different widths: there it must do neither.
 - Its norm counts a parameter on every model-parallel rank only if `tensor_model_parallel` is set: set for parameters
@@ -119,7 +121,8 @@ class DeepSpeedEngine:
         self.mesh.trail.enter("forward")
         output = self.engine(tokens_BS, targets, step)
         self.mesh.trail.enter("backward")
-        self.engine.backward(output.loss)
+        root: Any = self.model
+        self.engine.backward(output.loss if self.stage < 3 else root.pre_bwd_fn.apply(output.loss))
         self.micro = (self.micro + 1) % self.accumulation
         if self.micro:
             self.engine.step()  # no boundary: DeepSpeed only counts

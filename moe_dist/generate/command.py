@@ -77,8 +77,8 @@ def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Deco
     """The model with the weights of a checkpoint, whose digests have been found right; ready to be asked."""
     parallel = config.parallel
     model = resolve_backends(config.model, parallel.expert_ranks, device.type, config.train.seq_len)
-    mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp)
-    decoder = Decoder(model, mesh, parallel.sequence_parallel, config.train.seed)
+    mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, sequence_parallel=parallel.sequence_parallel)
+    decoder = Decoder(model, mesh, config.train.seed)
     decoder = decoder.to(device, compute_dtype(config.engine.precision)).eval()
     load_weights(checkpoint, decoder, checked=True)
     return decoder

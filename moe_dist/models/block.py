@@ -25,9 +25,7 @@ def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
 
 
-def moe_layer(
-    model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool = False, out_std: float | None = None
-) -> MoE:
+def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> MoE:
     """The MoE layer of block number `layer` as `model` says; out_std as for MoE."""
     return MoE(
         model.moe,
@@ -38,7 +36,6 @@ def moe_layer(
         mesh=mesh,
         kernels=model.kernels,
         recompute=model.recompute == "activation",
-        sequence_parallel=sequence_parallel,
         out_std=out_std,
     )
 
@@ -61,20 +58,20 @@ class BlockReplay:
 class DecoderBlock(nn.Module):
     """x_TD -> x_TD. Output projections start smaller by 1 / sqrt(2 num_layers), as in GPT-2."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
-        tp, residual = mesh.tp, (2 * model.num_layers) ** -0.5
+        residual = (2 * model.num_layers) ** -0.5
         widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention = ATTENTIONS[model.attention.kind]
-        self.attention = attention(model, layer, mesh, sequence_parallel, width**-0.5 * residual)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        self.attention = attention(model, layer, mesh, width**-0.5 * residual)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
-            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, sequence_parallel, out_std)
+            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
-            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, tp, sequence_parallel, out_std)
+            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
 
     def forward(
         self,

@@ -42,7 +42,7 @@ class Gate:
     ) -> None:
         site = Site(layer, kind)
         self.router = ROUTERS[moe.router](moe, d_model, site, mesh, kernels)
-        self.capacity = Capacity(moe, site, mesh.world)
+        self.capacity = Capacity(moe, site, mesh.token_ranks)
 
     def __call__(self, x_TD: Tensor, step: StepContext, replay: Replay | None = None) -> Choice:
         """Every rank must call. `replay` repeats the decisions that it holds, or is given those taken now."""

@@ -35,7 +35,6 @@ class MoE(nn.Module):
         mesh: Mesh,
         kernels: str = "torch",
         recompute: bool = False,
-        sequence_parallel: bool = False,
         out_std: float | None = None,
     ) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class MoE(nn.Module):
         self.layer = layer
         self.mesh = mesh
         self.d_ff = d_ff
-        self.slices = TokenSlices(mesh.tp, sequence_parallel)
+        self.slices = TokenSlices(mesh)
         self.gate = Gate(moe, d_model, layer, mesh, kernels)
         self.router = self.gate.router
         self.dispatcher = make_dispatcher(moe, mesh, kernels)
@@ -51,7 +50,7 @@ class MoE(nn.Module):
         self.shared = None
         if moe.num_shared_experts:
             width, std = moe.num_shared_experts * self.experts.mean_width, self.experts.out_std
-            self.shared = FeedForward(d_model, width, activation, mesh.tp, sequence_parallel, std)
+            self.shared = FeedForward(d_model, width, activation, mesh, std)
 
     def forward(self, x_TD: Tensor, step: StepContext, replay: Replay | None = None) -> tuple[Tensor, MoEStats]:
         """y_TD as x_TD, and what the layer did. Each tp rank sends its own slice, so no token travels twice."""

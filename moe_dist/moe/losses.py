@@ -41,7 +41,7 @@ class MoEStats:
         With padding, ranks have unequal numbers of tokens; sums are divided by the mean over ranks of those numbers.
         """
         moe, routing, plan, real = router.moe, choice.routing, choice.plan, step.real
-        tokens = len(routing.experts_TK) if real is None else real.total / router.world.size
+        tokens = len(routing.experts_TK) if real is None else real.total / router.token_ranks.size
         tokens = tokens or 1
         counts_CE, prob_sums_CE = whole_chunks(choice, router, step), routing.stats.prob_sums_CE
         if routing.open_e is not None:  # a closed expert has no share in the balance

@@ -41,7 +41,7 @@ class Router(nn.Module):
         self.moe = moe
         self.site = site
         self.slices = mesh.tp
-        self.world = mesh.world
+        self.token_ranks = mesh.token_ranks
         self.top_k_experts = top_k_kernel(kernels)
         self.open_E: Tensor
         self.register_buffer("open_E", torch.ones(moe.num_experts))
@@ -148,7 +148,7 @@ class Router(nn.Module):
 
     def draw_index(self, like: Tensor) -> Tensor:
         """An index for each element of `like`, [T, width], by which to draw: a function of the global token index."""
-        first = self.world.rank * like.numel()
+        first = self.token_ranks.rank * like.numel()
         return torch.arange(first, first + like.numel(), device=like.device).view_as(like)
 
 

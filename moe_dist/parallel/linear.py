@@ -2,8 +2,8 @@
 
 A tensor-parallel region is entered once and left once: `enter` makes the full tokens available to every rank's part,
 column-parallel layers (weight [out, in], cut over out) may follow in any number, one row-parallel layer (weight stored
-[in, out], cut over in) gives partial sums, and `leave` adds them up. With sequence parallelism, tokens outside a region
-are cut over the same group.
+[in, out], cut over in) gives partial sums, and `leave` adds them up. With mesh.sequence_parallel, tokens outside a
+region are cut over the same group.
 """
 
 import torch.nn.functional as F
@@ -17,33 +17,32 @@ from moe_dist.parallel.collectives import (
     scatter_sequence,
     split_to_group,
 )
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
-def enter(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+def enter(x_TD: Tensor, mesh: Mesh) -> Tensor:
     """Into a tensor-parallel region: all tokens on every rank; gradients of the parts are summed on the way back."""
-    return gather_sequence(x_TD, tp) if sequence_parallel else copy_to_group(x_TD, tp)
+    return gather_sequence(x_TD, mesh.tp) if mesh.sequence_parallel else copy_to_group(x_TD, mesh.tp)
 
 
-def leave(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+def leave(x_TD: Tensor, mesh: Mesh) -> Tensor:
     """Out of a tensor-parallel region: partial sums become sums, cut by tokens under sequence parallelism."""
-    return scatter_sequence(x_TD, tp) if sequence_parallel else reduce_from_group(x_TD, tp)
+    return scatter_sequence(x_TD, mesh.tp) if mesh.sequence_parallel else reduce_from_group(x_TD, mesh.tp)
 
 
 class TokenSlices:
-    """For layers that do different work on each tp rank's own slice of the tokens. Under sequence parallelism tokens
-    are cut already."""
+    """For layers that do other work on each tp rank's own slice of the tokens. Under sequence parallelism tokens are
+    cut already."""
 
-    def __init__(self, tp: Group, sequence_parallel: bool) -> None:
-        self.tp = tp
-        self.sequence_parallel = sequence_parallel
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
 
     def own(self, x_TD: Tensor) -> Tensor:
-        return x_TD if self.sequence_parallel else split_to_group(x_TD, self.tp)
+        return x_TD if self.mesh.sequence_parallel else split_to_group(x_TD, self.mesh.tp)
 
     def all(self, y_TD: Tensor) -> Tensor:
-        return y_TD if self.sequence_parallel else gather_from_group(y_TD, self.tp)
+        return y_TD if self.mesh.sequence_parallel else gather_from_group(y_TD, self.mesh.tp)
 
 
 def _part(size: int, tp: Group, what: str) -> tuple[int, int]:

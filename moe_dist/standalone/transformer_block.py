@@ -18,7 +18,7 @@ from moe_dist.config.rules.attention import attention_rules
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.parallel.feed_forward import FeedForward
-from moe_dist.parallel.mesh import Group, single_process_mesh
+from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.counting import drawn_seed
 from moe_dist.standalone.masks import added_by
@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
                 d_model, d_ff, num_experts, top_k_experts, dropout, expert_capacity_factor, **options
             )
         else:
-            self.feed_forward = FeedForward(d_model, d_ff, activation, Group(), False, d_ff**-0.5)
+            self.feed_forward = FeedForward(d_model, d_ff, activation, single_process_mesh(), d_ff**-0.5)
             initialize(self.feed_forward, seed, "feed_forward.")
         self.to(device)
 

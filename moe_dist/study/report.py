@@ -33,7 +33,7 @@ def write_report(study: Study, latest: dict[str, dict[str, Any]]) -> list[Path]:
     pictures = [study.folder / f"{study.file.name}.{kind}" for kind in ("png", "svg")]
     draw(grid, x_axis(study), pictures)
     page = study.folder / "report.md"
-    page.write_text(markdown(study, latest))
+    page.write_text(markdown(study, latest), encoding="utf-8", errors="backslashreplace")
     return [page, *pictures]
 
 

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from moe_dist.config import Config, dump_config, load_config
+from moe_dist.parallel.slurm import leave_step
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.lock import locked
@@ -81,7 +82,7 @@ class Runner:
             if self.ledger.finished(point.name):  # meanwhile
                 return True
             if not (point.folder / "point.yaml").exists():
-                (point.folder / ".point.yaml").write_text(dump_config(point.config))
+                (point.folder / ".point.yaml").write_text(dump_config(point.config), encoding="utf-8")
                 os.replace(point.folder / ".point.yaml", point.folder / "point.yaml")
             before = read_status(point.run)
             if before["state"] == "finished":  # trained, but its runner was killed before it could say so
@@ -107,7 +108,12 @@ class Runner:
         with (point.folder / "train.log").open("ab") as log:
             # A process group of its own: Ctrl-C reaches the runner alone, which asks the process to save first.
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock], process_group=0
+                command,
+                env=leave_step(os.environ),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                process_group=0,
             )
             code = self._process.wait()
         self._process = None
@@ -127,7 +133,7 @@ class Runner:
 
     def _last_words(self, point: Point, code: int) -> str:
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = (point.folder / "train.log").read_text(errors="replace").split("\n")
+        lines = (point.folder / "train.log").read_text(encoding="utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"{end}; {point.folder / 'train.log'} ends with: {said[:300]}"
 

@@ -98,7 +98,7 @@ def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
     if config.task == "classification":
         built = Classifier(model, mesh, config.train.seq_len, seed)
     else:
-        built = Decoder(model, mesh, False, seed)
+        built = Decoder(model, mesh, seed)
     with torch.no_grad():
         for name, param in built.named_parameters():
             param.copy_(reader.read(kind, name, 0, param.numel()).view_as(param))
@@ -132,7 +132,9 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
     stop()
     moe = replace(config.model.moe, num_experts=changed.num_experts, d_ff=changed.d_ff, num_groups=changed.num_groups)
     where = replace(config.run, root=str(output.parent), name=output.name)
-    (output / "config.yaml").write_text(dump_config(replace(config, model=replace(config.model, moe=moe), run=where)))
+    (output / "config.yaml").write_text(
+        dump_config(replace(config, model=replace(config.model, moe=moe), run=where)), encoding="utf-8"
+    )
     tokenizer = checkpoint.parent.parent / "tokenizer.json"
     if tokenizer.is_file():
         shutil.copy(tokenizer, output / tokenizer.name)
@@ -158,7 +160,7 @@ def describe(model: Trainable, run: Path) -> list[str]:
 
 def _last_loads(run: Path) -> dict[int, list[int]]:
     metrics = run / "metrics.jsonl"
-    written = metrics.read_text().splitlines() if metrics.is_file() else []
+    written = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     record: dict[str, Any] = json.loads(written[-1]) if written else {}
     return {row["layer"]: row["load"] for row in record.get("layers", [])}
 

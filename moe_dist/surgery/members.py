@@ -94,7 +94,6 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
         mesh=layer.mesh,
         kernels=held.kernels,
         recompute=held.recompute,
-        sequence_parallel=layer.slices.sequence_parallel,
         out_std=held.out_std,
     )
 

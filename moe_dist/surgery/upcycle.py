@@ -56,7 +56,7 @@ def upcycle(
     check_rules(model)
     model = resolve_backends(upcycled_config(model) if preserve else model, ep=1)
     std = spec_of(dense.down.weight).std
-    moe = moe_layer(model, layer, single_process_mesh(), dense.sequence_parallel, std).to(dense.up.weight)
+    moe = moe_layer(model, layer, single_process_mesh(), std).to(dense.up.weight)
     initialize(moe, seed, name)
     become(moe, dense, noise=noise, seed=seed, name=name, preserve=preserve)
     return moe
@@ -120,8 +120,10 @@ def upcycled_config(model: ModelConfig) -> ModelConfig:
 
 
 def _check_fit(dense: FeedForward, moe: MoE) -> None:
-    if dense.tp.size > 1:
-        raise ValueError(f"the dense layer is cut over tp={dense.tp.size}: load its checkpoint on one process first")
+    if dense.mesh.tp.size > 1:
+        raise ValueError(
+            f"the dense layer is cut over tp={dense.mesh.tp.size}: load its checkpoint on one process first"
+        )
     (width, d_model), held = dense.up.weight.shape, moe.experts
     if held.d_model != d_model or held.activation != dense.activation:
         raise ValueError(

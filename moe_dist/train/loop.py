@@ -70,7 +70,14 @@ class Trainer:
         parallel = config.parallel
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
-        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size, trail=trail)
+        self.mesh: Mesh = create_mesh(
+            parallel.ep,
+            parallel.tp,
+            parallel.etp,
+            node_size,
+            trail=trail,
+            sequence_parallel=parallel.sequence_parallel,
+        )
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )

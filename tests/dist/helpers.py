@@ -66,8 +66,9 @@ class TinyRun:
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32) -> None:
         self.shape = validate(config, mesh.layout.world)
         config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
+        mesh = replace(mesh, sequence_parallel=config.parallel.sequence_parallel)
         self.config, self.mesh = config, mesh
-        model = Decoder(config.model, mesh, config.parallel.sequence_parallel, config.train.seed).to(dtype)
+        model = Decoder(config.model, mesh, config.train.seed).to(dtype)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )

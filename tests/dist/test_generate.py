@@ -69,7 +69,7 @@ def pieces_are_the_whole() -> None:
             attention = AttentionConfig(position=position, qk_ln=True, sinks=True, window=7)
             model = ModelConfig(**(MODEL | {"num_kv_heads": kv_heads}), moe=moe, attention=attention)
             alone = Decoder(resolve_backends(model, 1), single_process_mesh())
-            cut = Decoder(resolve_backends(model, ep), create_mesh(ep, tp), sequence_parallel=sp)
+            cut = Decoder(resolve_backends(model, ep), create_mesh(ep, tp, sequence_parallel=sp))
             with torch.no_grad():
                 whole = alone(ids_BS, None, step, "logits")
                 torch.testing.assert_close(cut(ids_BS, None, step, "logits"), whole, rtol=0, atol=1e-5)

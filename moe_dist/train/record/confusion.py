@@ -38,7 +38,7 @@ def write_confusion(folder: Path, counts_CC: np.ndarray, labels: Sequence[str], 
         "macro_f1": macro_f1(counts_CC),
         "f1": {label: None if np.isnan(score) else float(score) for label, score in zip(labels, scores, strict=True)},
     }
-    (folder / "confusion.json").write_text(json.dumps(record, indent=1))
+    (folder / "confusion.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     draw_confusion(folder / "confusion.png", counts_CC, labels, title)
 
 

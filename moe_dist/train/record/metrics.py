@@ -158,7 +158,7 @@ def last_logged_step(run_dir: Path) -> int:
 def recent_losses(run_dir: Path, count: int) -> list[float]:
     """Losses of the last `count` steps in metrics.jsonl that were applied."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     applied = (record for record in map(json.loads, lines) if "skipped" not in record)
     return [record["loss"] for record in applied if record.get("loss") is not None][-count:]
 

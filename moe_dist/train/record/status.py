@@ -21,7 +21,7 @@ def replace_text(folder: Path, name: str, text: str) -> None:
     """The file `name` as a whole: what was there stays until then. Raises OSError, and leaves nothing behind."""
     draft = folder / f"{_DRAFT}{name}{_own()}"
     try:
-        with draft.open("w") as file:
+        with draft.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # else a machine that goes down can leave an empty file
@@ -45,7 +45,7 @@ def _own() -> str:
 def read_status(folder: Path) -> dict[str, Any]:
     """The status on disk; state `none` where no run has started. Raises ValueError when it cannot be read."""
     try:
-        status = json.loads((folder / FILE).read_text())
+        status = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"state": "none"}
     except (OSError, ValueError) as error:

@@ -211,7 +211,7 @@ def trainer_layer(kv_heads: int, backend: str = "torch", **routed: object) -> Ro
     settings = dict(num_routed_queries=2, num_routed_key_values=3, local_window=W) | routed
     config = AttentionConfig(kind="routed", backend=backend, routed=RoutedAttentionConfig(**settings))
     model = tiny_model(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=config)
-    layer = RoutedSelfAttention(model, 0, single_process_mesh(), False, 0.3)
+    layer = RoutedSelfAttention(model, 0, single_process_mesh(), 0.3)
     initialize(layer, seed=0)
     return layer.double()
 

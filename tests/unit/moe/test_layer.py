@@ -18,9 +18,7 @@ D, WIDTH, E = 16, 24, 4
 
 
 def layer_of(**changes: object) -> MoE:
-    layer = moe_layer(
-        tiny_model(**changes), layer=0, mesh=single_process_mesh(), sequence_parallel=False, out_std=WIDTH**-0.5
-    )
+    layer = moe_layer(tiny_model(**changes), layer=0, mesh=single_process_mesh(), out_std=WIDTH**-0.5)
     initialize(layer, seed=0)
     return layer
 
