@@ -107,7 +107,8 @@ def start(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device("cpu")
     if name == "cuda":

@@ -20,10 +20,10 @@ from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
 from moe_dist.parallel.collectives import all_reduce
-from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters
 from moe_dist.step import StepContext
+from tests.dist.nursery import on_ranks
 
 KEY = RandomKey.of("tests")
 TINY: dict[str, Any] = {
@@ -35,8 +35,8 @@ TINY: dict[str, Any] = {
 
 
 def run_checks(ranks: int, checks: Sequence[Callable[..., None]], *args: Any) -> None:
-    """Every check, in order, on `ranks` processes: starting them costs more than most checks. Checks are importable."""
-    spawn(_checks, ranks, list(checks), args)
+    """Every check, in order, on `ranks` processes. Checks are importable."""
+    on_ranks(_checks, ranks, list(checks), args)
 
 
 def _checks(checks: Sequence[Callable[..., None]], args: tuple[Any, ...]) -> None:

@@ -19,12 +19,12 @@ from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
 from moe_dist.step import StepContext
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from tests.dist.helpers import KEY, forget_process_group, run_checks, tiny_config
+from tests.dist.nursery import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -48,9 +48,9 @@ def write(root: str, layouts: list[tuple[int | None, int | None]]) -> None:
 
 
 def test_text_is_the_same_in_every_layout(tmp_path: Path) -> None:
-    spawn(train, 2, str(tmp_path), 2, "rotary")
-    spawn(write, 1, str(tmp_path), [(None, None)])
-    spawn(write, 2, str(tmp_path), [(None, None), (1, 2), (2, 2)])
+    on_ranks(train, 2, str(tmp_path), 2, "rotary")
+    on_ranks(write, 1, str(tmp_path), [(None, None)])
+    on_ranks(write, 2, str(tmp_path), [(None, None), (1, 2), (2, 2)])
     texts = [path.read_text() for path in tmp_path.glob("?-*")]
     assert len(texts) == 4
     assert len(set(texts)) == 1
@@ -105,7 +105,7 @@ def test_mistakes(args: list[str], words: str, tiny_run: str, capsys: pytest.Cap
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
-    spawn(train, 1, str(folder), 1, "rotary")
+    on_ranks(train, 1, str(folder), 1, "rotary")
     return f"{folder}/tiny"
 
 
