@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import moe_dist
+from moe_dist.models.block import moe_layer
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.flops import classifier_parameter_counts
 from moe_dist.moe.layer import MoE
