@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
 
-from moe_dist.config import load_config
+from moe_dist.config.load import load_config
 from moe_dist.data.labelled import PACKAGES
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.classifier import Classifier

@@ -14,8 +14,9 @@ from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.config.parse import parse_as
+from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
-from moe_dist.config.schema import Config, ParallelConfig
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.parallel.collectives import own_slice
@@ -161,7 +162,5 @@ def _model(
     dense = MoEConfig(num_experts=0)
     model = ModelConfig(num_layers=1, attention=attention, moe=dense, **sizes)  # type: ignore[arg-type]
     parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
-    problems += switch_rules(Config(model=model, parallel=parallel))
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse([*problems, *switch_rules(attention, parallel, num_kv_heads=1, num_layers=1, section="", inner="")])
     return resolve_backends(model, mesh.ep.size, device_type)

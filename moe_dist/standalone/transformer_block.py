@@ -15,6 +15,7 @@ from moe_dist.attention.places import Places
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.config.rules.attention import attention_rules
+from moe_dist.config.rules.parts import refuse
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.parallel.feed_forward import FeedForward
@@ -175,7 +176,5 @@ def _model(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: Attent
     if not problems and attention.position == "rotary" and d_model // heads % 2:
         problems.append(f"rotary positions need an even width of a head, not {d_model}/{heads}={d_model // heads}")
     model = ModelConfig(d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, d_ff=d_ff, attention=attention)
-    problems += attention_rules(model)
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse([*problems, *attention_rules(attention, section="")])
     return resolve_backends(model, 1, device)

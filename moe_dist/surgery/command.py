@@ -22,7 +22,8 @@ from moe_dist.checkpoint.find import run_config, whole_checkpoint
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
-from moe_dist.config import Config, EngineConfig, dump_config
+from moe_dist.config import Config, EngineConfig
+from moe_dist.config.load import dump_config
 from moe_dist.engine.base import STATE_KINDS, Kind
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.registry import resolve_backends

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_dist.config.model import ModelConfig
 from moe_dist.config.rules.moe import moe_rules
-from moe_dist.config.schema import Config
+from moe_dist.config.rules.parts import refuse
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.random import RandomKey
 from moe_dist.parallel.sharding import initialize, logical_parameters
@@ -81,9 +81,9 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
     if moe.d_ff is None and d_ff == layer.d_ff:
         d_ff = None
     moe = replace(moe, num_experts=len(widths), d_ff=d_ff, **changes)
-    problems = list(moe_rules(Config(model=ModelConfig(d_ff=layer.d_ff, moe=moe))))
-    if problems:
-        raise ValueError("\n".join(problems))
+    # What counts the layers of a model is as it was.
+    alone = replace(moe, every=1, capacity_factor=1.0, eval_capacity_factor=None, capacity_schedule={})
+    refuse(moe_rules(alone, ParallelConfig(), d_ff=layer.d_ff, num_layers=1))
     held = layer.experts
     return type(layer)(
         moe,

@@ -24,7 +24,8 @@ import torch
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.rules.moe import moe_rules
-from moe_dist.config.schema import Config
+from moe_dist.config.rules.parts import refuse
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.models.block import moe_layer
@@ -81,9 +82,7 @@ def become(moe: MoE, dense: FeedForward, *, noise: float, seed: int, name: str, 
 
 
 def check_rules(model: ModelConfig) -> None:
-    problems = list(moe_rules(Config(model=model)))
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse(moe_rules(model.moe, ParallelConfig(), d_ff=model.d_ff, num_layers=model.num_layers))
 
 
 def sums_to_one(moe: MoEConfig) -> bool:

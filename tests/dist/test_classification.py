@@ -15,7 +15,8 @@ import yaml
 from moe_dist.checkpoint.find import whole_checkpoint
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
-from moe_dist.config import Config, load_config, validate
+from moe_dist.config import Config, validate
+from moe_dist.config.load import load_config
 from moe_dist.config.parse import parse_dict
 from moe_dist.engine.base import Engine
 from moe_dist.engine.make import make_engine

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.store import checkpoints
-from moe_dist.config import Config, dump_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together

@@ -344,3 +344,9 @@ def test_experts_on_other_ranks_and_in_zero_are_refused() -> None:
     layer.experts.w_up._hp_mapping = None  # what DeepSpeed's ZeRO 1 and 2 leave on parameters
     with pytest.raises(ValueError, match="ZeRO optimizer"):
         remove_experts(layer, [0])
+
+
+def test_factors_of_a_models_layers_are_not_the_layers_to_refuse() -> None:
+    layer = layer_of(every=1, capacity_factor=[0.5] * 9)
+    assert add_experts(layer, 2) == [E, E + 1]
+    assert layer.config.capacity_factor == [0.5] * 9
