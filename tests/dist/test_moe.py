@@ -199,9 +199,9 @@ def check_overlap_changes_no_bit() -> None:
     wires = [dict(wire="padded"), dict(wire_dtype="bf16"), dict(wire_dtype="fp8")]
     for changes in (dict(), *wires, dict(experts="loop", d_ff=16)):
         case = Case(replace(moe, **changes))
-        whole, _ = case.run(mesh, case.moe, False, own)
+        whole, _ = case.run(mesh, case.moe, own)
         for parts in (2, 4):
-            found, _ = case.run(mesh, replace(case.moe, overlap_chunks=parts), False, own)
+            found, _ = case.run(mesh, replace(case.moe, overlap_chunks=parts), own)
             off = float((found.y_TD - whole.y_TD).abs().max())
             assert torch.equal(found.y_TD, whole.y_TD), f"{changes} {parts} parts: {off}"
             close = dict(rtol=1e-12, atol=1e-14)
@@ -219,9 +219,9 @@ def check_low_precision_wires() -> None:
         mesh = mesh_of(4, 1, 1, node_size)
         own = part_of(mesh.rank, (T // 4,) * 4)
         case = Case(replace(moe, **how), dtype=torch.float32)
-        exact, _ = case.run(mesh, case.moe, False, own)
+        exact, _ = case.run(mesh, case.moe, own)
         for wire_dtype, tolerance in (("bf16", 2e-2), ("fp8", 8e-2)):
-            found, _ = case.run(mesh, replace(case.moe, wire_dtype=wire_dtype), False, own)
+            found, _ = case.run(mesh, replace(case.moe, wire_dtype=wire_dtype), own)
             assert found.kept == exact.kept
             pairs = [("y", found.y_TD, exact.y_TD), ("x", found.grad_x_TD, exact.grad_x_TD)]
             pairs += [("weights", found.grad_weights_TK, exact.grad_weights_TK)]
@@ -230,7 +230,7 @@ def check_low_precision_wires() -> None:
                 off = float((actual - expected).norm() / expected.norm())
                 assert 0 < off < tolerance, f"{how} {wire_dtype} {name}: {off}"
         if how["dispatch"] != "all_gather":
-            bf16, _ = case.run(mesh, replace(case.moe, wire_dtype="bf16"), False, own)
+            bf16, _ = case.run(mesh, replace(case.moe, wire_dtype="bf16"), own)
             assert bf16.sent_bytes * 2 == exact.sent_bytes > 0
 
 
@@ -312,7 +312,7 @@ def check_local_capacity_is_each_ranks_own() -> None:
     moe = MoEConfig(num_experts=E, top_k=2, capacity_factor=0.5, capacity_scope="local", dispatch="all_to_all")
     case, mesh = Case(moe), mesh_of(4)
     own = part_of(mesh.rank, (T // 4,) * 4)
-    found, _ = case.run(mesh, moe, False, own)
+    found, _ = case.run(mesh, moe, own)
     alone, _ = case.run(single_process_mesh(), replace(moe, dispatch="local"), own)
     torch.testing.assert_close(found.y_TD, alone.y_TD, **FLOAT64)
     assert found.kept == all_reduce(torch.tensor(alone.kept), mesh.world).tolist()
