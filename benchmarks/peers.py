@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.step import StepContext

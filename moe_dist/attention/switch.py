@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
@@ -61,7 +61,7 @@ class SwitchAttention(nn.Module):
         self.tp = mesh.tp
         self.dp = mesh.dp
         self.heads = model.num_heads
-        self.head_dim = model.head_dim or model.d_model // model.num_heads
+        self.head_dim = model.head_width
         if moe.top_k * self.heads % self.tp.size:
             raise ValueError(
                 f"top_k*num_heads={moe.top_k}*{self.heads} query heads of a token are not divisible by "
@@ -80,7 +80,7 @@ class SwitchAttention(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: Replay | None = None,
@@ -100,7 +100,7 @@ class SwitchAttention(nn.Module):
         q_Tn = tokens_to_heads(self._clip(q_NM).view(len(own_TD), width), self.tp)
         q_BSJP = q_Tn.view(*shape, heads // self.tp.size, self.head_dim)
         k_BSP, v_BSP = self._keys_values(x_TD, shape)
-        y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, places, step, cache)
+        y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, positions, step, cache)
         y_NM = heads_to_tokens(y_BSJP.reshape(q_Tn.shape), self.tp).reshape(q_NM.shape)
         # 4. To the output projections and back, weighted, and summed over a token's assignments.
         y_ND, sent_back = self.dispatcher.carry(y_NM, weighted, self.experts.outputs)
@@ -128,15 +128,15 @@ class SwitchAttention(nn.Module):
         q_BSJP: Tensor,
         k_BSP: Tensor,
         v_BSP: Tensor,
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None,
     ) -> Tensor:
         """-> [B, S, J, P], contiguous by token."""
         rows, heads = len(q_BSJP), q_BSJP.shape[2]
-        if places.rotary is not None:
-            q_BSJP = rotate(q_BSJP, places.rotary)
-            k_BSP = rotate(k_BSP[:, :, None], places.rotary)[:, :, 0]
+        if positions.rotary is not None:
+            q_BSJP = rotate(q_BSJP, positions.rotary)
+            k_BSP = rotate(k_BSP[:, :, None], positions.rotary)[:, :, 0]
         k_BGLP, v_BGLP, starts_B = k_BSP[:, None], v_BSP[:, None], None
         if cache is not None:
             starts_B = cache.starts()
@@ -146,11 +146,11 @@ class SwitchAttention(nn.Module):
             key = step.key.fold("attention dropout", self.layer)
             first = (self.dp.rank * rows, self.tp.rank * heads)
             dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
-        bias = places.bias
+        bias = positions.bias
         pattern = Pattern(
             window=self.config.window,
             starts_B=starts_B,
-            slopes_H=None if places.slopes_H is None else self._of_own_heads(places.slopes_H, 0, heads),
+            slopes_H=None if positions.slopes_H is None else self._of_own_heads(positions.slopes_H, 0, heads),
             bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),
             dropout=dropout,
         )
@@ -181,7 +181,7 @@ class AttentionExperts(nn.Module):
         self.backend, self.permute = moe.experts, permutation(model.kernels)
         # Where every rank holds all experts, the tp ranks see different slices of the tokens.
         self.slices = mesh.tp if ep.size == 1 else Group()
-        width = model.num_heads * (model.head_dim or d_model // model.num_heads)
+        width = model.num_heads * model.head_width
         local, shard = moe.num_experts // ep.size, "expert" if ep.size > 1 else "replicated"
 
         def matrices(std: float, shard: Shard = shard) -> nn.Parameter:  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from moe_dist.data import ByteTokenizer
 from moe_dist.engine.base import compute_dtype
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
@@ -62,7 +62,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
         widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
-        width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
+        width = model.num_heads * model.head_width
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention = ATTENTIONS[model.attention.kind]
         self.attention = attention(model, layer, mesh, width**-0.5 * residual)
@@ -77,14 +77,14 @@ class DecoderBlock(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: BlockReplay | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Stats of the routed layers of the block, attention before feed-forward."""
         replay = replay or BlockReplay()
-        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, places, step, cache, replay.attention)
+        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, positions, step, cache, replay.attention)
         x_TD = x_TD + y_TD
         normed_TD, of_experts = self.feed_forward_norm(x_TD), None
         if isinstance(self.feed_forward, MoE):

@@ -32,7 +32,7 @@ class EncoderAttention(nn.Module):
         super().__init__()
         tp = mesh.tp
         self.mesh = mesh
-        self.head_dim = model.head_dim or model.d_model // model.num_heads
+        self.head_dim = model.head_width
         width = model.num_heads * self.head_dim
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
         self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
@@ -57,7 +57,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         residual, sparse = (2 * model.num_layers) ** -0.5, is_moe_layer(model, layer)
         widths = expert_widths(model.moe, model.d_ff) if sparse else (model.d_ff,)
-        width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
+        width = model.num_heads * model.head_width
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         self.attention = EncoderAttention(model, mesh, width**-0.5 * residual)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)

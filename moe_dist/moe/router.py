@@ -47,6 +47,10 @@ class Router(nn.Module):
         self.register_buffer("open_E", torch.ones(moe.num_experts))
         self._read: tuple[Tensor, int, Tensor | None] | None = None
 
+    def reset_buffers(self) -> None:
+        """As they were at first: all experts open."""
+        self.open_E.fill_(1.0)
+
     def open_ids(self) -> Tensor | None:
         """Numbers of the open experts, None when all are. Read again only after open_E was written to: reading waits
         for the device."""

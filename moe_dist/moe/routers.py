@@ -31,6 +31,8 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import Site, StepContext
 
+_LEAST_NOISE = 1e-2
+
 
 class SoftmaxRouter(Router):
     """p = softmax(W x), the top_k largest (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, eq. 1 and 2).
@@ -75,6 +77,10 @@ class SigmoidRouter(Router):
         self.bias_E: Tensor
         self.register_buffer("bias_E", torch.zeros(moe.num_experts))
 
+    def reset_buffers(self) -> None:
+        super().reset_buffers()
+        self.bias_E.zero_()
+
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
         preference_TE = None
@@ -97,7 +103,8 @@ class NoisyRouter(Router):
     (Shazeer et al., arXiv 1701.06538, eq. 3 to 5).
 
     Its losses are squared coefficients of variation over experts: of importance, the summed weights (eq. 6), and of
-    load, the summed probability to be chosen if an expert's noise were drawn again (eq. 8 to 11).
+    load, the summed probability to be chosen if an expert's noise were drawn again (eq. 8 to 11). The deviation of the
+    noise is at least that of the authors' code, 0.01: the load divides by it.
     """
 
     knows_padding = False
@@ -109,7 +116,7 @@ class NoisyRouter(Router):
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         clean_TE = fp32_logits(x_TD, self.weight, self.slices)
-        std_TE = F.softplus(fp32_logits(x_TD, self.noise_weight, self.slices))
+        std_TE = at_least(F.softplus(fp32_logits(x_TD, self.noise_weight, self.slices)), _LEAST_NOISE)
         noisy_TE = clean_TE
         if step.phase == "train":
             index_TE = self.draw_index(clean_TE)
@@ -205,6 +212,10 @@ class HashRouter(Router):
         self.names_E: Tensor
         self.register_buffer("names_E", torch.arange(moe.num_experts))
 
+    def reset_buffers(self) -> None:
+        super().reset_buffers()
+        self.names_E.copy_(torch.arange(len(self.names_E)))
+
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         num_experts = self.moe.num_experts
         ids_T = step.token_ids_T
@@ -247,6 +258,11 @@ def limit_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best_of:
     group_TG = grouped_TGe.topk(min(best_of, grouped_TGe.shape[2]), dim=-1).values.sum(-1)
     open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, best(group_TG, top_k_groups), True)
     return grouped_TGe.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+
+
+def at_least(x: Tensor, floor: float) -> Tensor:
+    """The larger of both, exactly x where that is x; with the gradient of x everywhere, so that it can grow again."""
+    return x + (floor - x).clamp(min=0).detach()
 
 
 def cv_squared(values_E: Tensor) -> Tensor:

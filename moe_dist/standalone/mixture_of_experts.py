@@ -16,7 +16,7 @@ from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize

@@ -26,7 +26,7 @@ from moe_dist.config import Config, EngineConfig
 from moe_dist.config.load import dump_config
 from moe_dist.engine.base import STATE_KINDS, Kind
 from moe_dist.engine.make import make_engine
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.trainable import Trainable

@@ -27,7 +27,7 @@ from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward

@@ -28,18 +28,18 @@ class Tape:
 
 
 class Recorder:
-    """The reference's witness of one micro-step."""
+    """The reference's witness of one micro-step. What it keeps goes to other ranks, whose device is not this one's."""
 
     def __init__(self, tape: Tape, step: int, micro: int) -> None:
         self.tape, self.at = tape, (step, micro)
 
     def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
-        self.tape.scores[*self.at, site, what] = scores.clone()
+        self.tape.scores[*self.at, site, what] = scores.to("cpu", copy=True)
         return scores
 
     def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        self.tape.experts[*self.at, site] = experts_TK
-        self.tape.kept[*self.at, site] = kept_TK
+        self.tape.experts[*self.at, site] = experts_TK.cpu()
+        self.tape.kept[*self.at, site] = kept_TK.cpu()
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Comparer:
     def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
         experts, kept = self.tape.experts[*self.at, site], self.tape.kept[*self.at, site]
         size = len(experts_TK)
-        self.found.routed += int((experts_TK.cpu() != self._own(experts, size).cpu()).sum())
-        self.found.dropped += int((kept_TK.cpu() != self._own(kept, size).cpu()).sum())
+        self.found.routed += int((experts_TK.cpu() != self._own(experts, size)).sum())
+        self.found.dropped += int((kept_TK.cpu() != self._own(kept, size)).sum())
 
     def _own(self, whole: Tensor, size: int) -> Tensor:
         return whole[self.rank * size : (self.rank + 1) * size]

@@ -17,7 +17,7 @@ from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.command import in_layout, load_decoder
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
 from moe_dist.step import StepContext

@@ -15,8 +15,8 @@ from torch import Tensor
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
-from moe_dist.kernels.registry import resolve_backends
 from moe_dist.kernels.top_k.reference import top_k_experts
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice import Choice, Routing

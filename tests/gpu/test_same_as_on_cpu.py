@@ -19,7 +19,7 @@ from moe_dist import (
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, random_ids
