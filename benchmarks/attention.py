@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -57,7 +57,7 @@ class Projections(nn.Module):
 def ours(model: ModelConfig) -> tuple[CausalSelfAttention, Callable[[Tensor], Tensor]]:
     layer = CausalSelfAttention(model, 0, single_process_mesh())
     initialize(layer, 0)
-    return layer, lambda x: layer(x.flatten(0, 1), (x.shape[0], x.shape[1]), Places(), STEP)[0].view_as(x)
+    return layer, lambda x: layer(x.flatten(0, 1), (x.shape[0], x.shape[1]), Positions(), STEP)[0].view_as(x)
 
 
 def forward_backward(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:

@@ -21,7 +21,7 @@ import torch
 from cells import SHAPES
 from gpu_machine import seconds_of
 
-from moe_dist.kernels.grouped_mm.tiles import Block, Tiling, choose_tiling
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling, ProductBlock, choose_expert_tiling
 from moe_dist.kernels.grouped_mm.triton import feed_forward
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
@@ -38,14 +38,14 @@ CANDIDATES = {
 WORKERS = 8
 
 
-def tilings(start: Tiling, kernels: list[str]) -> Iterator[tuple[str, str, Tiling]]:
+def tilings(start: ExpertTiling, kernels: list[str]) -> Iterator[tuple[str, str, ExpertTiling]]:
     """(kernel, candidate, tiling), each with one kernel's blocks changed; first everything as it is."""
     yield "", "as it is", start
-    for sizes in ({"rows": 64}, {"grad_rows": 64}, {"grad_rows": 256, "up_grad": Block(64, 64, 8, 3)}):
+    for sizes in ({"rows": 64}, {"grad_rows": 64}, {"grad_rows": 256, "up_grad": ProductBlock(64, 64, 8, 3)}):
         yield "tiles", ", ".join(f"{name} {size}" for name, size in sizes.items()), replace(start, **sizes)
     for kernel in kernels:
         for n, k, warps, stages, split in CANDIDATES[kernel]:
-            block = Block(n, k, warps, stages, split)
+            block = ProductBlock(n, k, warps, stages, split)
             if block != getattr(start, kernel):
                 yield (
                     kernel,
@@ -73,9 +73,9 @@ class Experts:
         experts_XK = scores.topk(shape.top_k).indices
         self.weights_XK = torch.rand(experts_XK.shape, generator=generator, device=device).requires_grad_()
         self.order = RowOrder.of(experts_XK, torch.ones_like(experts_XK, dtype=torch.bool), shape.experts)
-        self.tiling = choose_tiling(dtype, experts_XK.numel(), shape.experts, shape.d_model, shape.d_ff)
+        self.tiling = choose_expert_tiling(dtype, experts_XK.numel(), shape.experts, shape.d_model, shape.d_ff)
 
-    def step(self, tiling: Tiling) -> None:
+    def step(self, tiling: ExpertTiling) -> None:
         y_XD = feed_forward(self.x_XD, self.weights_XK, self.order, self.w, self.activation, tiling=tiling)
         leaves = [t for t in (self.x_XD, self.weights_XK, *self.w) if t is not None]
         torch.autograd.grad(y_XD, leaves, self.grad_XD)

@@ -24,7 +24,7 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.step import StepContext

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
-from moe_dist.moe.layer import Replay
+from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import copy_to_group, reduce_from_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh
@@ -93,7 +93,7 @@ class CausalSelfAttention(nn.Module):
         tp = mesh.tp
         self.config, self.layer, self.mesh = model.attention, layer, mesh
         self.num_heads = model.num_heads
-        self.head_dim = model.head_dim or model.d_model // model.num_heads
+        self.head_dim = model.head_width
         width = model.num_heads * self.head_dim
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
         self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
@@ -113,7 +113,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: Replay | None = None,
@@ -129,14 +129,14 @@ class CausalSelfAttention(nn.Module):
             )
         if self.qk_norm is not None:
             q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
-        if places.rotary is not None:
-            q_BSHP, k_BSGP = apply_rotary(q_BSHP, places.rotary), apply_rotary(k_BSGP, places.rotary)
+        if positions.rotary is not None:
+            q_BSHP, k_BSGP = apply_rotary(q_BSHP, positions.rotary), apply_rotary(k_BSGP, positions.rotary)
         q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
         starts_B = None
         if cache is not None:
             starts_B = cache.starts()
             k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
-        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(places, starts_B, shape, step), None)
+        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(positions, starts_B, shape, step), None)
         y_TD = self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1))
         return leave(y_TD, self.mesh), None
 
@@ -145,17 +145,19 @@ class CausalSelfAttention(nn.Module):
         weight = self.key_value.weight
         return KVCache(rows, length, self.key_value.heads, self.head_dim, weight.dtype, weight.device)
 
-    def _pattern(self, places: Places, starts_B: Tensor | None, shape: tuple[int, int], step: StepContext) -> Pattern:
+    def _pattern(
+        self, positions: Positions, starts_B: Tensor | None, shape: tuple[int, int], step: StepContext
+    ) -> Pattern:
         dropout = None
         if self.config.dropout > 0 and step.phase == "train":
             key = step.key.fold("attention dropout", self.layer)
             dropout = Dropout(self.config.dropout, key, self.mesh.dp.rank * shape[0], self.heads.start, self.num_heads)
-        slopes_H = None if places.slopes_H is None else places.slopes_H[self.heads]
+        slopes_H = None if positions.slopes_H is None else positions.slopes_H[self.heads]
         return Pattern(
             window=self.config.window,
             starts_B=starts_B,
             slopes_H=slopes_H,
-            bias=places.bias,
+            bias=positions.bias,
             sinks_H=self.sinks_H,
             dropout=dropout,
         )

@@ -21,7 +21,7 @@ from moe_dist.data import ByteTokenizer
 from moe_dist.engine.base import compute_dtype
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
@@ -59,7 +59,9 @@ def generate_text(args: Sequence[str]) -> int:
     if show is not None:
         _describe(checkpoint, config, decoder, rank.world)
     ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
-    context = own.context or config.train.seq_len
+    # A cache is as long as the context, so no longer than what it can come to hold.
+    needed = max(max(map(len, ids)) + own.max_new_tokens, config.train.seq_len)
+    context = min(own.context, needed) if own.context else config.train.seq_len
     began, first = time.monotonic(), 0.0
     for tokens in generate(CachedDecoder(decoder, device), ids, own.max_new_tokens, context, own.seed, sampling):
         first = first or time.monotonic() - began

@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
 from moe_dist.moe.experts import expert_widths
-from moe_dist.moe.layer import MoE, Replay
+from moe_dist.moe.gate import Replay
+from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh
@@ -22,6 +23,21 @@ from moe_dist.step import StepContext
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """MoE on every nth layer: the nth, the 2nth, ..."""
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
+
+
+def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> MoE:
+    """The MoE layer of block number `layer` as `model` says; out_std as for MoE."""
+    return MoE(
+        model.moe,
+        model.d_model,
+        model.d_ff,
+        model.activation,
+        layer=layer,
+        mesh=mesh,
+        kernels=model.kernels,
+        recompute=model.recompute == "activation",
+        out_std=out_std,
+    )
 
 
 ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention] | type[RoutedSelfAttention]] = {
@@ -45,15 +61,15 @@ class DecoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
-        widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
-        width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
+        widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
+        width = model.num_heads * model.head_width
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention = ATTENTIONS[model.attention.kind]
         self.attention = attention(model, layer, mesh, width**-0.5 * residual)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std)
+            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
             self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
 
@@ -61,14 +77,14 @@ class DecoderBlock(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: BlockReplay | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Stats of the routed layers of the block, attention before feed-forward."""
         replay = replay or BlockReplay()
-        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, places, step, cache, replay.attention)
+        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, positions, step, cache, replay.attention)
         x_TD = x_TD + y_TD
         normed_TD, of_experts = self.feed_forward_norm(x_TD), None
         if isinstance(self.feed_forward, MoE):

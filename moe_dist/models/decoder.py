@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
@@ -27,7 +27,7 @@ from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 
 Want = Literal["loss", "token_losses", "logits"]
 
@@ -112,10 +112,10 @@ class Decoder(nn.Module):
             return None
         return [attention.new_cache(rows, length) for attention in attentions]  # type: ignore[operator, union-attr]
 
-    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
-        for (kind, layer), load_E in loads.items():
-            routed = getattr(self.blocks[layer], kind)
+    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
+        for site, load_E in loads.items():
+            routed = getattr(self.blocks[site.layer], site.kind)
             assert isinstance(routed, MoE | SwitchAttention), "loads are of routed layers"
             routed.router.balance(load_E)
 
@@ -125,31 +125,30 @@ class Decoder(nn.Module):
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])
         step = replace(step, seq_len=shape[1], token_ids_T=own_slice(tokens_BS.flatten(), self.mesh.tp))
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
-        places = self._places(shape[1], x_TD, caches)
+        positions = self._positions(shape[1], x_TD, caches)
         recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None
         stats: list[MoEStats] = []
         for index, block in enumerate(self.blocks):
             cache = None if caches is None else caches[index]
             if recompute:
-                args = (x_TD, shape, places, step, None, BlockReplay())
+                args = (x_TD, shape, positions, step, None, BlockReplay())
                 x_TD, of_block = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD, of_block = block(x_TD, shape, places, step, cache)
+                x_TD, of_block = block(x_TD, shape, positions, step, cache)
             stats += of_block
         return x_TD, tuple(stats)
 
-    def _places(self, length: int, x_TD: Tensor, caches: Sequence[KVCache] | None) -> Places:
+    def _positions(self, length: int, x_TD: Tensor, caches: Sequence[KVCache] | None) -> Positions:
         """Positions continue what is in the caches, row by row."""
         model = self.config
         if model.attention.position == "none":
-            return Places()
+            return Positions()
         if model.attention.position == "alibi":
-            return Places(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
-        positions = torch.arange(length, device=x_TD.device)[None]
+            return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
+        at_BS = torch.arange(length, device=x_TD.device)[None]
         if caches is not None:
             starts_B = caches[0].starts()
-            positions = positions + (caches[0].cache_position if starts_B is None else starts_B[:, None])
+            at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
         if x_TD.dtype == torch.float64:
-            positions = positions.double()
-        head_dim = model.head_dim or model.d_model // model.num_heads
-        return Places(rotary=rotary_table(positions, head_dim, model.rope_theta, model.attention))
+            at_BS = at_BS.double()
+        return Positions(rotary=rotary_table(at_BS, model.head_width, model.rope_theta, model.attention))

@@ -15,7 +15,7 @@ from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.task import encoder_rules
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh

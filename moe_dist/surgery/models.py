@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.layer import MoE

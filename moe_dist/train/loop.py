@@ -21,7 +21,7 @@ from moe_dist.data import SequenceSampler, rank_starts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.mesh import Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, require_same
 from moe_dist.parallel.trail import Trail

@@ -17,7 +17,7 @@ from moe_dist.config.parse import parse_dict
 from moe_dist.engine.base import Engine, Kind
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
 from moe_dist.config.model import AttentionConfig
@@ -216,7 +216,7 @@ def attention(kv_heads: int, mesh: Mesh) -> Layer:
     config = ModelConfig(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=plain)
     layer = CausalSelfAttention(config, 0, mesh, 0.3)
     rotary = rotary_table(torch.arange(T // 2).double(), 4, 10000.0)
-    return layer, lambda x_TD: layer(x_TD, (2, T // 2), Places(rotary), StepContext(KEY))[0]
+    return layer, lambda x_TD: layer(x_TD, (2, T // 2), Positions(rotary), StepContext(KEY))[0]
 
 
 def multi_query(mesh: Mesh) -> Layer:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
@@ -36,8 +36,8 @@ def layer_of(mesh: Mesh, kv_heads: int, **routed: object) -> RoutedSelfAttention
 
 
 def run(layer: RoutedSelfAttention, x_TD: Tensor, rows: int) -> Tensor:
-    places = Places(rotary=tuple(t[None] for t in rotary_table(torch.arange(S).double(), 4, 100.0)))
-    return layer(x_TD, (rows, S), places, context())[0]
+    positions = Positions(rotary=tuple(t[None] for t in rotary_table(torch.arange(S).double(), 4, 100.0)))
+    return layer(x_TD, (rows, S), positions, context())[0]
 
 
 def check(mesh: Mesh, case: dict[str, object]) -> None:

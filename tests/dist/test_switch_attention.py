@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from moe_dist import SwitchMultiQueryAttention, Transformer
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.config.model import AttentionConfig
-from moe_dist.kernels.registry import resolve_backends
-from moe_dist.moe.layer import Replay
+from moe_dist.models.backends import resolve_backends
+from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.dist.helpers import KEY, raised, run_checks
 
 B, S, D, H, P, E = 4, 6, 10, 2, 4, 4
@@ -49,11 +49,11 @@ class Witness:
     experts_TK: Tensor | None = None
     kept_TK: Tensor | None = None
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
         return scores
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        assert layer < 0, "a number of its own"
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        assert site.kind == "attention"
         self.experts_TK, self.kept_TK = experts_TK, kept_TK
 
 
@@ -89,11 +89,11 @@ class Case:
         x_TD = own(self.x_BSD.flatten(0, 1), cut.rank, cut.size).clone().requires_grad_()
         rotary = None if self.alibi else rotary_table(torch.arange(S).double(), P, 100.0)
         slopes_H = torch.tensor([0.5, 0.1], dtype=torch.float64) if self.alibi else None
-        places, witness, replay = Places(rotary, slopes_H), Witness(), Replay()
+        positions, witness, replay = Positions(rotary, slopes_H), Witness(), Replay()
         step = StepContext(KEY, witness=witness)
-        y_TD, stats = layer(x_TD, (rows, S), places, step, replay=replay)
+        y_TD, stats = layer(x_TD, (rows, S), positions, step, replay=replay)
         if self.recompute:
-            y_TD, stats = layer(x_TD, (rows, S), places, step, replay=replay)
+            y_TD, stats = layer(x_TD, (rows, S), positions, step, replay=replay)
         weight_TD = own(draw(1, B * S, D), cut.rank, cut.size)
         ((y_TD * weight_TD).sum() + stats.aux_loss / mesh.layout.dp).backward()
         grads = {name: param.grad for name, param in layer.named_parameters()}
@@ -176,7 +176,7 @@ def check_ranks_without_tokens() -> None:
         layer.double()
         rows = 0 if mesh.rank else 2
         x_TD = draw(0, rows * S, D).requires_grad_()
-        y_TD, _ = layer(x_TD, (rows, S), Places(rotary_table(torch.arange(S).double(), P, 100.0)), StepContext(KEY))
+        y_TD, _ = layer(x_TD, (rows, S), Positions(rotary_table(torch.arange(S).double(), P, 100.0)), StepContext(KEY))
         y_TD.square().sum().backward()
         assert all(param.grad is not None for param in layer.parameters())
         used = all_reduce(layer.experts.w_query.grad.abs().sum(), mesh.ep)

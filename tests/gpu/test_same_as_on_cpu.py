@@ -19,7 +19,7 @@ from moe_dist import (
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, random_ids
@@ -148,7 +148,7 @@ def test_cached_decoding(kind: str) -> None:
 
 LAYERS = {
     "MixtureOfExperts": lambda: MixtureOfExperts(D, 48, 4, 2, dropout=0.0),
-    "MultiQueryAttention": lambda: MultiQueryAttention(D, 4, device="cpu"),
+    "MultiQueryAttention": lambda: MultiQueryAttention(D, 4, attn_impl="torch", device="cpu"),
     "SwitchMultiQueryAttention": lambda: SwitchMultiQueryAttention(D, 4, num_experts=4),
     "TransformerBlock": lambda: TransformerBlock(D, 4, 48, dropout=0.0),
     "MixtureOfAutoregressiveAttention": lambda: MixtureOfAutoregressiveAttention(

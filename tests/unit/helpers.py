@@ -7,7 +7,7 @@ from torch import nn
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.step import StepContext
 
 

@@ -10,7 +10,7 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.native import NativeEngine
 from moe_dist.engine.shares import shares
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import Axis, Group, Layout, mesh_without_processes
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_dist.config import Config, EngineConfig, ParallelConfig, TrainConfig, batch_shape
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import parameter_counts
 from moe_dist.parallel.mesh import Layout, single_process_mesh

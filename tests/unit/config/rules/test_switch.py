@@ -4,7 +4,7 @@ import pytest
 
 from moe_dist.config import MoEConfig, validate
 from moe_dist.config.model import AttentionConfig, ModelConfig
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 from tests.unit.config.test_validate import config, problems
 
 
