@@ -26,7 +26,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TESTS = ("tests/gpu", "tests/unit/kernels", "tests/unit/moe/test_layer_triton.py")
-REHEARSED_TESTS = ("tests/gpu", "tests/unit/kernels/test_norm_triton.py")
+REHEARSED_TESTS = ("tests/unit/kernels/test_norm_triton.py",)
 
 
 @dataclass(frozen=True)

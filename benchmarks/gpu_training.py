@@ -36,6 +36,7 @@ class Bench:
     steps: int
     whole: int
     extra: tuple[str, ...]
+    rehearsed: bool = False
     problems: list[str] = field(default_factory=list)
 
     def train(self, name: str, device: str, *flags: str, steps: int | None = None) -> list[dict[str, Any]]:
@@ -83,8 +84,8 @@ def against_cpu(bench: Bench) -> dict[str, Any]:
         "bf16, ZeRO-1": ("--engine.zero-stage", "1", "--engine.precision", "bf16"),
         "bf16, ZeRO-3": ("--engine.zero-stage", "3", "--engine.precision", "bf16"),
     }
-    if bench.gpu == "cpu":
-        del variants["bf16, experts triton"]
+    if bench.rehearsed:
+        variants = {name: variants[name] for name in ("fp32", "bf16, ZeRO-1")}
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(4) as pool:
         cpu = pool.submit(bench.train, "cpu", "cpu", *NATIVE, "--model.kernels", "torch")
@@ -187,7 +188,7 @@ def main() -> int:
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="moe_dist-gpu-") as folder:
-        bench = Bench(Path(folder), gpu, *((4, 4, TINY) if own.rehearse else (40, 500, ())))
+        bench = Bench(Path(folder), gpu, *((4, 4, TINY, True) if own.rehearse else (40, 500, ())))
         for part in (against_cpu, resumed, whole_job):
             found[part.__name__] = guarded(bench, part.__name__, lambda part=part: part(bench))
             if own.json:
