@@ -17,7 +17,8 @@ import numpy as np
 
 from moe_dist.config.schema import DataConfig
 from moe_dist.config.values import user_path
-from moe_dist.data.indexed import TokenStream, read_indexed
+from moe_dist.data.indexed import read_indexed
+from moe_dist.data.stream import TokenStream
 
 SEPARATOR = b"\0"
 """Follows each file of a corpus of several files."""
