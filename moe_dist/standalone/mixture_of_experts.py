@@ -17,7 +17,7 @@ from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.layer import MoE
+from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
@@ -72,7 +72,7 @@ class MixtureOfExperts(Layer):
         self.d_model, self.dropout = d_model, dropout
         self.dp = mesh.dp
         with device:
-            self.moe = MoE(model, 0, mesh)
+            self.moe = moe_layer(model, 0, mesh)
         self._counts_E: Tensor | None = None
         self._since_balance: Tensor | None = None
         initialize(self, self.seed)
