@@ -20,9 +20,9 @@ from types import FrameType
 from typing import Any
 
 from moe_dist.config import Config, dump_config, load_config
+from moe_dist.disk import locked, replace_text
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.lock import locked
 from moe_dist.study.measure import identity, loss_unit, measure, started
 from moe_dist.train.record.status import describe_status, read_status
 
@@ -81,8 +81,7 @@ class Runner:
             if self.ledger.finished(point.name):  # meanwhile
                 return True
             if not (point.folder / "point.yaml").exists():
-                (point.folder / ".point.yaml").write_text(dump_config(point.config))
-                os.replace(point.folder / ".point.yaml", point.folder / "point.yaml")
+                replace_text(point.folder / "point.yaml", dump_config(point.config))
             before = read_status(point.run)
             if before["state"] == "finished":  # trained, but its runner was killed before it could say so
                 self._record(point, measure(point))

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moe_dist.checkpoint.lock import run_lock
 from moe_dist.config import Config, validate
 from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
@@ -24,6 +23,7 @@ from moe_dist.train.loop import Outcome, Trainer
 from moe_dist.train.record.progress import duration, print_summary, short_number
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.resume import Resume
+from moe_dist.train.run_lock import run_lock
 
 _PROMPT = "def "
 

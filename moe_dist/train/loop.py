@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moe_dist.checkpoint.finite import NotFinite
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import SequenceSampler, rank_starts
+from moe_dist.disk import remove_drafts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
@@ -38,7 +40,6 @@ from moe_dist.train.record.profile import matmul_peak, memory_bytes
 from moe_dist.train.record.progress import Progress
 from moe_dist.train.record.run_folder import RunFolder, write_together
 from moe_dist.train.record.statistics import gather_statistics
-from moe_dist.train.record.status import remove_drafts
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.task import Task, make_task
@@ -151,7 +152,7 @@ class Trainer:
         progress = Progress(self.console, run.log_every)
         keeper = Keeper(self.config, self.folder, self.engine, self.identity, progress.message)
         step, skipped = keeper.load(newest, "model" in self.override) if newest is not None else (0, 0)
-        writer = MetricsWriter(self.folder.path, run.tensorboard) if main else None
+        writer = MetricsWriter(self.folder.path, run.tensorboard, say=progress.message) if main else None
         if writer is not None:
             writer.rewind(step)
         health = Health(self.config.guard, skipped, self._recent_losses(), newest is not None)
@@ -167,13 +168,17 @@ class Trainer:
                 record, step = self._train_step(step, health), step + 1
                 keeper.raise_pending()
                 if health.trouble is None:
-                    record |= self._evaluate(step)
+                    evaluated = self._evaluate(step)
+                    health.evaluated(step, evaluated)
+                    record |= evaluated
                 if writer is not None:
                     writer.log(record)
                     progress.update(record, total)
                 due = step == total or (step % run.save_every == 0 and not health.in_a_row)
                 if self._should_compare(step, due):
                     check_replicas(self.engine, step)
+                if due and health.trouble is None:
+                    self._save(keeper, step, health, record, writer)
                 if health.trouble is not None:
                     line = f"step {step}  going back to the last checkpoint: {health.trouble}"
                     progress.message(line)
@@ -182,10 +187,10 @@ class Trainer:
                     if writer is not None:
                         writer.rewind(step)
                     health.compare_with(self._recent_losses())  # as after a restart from there
-                elif due:
-                    self._save(keeper, step, health, record, writer)
             if stopped_by and keeper.saved != step:
                 self._save(keeper, step, health, record, writer)
+                if health.trouble is not None:
+                    raise health.no_way_back(f"stopped by {stopped_by} there, and not saved")
         if writer is not None:
             writer.close()
         return Outcome(self.folder, record | {"step": step}, time.monotonic() - began, self.engine, stopped_by)
@@ -202,14 +207,20 @@ class Trainer:
         if not done and step % self.config.run.eval_every:
             return {}
         record = self.task.evaluate(self.engine, self.shape, step)
-        return record | (self.task.finish(self.engine, self.shape, step, self.folder) if done else {})
+        if done:
+            record |= self.task.finish(self.engine, self.shape, step, self.folder, self._say)
+        return record
 
     def _save(
         self, keeper: Keeper, step: int, health: Health, record: dict[str, Any], writer: MetricsWriter | None
     ) -> None:
+        """Or finds trouble, and then saves nothing."""
         if writer is not None:
             writer.sync()
-        keeper.save(step, health, record.get("validation_loss"))
+        try:
+            keeper.save(step, health, record.get("validation_loss"))
+        except NotFinite as error:
+            health.found(f"after step {step}, {error}")
 
     def _should_compare(self, step: int, due: bool) -> bool:
         """Before each checkpoint too: one with a flipped bit in it would keep it for ever."""
@@ -253,9 +264,12 @@ class Trainer:
         reason, odd = health.look(step, loss, aux)
         if reason is not None:
             self.engine.discard()
+            finite = math.isfinite(loss + aux)
         else:
             notes["grad_norm"] = norm = self.engine.update(lr)
-            if not math.isfinite(norm):
-                reason = f"gradient norm {norm}"
-        health.settle(step, loss, reason)
+            finite = math.isfinite(norm)
+            reason = None if finite else f"gradient norm {norm}"
+        health.settle(step, loss, reason, finite)
+        if not finite and step == self.config.train.steps:  # no later one tells whether the weights are what is wrong
+            health.found(f"the last step, {step}, was left out: {reason}")
         return notes | ({"skipped": reason} if reason else {}) | ({"spike": odd} if odd else {})

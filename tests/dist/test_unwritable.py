@@ -6,6 +6,7 @@ and what cannot be read is a link to itself, or a file where a folder should be.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,30 @@ def test_checkpoints_that_cannot_be_looked_into(tmp_path: Path, capsys: pytest.C
     assert f"passed over: {manifest}: not a readable manifest: [Errno 40] Too many levels of symbolic links" in printed
     assert "step-000001, step 1" in printed
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told once, whatever the number of saves; removed when it can be."""
+    config, run = write_config(tmp_path, save_every=1, keep_last=1), tmp_path / "runs/run"
+    true_rmtree, stuck = shutil.rmtree, run / "checkpoints/step-000001"
+
+    def rmtree(path: Path, *args: Any, **how: Any) -> None:
+        if path == stuck:
+            raise OSError(16, "Device or resource busy", str(path))
+        true_rmtree(path, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        assert main(["train", config, "--device", "cpu", "--train.steps", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"warning: {stuck} cannot be removed (Device or resource busy); trying again") == 1, printed
+    assert read_status(run) == {"state": "finished", "step": 4}
+    assert sorted(path.name for path in stuck.parent.iterdir()) == ["step-000001", "step-000004"]
+    forget_process_group()
+    assert main(["train", config, "--device", "cpu", "--resume", "--train.steps", "5"]) == 0
+    assert [path.name for path in stuck.parent.iterdir()] == ["step-000005"]
 
 
 def test_every_rank_ends_when_one_cannot_write(tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ import torch
 
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config, dump_config
+from moe_dist.disk import replace_text
 from moe_dist.kernels.registry import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
 from moe_dist.train.health.exit_codes import FAILED, EndRun
 from moe_dist.train.record.status import FILE as STATUS
-from moe_dist.train.record.status import read_status, replace_text, write_status
+from moe_dist.train.record.status import read_status, write_status
 
 _PACKAGES = (
     "torch",
@@ -65,7 +66,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, "config.yaml", dump_config(config))
+        replace_text(self.path / "config.yaml", dump_config(config))
 
     def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         layout = mesh.layout
@@ -78,10 +79,10 @@ class RunFolder:
             "layout": {"world": layout.world, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep, "edp": layout.edp},
             "revision": _git_revision(),
         }
-        replace_text(self.path, "environment.json", json.dumps(record, indent=1))
+        replace_text(self.path / "environment.json", json.dumps(record, indent=1))
 
     def write_text(self, name: str, text: str) -> None:
-        replace_text(self.path, name, text)
+        replace_text(self.path / name, text)
 
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)

@@ -5,41 +5,17 @@ failed, with the reason and, where it has one, its code of exit_codes.py
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-FILE, _DRAFT = "status.json", ".draft-"
+from moe_dist.disk import replace_text
+
+FILE = "status.json"
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
     """Replace the status at once: a reader sees the old one or the new one. Two ranks may do so in the same moment."""
-    replace_text(folder, FILE, json.dumps({"state": state, **details}, indent=1))
-
-
-def replace_text(folder: Path, name: str, text: str) -> None:
-    """The file `name` as a whole: what was there stays until then. Raises OSError, and leaves nothing behind."""
-    draft = folder / f"{_DRAFT}{name}{_own()}"
-    try:
-        with draft.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down can leave an empty file
-        os.replace(draft, folder / name)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def remove_drafts(folder: Path) -> None:
-    """What another process left that was killed in `replace_text`. While nobody else writes there."""
-    for draft in folder.glob(f"{_DRAFT}*"):
-        if not draft.name.endswith(_own()):
-            draft.unlink(missing_ok=True)
-
-
-def _own() -> str:
-    return f"-{os.uname().nodename}-{os.getpid()}"
+    replace_text(folder / FILE, json.dumps({"state": state, **details}, indent=1))
 
 
 def read_status(folder: Path) -> dict[str, Any]:
