@@ -141,7 +141,7 @@ def measure(name: str, cell: Cell, only: list[str], rounds: int, warm_up: int, d
     if dist.get_rank() == 0:
         fullest = sum(raw.fullest) / len(raw.fullest)
         result = dict(cell=name, shape=str(cell), ranks=world, dtype=str(dtype), node_size=node_size, fullest=fullest)
-        Path(out).write_text(json.dumps(result | dict(rounds=rounds, rows=rows, cpu=cpu_name())))
+        Path(out).write_text(json.dumps(result | dict(rounds=rounds, rows=rows, cpu=cpu_name())), encoding="utf-8")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -198,18 +198,20 @@ def main() -> None:
 
     PLOTS.mkdir(exist_ok=True)
     kept, found = PLOTS / "dispatch.json", PLOTS / "dispatch.part.json"
-    results = {(r["cell"], r["ranks"]): r for r in (json.loads(kept.read_text()) if kept.exists() else [])}
+    results = {
+        (r["cell"], r["ranks"]): r for r in (json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else [])
+    }
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     for name in args.cells:
         for ranks in args.ranks:
             cell = replace(CELLS[name], tokens=args.tokens)
             spawn(measure, ranks, name, cell, args.only, args.rounds, args.warm_up, dtype, str(found))
-            results[name, ranks] = json.loads(found.read_text())
+            results[name, ranks] = json.loads(found.read_text(encoding="utf-8"))
             found.unlink()
             show(results[name, ranks])
     if not args.no_plot:
         ordered = [results[key] for key in sorted(results)]
-        kept.write_text(json.dumps(ordered, indent=1) + "\n")
+        kept.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
         draw_plot(ordered)
 
 

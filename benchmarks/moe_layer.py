@@ -124,7 +124,7 @@ def main() -> None:
     if args.plot:
         from plots import draw_cells
 
-        draw_cells(json.loads(args.json.read_text()), HERE / "plots/moe_layer")
+        draw_cells(json.loads(args.json.read_text(encoding="utf-8")), HERE / "plots/moe_layer")
         return
     restart_like_a_launch_script()
 
@@ -132,13 +132,13 @@ def main() -> None:
     where = machine(args.steps)
     print(", ".join(f"{k} {v}" for k, v in where["versions"].items()))
     print(f"{where['device']}, {where['threads']} threads; median of {args.steps} rounds")
-    results = json.loads(args.json.read_text())["cells"] if args.json.exists() else {}
+    results = json.loads(args.json.read_text(encoding="utf-8"))["cells"] if args.json.exists() else {}
     for cell in all_cells(args.shapes, args.precision, args.tokens, args.rules):
         torch.manual_seed(0)
         result = run(cell, args.steps, args.warm_up, device, args.profile)
         show(result)
         results[cell.name] = result
-        args.json.write_text(json.dumps({"machine": where, "cells": results}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"machine": where, "cells": results}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """moe-dist: the command line."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ and every start ended as its fault should end it; 1 otherwise, and the report sa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 a failed check, 2 a wrong input; others: train/health/exit_codes.py."""
+    _print_any_text()
     os.umask(os.umask(0o022) | 0o022)  # what is written, others may read where the user lets them, and never change
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     try:
@@ -130,6 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"moe-dist: unknown command {command!r}\n{_USAGE}" if command else _USAGE, file=sys.stderr)
     return 2
+
+
+def _print_any_text() -> None:
+    """A character that the terminal's encoding lacks, or a byte of a file's name that is no text, is shown by its
+    number: é in ASCII as \\xe9. Python would raise, and end a run for a line of its progress."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _train(args: list[str]) -> int:

@@ -181,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
     from moe_dist.config.parse import parse_as
 
     path = Path(argv[0])
-    plan = parse_as(Plan, json.loads(path.read_text()), str(path))
+    plan = parse_as(Plan, json.loads(path.read_text(encoding="utf-8")), str(path))
     Injector(plan, int(os.environ["RANK"])).arm()
     sys.argv = ["moe-dist", *argv[1:]]
     runpy.run_module("moe_dist.cli", run_name="__main__")

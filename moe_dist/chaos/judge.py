@@ -31,7 +31,7 @@ def losses(chaos: Series, reference: Series, step: int) -> list[str]:
 
 def records(run: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says and must say again: all but what depends on the machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in SYSTEM} for line in lines]
 
 

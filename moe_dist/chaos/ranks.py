@@ -140,6 +140,6 @@ class Ranks:
 def _usage(pid: int) -> Usage | None:
     """None when the process has just ended."""
     with suppress(OSError, IndexError, ValueError):
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
         return Usage(time.time(), pages * _PAGE, len(os.listdir(f"/proc/{pid}/fd")))
     return None

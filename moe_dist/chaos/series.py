@@ -36,7 +36,7 @@ class Start:
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(encoding="utf-8", errors="replace")
 
     def noted(self, rank: int, what: str, **details: Any) -> list[dict[str, Any]]:
         """Entries of a rank's journal."""
@@ -69,7 +69,7 @@ class Series:
         self.checkpoints = self.run / "checkpoints"
         self.starts: list[Start] = []
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
     def start(
         self,
@@ -87,7 +87,7 @@ class Series:
             return any(path.exists() and b'"phase"' in path.read_bytes() for path in paths)
 
         plan = Plan(faults=list(faults), journal=str(here), checkpoints=str(self.checkpoints))
-        (here / "plan.json").write_text(json.dumps(asdict(plan), indent=1))
+        (here / "plan.json").write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
         train = ["train", str(self.folder / "config.yaml"), *(flags or ("--resume", "auto"))]
         command = ["moe_dist.chaos.inject", str(here / "plan.json"), *train]
         with Ranks(command, self.world, here / "log.txt") as ranks:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -46,8 +47,8 @@ def parse_dict(values: Mapping[str, Any], source: str) -> Config:
 
 def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
     """The same for any dataclass of the schema's kind."""
-    if too_large := list(_too_large(values)):
-        raise ValueError("\n".join(f"{source}: {problem}" for problem in too_large))
+    if unfit := list(_unfit(values)):
+        raise ValueError("\n".join(f"{source}: {problem}" for problem in unfit))
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
         return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
@@ -59,13 +60,16 @@ def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schem
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems)) from None
 
 
-def _too_large(values: Any, path: str = "") -> Iterator[str]:
-    """A line for each integer that torch could not take."""
+def _unfit(values: Any, path: str = "") -> Iterator[str]:
+    """A line for each integer that torch could not take, and each text that no file of a run could hold."""
     if isinstance(values, int) and not -(2**63) <= values < 2**64:
         yield f"{path}: {values} does not fit 64 bits"
+    elif isinstance(values, str) and any("\ud800" <= letter <= "\udfff" for letter in values):
+        names = "" if sys.getfilesystemencoding() == "utf-8" else ", or set PYTHONUTF8=1, as this locale is not UTF-8"
+        yield f"{path}: {values!r} is not UTF-8 text; rename the file, or link to it under another name{names}"
     elif isinstance(values, Mapping | list):
         for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            yield from _too_large(value, f"{path}.{key}".lstrip("."))
+            yield from _unfit(value, f"{path}.{key}".lstrip("."))
 
 
 def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, Any]:

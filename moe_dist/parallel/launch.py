@@ -75,7 +75,7 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank:
 def _first_host(nodelist: str) -> str:
     command = ["scontrol", "show", "hostnames", nodelist]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise ValueError(f"{' '.join(command)} gave no host ({error}): set MASTER_ADDR") from None
 

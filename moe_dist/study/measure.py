@@ -29,8 +29,8 @@ def measure(point: Point) -> dict[str, Any]:
     forward pass (train/record/metrics.py). seconds: sum over steps, without start-up and evaluation. started: when the
     point first was, in UTC.
     """
-    records = [json.loads(line) for line in (point.run / "metrics.jsonl").read_text().splitlines()]
-    environment = json.loads((point.run / "environment.json").read_text())
+    records = [json.loads(line) for line in (point.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    environment = json.loads((point.run / "environment.json").read_text(encoding="utf-8"))
     quarter = records[-max(1, len(records) // 4) :]
     counts = _parameter_counts(load_config(point.run / "config.yaml"))
     measured = {name: value for name, value in records[-1].items() if name.startswith(("validation_", "test_"))}

@@ -126,7 +126,7 @@ class Runner:
 
     def _last_words(self, point: Point, code: int) -> str:
         end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = (point.folder / "train.log").read_text(errors="replace").split("\n")
+        lines = (point.folder / "train.log").read_text(encoding="utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"{end}; {point.folder / 'train.log'} ends with: {said[:300]}"
 

@@ -73,7 +73,7 @@ def verify(args: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         verdict = Path(folder) / "verdict"
         spawn(_worker, given.ranks, options, given.device, str(verdict), device=given.device)
-        return 0 if verdict.read_text() == _AGREED else 1
+        return 0 if verdict.read_text(encoding="utf-8") == _AGREED else 1
 
 
 def _worker(options: Options, device: str, verdict: str) -> None:
@@ -81,7 +81,7 @@ def _worker(options: Options, device: str, verdict: str) -> None:
     chosen = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     agreed = run_cases(options, chosen)
     if dist.get_rank() == 0:
-        Path(verdict).write_text(_AGREED if agreed else "differences")
+        Path(verdict).write_text(_AGREED if agreed else "differences", encoding="utf-8")
 
 
 def run_cases(options: Options, device: torch.device) -> bool:

@@ -20,7 +20,7 @@ def starts_from(folder: Path, checkpoint: int | None) -> tuple[int, int]:
     counts none."""
     logged = last_logged_step(folder)
     try:
-        seen = json.loads((folder / FILE).read_text())
+        seen = json.loads((folder / FILE).read_text(encoding="utf-8"))
         same = seen["checkpoint"] == checkpoint and logged <= seen["furthest"]
         return (int(seen["starts"]), int(seen["furthest"])) if same else (0, logged)
     except (OSError, ValueError, KeyError, TypeError):

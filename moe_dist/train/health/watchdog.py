@@ -106,7 +106,7 @@ class Watchdog:
     def verdict(self) -> list[Beat] | None:
         """The processes that do not run, if it has been judged that some rank stands still."""
         try:
-            return [Beat(**beat) for beat in json.loads((self.folder / _VERDICT).read_text())["dead"]]
+            return [Beat(**beat) for beat in json.loads((self.folder / _VERDICT).read_text(encoding="utf-8"))["dead"]]
         except (OSError, ValueError):
             return None
 
@@ -220,7 +220,7 @@ class Watchdog:
 
     def _read(self, rank: int) -> Beat | None:
         try:
-            return Beat(**json.loads(self._path(rank).read_text()))
+            return Beat(**json.loads(self._path(rank).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
 
@@ -249,6 +249,6 @@ def _kill_if_here(beat: Beat) -> None:
 def _born(pid: int) -> str:
     """When the process was started, in clock ticks; empty where the system does not say, or it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

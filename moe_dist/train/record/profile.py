@@ -84,7 +84,7 @@ def memory_bytes(device: torch.device) -> dict[str, int]:
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return {"peak": peak}
-    current = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    current = int(statm.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return {"current": current, "peak": max(peak, current)}
 
 

@@ -123,7 +123,8 @@ class RunFolder:
     def rank_log(self, rank: int) -> logging.Logger:
         """A logger that writes logs/rank-NNNNN.log."""
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.path / "logs" / f"rank-{rank:05d}.log")
+        name = self.path / "logs" / f"rank-{rank:05d}.log"
+        handler = logging.FileHandler(name, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log = logging.getLogger(f"moe_dist.rank{rank}")
         for old in list(log.handlers):
@@ -155,7 +156,7 @@ def _git_revision() -> str | None:
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+        shown = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     except OSError:
         return None  # no git on this machine
     return shown.stdout.strip() or None

@@ -21,7 +21,7 @@ def write_status(folder: Path, state: str, **details: Any) -> None:
 def read_status(folder: Path) -> dict[str, Any]:
     """The status on disk; state `none` where no run has started. Raises ValueError when it cannot be read."""
     try:
-        status = json.loads((folder / FILE).read_text())
+        status = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"state": "none"}
     except (OSError, ValueError) as error:
