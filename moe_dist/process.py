@@ -79,8 +79,8 @@ def interrupts_held() -> Iterator[None]:
 
 @contextmanager
 def output_never_fatal() -> Iterator[None]:
-    """Within, writing to standard output and error raises nothing: not when a pipe's reader has ended, nor when the disk
-    behind them is full. Nor does Python's last flush afterwards."""
+    """Within, writing to standard output and error raises nothing: not when a pipe's reader has ended, nor when the
+    disk behind them is full. Nor does Python's last flush afterwards."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

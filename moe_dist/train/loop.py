@@ -25,10 +25,11 @@ from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.registry import resolve_backends
 from moe_dist.parallel.mesh import Mesh, create_mesh
-from moe_dist.parallel.objects import broadcast_json, require_same
+from moe_dist.parallel.objects import broadcast_json, lost_ranks_told, require_same
 from moe_dist.parallel.trail import Trail
 from moe_dist.plan.memory import Held, explained
 from moe_dist.step import StepContext
+from moe_dist.train.changes import changes
 from moe_dist.train.health.crash_loop import note_start, refuse_crash_loop, starts_from
 from moe_dist.train.health.replicas import check_replicas
 from moe_dist.train.health.signals import StopGuard
@@ -94,6 +95,10 @@ class Trainer:
         newest = checkpoint_to_continue(self.folder, resume, self.identity, override, self._say)
         if newest is not None and "model" not in override:
             refuse_other_parameters(newest, self.engine.model)  # before `run` replaces the config of the run
+        if newest is not None:
+            manifest = Manifest.load(newest)
+            for line in changes(manifest.config, self.config, manifest.step):
+                self._say(line)
         return newest
 
     def _say(self, line: str) -> None:
@@ -113,7 +118,7 @@ class Trainer:
         log = self._open()
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
         held = Held.by(self.engine.model)
-        with self.folder.failures_noted(self.mesh.rank, log):
+        with self.folder.failures_noted(self.mesh.rank, log), lost_ranks_told(self.mesh.trail):
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))
             with explained(self.config, self.shape, self.mesh.layout, held):

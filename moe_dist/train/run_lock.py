@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from moe_dist.disk import open_locked
 from moe_dist.parallel.objects import broadcast_json
-
-LOCK = "run.lock"
+from moe_dist.train.record.status import LOCK
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.models.decoder import DecoderOutput
+from moe_dist.process import STOP_SIGNALS
 from moe_dist.step import StepContext
 from moe_dist.train.health.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
-from moe_dist.train.health.signals import SIGNALS, StopGuard
+from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from moe_dist.train.record.status import read_status
 from tests.dist.helpers import run_checks, tiny_config
@@ -248,7 +249,7 @@ def check_a_stop_does_not_save_what_is_not_finite(folder: Path) -> None:
         def faulty(lr: float) -> float:
             calls.append(lr)
             if len(calls) == 3:
-                os.kill(os.getpid(), SIGNALS[0])
+                os.kill(os.getpid(), STOP_SIGNALS[0])
             return update(lr)
 
         trainer.engine.update = faulty  # type: ignore[method-assign]
@@ -261,7 +262,7 @@ def check_a_stop_does_not_save_what_is_not_finite(folder: Path) -> None:
 def check_a_signal_saves_and_so_does_a_time_limit(folder: Path) -> None:
     settings = config(folder, "stopped", run__save_every=100)
     step = 0
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
 
         def signalled(trainer: Trainer) -> None:
             update = trainer.engine.update

@@ -71,7 +71,7 @@ class RunFolder:
     def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         layout = mesh.layout
         record = {
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": package_versions(),
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "threads_per_rank": torch.get_num_threads(),
@@ -143,6 +143,11 @@ def write_together(folder: Path, work: Callable[[], None]) -> None:
         together(work, f"{folder} cannot be written to")
     except RankFailed as error:
         raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of what decides the numbers of a run; None for one that is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

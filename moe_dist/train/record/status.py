@@ -1,5 +1,7 @@
 """The status of a run, status.json in its folder: what it does now, or how it ended. Light: no torch.
 
+A process that is killed cannot write how it ended; that it has is seen by its lock, which the kernel dropped.
+
 running | finished | preempted (saved, and left because a signal or the time limit asked for it) |
 failed, with the reason and, where it has one, its code of exit_codes.py
 """
@@ -8,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_dist.disk import replace_text
+from moe_dist.disk import is_locked, replace_text
+from moe_dist.train.record.metrics import last_record
 
-FILE = "status.json"
+FILE, LOCK = "status.json", "run.lock"
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:
@@ -31,10 +34,25 @@ def read_status(folder: Path) -> dict[str, Any]:
     return status
 
 
+def status_now(folder: Path) -> dict[str, Any]:
+    """The status with what is known besides: the last step in metrics.jsonl and its loss, and `interrupted` for a run
+    that is `running` on disk, but whose process is gone. A code of exit_codes.py stays last. Otherwise as
+    `read_status`."""
+    status = read_status(folder)
+    if status["state"] not in ("running", "failed"):
+        return status
+    record = last_record(folder)
+    known = {name: record[name] for name in ("step", "loss") if record.get(name) is not None}
+    if status["state"] == "running" and is_locked(folder / LOCK) is False:
+        reason = "its process is gone, without a word: killed, or its machine is; go on with --resume"
+        return {"state": "interrupted", **known, "reason": reason}
+    return {"state": status["state"]} | known | status
+
+
 def describe_status(status: dict[str, Any]) -> str:
     """One line: the state first, then what is known of it, for example `preempted step=40 signal=SIGUSR2`."""
-    details = (f"{key}={value}" for key, value in status.items() if key != "state")
-    return " ".join([str(status["state"]), *details]).replace("\n", " ")
+    details = (f"{key}={value:.4f}" if key == "loss" else f"{key}={value}" for key, value in status.items())
+    return " ".join(details).removeprefix("state=").replace("\n", " ")
 
 
 def is_finished(folder: Path, steps: int) -> bool:

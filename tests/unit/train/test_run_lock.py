@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist import disk
-from moe_dist.train.run_lock import LOCK, run_lock
+from moe_dist.train.record.status import LOCK
+from moe_dist.train.run_lock import run_lock
 from tests.unit.checkpoint.helpers import alone
 
 HOLDER = """
