@@ -47,8 +47,8 @@ Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a f
   75 saved and stopped: run it again            79  starts again and again without a checkpoint (guard.max_restarts)
 """
 
-_STATUS = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted or
-failed, with its last step and its loss, or how it ended.
+_STATUS = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
+or failed, with its last step and its loss, or how it ended.
 
 Takes the folder of a run, or what `moe-dist train` takes, and reads status.json and metrics.jsonl of the run.
 """
