@@ -144,13 +144,16 @@ def _listen_on_loopback(port: int) -> socket.socket:
 
 @contextmanager
 def said_once(rank: Rank) -> Iterator[None]:
-    """For mistakes that every rank sees: rank 0 says so."""
+    """For mistakes that every rank sees: rank 0 says so. One that it does not see is told by the first rank of each
+    machine that does, which may have other files."""
     try:
         yield
-    except ValueError:
+    except ValueError as error:
         if rank.rank == 0:
             raise
         time.sleep(1)  # a launcher stops all ranks when one has ended: let rank 0 speak first
+        if rank.local_rank == 0:
+            print(f"moe-dist: rank {rank.rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,10 +67,25 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(ranks: int, folder: Path, name: str, *flags: str, killed_at: int | None = None, works: bool = True) -> str:
-    """torchrun, as documented; or with a rank 0 that is killed after step `killed_at`. What it printed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+def start(
+    ranks: int,
+    folder: Path,
+    name: str,
+    *flags: str,
+    killed_at: int | None = None,
+    works: bool = True,
+    unlike: bool = False,
+) -> str:
+    """torchrun, as documented; or with a rank 0 that is killed after step `killed_at`; or with an optim.lr of its own on
+    rank 1. What it printed."""
+    torchrun = [sys.executable, "-m", "moe_dist.parallel.torchrun", "--nproc_per_node", str(ranks)]
     program = ["-m", "moe_dist.cli"]
+    if unlike:
+        program = [str(folder / "unlike.py")]
+        (folder / "unlike.py").write_text(
+            "import os, sys\nfrom moe_dist.cli import main\n"
+            "sys.exit(main([*sys.argv[1:], '--optim.lr', '0.5'] if os.environ['RANK'] == '1' else sys.argv[1:]))\n"
+        )
     if killed_at is not None:
         fault = Fault(kind="kill", rank=0, step=killed_at + 1, phase="data")
         plan = Plan(faults=[fault], journal=str(folder), checkpoints=str(folder / "runs" / name / "checkpoints"))
@@ -178,7 +194,9 @@ def check_second_starts(folder: Path, run: Path, capsys: pytest.CaptureFixture[s
 def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...]) -> None:
     """Rank 0 is killed three steps after its checkpoint, in the middle of a line; the run goes on from there."""
     run, whole = folder / "runs" / f"{name}-killed", folder / "runs" / name
-    start(2, folder, run.name, *flags, killed_at=KILLED_AT, works=False)
+    said = start(2, folder, run.name, *flags, killed_at=KILLED_AT, works=False)
+    assert f"moe-dist: rank 0 on {socket.gethostname()} died of signal 9 (SIGKILL): by the system for want of" in said
+    assert "Traceback" not in said
     assert [record["step"] for record in records(run)] == list(range(1, KILLED_AT + 1))
     assert json.loads((run / "status.json").read_text())["state"] != "finished"
     with (run / "metrics.jsonl").open("a") as file:
@@ -213,8 +231,11 @@ def test_one_rank_two_experts_groups_two_tensor_slices(tmp_path: Path, capsys: p
     start(2, tmp_path, "tp2", "--parallel.tp", "2", "--parallel.sequence-parallel")
     start(2, tmp_path, "ep2", "--parallel.ep", "2", *ZERO1)
     refusal = start(2, tmp_path, "tp2", "--parallel.tp", "2", works=False)
-    assert refusal.count("already holds a run") == 1, refusal  # said by one rank of two, in time
-    assert "Traceback" not in refusal.split("already holds a run")[0]
+    assert refusal.count("already holds a run") == 1 and refusal.count("\n") == 2, refusal  # said by one rank of two
+    assert f" on {socket.gethostname()} ended with exit code 2\n" in refusal
+    refusal = start(2, tmp_path, "unlike", unlike=True, works=False)
+    assert "moe-dist: ranks do not start the same run: optim.lr is 0.003 on rank 0, 0.5 on rank 1: give" in refusal
+    assert refusal.count("\n") == 2 and not (runs / "unlike").exists(), refusal
     one = records(runs / "one")
     for name in ("tp2", "ep2"):
         for record, reference in zip(records(runs / name), one, strict=True):

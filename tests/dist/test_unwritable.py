@@ -7,6 +7,8 @@ and what cannot be read is a link to itself, or a file where a folder should be.
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_dist import cli
 from moe_dist.cli import main
+from moe_dist.process import STOP_SIGNALS
+from moe_dist.train.health.exit_codes import SAVED
 from moe_dist.train.record.status import read_status
 from tests.dist.helpers import TINY, forget_process_group
 from tests.dist.test_train import own_environment  # noqa: F401  (a fixture)
@@ -121,6 +126,51 @@ def test_an_old_checkpoint_that_cannot_be_removed(
     assert [path.name for path in stuck.parent.iterdir()] == ["step-000005"]
 
 
+@pytest.mark.parametrize("gone", ["reader", "room"])
+def test_output_that_goes_nowhere_ends_no_run(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor its save, its summary or its sample."""
+    config = write_config(tmp_path, sample_tokens=4, log_every=1)
+    if gone == "reader":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = open(writer, "w", buffering=1, encoding="utf-8")  # noqa: SIM115  (closing it would raise)
+    else:
+        stream = open("/dev/full", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError):
+        print("it fails", file=stream, flush=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    code = main(["train", config, "--device", "cpu"])
+    monkeypatch.undo()
+    assert code == 0 and read_status(tmp_path / "runs/run") == {"state": "finished", "step": 2}
+    assert (tmp_path / "runs/run/checkpoints/step-000002/manifest.json").is_file()
+    stream.close()  # what it still held has gone nowhere
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_before_the_imports_is_heard(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run is left before its first step, in order, and goes on from there."""
+    config, parsed = write_config(tmp_path), cli._run_arguments
+
+    def signalled(*args: Any) -> Any:
+        os.kill(os.getpid(), number)  # where a user's Ctrl-C falls into the imports
+        return parsed(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_run_arguments", signalled)
+        assert main(["train", config, "--device", "cpu"]) == SAVED
+    assert read_status(tmp_path / "runs/run") == {"state": "preempted", "step": 0, "signal": number.name}
+    said = capfd.readouterr()
+    assert f"moe-dist: {number.name}: leaving before the first step" in said.err and "Traceback" not in said.err
+    assert f"stopped by {number.name} after step 0, saved" in said.out and signal.getsignal(number) == before
+    forget_process_group()
+    assert main(["train", config, "--device", "cpu", "--resume"]) == 0
+    assert read_status(tmp_path / "runs/run") == {"state": "finished", "step": 2}
+
+
 def test_every_rank_ends_when_one_cannot_write(tmp_path: Path) -> None:
     """The log of rank 1 is where its disk is full. Rank 0 says so, in one line, and the status too."""
     run = tmp_path / "runs/run"
@@ -135,8 +185,7 @@ def test_every_rank_ends_when_one_cannot_write(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if line.startswith("moe-dist: ")]
-    assert len(lines) == 1 and f"{run} cannot be written to: rank 1: [Errno 21] Is a directory" in lines[0], (
-        ended.stderr
-    )
-    assert ended.stderr.count("Traceback") == 1  # the launcher's own
+    assert f"{run} cannot be written to: rank 1: [Errno 21] Is a directory" in lines[0], ended.stderr
+    last = f"moe-dist: ranks 0, 1 on {socket.gethostname()} ended with exit code 1"
+    assert lines[1:] == [last] and ended.stderr.count("\n") == 2, ended.stderr
     assert "rank 1: [Errno 21]" in read_status(run)["reason"] and not (run / "metrics.jsonl").exists()
