@@ -76,8 +76,8 @@ def start(
     works: bool = True,
     unlike: bool = False,
 ) -> str:
-    """torchrun, as documented; or with a rank 0 that is killed after step `killed_at`; or with an optim.lr of its own on
-    rank 1. What it printed."""
+    """torchrun, as documented; or with a rank 0 that is killed after step `killed_at`; or with another optim.lr on rank
+    1. What it printed."""
     torchrun = [sys.executable, "-m", "moe_dist.parallel.torchrun", "--nproc_per_node", str(ranks)]
     program = ["-m", "moe_dist.cli"]
     if unlike:
