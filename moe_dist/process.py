@@ -87,17 +87,18 @@ def output_never_fatal() -> Iterator[None]:
         except OSError:  # closed: the next file to be opened would get its number, and what others print
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and _Tolerant(stream) for stream in before)  # type: ignore[assignment]
+    # Python has none where the descriptor was closed.
+    streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]  # noqa: SIM115
+    sys.stdout, sys.stderr = map(_Tolerant, streams)  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
-        for stream in before:
-            if stream is not None:
-                try:
-                    stream.flush()
-                except OSError:
-                    _silence(stream)
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:
+                _silence(stream)
 
 
 class _Tolerant:

@@ -32,8 +32,9 @@ def main(args: Sequence[str]) -> int:
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # What it says of ranks that end is what is said here, in more words.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # What they say of ranks and signals is what is said here, in more words.
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         try:
             run.run(run.parse_args([*_meeting(args, folder), *args]))

@@ -26,6 +26,7 @@ with output_never_fatal():
         print("step", line, file=sys.stderr, flush=line % 2)
         Console().print(table)
     sys.stdout.writelines(["the", "end"])
+    sys.stderr.write("the end")
 Path(sys.argv[1]).write_text("it went on")
 """
 

@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
 
 def check_committed(calls: Calls, draft: Path, final: Path) -> None:
-    """Shards, then the manifest that names them, then the folder that lists both, then its name, then who lists that."""
+    """Shards, then the manifest that names them, the folder that lists both, its name, and the folder that has it."""
     files = sorted(final.iterdir())
     assert "manifest.json" in [path.name for path in files] and len(files) > 1
     manifest = calls.at("fsync", draft / "manifest.json")

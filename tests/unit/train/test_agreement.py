@@ -15,10 +15,10 @@ def test_what_differs_is_named_with_its_ranks() -> None:
     bf16 = replace(base, engine=EngineConfig(precision="bf16"))
     assert differences([start_of(base)] * 3) == []
     assert differences([start_of(config) for config in (base, other, bf16, other)]) == [
+        'engine.precision is "fp32" on ranks 0, 1 and 3, "bf16" on rank 2',
         "optim.lr is 0.001 on ranks 0 and 2, 0.5 on ranks 1 and 3",
         "optim.weight_decay is 0.1 on ranks 0 and 2, 0.0 on ranks 1 and 3",
         "train.seed is 0 on ranks 0 and 2, 7 on ranks 1 and 3",
-        'engine.precision is "fp32" on ranks 0, 1 and 3, "bf16" on rank 2',
     ]
     many = [start_of(base)] * 6 + [start_of(other)]
     assert differences(many)[0] == "optim.lr is 0.001 on ranks 0, 1 and 4 more, 0.5 on rank 6"

@@ -28,11 +28,11 @@ def test_each_change_that_matters_has_a_line() -> None:
     engine = EngineConfig(precision="bf16", grad_clip=0.5)
     lines = told(replace(BEFORE, optim=optim, engine=engine), step=100)
     assert lines == [
-        "changed   optim.beta2=0.99, was 0.95: used from here on; the moments go on as they are",
-        "changed   optim.weight_decay=0.0, was 0.1: used from here on; the moments go on as they are",
         "changed   engine.precision=bf16, was fp32: masters and moments stay fp32; "
         "what is computed from them is rounded otherwise",
         f"changed   engine.grad_clip=0.5, was {BEFORE.engine.grad_clip}: gradients are clipped at another norm",
+        "changed   optim.beta2=0.99, was 0.95: used from here on; the moments go on as they are",
+        "changed   optim.weight_decay=0.0, was 0.1: used from here on; the moments go on as they are",
     ]
 
 

@@ -17,11 +17,11 @@ from moe_dist.train.loop import Trainer
 from tests.dist.helpers import tiny_config
 from tests.unit.checkpoint.helpers import alone
 
-SEED, STEPS, WARMUP, PEAK, DECAY = 11, 3, 10, 0.02, 0.25
+SEED, STEPS, WARMUP, PEAK, DECAY = 11, 10, 10, 0.02, 0.25
 
 
 class Watched:
-    """A run of three steps of two micro-steps; what the loop has asked its engine for."""
+    """A run of ten steps of two micro-steps; what the loop has asked its engine for."""
 
     def __init__(self, folder: Path) -> None:
         text = folder / "text.txt"
