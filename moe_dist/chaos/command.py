@@ -20,7 +20,7 @@ from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series, Start
 from moe_dist.config import Config, validate
 from moe_dist.disk import replace_text
-from moe_dist.train.health.exit_codes import DONE, SAVED
+from moe_dist.train.exit_codes import DONE, SAVED
 
 _WARM_UP = 5  # steps after which a process should have all that it needs
 

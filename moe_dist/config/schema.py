@@ -121,7 +121,7 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights, data order and random dropping."""
     threads: int | None = None
-    """CPU threads per rank. null: cores of this machine / ranks on it."""
+    """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that the rank may use / ranks that share them."""
     deterministic: bool = False
     """Refuse operations whose last digits differ from run to run, so that a resumed run is bit-equal on GPUs too (same
     machine, same layout); slower there. On CPU runs repeat bit by bit anyway."""

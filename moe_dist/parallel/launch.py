@@ -4,8 +4,6 @@ Ranks that are all on one machine open ports on its loopback interface only.
 """
 
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-TIMEOUT = timedelta(minutes=10)
+from moe_dist.parallel.rendezvous import LOOPBACK, TIMEOUT, Member, meet
+from moe_dist.parallel.share import gpu_of_rank, neighbours, places, refuse_shared_gpus, threads_of_rank
+from moe_dist.parallel.slurm import Variables, address_of, step_from_environment, tasks_of_step
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,10 @@ class Rank:
     file: str | None = None
     served: bool = False
     """torchrun serves the address itself; else rank 0 does."""
+    start: str = ""
+    """Which start it belongs to, as the launcher names it."""
+    attempt: int = 0
+    """How often torchrun has started the ranks again."""
 
     @property
     def on_one_machine(self) -> bool:
@@ -45,101 +48,106 @@ class Rank:
 def rank_from_environment(environ: Mapping[str, str]) -> Rank:
     """torchrun's variables win, then those of a Slurm step with several tasks; otherwise the process is alone.
 
-    Raises ValueError when a variable is missing or is no number.
+    Raises ValueError when a variable is missing or is no number, or when each task of a Slurm step has started a
+    torchrun of its own.
     """
-
-    def text(name: str) -> str:
-        if not environ.get(name):
-            raise ValueError(f"the launcher set no {name}: start with torchrun, or as a Slurm step")
-        return environ[name]
-
-    def number(name: str) -> int:
-        if not text(name).isdigit():
-            raise ValueError(f"{name}={environ[name]!r} is no number: start with torchrun, or as a Slurm step")
-        return int(environ[name])
-
+    told = Variables(environ)
     if "RANK" in environ:
-        local_world = number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else 1
-        address = (text("MASTER_ADDR"), number("MASTER_PORT"))
-        served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return Rank(number("RANK"), number("WORLD_SIZE"), number("LOCAL_RANK"), local_world, address, served=served)
-    if "SLURM_STEP_NUM_TASKS" in environ and number("SLURM_STEP_NUM_TASKS") > 1:
-        world = number("SLURM_STEP_NUM_TASKS")
-        local_world = max(1, world // number("SLURM_STEP_NUM_NODES"))
-        port = number("MASTER_PORT") if "MASTER_PORT" in environ else 20000 + number("SLURM_JOB_ID") % 20000
-        host = environ.get("MASTER_ADDR") or _first_host(text("SLURM_STEP_NODELIST"))
-        return Rank(number("SLURM_PROCID"), world, number("SLURM_LOCALID"), local_world, (host, port))
+        local_world = told.number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else 1
+        _refuse_separate_nodes(environ)
+        return Rank(
+            rank=told.number("RANK"),
+            world=told.number("WORLD_SIZE"),
+            local_rank=told.number("LOCAL_RANK"),
+            local_world=local_world,
+            address=(told.text("MASTER_ADDR"), told.port("MASTER_PORT")),
+            served=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            start=f"torchrun {environ['TORCHELASTIC_RUN_ID']}" if "TORCHELASTIC_RUN_ID" in environ else "",
+            attempt=told.number("TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in environ else 0,
+        )
+    if tasks_of_step(environ) > 1:
+        step = step_from_environment(environ)
+        one_machine = len(step.tasks_of_nodes) == 1
+        host = environ.get("MASTER_ADDR") or (LOOPBACK if one_machine else address_of(step.first_node))
+        return Rank(
+            rank=step.rank,
+            world=step.world,
+            local_rank=step.local,
+            local_world=step.tasks_of_nodes[step.node],
+            address=(host, told.port("MASTER_PORT") if "MASTER_PORT" in environ else step.port),
+            start=step.name,
+        )
     return Rank()
 
 
-def _first_host(nodelist: str) -> str:
-    command = ["scontrol", "show", "hostnames", nodelist]
-    try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ValueError(f"{' '.join(command)} gave no host ({error}): set MASTER_ADDR") from None
+def _refuse_separate_nodes(environ: Mapping[str, str]) -> None:
+    """Raises ValueError in a Slurm step that has more tasks than torchrun has nodes: they would train side by side, and
+    when one ends, srun ends the others."""
+    if not environ.get("GROUP_WORLD_SIZE"):
+        return
+    tasks, nodes = tasks_of_step(environ), Variables(environ).number("GROUP_WORLD_SIZE")
+    if tasks > nodes:
+        raise ValueError(
+            f"each of the {tasks} tasks of this Slurm step has started a torchrun of {nodes} nodes: start one task "
+            "a node (srun --ntasks-per-node=1) with NNODES set, or leave torchrun out (srun moe-dist train ...); "
+            "for runs that are to be separate, unset SLURM_STEP_NUM_TASKS"
+        )
 
 
 def start(
-    rank: Rank, device: str | None = None, threads: int | None = None, deterministic: bool = False
+    rank: Rank,
+    device: str | None = None,
+    threads: int | None = None,
+    deterministic: bool = False,
+    share_gpus: bool = False,
 ) -> torch.device:
     """Initialise the default process group (also for a process alone: ZeRO wants one) and choose the device.
 
     device: `cpu`, `cuda` or None for CUDA where there is any. deterministic: torch raises RuntimeError where it would
-    run an operation whose result depends on the order of threads. Raises ValueError when CUDA is asked for and missing,
-    or when the port to meet at is taken.
+    run an operation whose result depends on the order of threads. share_gpus: where a machine has fewer GPUs than
+    ranks, they share them and talk over gloo, since NCCL wants a GPU for each; to compare numbers, not for speed.
+    Raises ValueError when CUDA is asked for and missing, or when the port to meet at is taken.
     """
     # Deprecations that DeepSpeed and torch.distributed have among themselves.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    visible = torch.cuda.device_count() if name == "cuda" else 0
+    shared = share_gpus and 0 < visible < rank.local_world
+    chosen = torch.device("cpu")
     if name == "cuda":
-        if torch.cuda.device_count() <= rank.local_rank:
-            found = torch.cuda.device_count()
-            raise ValueError(
-                f"local rank {rank.local_rank} needs a GPU of its own, but {found} are visible: --device cpu"
-            )
-        torch.cuda.set_device(rank.local_rank)
-    else:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world))
-    _export(rank)
+        number = rank.local_rank % visible if shared else gpu_of_rank(rank.local_rank, visible)
+        chosen = torch.device("cuda", number)
+        torch.cuda.set_device(chosen)
+    _export(rank, chosen)
     if rank.on_one_machine:  # nobody else to talk to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if name == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, store=_store(rank), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
-    return torch.device(name, rank.local_rank) if name == "cuda" else torch.device("cpu")
+    ranks = places(rank.local_world, chosen)
+    if not shared:
+        with said_once(rank):
+            refuse_shared_gpus(ranks)
+    os.environ["LOCAL_WORLD_SIZE"] = str(neighbours(ranks))
+    torch.set_num_threads(threads_of_rank(threads, os.environ, rank.rank, ranks))
+    return chosen
 
 
-def _store(rank: Rank) -> dist.Store | None:
-    """Where ranks meet; None leaves it to torch, by MASTER_ADDR and MASTER_PORT."""
+def _store(rank: Rank) -> dist.Store:
+    """Where ranks meet."""
     if rank.file is not None:
         return dist.FileStore(rank.file, rank.world)
     if rank.address is None:
         return dist.HashStore()
-    if not rank.on_one_machine or rank.served:
-        return None
-    port, listener = rank.address[1], None
-    if rank.rank == 0:
-        # TCPStore would listen on every interface, also when told 127.0.0.1: give it a socket that does not.
-        listener = _listen_on_loopback(port).detach()
-    return dist.TCPStore(
-        "127.0.0.1", port, rank.world, is_master=rank.rank == 0, timeout=TIMEOUT, master_listen_fd=listener
-    )
-
-
-def _listen_on_loopback(port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("127.0.0.1", port))
-        listener.listen(4096)
-    except OSError as error:
-        listener.close()
-        raise ValueError(f"port {port} of 127.0.0.1, where ranks meet: {error.strerror}; set MASTER_PORT") from None
-    return listener
+    host, port = rank.address
+    if rank.on_one_machine and not rank.served:
+        host = LOOPBACK
+    member = Member(rank.rank, rank.world, rank.start, speaks=rank.local_rank == 0)
+    return meet(member, host, port, rank.served, rank.attempt)
 
 
 @contextmanager
@@ -160,7 +168,8 @@ def said_once(rank: Rank) -> Iterator[None]:
 def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | None = "cpu") -> None:
     """Run worker(*args) on `ranks` new processes of this machine that form a process group, and wait for all.
 
-    worker must be importable. An exception in any rank is raised here; the others are stopped.
+    worker must be importable. An exception in any rank is raised here; the others are stopped. On `cuda`, ranks that
+    outnumber the GPUs share them.
     """
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         join = (ranks, str(Path(folder) / "store"), device, worker, args)
@@ -168,7 +177,7 @@ def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | Non
 
 
 def _spawned(index: int, ranks: int, file: str, device: str | None, worker: Callable[..., None], args: Any) -> None:
-    start(Rank(index, ranks, index, ranks, file=file), device)
+    start(Rank(index, ranks, index, ranks, file=file), device, share_gpus=True)
     worker(*args)
     stop()
 
@@ -180,13 +189,13 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _export(rank: Rank) -> None:
-    """The variables that libraries below read for themselves."""
+def _export(rank: Rank, device: torch.device) -> None:
+    """The variables that libraries below read for themselves. DeepSpeed takes LOCAL_RANK for the number of the GPU."""
     host, port = rank.address or ("127.0.0.1", 29500)
     os.environ.update(
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.world),
-        LOCAL_RANK=str(rank.local_rank),
+        LOCAL_RANK=str(rank.local_rank if device.index is None else device.index),
         LOCAL_WORLD_SIZE=str(rank.local_world),
         MASTER_ADDR=host,
         MASTER_PORT=str(port),

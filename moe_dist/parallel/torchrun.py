@@ -22,7 +22,7 @@ from moe_dist.process import EarlySignals, output_never_fatal
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import ProcessFailure
 
-_SAVED = os.EX_TEMPFAIL  # train/health/exit_codes.py
+_SAVED = os.EX_TEMPFAIL  # train/exit_codes.py
 
 
 def main(args: Sequence[str]) -> int:

@@ -19,8 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moe_dist.config import Config, dump_config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config, load_config
 from moe_dist.disk import locked, replace_text
+from moe_dist.parallel.slurm import leave_step
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.measure import identity, loss_unit, measure, started
@@ -106,7 +108,12 @@ class Runner:
         with (point.folder / "train.log").open("ab") as log:
             # A process group of its own: Ctrl-C reaches the runner alone, which asks the process to save first.
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock], process_group=0
+                command,
+                env=leave_step(os.environ),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+                process_group=0,
             )
             code = self._process.wait()
         self._process = None

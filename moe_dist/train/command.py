@@ -19,7 +19,7 @@ from moe_dist.parallel.objects import lost_ranks_told
 from moe_dist.parallel.trail import Trail
 from moe_dist.process import EarlySignals
 from moe_dist.train.agreement import require_one_start
-from moe_dist.train.health.exit_codes import DONE, SAVED, EndRun
+from moe_dist.train.exit_codes import DONE, SAVED, EndRun
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.watchdog import Watchdog
 from moe_dist.train.loop import Outcome, Trainer

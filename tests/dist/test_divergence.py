@@ -18,7 +18,7 @@ from moe_dist.config import Config
 from moe_dist.models.decoder import DecoderOutput
 from moe_dist.process import STOP_SIGNALS
 from moe_dist.step import StepContext
-from moe_dist.train.health.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
+from moe_dist.train.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from moe_dist.train.record.status import read_status

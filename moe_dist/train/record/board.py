@@ -13,7 +13,7 @@ _MOE = frozenset(
 
 
 class Board:
-    """Event files in `folder`, from `open` on until something fails. histogram_every: steps between histograms of the
+    """Event files in `folder`, from `begin` on until something fails. histogram_every: steps between histograms of the
     experts' load. say: takes a line for the person who watches."""
 
     def __init__(self, folder: Path, histogram_every: int, say: Callable[[str], None]) -> None:
@@ -22,7 +22,7 @@ class Board:
         self._say = say
         self._writer: Any = None
 
-    def open(self, last_step: int | None) -> None:
+    def begin(self, last_step: int | None) -> None:
         """last_step: what was logged after it is hidden; None hides nothing."""
         from torch.utils.tensorboard import SummaryWriter  # here: the import takes seconds
 

@@ -130,7 +130,7 @@ class MetricsWriter:
         _trim(self._path, last_step)
         self._file = self._path.open("a", encoding="utf-8")
         if self._board is not None:
-            self._board.open(None if last_step == math.inf else int(last_step))
+            self._board.begin(None if last_step == math.inf else int(last_step))
 
 
 def last_record(run_dir: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.cli import main
-from moe_dist.config import Config, dump_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config
 from moe_dist.config.schema import DataConfig, EngineConfig
 from moe_dist.disk import locked, remove_drafts
 from moe_dist.train.record.status import LOCK, describe_status, is_finished, read_status, write_status
