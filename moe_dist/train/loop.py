@@ -36,7 +36,8 @@ from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
 from moe_dist.train.opening import opening_lines
-from moe_dist.train.record.metrics import MetricsWriter, moe_record, recent_losses
+from moe_dist.train.record.history import recent_losses
+from moe_dist.train.record.metrics import MetricsWriter, moe_record
 from moe_dist.train.record.profile import matmul_peak, memory_bytes
 from moe_dist.train.record.progress import Progress
 from moe_dist.train.record.run_folder import RunFolder, write_together
@@ -90,7 +91,7 @@ class Trainer:
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
             )
         self.key = RandomKey.of(config.train.seed, "train")
-        self.folder = RunFolder(Path(config.run.root) / config.run.name)
+        self.folder = RunFolder(config.run.folder)
         self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
         self.flops = self.task.flops_per_token(config.model)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))

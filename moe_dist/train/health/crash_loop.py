@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_dist.disk import replace_text
 from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
-from moe_dist.train.record.metrics import last_logged_step
+from moe_dist.train.record.history import last_logged_step
 
 FILE = "restarts.json"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.disk import is_locked, replace_text
-from moe_dist.train.record.metrics import last_record
+from moe_dist.train.record.history import last_record
 
 FILE, LOCK = "status.json", "run.lock"
 
@@ -27,6 +27,8 @@ def read_status(folder: Path) -> dict[str, Any]:
         status = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"state": "none"}
+    except PermissionError:
+        raise ValueError(f"{folder / FILE} cannot be read: no permission; ask its owner to make it readable") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / FILE} cannot be read: {error}; remove it, the checkpoints know the rest") from None
     if not isinstance(status, dict) or "state" not in status or not isinstance(status.get("step", 0), int):
