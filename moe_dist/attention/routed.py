@@ -42,14 +42,13 @@ class AttentionProjections(nn.Module):
     ) -> None:
         super().__init__()
         width = num_heads * head_dim
-        self.head_dim, self.tp = head_dim, tp
+        self.head_dim = head_dim
+        self.tp = tp
         self.query = ColumnParallelLinear(d_model, width, tp, d_model**-0.5)
         self.key_value = KeyValueHeads(d_model, num_heads, num_kv_heads, head_dim, tp)
         self.out = RowParallelLinear(width, d_model, tp, out_std)
         shape = (num_kv_heads, 2, head_dim)
         self.null = parameter(shape, ParamSpec(shape, std=1.0, vector=True)) if null else None
-        local = num_heads // tp.size
-        self.readers = [head * num_kv_heads // num_heads for head in range(tp.rank * local, (tp.rank + 1) * local)]
 
     def project(self, x_QD: Tensor, x_KD: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x_QD, keys and values of x_KD, both cut into `rows` rows."""
@@ -59,7 +58,9 @@ class AttentionProjections(nn.Module):
     def with_null(self, k_NKGP: Tensor, v_NKGP: Tensor) -> tuple[Tensor, Tensor]:
         """The null key and value before the others, as this rank's query heads read them."""
         assert self.null is not None
-        heads = self.readers if k_NKGP.shape[2] == len(self.readers) else sorted(set(self.readers))
+        assignment = self.key_value.assignment
+        held = list(assignment.kv_held)
+        heads = held if assignment.reads is None else [held[place] for place in assignment.reads]
         null_G2P = copy_to_group(self.null, self.tp)[heads].expand(len(k_NKGP), -1, -1, -1)
         pairs = zip((k_NKGP, v_NKGP), null_G2P.unbind(2), strict=True)
         k, v = (torch.cat((null_NGP[:, None], t), dim=1) for t, null_NGP in pairs)

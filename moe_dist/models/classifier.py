@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         training = step.phase == "train"
         if training and self.config.token_dropout > 0.0:
             index_BS = torch.arange(first, first + mask_BS.numel(), device=mask_BS.device).view_as(mask_BS)
-            mask_BS = mask_BS & (step.key.fold("token dropout").uniform(index_BS) >= self.config.token_dropout)
+            mask_BS = mask_BS & step.key.fold("token dropout").keeps(index_BS, self.config.token_dropout)
         mask_T = mask_BS.flatten()
         step = replace(
             step,

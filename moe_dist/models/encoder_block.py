@@ -6,14 +6,13 @@ Legend: B batch, S sequence, T = B * S tokens, D d_model, H query heads, G key/v
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from moe_dist.attention.multi_query import KeyValueHeads
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Pattern
-from moe_dist.kernels.random import RandomKey
+from moe_dist.kernels.random import RandomKey, dropout_by_index
 from moe_dist.models.block import is_moe_layer
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
@@ -79,7 +78,7 @@ class EncoderBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Drop:
-    """Dropout by global index: zero with probability `rate`, else divided by 1 - rate. The same in every layout.
+    """Dropout of what each part of a block adds, by name; the same in every layout.
 
     first_token: global number of the first of this rank's tokens.
     """
@@ -89,8 +88,4 @@ class Drop:
     first_token: int
 
     def __call__(self, x_TD: Tensor, name: str) -> Tensor:
-        if self.rate == 0.0:
-            return x_TD
-        first = self.first_token * x_TD.shape[1]
-        index_TD = torch.arange(first, first + x_TD.numel(), device=x_TD.device).view_as(x_TD)
-        return x_TD * (self.key.fold("dropout", name).uniform(index_TD) >= self.rate) / (1 - self.rate)
+        return dropout_by_index(x_TD, self.rate, self.key.fold("dropout", name), self.first_token)
