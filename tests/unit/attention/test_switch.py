@@ -15,7 +15,8 @@ from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import BlockReplay
-from moe_dist.models.flops import parameter_counts, train_flops_per_token
+from moe_dist.models.flops import train_flops_per_token
+from moe_dist.models.parameters import parameter_counts
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.mesh import single_process_mesh

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_dist
 from moe_dist.models.classifier import Classifier
-from moe_dist.models.flops import classifier_parameter_counts
+from moe_dist.models.parameters import classifier_parameter_counts
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize
