@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
-from moe_dist.data.indexed import TokenStream, read_indexed
+from moe_dist.data.indexed import read_indexed
+from moe_dist.data.stream import TokenStream
 
 SEPARATOR = b"\0"
 """Follows each file of a corpus of several files."""

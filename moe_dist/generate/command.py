@@ -59,7 +59,9 @@ def generate_text(args: Sequence[str]) -> int:
     if show is not None:
         _describe(checkpoint, config, decoder, rank.world)
     ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
-    context = own.context or config.train.seq_len
+    # A cache is as long as the context, so no longer than what it can come to hold.
+    needed = max(max(map(len, ids)) + own.max_new_tokens, config.train.seq_len)
+    context = min(own.context, needed) if own.context else config.train.seq_len
     began, first = time.monotonic(), 0.0
     for tokens in generate(CachedDecoder(decoder, device), ids, own.max_new_tokens, context, own.seed, sampling):
         first = first or time.monotonic() - began

@@ -12,13 +12,14 @@ Legend: L layers, D d_model, F d_ff, E experts, K experts of a token, H query he
 head, S sequence, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Literal
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.moe.experts import expert_widths
+from moe_dist.moe.losses import MoEStats
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -55,21 +56,17 @@ def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return 3 * (2 * _active_block_matrices(model) + attention + head)
 
 
-def executed_flops(
-    model: ModelConfig,
-    nominal: float,
-    tokens: float,
-    kept: Iterable[tuple[Literal["feed_forward", "attention"], Sequence[int]]],
-) -> float:
+def executed_flops(model: ModelConfig, nominal: float, tokens: float, layers: Iterable[MoEStats]) -> float:
     """FLOPs of a step's `tokens` with the assignments that experts computed in place of those of the configuration.
 
-    nominal: of one token, from one of the functions above. kept: of each layer of experts, whose they are and how many
-    assignments each computed. Heads of attention experts whose assignment was dropped are attended with all the same.
+    nominal: of one token, from one of the functions above. layers: what each layer of experts did with these tokens.
+    Heads of attention experts whose assignment was dropped are attended with all the same.
     """
     outside = nominal - 3 * 2 * float(_met_expert_matrices(model))
     done = 0
-    for kind, kept_E in kept:
-        done += sum(rows * each for rows, each in zip(kept_E, _expert_matrices(model, kind), strict=True))
+    for layer in layers:
+        costs = _expert_matrices(model, layer.site.kind)
+        done += sum(rows * each for rows, each in zip(layer.kept_E.tolist(), costs, strict=True))
     return outside * tokens + 3 * 2 * done
 
 
@@ -92,7 +89,7 @@ def _active_block_matrices(model: ModelConfig) -> float:
     dense = _feed_forward_parameters(model, model.d_ff)
     beside = 0
     if moe_layers:  # shared experts are as wide as the mean of the others
-        widths = expert_widths(model)
+        widths = expert_widths(model.moe, model.d_ff)
         shared = moe.num_shared_experts * _feed_forward_parameters(model, sum(widths) // len(widths))
         beside = moe_layers * (_router_parameters(model, moe) + shared)
     blocks = model.num_layers * attention + (model.num_layers - moe_layers) * dense + beside
@@ -114,7 +111,7 @@ def _expert_matrices(model: ModelConfig, kind: Literal["feed_forward", "attentio
     """Matrix parameters of each expert of a layer."""
     if kind == "attention":
         return [2 * model.d_model * model.num_heads * model.head_width] * model.attention.moe.num_experts
-    return [_feed_forward_parameters(model, width) for width in expert_widths(model)]
+    return [_feed_forward_parameters(model, width) for width in expert_widths(model.moe, model.d_ff)]
 
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:

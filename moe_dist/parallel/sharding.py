@@ -75,9 +75,9 @@ def logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, P
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter from (seed, name), so that all layouts start from the same logical model. `prefix`: the name
-    of `module` within that model and a dot, where it is filled on its own. On the meta device there are no values to fill."""
+    of `module` within that model and a dot, where it is filled on its own."""
     for name, param, spec in logical_parameters(module):
-        if param.is_meta:
+        if param.is_meta:  # without memory; filled when it has some
             continue
         key = RandomKey.of(seed, prefix + name)
         if spec.std is None:

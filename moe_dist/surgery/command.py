@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.background import Saver
-from moe_dist.checkpoint.find import run_config, whole_checkpoint
+from moe_dist.checkpoint.find import run_config, run_of, whole_checkpoint
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
@@ -66,9 +66,9 @@ def experts(args: list[str]) -> int:
         raise ValueError(f"--output {own.output or ''} must name a folder that is not there yet")
     if own.action == "add" and len(numbers) != 1:
         raise ValueError(f"add takes how many experts, one number, got {own.which!r}")
-    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr)).resolve()
+    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr))
     if listing:
-        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), checkpoint.parents[1])))
+        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), run_of(checkpoint))))
         return 0
 
     def change(layer: MoE) -> object:
@@ -136,7 +136,7 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
     (output / "config.yaml").write_text(
         dump_config(replace(config, model=replace(config.model, moe=moe), run=where)), encoding="utf-8"
     )
-    tokenizer = checkpoint.parent.parent / "tokenizer.json"
+    tokenizer = run_of(checkpoint) / "tokenizer.json"
     if tokenizer.is_file():
         shutil.copy(tokenizer, output / tokenizer.name)
 

@@ -242,8 +242,7 @@ class Trainer:
         seconds = time.monotonic() - began
         tokens = shape.tokens_per_step * self.task.real_share
         nominal = tokens * self.flops / seconds
-        kept = [(layer.kind, layer.kept_E) for layer in layers]
-        executed = executed_flops(self.config.model, self.flops, tokens, kept) / seconds
+        executed = executed_flops(self.config.model, self.flops, tokens, layers) / seconds
         peak = self.peak.flops_per_second * self.mesh.layout.world
         return {
             "step": step + 1,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.models.block import moe_layer
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from tests.unit.helpers import context, gradients, random_ids, tiny_model
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def outcome(router: str, **changes: object) -> dict[str, Tensor]:
-    layer = MoE(tiny_model(router=router, **changes), 0, single_process_mesh())
+    layer = moe_layer(tiny_model(router=router, **changes), 0, single_process_mesh())
     initialize(layer, seed=0)
     layer.to(DEVICE)
     x_TD = torch.randn(21, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
