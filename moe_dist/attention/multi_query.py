@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.moe.gate import Replay
@@ -29,14 +29,14 @@ from moe_dist.step import StepContext
 class KeyValueHeads(nn.Module):
     """x -> the keys and values that this rank's query heads read; logical weight [G * 2 * P, D], head after head."""
 
-    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, tp: Group) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim = sizes.head_dim
         self.tp = tp
-        self.assignment = HeadAssignment.of(num_heads, num_kv_heads, tp)
-        rows = 2 * head_dim  # of a head
+        self.assignment = HeadAssignment.of(sizes.num_heads, sizes.num_kv_heads, tp)
+        rows, d_model = 2 * sizes.head_dim, sizes.d_model  # rows of a head
         first, held = self.assignment.kv_held.start, len(self.assignment.kv_held)
-        logical = (num_kv_heads * rows, d_model)
+        logical = (sizes.num_kv_heads * rows, d_model)
         self.cut = tp.size > 1 and not self.assignment.shared
         if self.cut:
             spec = ParamSpec(logical, "tensor", first * rows * d_model, d_model**-0.5)
@@ -58,11 +58,11 @@ class KeyValueHeads(nn.Module):
 class QueryKeyNorm(nn.Module):
     """Layer norm of a query over all its heads, and of a key over its one (ViT-22B, arXiv 2302.05442, eq. 4)."""
 
-    def __init__(self, num_heads: int, head_dim: int, tp: Group, eps: float) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group, eps: float) -> None:
         super().__init__()
         self.tp = tp
         self.eps = eps
-        width = num_heads * head_dim
+        width, head_dim = sizes.width, sizes.head_dim
         local = width // tp.size
         first = tp.rank * local
         self.query_weight = parameter((local,), ParamSpec((width,), "tensor", first, None))
@@ -77,27 +77,38 @@ class QueryKeyNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism."""
+    """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism.
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> None:
+    layer: by which attention dropout draws. norm_eps: of qk_ln. out_std: of the output projection's initial values,
+    width^-0.5 where None.
+    """
+
+    def __init__(
+        self,
+        sizes: HeadSizes,
+        config: AttentionConfig,
+        mesh: Mesh,
+        layer: int = 0,
+        norm_eps: float = 1e-5,
+        out_std: float | None = None,
+    ) -> None:
         super().__init__()
-        tp = mesh.tp
-        self.config, self.layer, self.mesh = model.attention, layer, mesh
-        self.num_heads = model.num_heads
-        self.head_dim = model.head_width
-        width = model.num_heads * self.head_dim
-        self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
-        self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
-        self.out = RowParallelLinear(width, model.d_model, tp, width**-0.5 if out_std is None else out_std)
-        self.qk_norm = None
-        if self.config.qk_ln:
-            self.qk_norm = QueryKeyNorm(model.num_heads, self.head_dim, tp, model.norm_eps)
+        tp, width = mesh.tp, sizes.width
+        self.config = config
+        self.layer = layer
+        self.mesh = mesh
+        self.num_heads = sizes.num_heads
+        self.head_dim = sizes.head_dim
+        self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5)
+        self.key_value = KeyValueHeads(sizes, tp)
+        self.out = RowParallelLinear(width, sizes.d_model, tp, width**-0.5 if out_std is None else out_std)
+        self.qk_norm = QueryKeyNorm(sizes, tp, norm_eps) if config.qk_ln else None
         self.heads = self.key_value.assignment.queries
         self.sinks_H = None
-        if self.config.sinks:
-            spec = ParamSpec((model.num_heads,), "tensor", self.heads.start, 0.0)
+        if config.sinks:
+            spec = ParamSpec((sizes.num_heads,), "tensor", self.heads.start, 0.0)
             self.sinks_H = parameter((len(self.heads),), spec)
-        self.attend = attention(self.config.backend)
+        self.attend = attention(config.backend)
 
     def forward(
         self,

@@ -161,6 +161,21 @@ class AttentionConfig:
     routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadSizes:
+    """Of an attention layer: query heads on fewer key/value heads, all of the same width."""
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token over all query heads."""
+        return self.num_heads * self.head_dim
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
@@ -207,3 +222,7 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head: head_dim where it is given."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def head_sizes(self) -> HeadSizes:
+        return HeadSizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_width)
