@@ -86,20 +86,28 @@ class MultiQueryAttention(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = tp or Group(), sequence_parallel
+        self.tp = tp or Group()
+        self.sequence_parallel = sequence_parallel
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_sizes(d_model, heads, num_kv_heads, head_dim, self.tp.size)
         check_options(attn_impl, clip_qkv, attn_pdrop, norm_type, fc_type, window, device.type)
-        self.d_model, self.heads, self.num_kv_heads = d_model, heads, num_kv_heads
+        self.d_model = d_model
+        self.heads = heads
+        self.num_kv_heads = num_kv_heads
         self.head_dim = d_model // heads if head_dim is None else head_dim
         if rotary and self.head_dim % 2:
             raise ValueError(f"rotary turns pairs of numbers, but head_dim={self.head_dim} is odd")
-        self.attn_impl, self.clip_qkv, self.qk_ln, self.attn_pdrop = attn_impl, clip_qkv, qk_ln, attn_pdrop
+        self.attn_impl = attn_impl
+        self.clip_qkv = clip_qkv
+        self.qk_ln = qk_ln
+        self.attn_pdrop = attn_pdrop
         self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.rope_theta = rope_theta if rotary else None
-        self.alibi, self.window = alibi, window
+        self.alibi = alibi
+        self.window = window
         self.attend = attention(attn_impl)
-        self.seed, self.step = drawn_seed(seed, self.tp.size), 0
+        self.seed = drawn_seed(seed, self.tp.size)
+        self.step = 0
 
         self.mine = HeadAssignment.of(heads, num_kv_heads, self.tp)
         self.qkv = qkv_part(self.mine, heads, num_kv_heads, self.head_dim)

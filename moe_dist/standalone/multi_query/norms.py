@@ -31,8 +31,11 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         assert norm_type in get_args(NormType)
-        self.width, self.tp, self.cut = width, tp or Group(), cut and tp is not None and tp.size > 1
-        self.low_precision, self.centred = norm_type.startswith("low_precision"), norm_type.endswith("layernorm")
+        self.width = width
+        self.tp = tp or Group()
+        self.cut = cut and tp is not None and tp.size > 1
+        self.low_precision = norm_type.startswith("low_precision")
+        self.centred = norm_type.endswith("layernorm")
         self.weight = nn.Parameter(torch.ones(width, device=device))
         self.bias = nn.Parameter(torch.zeros(width, device=device)) if self.centred else None
 
