@@ -90,6 +90,9 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
             f"capacity_schedule sets the factor of all layers; make {key(section, 'capacity_factor')} one number, "
             "or clear the schedule"
         )
+    if moe.drop_order == "choice" and (moe.drop_policy != "position" or moe.router == "expert_choice"):
+        other = f"drop_policy={moe.drop_policy}" if moe.drop_policy != "position" else f"router={moe.router}"
+        yield f"drop_order=choice is of drop_policy=position, not {other}; set {key(section, 'drop_order')} to token"
     if moe.router == "expert_choice":
         factors = [moe.capacity_factor, *moe.capacity_schedule.values()]
         factors += moe.eval_capacity_factor if isinstance(moe.eval_capacity_factor, list) else []

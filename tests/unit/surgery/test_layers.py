@@ -33,6 +33,7 @@ ROUTERS = [
 LIMITS = [
     dict(),
     dict(capacity_factor=0.75),
+    dict(capacity_factor=0.75, drop_order="choice"),
     dict(capacity_factor=0.75, drop_policy="score"),
     dict(capacity_factor=0.75, drop_policy="random"),
     dict(capacity_factor=0.75, overflow="reroute"),
