@@ -110,7 +110,7 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
         ("weight_decay=1001.0 is above 1/lr=1000", {"optim__weight_decay": 1001.0}),
         (
-            "drop_order=choice is of drop_policy=position, not score; set model.moe.drop_order to token",
+            "drop_order=choice is of drop_policy=position, not score",
             {"model__moe__drop_order": "choice", "model__moe__drop_policy": "score"},
         ),
         (
