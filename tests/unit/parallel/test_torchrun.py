@@ -1,6 +1,10 @@
 """Which of several machines a launcher is, and where they meet."""
 
+import os
+from argparse import Namespace
+
 import pytest
+from torch.distributed import run
 
 from moe_dist.parallel.torchrun import main, node_from_environment
 from tests.unit.parallel.test_slurm import STEP
@@ -69,3 +73,23 @@ def test_mistakes_are_one_line(
         main(["--nnodes", nodes, "--nproc_per_node", "2", "-m", *COMMAND])
     printed = capfd.readouterr().err
     assert said in printed and printed.startswith("moe-dist: ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads"),
+    [({}, "4"), ({"SLURM_CPUS_PER_TASK": "6"}, "3"), ({"OMP_NUM_THREADS": "5", "SLURM_CPUS_PER_TASK": "6"}, "5")],
+)
+def test_ranks_divide_what_the_launcher_may_use(
+    environ: dict[str, str], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun alone would give each one thread."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # to be put back
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    started: list[Namespace] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(run, "run", started.append)
+    main(["--nproc_per_node", "2", "-m", *COMMAND])
+    assert len(started) == 1 and os.environ["OMP_NUM_THREADS"] == threads
