@@ -5,13 +5,15 @@ core     attention alone, forward and backward: our backends, SDPA, and plain ma
 decode   one token of a decoder with its cache, after 128 and after 1,024 tokens: ms, and how much it grew
 
 On a GPU: long sequences of 32 heads with 1 and 8 key/value heads in bf16, and decoding against 32k keys, beside SDPA's
-flash and cuDNN backends.
+flash and cuDNN backends; `--json FILE` keeps the numbers.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -55,7 +57,7 @@ class Projections(nn.Module):
 def ours(model: ModelConfig) -> tuple[CausalSelfAttention, Callable[[Tensor], Tensor]]:
     layer = CausalSelfAttention(model, 0, single_process_mesh())
     initialize(layer, 0)
-    return layer, lambda x: layer(x.flatten(0, 1), (x.shape[0], x.shape[1]), Places(), STEP)[0].view_as(x)
+    return layer, lambda x: layer(x.flatten(0, 1), (x.shape[0], x.shape[1]), Positions(), STEP)[0].view_as(x)
 
 
 def forward_backward(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
@@ -112,11 +114,25 @@ def cores(shape: tuple[int, ...], precision: str, steps: int, device: torch.devi
 
 def decoding(length: int, groups: int, steps: int, device: torch.device) -> dict[str, float]:
     """One query against `length` keys on a GPU: B 1, H 32, P 128, bf16."""
-    draw = partial(_draw, [(1, 32, 1, 128), *[(1, groups, length, 128)] * 2], torch.bfloat16, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    draw = partial(_draw, [(1, 32, 1, 128), *[(1, groups, length, 128)] * 2], dtype, device)
     sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
     contestants = {"SDPA": sdpa, "triton": _backend("triton")}
     with torch.no_grad():
         return race({name: partial(_call, one) for name, one in contestants.items()}, draw, steps, 10)
+
+
+def on_gpu(steps: int, device: torch.device, rehearse: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """(title, seconds) of the cells that want a GPU; a rehearsal goes through smaller ones on CPU."""
+    batch, heads, lengths, width = (1, 8, (32, 64), 16) if rehearse else (4, 32, (4096, 16384), 128)
+    precision = "fp32" if rehearse else "bf16"
+    for length in lengths:
+        for groups in (1, 8):
+            title = f"core B {batch}, S {length}, H {heads}, G {groups}, P {width}, {precision}, forward + backward"
+            yield title, cores((batch, length, heads, groups, width), precision, steps, device)
+    for groups in (1, 8):
+        keys = 256 if rehearse else 32768
+        yield f"decode, {keys} keys, G {groups}", decoding(keys, groups, steps, device)
 
 
 def growth(position: str, steps: int) -> tuple[float, float]:
@@ -150,7 +166,7 @@ def _under(backend: SDPBackend, call: Callable[..., Tensor], *args: Tensor) -> T
 
 
 def _draw(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(shape).to(device, dtype) for shape in shapes)
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
 
 
 def _step(call: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
@@ -171,18 +187,20 @@ def report(title: str, seconds: dict[str, float]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--rehearse", action="store_true", help="what a GPU would do, tiny, also on CPU")
+    parser.add_argument("--json", type=Path, help="where the numbers of a GPU go")
     own = parser.parse_args()
     restart_like_a_launch_script()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = ", ".join(f"{name} {version}" for name, version in versions("torch", "triton", "flash-attn").items())
     print(f"{device_name()}, {torch.get_num_threads()} threads, {found}")
-    if device.type == "cuda":
-        for length in (4096, 16384):
-            for groups in (1, 8):
-                title = f"core B 4, S {length}, H 32, G {groups}, P 128, bf16"
-                print(*report(title, cores((4, length, 32, groups, 128), "bf16", own.steps, device)), sep="\n")
-        for groups in (1, 8):
-            print(*report(f"decode, 32k keys, G {groups}", decoding(32768, groups, own.steps, device)), sep="\n")
+    if device.type == "cuda" or own.rehearse:
+        found = {}
+        for title, seconds in on_gpu(2 if own.rehearse else own.steps, device, own.rehearse):
+            found[title] = seconds
+            print(*report(title, seconds), sep="\n", flush=True)
+            if own.json:
+                own.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         return
     for precision in DTYPES:
         title = f"layer B 2, S 1024, D 512, H 8, G 1, P 64, {precision}, forward + backward"

@@ -27,17 +27,25 @@ class Shape:
 SHAPES = {
     "a": Shape("switch top-1, d 512, ff 2048, 8 experts, ReLU", 512, 2048, 8, 1, "relu"),
     "b": Shape("top-2, d 512, ff 1024, 32 experts, SwiGLU", 512, 1024, 32, 2, "swiglu"),
+    "m": Shape("Mixtral: top-2, d 4096, ff 14336, 8 experts, SwiGLU", 4096, 14336, 8, 2, "swiglu"),
+    "q": Shape("Qwen3-30B: top-8, d 2048, ff 768, 128 experts, SwiGLU", 2048, 768, 128, 8, "swiglu"),
+    "o": Shape("OLMoE: top-8, d 2048, ff 1024, 64 experts, SwiGLU", 2048, 1024, 64, 8, "swiglu"),
+    "s": Shape("Switch-Base: top-1, d 768, ff 3072, 64 experts, ReLU", 768, 3072, 64, 1, "relu"),
+    "t": Shape("a rehearsal: top-2, d 16, ff 24, 4 experts, SwiGLU", 16, 24, 4, 2, "swiglu"),
 }
+SKEW_FEATURE, SKEW_VALUE = 0, 4.0  # the input feature that leans to some experts, and what it is for every token
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One comparison. capacity: the capacity factor, or None where nothing is dropped."""
+    """One comparison. capacity: the capacity factor, or None where nothing is dropped. skewed: the logit of expert i
+    is lower by log(i + 1), so that loads fall like Zipf's law."""
 
     letter: str
     precision: str
     capacity: float | None
     tokens: int
+    skewed: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -50,7 +58,7 @@ class Cell:
     @property
     def name(self) -> str:
         rule = "dropless" if self.capacity is None else f"capacity {self.capacity:g}"
-        return f"({self.letter}) {self.precision}, {rule}, T {self.tokens}"
+        return f"({self.letter}) {self.precision}, {rule}, T {self.tokens}" + (", skewed" if self.skewed else "")
 
     @property
     def limit(self) -> int | None:
@@ -78,14 +86,25 @@ class Weights:
         s = cell.shape
 
         def draw(*shape: int, fan_in: int) -> Tensor:
-            return torch.randn(shape, generator=generator) * fan_in**-0.5
+            return torch.randn(shape, generator=generator, device=generator.device) * fan_in**-0.5
 
         def cube(fan_in: int) -> Tensor:
             return draw(s.experts, s.d_ff, s.d_model, fan_in=fan_in).to(cell.dtype)
 
         gate = cube(s.d_model) if s.activation == "swiglu" else None
-        router = draw(s.experts, s.d_model, fan_in=s.d_model).to(cell.dtype).float()
+        router = draw(s.experts, s.d_model, fan_in=s.d_model)
+        if cell.skewed:
+            router[:, SKEW_FEATURE] = -torch.arange(1.0, s.experts + 1, device=router.device).log() / SKEW_VALUE
+        router = router.to(cell.dtype).float()
         return Weights(router, gate, cube(s.d_model), cube(s.d_ff))
+
+    def inputs(self, cell: Cell, generator: torch.Generator) -> Tensor:
+        """x_TD, new each time."""
+        shape = (cell.tokens, cell.shape.d_model)
+        x_TD = torch.randn(shape, generator=generator, device=generator.device, dtype=cell.dtype)
+        if cell.skewed:
+            x_TD[:, SKEW_FEATURE] = SKEW_VALUE
+        return x_TD
 
     def to(self, device: torch.device) -> "Weights":
         gate = None if self.gate is None else self.gate.to(device)

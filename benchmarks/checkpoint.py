@@ -25,7 +25,7 @@ from moe_dist.config.parse import parse_dict
 from moe_dist.engine.base import Engine
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh

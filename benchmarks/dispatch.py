@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.collectives import all_gather, all_reduce, exchange_rows
 from moe_dist.parallel.launch import spawn

@@ -9,6 +9,7 @@ Legend: T tokens, K top_k, D d_model, E experts, F expert hidden, R rows sorted 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.step import StepContext
@@ -65,10 +66,11 @@ def _peers(cell: Cell, w: Weights, device: torch.device) -> Iterator[tuple[str, 
 class Ours(nn.Module):
     """The whole layer: router, capacity rule, dispatch, experts, losses and statistics."""
 
-    def __init__(self, cell: Cell, w: Weights, device: torch.device) -> None:
+    def __init__(self, cell: Cell, w: Weights, device: torch.device, **moe_options: Any) -> None:
         super().__init__()
         s = cell.shape
-        moe = MoEConfig(num_experts=s.experts, top_k=s.top_k, d_ff=s.d_ff, capacity_factor=cell.capacity)
+        moe_options = {"capacity_factor": cell.capacity} | moe_options
+        moe = MoEConfig(num_experts=s.experts, top_k=s.top_k, d_ff=s.d_ff, **moe_options)
         model = ModelConfig(d_model=s.d_model, num_layers=1, activation=s.activation, moe=moe)
         model = resolve_backends(model, ep=1, device_type=device.type)
         self.layer = MoE(model, layer=0, mesh=single_process_mesh()).to(device, cell.dtype)
@@ -284,6 +286,24 @@ class StMoE(nn.Module):
     def forward(self, x_TD: Tensor) -> Output:
         outputs, total_aux_loss, _, _ = self.layer(x_TD[None])
         return outputs[0], total_aux_loss
+
+
+class Liger(nn.Module):
+    """Liger-Kernel's fused experts (SwiGLU, GPU only); router of plain torch."""
+
+    def __init__(self, cell: Cell, w: Weights) -> None:
+        super().__init__()
+        assert w.gate is not None
+        self.top_k, self.router = cell.shape.top_k, nn.Parameter(w.router.clone())
+        self.gate_up = nn.Parameter(torch.cat([w.gate, w.up], 1))
+        self.down = nn.Parameter(w.out.mT.contiguous())
+
+    def forward(self, x_TD: Tensor) -> Output:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+        weights_TK, experts_TK = choose(x_TD, self.router, self.top_k)
+        weights_TK = weights_TK.to(x_TD.dtype)
+        return LigerFusedMoEFunction.apply(x_TD, self.gate_up, self.down, experts_TK.int(), weights_TK), None
 
 
 class Scatter(nn.Module):

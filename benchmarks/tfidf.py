@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
-from moe_dist.config import load_config
+from moe_dist.config.load import load_config
 from moe_dist.data.labelled import read_examples, split, unique
 
 WORDS = {"words": r"(?u)\b\w\w+\b", "words and signs": r"\w+|[^\w\s]"}

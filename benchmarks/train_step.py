@@ -23,7 +23,7 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.native import NativeEngine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import train_flops_per_token
 from moe_dist.parallel.mesh import single_process_mesh

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import nn
 
-from moe_dist.config import load_config
+from moe_dist.config.load import load_config
 from moe_dist.data.labelled import PACKAGES
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh

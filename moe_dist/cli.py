@@ -71,7 +71,7 @@ and every start ended as its fault should end it; 1 otherwise, and the report sa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a failed check, 2 a wrong input; others: train/health/exit_codes.py."""
+    """Returns the exit code: 0 done, 1 a failed check, 2 a wrong input; others: train/exit_codes.py."""
     _print_any_text()
     os.umask(os.umask(0o022) | 0o022)  # what is written, others may read where the user lets them, and never change
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
@@ -110,20 +110,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moe-dist: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, rights that are missing: a traceback says no more than this
-        from moe_dist.train.health.exit_codes import FAILED
+        from moe_dist.train.exit_codes import FAILED
 
         print(f"moe-dist: {error}", file=sys.stderr)
         return FAILED
     except RuntimeError as error:
         from moe_dist.parallel.objects import RankFailed
-        from moe_dist.train.health.exit_codes import FAILED
+        from moe_dist.train.exit_codes import FAILED
 
         if not isinstance(error, RankFailed):
             raise
         print(f"moe-dist: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        from moe_dist.train.health.exit_codes import INTERRUPTED
+        from moe_dist.train.exit_codes import INTERRUPTED
 
         print("moe-dist: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -24,16 +24,16 @@ class Witness(Protocol):
 class RealTokens:
     """Which tokens are no padding. Padding goes to no expert, takes no capacity and counts in no loss nor load.
 
-    mask_T: bool, of this rank's tokens. total: true ones over all ranks.
+    mask_T: bool, of this rank's tokens. total: true ones over all of `token_ranks`.
     """
 
     mask_T: Tensor
     total: int
 
     @staticmethod
-    def of(mask_T: Tensor, world: Group) -> "RealTokens":
+    def of(mask_T: Tensor, token_ranks: Group) -> "RealTokens":
         """Every rank must call, with its own tokens."""
-        return RealTokens(mask_T, int(all_reduce(mask_T.sum(), world)))
+        return RealTokens(mask_T, int(all_reduce(mask_T.sum(), token_ranks)))
 
 
 @dataclass(frozen=True)

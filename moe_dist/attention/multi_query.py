@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
@@ -88,14 +88,12 @@ class QueryKeyNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism."""
 
-    def __init__(
-        self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool = False, out_std: float | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> None:
         super().__init__()
         tp = mesh.tp
-        self.config, self.layer, self.tp, self.dp = model.attention, layer, tp, mesh.dp
-        self.sequence_parallel, self.num_heads = sequence_parallel, model.num_heads
-        self.head_dim = model.head_dim or model.d_model // model.num_heads
+        self.config, self.layer, self.mesh = model.attention, layer, mesh
+        self.num_heads = model.num_heads
+        self.head_dim = model.head_width
         width = model.num_heads * self.head_dim
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
         self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
@@ -115,14 +113,14 @@ class CausalSelfAttention(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: Replay | None = None,
     ) -> tuple[Tensor, None]:
         """shape: (B, S) of the full tokens. With a cache, queries also see what is in it, and are added to it. There
         are no losses, and no decisions to replay."""
-        x_TD = enter(x_TD, self.tp, self.sequence_parallel)
+        x_TD = enter(x_TD, self.mesh)
         q_BSHP = self.query(x_TD).view(*shape, self.heads.stop - self.heads.start, self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
         if self.config.clip_qkv is not None:
@@ -131,33 +129,35 @@ class CausalSelfAttention(nn.Module):
             )
         if self.qk_norm is not None:
             q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
-        if places.rotary is not None:
-            q_BSHP, k_BSGP = apply_rotary(q_BSHP, places.rotary), apply_rotary(k_BSGP, places.rotary)
+        if positions.rotary is not None:
+            q_BSHP, k_BSGP = apply_rotary(q_BSHP, positions.rotary), apply_rotary(k_BSGP, positions.rotary)
         q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
         starts_B = None
         if cache is not None:
             starts_B = cache.starts()
             k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
-        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(places, starts_B, shape, step), None)
+        y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(positions, starts_B, shape, step), None)
         y_TD = self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1))
-        return leave(y_TD, self.tp, self.sequence_parallel), None
+        return leave(y_TD, self.mesh), None
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
         weight = self.key_value.weight
         return KVCache(rows, length, self.key_value.heads, self.head_dim, weight.dtype, weight.device)
 
-    def _pattern(self, places: Places, starts_B: Tensor | None, shape: tuple[int, int], step: StepContext) -> Pattern:
+    def _pattern(
+        self, positions: Positions, starts_B: Tensor | None, shape: tuple[int, int], step: StepContext
+    ) -> Pattern:
         dropout = None
         if self.config.dropout > 0 and step.phase == "train":
             key = step.key.fold("attention dropout", self.layer)
-            dropout = Dropout(self.config.dropout, key, self.dp.rank * shape[0], self.heads.start, self.num_heads)
-        slopes_H = None if places.slopes_H is None else places.slopes_H[self.heads]
+            dropout = Dropout(self.config.dropout, key, self.mesh.dp.rank * shape[0], self.heads.start, self.num_heads)
+        slopes_H = None if positions.slopes_H is None else positions.slopes_H[self.heads]
         return Pattern(
             window=self.config.window,
             starts_B=starts_B,
             slopes_H=slopes_H,
-            bias=places.bias,
+            bias=positions.bias,
             sinks_H=self.sinks_H,
             dropout=dropout,
         )

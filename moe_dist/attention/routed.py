@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.local import local_attention, part_of
 from moe_dist.attention.multi_query import KeyValueHeads
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.routing_tokens import RoutingTokens
 from moe_dist.config.model import ModelConfig, RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import Attend, attention
@@ -33,7 +33,7 @@ Rotary = tuple[Tensor, Tensor]
 """(cos, sin), each [1 or B, S, 1 or H, P]: the angle by which each number of a head is turned."""
 
 
-class Heads(nn.Module):
+class AttentionProjections(nn.Module):
     """Query, key/value and output projections of one attention, heads cut over tp; `null`: with one learned key and
     value for each key/value head, [G, 2, P], that every query may look at."""
 
@@ -88,9 +88,9 @@ class RoutedAttention(nn.Module):
         super().__init__()
         sizes = (d_model, num_heads, num_kv_heads, head_dim, tp, out_std)
         self.routed, self.attend, self.tp = routed, attend, tp
-        self.local = Heads(*sizes, null=False)
+        self.local = AttentionProjections(*sizes, null=False)
         self.routers = RoutingTokens(d_model, routed, descend, tp)
-        self.experts = nn.ModuleList(Heads(*sizes, null=True) for _ in range(routed.num_experts))
+        self.experts = nn.ModuleList(AttentionProjections(*sizes, null=True) for _ in range(routed.num_experts))
         shape = (routed.num_experts, d_model)
         self.null_tokens = parameter(shape, ParamSpec(shape, vector=True))
 
@@ -145,7 +145,7 @@ class RoutedAttention(nn.Module):
         # 2. Each expert's attention.
         found = []
         for index, expert in enumerate(self.experts):
-            assert isinstance(expert, Heads)
+            assert isinstance(expert, AttentionProjections)
             q_NQHP, k_NKGP, v_NKGP = expert.project(gathered[index], gathered[experts + index], rows)
             if rotary is not None:
                 q_NQHP = turn(q_NQHP, at(rotary, chosen.rows_EBMC[index], length))
@@ -172,15 +172,15 @@ class RoutedSelfAttention(nn.Module):
     """The trainer's layer for model.attention.kind = routed: x_TD -> y_TD, both cut by tokens under sequence
     parallelism."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool, out_std: float) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> None:
         super().__init__()
-        self.layer, self.tp, self.dp, self.sequence_parallel = layer, mesh.tp, mesh.dp, sequence_parallel
+        self.layer, self.mesh = layer, mesh
         self.rate, self.num_heads = model.attention.dropout, model.num_heads
         self.routed = RoutedAttention(
             model.d_model,
             model.num_heads,
             model.num_kv_heads,
-            model.head_dim or model.d_model // model.num_heads,
+            model.head_width,
             model.attention.routed,
             attention(model.attention.backend),
             coordinate_descent(model.kernels),
@@ -192,7 +192,7 @@ class RoutedSelfAttention(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: Replay | None = None,
@@ -201,27 +201,27 @@ class RoutedSelfAttention(nn.Module):
 
         Raises ValueError for a cache, a mask of keys, ALiBi and attention that is not causal.
         """
-        _check(places, cache)
+        _check(positions, cache)
         rotary = None
-        if places.rotary is not None:
-            rotary = tuple(torch.cat((t, t), dim=-1)[:, :, None] for t in places.rotary)
+        if positions.rotary is not None:
+            rotary = tuple(torch.cat((t, t), dim=-1)[:, :, None] for t in positions.rotary)
         dropout = None
         if self.rate > 0 and step.phase == "train":
-            key, first = step.key.fold("attention", self.layer), self.num_heads // self.tp.size * self.tp.rank
-            dropout = Dropout(self.rate, key, self.dp.rank * shape[0], first, self.num_heads)
-        y_TD = self.routed(enter(x_TD, self.tp, self.sequence_parallel), shape, rotary, dropout)
-        return leave(y_TD, self.tp, self.sequence_parallel), None
+            key, first = step.key.fold("attention", self.layer), self.num_heads // self.mesh.tp.size * self.mesh.tp.rank
+            dropout = Dropout(self.rate, key, self.mesh.dp.rank * shape[0], first, self.num_heads)
+        y_TD = self.routed(enter(x_TD, self.mesh), shape, rotary, dropout)
+        return leave(y_TD, self.mesh), None
 
 
-def _check(places: Places, cache: KVCache | None) -> None:
+def _check(positions: Positions, cache: KVCache | None) -> None:
     if cache is not None:
         raise ValueError(
             "attention.kind=routed has no cache: which keys a token sees is found anew for every window; give all "
             "tokens again, without a cache"
         )
-    if places.bias is not None:
+    if positions.bias is not None:
         raise ValueError("attention.kind=routed takes no mask: put padding at the end, where nobody sees it")
-    if places.slopes_H is not None:
+    if positions.slopes_H is not None:
         raise ValueError("attention.kind=routed has no ALiBi: set model.attention.position to rotary or none")
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
@@ -52,13 +52,12 @@ class SwitchAttention(nn.Module):
         model: ModelConfig,
         layer: int,
         mesh: Mesh,
-        sequence_parallel: bool = False,
         out_std: float | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.layer, self.sequence_parallel = model.attention, layer, sequence_parallel
+        self.config, self.layer, self.mesh = model.attention, layer, mesh
         self.tp, self.dp, self.heads = mesh.tp, mesh.dp, model.num_heads
-        self.head_dim = model.head_dim or model.d_model // model.num_heads
+        self.head_dim = model.head_width
         moe, with_experts = model.attention.moe, replace(model, moe=model.attention.moe)
         if moe.top_k * self.heads % self.tp.size:
             raise ValueError(
@@ -68,7 +67,7 @@ class SwitchAttention(nn.Module):
         # A number of its own: neither draws nor a witness may take this router for the same block's feed-forward one.
         number = -1 - layer
         self.router = ROUTERS[moe.router](with_experts, number, mesh)
-        self.capacity = Capacity(moe, number, mesh.world, index=layer)
+        self.capacity = Capacity(moe, number, mesh.token_ranks, index=layer)
         self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
         self.experts = AttentionExperts(model, mesh, out_std)
         shape = (2 * self.head_dim, model.d_model)
@@ -79,13 +78,13 @@ class SwitchAttention(nn.Module):
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: Replay | None = None,
     ) -> tuple[Tensor, MoEStats]:
         """shape: (B, S) of the full tokens. cache: of the shared head, whole on every tp rank. Every rank must call."""
-        own_TD = x_TD if self.sequence_parallel else split_to_group(x_TD, self.tp)
+        own_TD = x_TD if self.mesh.sequence_parallel else split_to_group(x_TD, self.tp)
         # 1. Who goes where, and who is let in.
         routing, plan, weights_TK = self._route(own_TD, step, replay)
         # 2. To the query projections and back: K * H query heads of each token, zero where an assignment was dropped.
@@ -98,13 +97,13 @@ class SwitchAttention(nn.Module):
         q_Tn = tokens_to_heads(self._clip(q_NM).view(len(own_TD), width), self.tp)
         q_BSJP = q_Tn.view(*shape, heads // self.tp.size, self.head_dim)
         k_BSP, v_BSP = self._keys_values(x_TD, shape)
-        y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, places, step, cache)
+        y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, positions, step, cache)
         y_NM = heads_to_tokens(y_BSJP.reshape(q_Tn.shape), self.tp).reshape(q_NM.shape)
         # 4. To the output projections and back, weighted, and summed over a token's assignments.
         back = self.dispatcher.dispatch(y_NM, weight_N1, each)
         y_ND = self.dispatcher.combine(self.experts.outputs(back), weight_N1, back)
         y_TD = y_ND.unflatten(0, weights_TK.shape).sum(1)
-        if not self.sequence_parallel:
+        if not self.mesh.sequence_parallel:
             y_TD = gather_from_group(y_TD, self.tp)
         # 5. What it cost, and what the router is told. Rows go there D and come back M wide, then the other way round:
         # the sum is that of two trips with one width each.
@@ -127,7 +126,7 @@ class SwitchAttention(nn.Module):
 
     def _keys_values(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of all tokens, on every tp rank; each rank's heads give a part of the gradients, which are summed over tp."""
-        kv_TP = F.linear(enter(x_TD, self.tp, self.sequence_parallel), copy_to_group(self.key_value, self.tp))
+        kv_TP = F.linear(enter(x_TD, self.mesh), copy_to_group(self.key_value, self.tp))
         k_BSP, v_BSP = self._clip(kv_TP).view(*shape, 2 * self.head_dim).chunk(2, dim=-1)
         return k_BSP, v_BSP
 
@@ -140,15 +139,15 @@ class SwitchAttention(nn.Module):
         q_BSJP: Tensor,
         k_BSP: Tensor,
         v_BSP: Tensor,
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None,
     ) -> Tensor:
         """-> [B, S, J, P], contiguous by token."""
         rows, heads = len(q_BSJP), q_BSJP.shape[2]
-        if places.rotary is not None:
-            q_BSJP = rotate(q_BSJP, places.rotary)
-            k_BSP = rotate(k_BSP[:, :, None], places.rotary)[:, :, 0]
+        if positions.rotary is not None:
+            q_BSJP = rotate(q_BSJP, positions.rotary)
+            k_BSP = rotate(k_BSP[:, :, None], positions.rotary)[:, :, 0]
         k_BGLP, v_BGLP, starts_B = k_BSP[:, None], v_BSP[:, None], None
         if cache is not None:
             starts_B = cache.starts()
@@ -158,11 +157,11 @@ class SwitchAttention(nn.Module):
             key = step.key.fold("attention dropout", self.layer)
             first = (self.dp.rank * rows, self.tp.rank * heads)
             dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
-        bias = places.bias
+        bias = positions.bias
         pattern = Pattern(
             window=self.config.window,
             starts_B=starts_B,
-            slopes_H=None if places.slopes_H is None else self._of_own_heads(places.slopes_H, 0, heads),
+            slopes_H=None if positions.slopes_H is None else self._of_own_heads(positions.slopes_H, 0, heads),
             bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),
             dropout=dropout,
         )
@@ -193,7 +192,7 @@ class AttentionExperts(nn.Module):
         self.backend, self.permute = moe.experts, permutation(model.kernels)
         # Where every rank holds all experts, the tp ranks see different slices of the tokens.
         self.slices = mesh.tp if ep.size == 1 else Group()
-        width = model.num_heads * (model.head_dim or d_model // model.num_heads)
+        width = model.num_heads * model.head_width
         local, shard = moe.num_experts // ep.size, "expert" if ep.size > 1 else "replicated"
 
         def matrices(std: float, shard: Shard = shard) -> nn.Parameter:  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from moe_dist.chaos.harass import Attack, Harassment, leftovers, under_watch
 from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series, Start
 from moe_dist.config import Config, validate
-from moe_dist.train.health.exit_codes import DONE, SAVED
+from moe_dist.train.exit_codes import DONE, SAVED
 
 _WARM_UP = 5  # steps after which a process should have all that it needs
 

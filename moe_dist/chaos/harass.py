@@ -12,7 +12,7 @@ from moe_dist.chaos.draw import Kind, Pace, draw, kinds
 from moe_dist.chaos.fault import Fault
 from moe_dist.chaos.series import Series, Start
 from moe_dist.config import Config
-from moe_dist.train.health.exit_codes import DONE, FAILED, REPLICAS_DIFFER, SAVED, STALLED, USAGE
+from moe_dist.train.exit_codes import DONE, FAILED, REPLICAS_DIFFER, SAVED, STALLED, USAGE
 from moe_dist.train.record.status import read_status
 
 _DEADLINE = 300.0  # seconds of a start, in which any fault must have come and have done its work

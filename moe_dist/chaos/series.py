@@ -12,7 +12,8 @@ from typing import Any
 
 from moe_dist.chaos.fault import Fault, Plan
 from moe_dist.chaos.ranks import End, Ranks
-from moe_dist.config import Config, dump_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config
 
 _GRACE = 60.0
 """Seconds that the other ranks of a run that trains have to end after one did. A dead peer raises at once; to leave a

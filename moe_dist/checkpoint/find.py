@@ -6,7 +6,8 @@ from pathlib import Path
 from moe_dist.checkpoint.layout import MANIFEST
 from moe_dist.checkpoint.reshard import newest_told, require_whole
 from moe_dist.checkpoint.store import checkpoints
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import load_config
 
 
 def whole_checkpoint(path: Path, say: Callable[[str], None]) -> Path:

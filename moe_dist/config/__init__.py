@@ -1,6 +1,9 @@
-"""What a run is: dataclasses, strict loading, and every rule that ties two fields together."""
+"""What a run is: dataclasses, and every rule that ties two fields together.
 
-from moe_dist.config.load import dump_config, load_config
+Files and flags are read by `config.load`, which is not imported here: a layer that stands alone needs neither.
+"""
+
+from moe_dist.config.batch import BatchShape, batch_shape
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import (
     Config,
@@ -12,7 +15,7 @@ from moe_dist.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from moe_dist.config.validate import BatchShape, batch_shape, validate
+from moe_dist.config.validate import validate
 
 __all__ = [
     "BatchShape",
@@ -27,7 +30,5 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "batch_shape",
-    "dump_config",
-    "load_config",
     "validate",
 ]

@@ -202,3 +202,8 @@ class ModelConfig:
     token_dropout: float = 0.0
     """With task = classification, in training: share of the tokens that are taken for padding, others each time."""
     moe: MoEConfig = field(default_factory=MoEConfig)
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head: head_dim where it is given."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim

@@ -21,7 +21,7 @@ from moe_dist.data import ByteTokenizer
 from moe_dist.engine.base import compute_dtype
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
@@ -77,8 +77,8 @@ def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Deco
     """The model with the weights of a checkpoint, whose digests have been found right; ready to be asked."""
     parallel = config.parallel
     model = resolve_backends(config.model, parallel.expert_ranks, device.type, config.train.seq_len)
-    mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp)
-    decoder = Decoder(model, mesh, parallel.sequence_parallel, config.train.seed)
+    mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, sequence_parallel=parallel.sequence_parallel)
+    decoder = Decoder(model, mesh, config.train.seed)
     decoder = decoder.to(device, compute_dtype(config.engine.precision)).eval()
     load_weights(checkpoint, decoder, checked=True)
     return decoder

@@ -43,7 +43,7 @@ class CachedDecoder:
     """A Decoder as a LanguageModel. forward: the decoder itself, or the `evaluate` of the engine that owns it."""
 
     def __init__(self, decoder: Decoder, device: torch.device, forward: Callable[..., Any] | None = None) -> None:
-        self.decoder, self.device, self.tp = decoder, device, decoder.tp.size
+        self.decoder, self.device, self.tp = decoder, device, decoder.mesh.tp.size
         self.forward = forward or decoder
 
     def new_caches(self, rows: int, length: int) -> list[KVCache] | None:

@@ -1,62 +1,14 @@
-"""Which backend runs: `auto` in the config is resolved here, once, before the model is built.
+"""Which implementation of a kernel a name of the configuration stands for. Nothing falls back."""
 
-The resolved config is what the run folder keeps and the log prints; nothing is chosen later, and nothing falls back.
-"""
-
-import dataclasses
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.config.model import ModelConfig, MoEConfig
-from moe_dist.kernels.attention.flash import flash_provider
-from moe_dist.kernels.grouped_mm.cpu import replaces
-from moe_dist.kernels.grouped_mm.onednn import fp32_products
 from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
 from moe_dist.kernels.route.reference import Routed, route
-
-_SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head from which, packed is faster on CPU
-
-
-def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None) -> ModelConfig:
-    """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on.
-
-    Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter.
-    """
-    moe, attention, kernels = model.moe, model.attention, model.kernels
-    if attention.backend == "auto":
-        short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
-        readers = model.num_heads // model.num_kv_heads * (attention.moe.top_k if attention.kind == "switch" else 1)
-        packed = short and readers >= _MANY and attention.kind != "routed"
-        backend: Literal["packed", "flash"] = "packed" if packed else "flash"
-        attention = dataclasses.replace(attention, backend=backend)
-    if kernels == "auto":
-        kernels = "triton" if device_type == "cuda" and find_spec("triton") else "torch"
-    moe = _resolve_experts(moe, ep, device_type)
-    if attention.kind == "switch":
-        attention = dataclasses.replace(attention, moe=_resolve_experts(attention.moe, ep, device_type))
-    choices = (
-        ("kernels", kernels, "torch"),
-        ("moe.experts", moe.experts, "grouped_mm"),
-        ("attention.backend", attention.backend, "flash"),
-    )
-    for name, chosen, instead in choices:
-        if chosen == "triton":
-            check_triton(f"model.{name}", instead, device_type)
-    return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
-
-
-def _resolve_experts(moe: MoEConfig, ep: int, device_type: str) -> MoEConfig:
-    if moe.dispatch == "auto":
-        moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
-    if moe.experts == "auto":
-        uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
-        moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
-    return moe
 
 
 def check_triton(field: str, instead: str, device_type: str) -> None:
@@ -88,33 +40,3 @@ def norm_kernel(kernels: str, device_type: str) -> Callable[[Tensor, Tensor, flo
     if device_type == "cpu":
         return cpu_rms_norm
     return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-
-
-def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
-    """Names for the log and environment.json."""
-    backend = model.attention.backend
-    attention = flash_provider(device_type) if backend == "flash" else backend
-    if model.attention.kind != "multi_query":
-        attention = f"{model.attention.kind} ({attention})"
-    named = {"attention": attention, "kernels": model.kernels}
-    if model.attention.kind == "switch":
-        of_attention = model.attention.moe
-        loops = " (cpu loop)" if replaces(of_attention.experts, device_type) else ""
-        named |= {
-            "attention_dispatch": _describe_dispatch(of_attention),
-            "attention_experts": of_attention.experts + loops,
-        }
-    moe = model.moe
-    if moe.num_experts == 0:
-        return named
-    experts = moe.experts + (
-        f" (cpu loop, fused; fp32 products {fp32_products()})" if replaces(moe.experts, device_type) else ""
-    )
-    return named | {"dispatch": _describe_dispatch(moe), "experts": experts}
-
-
-def _describe_dispatch(moe: MoEConfig) -> str:
-    wire: list[str] = [moe.wire] if moe.dispatch == "all_to_all" else []
-    wire += [moe.wire_dtype] if moe.wire_dtype != "same" else []
-    wire += [f"{moe.overlap_chunks} chunks"] if moe.overlap_chunks > 1 else []
-    return moe.dispatch + (f" ({', '.join(wire)})" if wire else "")

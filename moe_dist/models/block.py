@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
@@ -42,33 +42,33 @@ class BlockReplay:
 class DecoderBlock(nn.Module):
     """x_TD -> x_TD. Output projections start smaller by 1 / sqrt(2 num_layers), as in GPT-2."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, sequence_parallel: bool) -> None:
+    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
-        tp, residual = mesh.tp, (2 * model.num_layers) ** -0.5
+        residual = (2 * model.num_layers) ** -0.5
         widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
-        width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        width = model.num_heads * model.head_width
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention = ATTENTIONS[model.attention.kind]
-        self.attention = attention(model, layer, mesh, sequence_parallel, width**-0.5 * residual)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        self.attention = attention(model, layer, mesh, width**-0.5 * residual)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, sequence_parallel, out_std)
+            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std)
         else:
-            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, tp, sequence_parallel, out_std)
+            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
 
     def forward(
         self,
         x_TD: Tensor,
         shape: tuple[int, int],
-        places: Places,
+        positions: Positions,
         step: StepContext,
         cache: KVCache | None = None,
         replay: BlockReplay | None = None,
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Stats of the routed layers of the block, attention before feed-forward."""
         replay = replay or BlockReplay()
-        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, places, step, cache, replay.attention)
+        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, positions, step, cache, replay.attention)
         x_TD = x_TD + y_TD
         normed_TD, of_experts = self.feed_forward_norm(x_TD), None
         if isinstance(self.feed_forward, MoE):

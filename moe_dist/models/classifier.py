@@ -68,10 +68,10 @@ class Classifier(nn.Module):
             step,
             seq_len=tokens_BS.shape[1],
             token_ids_T=own_slice(tokens_BS.flatten(), tp),
-            real=RealTokens.of(own_slice(mask_T, tp), self.mesh.world),
+            real=RealTokens.of(own_slice(mask_T, tp), self.mesh.token_ranks),
         )
         drop = Drop(self.config.dropout if training else 0.0, step.key, first)
-        x_TD = leave(self.embedding(tokens_BS.flatten()), tp, False)
+        x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
         x_TD = x_TD + self.positions[: tokens_BS.shape[1]].repeat(len(tokens_BS), 1)
         x_TD = drop(x_TD, "embedding")
         stats = []

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
@@ -24,7 +24,7 @@ from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import all_gather, own_slice
 from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
-from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
 from moe_dist.step import StepContext
@@ -45,10 +45,11 @@ class DecoderOutput:
 class OutputProjection(nn.Module):
     """Final norm, projection to the vocabulary, and what is wanted of it."""
 
-    def __init__(self, model: ModelConfig, tp: Group, sequence_parallel: bool, tied: nn.Parameter | None) -> None:
+    def __init__(self, model: ModelConfig, mesh: Mesh, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel
-        self.norm = RMSNorm(model.d_model, model.norm_eps, tp, sequence_parallel, model.kernels)
+        tp = mesh.tp
+        self.mesh = mesh
+        self.norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         local = model.vocab_size // tp.size
         start = tp.rank * local * model.d_model
         spec = ParamSpec((model.vocab_size, model.d_model), "tensor", start, model.d_model**-0.5)
@@ -56,27 +57,26 @@ class OutputProjection(nn.Module):
 
     def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want, rows: Tensor | None = None) -> Tensor:
         """`loss`: the mean, differentiable. `token_losses`: [T]. `logits`: [T, V] on every rank, or of `rows` alone."""
-        x_TD = enter(self.norm(x_TD), self.tp, self.sequence_parallel)
+        x_TD = enter(self.norm(x_TD), self.mesh)
         if want == "logits":
             x_TD = x_TD if rows is None else x_TD[rows]
-            return all_gather((x_TD @ self.weight.t()).t(), self.tp).t()
+            return all_gather((x_TD @ self.weight.t()).t(), self.mesh.tp).t()
         assert targets_T is not None, "a loss needs targets"
         loss = linear_cross_entropy if want == "loss" else token_losses
-        return loss(x_TD, self.weight, targets_T, self.tp)
+        return loss(x_TD, self.weight, targets_T, self.mesh.tp)
 
 
 class Decoder(nn.Module):
     """Decoder-only transformer on one rank of `mesh`; `seed` fixes the logical initial weights in every layout."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, sequence_parallel: bool = False, seed: int = 0) -> None:
+    def __init__(self, model: ModelConfig, mesh: Mesh, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.tp, self.sequence_parallel = model, mesh.tp, sequence_parallel and mesh.tp.size > 1
+        self.config = model
+        self.mesh = mesh
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(model, layer, mesh, self.sequence_parallel) for layer in range(model.num_layers)
-        )
+        self.blocks = nn.ModuleList(DecoderBlock(model, layer, mesh) for layer in range(model.num_layers))
         tied = self.embedding.weight if model.tie_embeddings else None
-        self.output = OutputProjection(model, mesh.tp, self.sequence_parallel, tied)
+        self.output = OutputProjection(model, mesh, tied)
         initialize(self, seed)
 
     def forward(
@@ -123,33 +123,32 @@ class Decoder(nn.Module):
         self, tokens_BS: Tensor, step: StepContext, caches: Sequence[KVCache] | None
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])
-        step = replace(step, seq_len=shape[1], token_ids_T=own_slice(tokens_BS.flatten(), self.tp))
-        x_TD = leave(self.embedding(tokens_BS.flatten()), self.tp, self.sequence_parallel)
-        places = self._places(shape[1], x_TD, caches)
+        step = replace(step, seq_len=shape[1], token_ids_T=own_slice(tokens_BS.flatten(), self.mesh.tp))
+        x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
+        positions = self._positions(shape[1], x_TD, caches)
         recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None
         stats: list[MoEStats] = []
         for index, block in enumerate(self.blocks):
             cache = None if caches is None else caches[index]
             if recompute:
-                args = (x_TD, shape, places, step, None, BlockReplay())
+                args = (x_TD, shape, positions, step, None, BlockReplay())
                 x_TD, of_block = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD, of_block = block(x_TD, shape, places, step, cache)
+                x_TD, of_block = block(x_TD, shape, positions, step, cache)
             stats += of_block
         return x_TD, tuple(stats)
 
-    def _places(self, length: int, x_TD: Tensor, caches: Sequence[KVCache] | None) -> Places:
+    def _positions(self, length: int, x_TD: Tensor, caches: Sequence[KVCache] | None) -> Positions:
         """Positions continue what is in the caches, row by row."""
         model = self.config
         if model.attention.position == "none":
-            return Places()
+            return Positions()
         if model.attention.position == "alibi":
-            return Places(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
-        positions = torch.arange(length, device=x_TD.device)[None]
+            return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
+        at_BS = torch.arange(length, device=x_TD.device)[None]
         if caches is not None:
             starts_B = caches[0].starts()
-            positions = positions + (caches[0].cache_position if starts_B is None else starts_B[:, None])
+            at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
         if x_TD.dtype == torch.float64:
-            positions = positions.double()
-        head_dim = model.head_dim or model.d_model // model.num_heads
-        return Places(rotary=rotary_table(positions, head_dim, model.rope_theta, model.attention))
+            at_BS = at_BS.double()
+        return Positions(rotary=rotary_table(at_BS, model.head_width, model.rope_theta, model.attention))

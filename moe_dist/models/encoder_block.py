@@ -20,7 +20,7 @@ from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
-from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.step import StepContext
 
@@ -28,9 +28,11 @@ from moe_dist.step import StepContext
 class EncoderAttention(nn.Module):
     """Every token sees every token of its sequence that is no padding. x_TD -> y_TD."""
 
-    def __init__(self, model: ModelConfig, tp: Group, out_std: float) -> None:
+    def __init__(self, model: ModelConfig, mesh: Mesh, out_std: float) -> None:
         super().__init__()
-        self.tp, self.head_dim = tp, model.head_dim or model.d_model // model.num_heads
+        tp = mesh.tp
+        self.mesh = mesh
+        self.head_dim = model.head_width
         width = model.num_heads * self.head_dim
         self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
         self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
@@ -39,13 +41,13 @@ class EncoderAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, mask_BS: Tensor) -> Tensor:
         shape = (mask_BS.shape[0], mask_BS.shape[1])
-        x_TD = enter(x_TD, self.tp, False)
+        x_TD = enter(x_TD, self.mesh)
         q_BHSP = self.query(x_TD).view(*shape, -1, self.head_dim).transpose(1, 2)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
         pattern = Pattern(causal=False, keys_BS=mask_BS)
         y_BHSP = self.attend(q_BHSP, k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2), pattern, None)
         y_TD = self.out(y_BHSP.transpose(1, 2).reshape(x_TD.shape[0], -1))
-        return leave(y_TD, self.tp, False)
+        return leave(y_TD, self.mesh)
 
 
 class EncoderBlock(nn.Module):
@@ -53,17 +55,17 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
-        tp, residual, sparse = mesh.tp, (2 * model.num_layers) ** -0.5, is_moe_layer(model, layer)
+        residual, sparse = (2 * model.num_layers) ** -0.5, is_moe_layer(model, layer)
         widths = expert_widths(model) if sparse else (model.d_ff,)
-        width = model.num_heads * (model.head_dim or model.d_model // model.num_heads)
+        width = model.num_heads * model.head_width
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
-        self.attention = EncoderAttention(model, tp, width**-0.5 * residual)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, tp, False, model.kernels)
+        self.attention = EncoderAttention(model, mesh, width**-0.5 * residual)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         if sparse:
             self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std=out_std)
         else:
-            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, tp, False, out_std)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, tp, False, model.kernels)
+            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
 
     def forward(self, x_TD: Tensor, mask_BS: Tensor, step: StepContext, drop: "Drop") -> tuple[Tensor, MoEStats | None]:
         x_TD = self.attention_norm(x_TD + drop(self.attention(x_TD, mask_BS), "attention"))

@@ -47,7 +47,7 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
     idle = round(moe_layers * (model.moe.num_experts - model.moe.top_k) * each)
     biases = round(moe_layers * model.moe.top_k * _expert_biases(model))
     if model.attention.kind == "switch":
-        attention, projections = model.attention.moe, 2 * model.d_model * model.num_heads * _head_dim(model)
+        attention, projections = model.attention.moe, 2 * model.d_model * model.num_heads * model.head_width
         expert += model.num_layers * attention.num_experts * projections
         idle += model.num_layers * (attention.num_experts - attention.top_k) * projections
     far = model.num_layers * _routed_parameters(model) if model.attention.kind == "routed" else 0
@@ -73,7 +73,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
     heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
-    attention = model.num_layers * 2 * 2 * heads * _head_dim(model) * _keys_seen(model, seq_len)
+    attention = model.num_layers * 2 * 2 * heads * model.head_width * _keys_seen(model, seq_len)
     far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
     return 3 * (2 * matrices + attention + far)
 
@@ -90,7 +90,7 @@ def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
     train = 3 * (2 * N + L * 2 * 2 * H * P * S + 2 * C * D / S)
     """
-    attention = model.num_layers * 2 * 2 * model.num_heads * _head_dim(model) * seq_len
+    attention = model.num_layers * 2 * 2 * model.num_heads * model.head_width * seq_len
     head = 2 * (model.num_classes or 0) * model.d_model / seq_len
     return 3 * (2 * _active_block_matrices(model) + attention + head)
 
@@ -99,7 +99,7 @@ def _active_block_matrices(model: ModelConfig) -> int:
     """Matrix parameters of all blocks that one token meets."""
     moe = model.moe
     moe_layers = _moe_layers(model)
-    head_dim = _head_dim(model)
+    head_dim = model.head_width
     attention = 2 * model.d_model * head_dim * (model.num_heads + model.num_kv_heads)
     dense = _feed_forward_parameters(model, model.d_ff)
     routed = (moe.top_k + moe.num_shared_experts) * _expert_parameters(model) if moe_layers else 0
@@ -120,13 +120,13 @@ def _keys_seen(model: ModelConfig, seq_len: int) -> float:
 
 def _attention_vectors(model: ModelConfig) -> int:
     """Norms and sinks of one layer."""
-    heads, width = model.num_heads, _head_dim(model)
+    heads, width = model.num_heads, model.head_width
     return (2 * (heads + 1) * width if model.attention.qk_ln else 0) + (heads if model.attention.sinks else 0)
 
 
 def _routed_parameters(model: ModelConfig) -> int:
     """What a layer of routed attention has beside its local attention."""
-    experts, width = model.attention.routed.num_experts, _head_dim(model)
+    experts, width = model.attention.routed.num_experts, model.head_width
     matrices = 2 * model.d_model * width * (model.num_heads + model.num_kv_heads)
     return experts * (matrices + 3 * model.d_model + 2 * model.num_kv_heads * width)
 
@@ -134,7 +134,7 @@ def _routed_parameters(model: ModelConfig) -> int:
 def _routed_flops(model: ModelConfig, seq_len: int) -> float:
     """Forward FLOPs of one layer's routed part for a token, on average: its routers' scores, and the share that it has
     in the Q queries and K keys of each expert in every window but the first."""
-    routed, heads, groups, width = model.attention.routed, model.num_heads, model.num_kv_heads, _head_dim(model)
+    routed, heads, groups, width = model.attention.routed, model.num_heads, model.num_kv_heads, model.head_width
     window = routed.routed_window or routed.local_window
     queries = min(routed.num_routed_queries, window)
     each = queries * 4 * width * heads * (model.d_model + routed.num_routed_key_values + 1)
@@ -167,7 +167,3 @@ def _expert_biases(model: ModelConfig) -> Fraction:
 
 def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:
     return (3 if gated(model.activation) else 2) * model.d_model * d_ff
-
-
-def _head_dim(model: ModelConfig) -> int:
-    return model.d_model // model.num_heads if model.head_dim is None else model.head_dim

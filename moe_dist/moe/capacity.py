@@ -64,7 +64,7 @@ class Capacity:
     """The capacity rule of one layer; `index` is its number among the MoE layers."""
 
     def __init__(self, moe: MoEConfig, layer: int, world: Group, index: int = 0) -> None:
-        self.moe, self.layer, self.world, self.index = moe, layer, world, index
+        self.moe, self.layer, self.token_ranks, self.index = moe, layer, world, index
         self.peers = world if moe.capacity_scope == "global" else Group()
         self.by_experts = moe.router == "expert_choice"
 
@@ -83,7 +83,7 @@ class Capacity:
         tokens = experts_TK.shape[0] * self.peers.size if step.real is None else step.real.total
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
         limit = expert_capacity(self.factor(step), moe.top_k, tokens, taking_part, moe.min_capacity)
-        counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.world)
+        counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.token_ranks)
         real_TK = None if step.real is None else step.real.mask_T[:, None].expand_as(experts_TK).contiguous()
         if real_TK is None:
             self._check_equal(counts_WE, limit)
@@ -109,7 +109,7 @@ class Capacity:
 
     def _check_equal(self, counts_WE: Tensor, limit: int | None) -> None:
         """Every rank would count its own limit, and exchanges would not fit. The same error on all ranks."""
-        if limit is None or self.world.size == 1:
+        if limit is None or self.token_ranks.size == 1:
             return
         assignments = counts_WE.sum(1).tolist()
         if len(set(assignments)) > 1:
@@ -141,7 +141,7 @@ class Capacity:
             tried_TE.scatter_(1, experts_TK, True)
             # 2. They compete for the places left.
             asked_E = experts_TK[asks_TK].bincount(minlength=num_experts)
-            asked_WE = all_gather(asked_E[None], self.world)
+            asked_WE = all_gather(asked_E[None], self.token_ranks)
             if not bool(asked_WE.any()) or not bool((self._room(kept_WE, limit) > 0).any()):
                 break
             again = _Round(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
@@ -152,7 +152,7 @@ class Capacity:
 
     def _room(self, kept_WE: Tensor, limit: int | Tensor) -> Tensor:
         """[1, E] places left of those that all ranks share, or [W, E] of each rank's own."""
-        shared = self.peers.size == self.world.size
+        shared = self.peers.size == self.token_ranks.size
         return limit - (kept_WE.sum(0, keepdim=True) if shared else kept_WE)
 
     def _keep(self, ask: "_Round", room_WE: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ class Capacity:
 
     def _keep_first(self, ask: "_Round", room_WE: Tensor) -> tuple[Tensor, Tensor]:
         """Global position of an assignment = its position among this rank's + what earlier ranks send."""
-        counts_WE, rank = ask.counts_WE, self.world.rank
+        counts_WE, rank = ask.counts_WE, self.token_ranks.rank
         before_WE = counts_WE.cumsum(0) - counts_WE if self.peers.size > 1 else torch.zeros_like(counts_WE)
         kept_WE = (room_WE - before_WE).clamp(min=0).minimum(counts_WE)
         bucket_N = ask.bucket_N(self.moe.num_experts)
@@ -178,7 +178,7 @@ class Capacity:
         by_priority_N = priority_N.argsort(descending=True, stable=True)
         order_N = by_priority_N[bucket_N[by_priority_N].argsort(stable=True)]
         position_N = _positions(order_N, bucket_N.bincount(minlength=num_experts + 1))
-        own_E = room_WE[self.world.rank if len(room_WE) > 1 else 0]
+        own_E = room_WE[self.token_ranks.rank if len(room_WE) > 1 else 0]
         kept_N = position_N < F.pad(own_E, (0, 1))[bucket_N]
 
         if self.peers.size > 1:
@@ -186,16 +186,16 @@ class Capacity:
             cells = (rank_N * num_experts + bucket_N)[kept_N].bincount(minlength=self.peers.size * num_experts)
             kept_WE = cells.view(self.peers.size, num_experts)
         else:
-            kept_WE = all_gather(bucket_N[kept_N].bincount(minlength=num_experts)[None], self.world)
+            kept_WE = all_gather(bucket_N[kept_N].bincount(minlength=num_experts)[None], self.token_ranks)
         return kept_N[rank * local : (rank + 1) * local], kept_WE
 
     def _priority(self, ask: "_Round", step: StepContext, assignments: int) -> Tensor:
         if self.moe.drop_policy == "random" and not self.by_experts:
-            first = 0 if self.peers.size > 1 else self.world.rank * assignments
+            first = 0 if self.peers.size > 1 else self.token_ranks.rank * assignments
             index_N = torch.arange(first, first + assignments, device=ask.experts_TK.device)
             return step.key.fold(ask.name, self.layer).uniform(index_N)
         scores_N = all_gather(ask.score_TK.flatten(), self.peers)
-        if step.witness is not None and self.peers.size == self.world.size:
+        if step.witness is not None and self.peers.size == self.token_ranks.size:
             scores_N = step.witness.scores(self.layer, ask.name, scores_N)
         return scores_N
 

@@ -36,7 +36,6 @@ class MoE(nn.Module):
         model: ModelConfig,
         layer: int,
         mesh: Mesh,
-        sequence_parallel: bool = False,
         out_std: float | None = None,
     ) -> None:
         super().__init__()
@@ -44,17 +43,17 @@ class MoE(nn.Module):
         widths = expert_widths(model)
         width = sum(widths) // len(widths)
         out_std = width**-0.5 if out_std is None else out_std
-        self.config, self.layer, self.sequence_parallel = moe, layer, sequence_parallel
+        self.config, self.layer = moe, layer
         self.model, self.mesh, self.out_std = model, mesh, out_std
         self.tp, self.etp = mesh.tp, mesh.etp
         self.router = ROUTERS[moe.router](model, layer, mesh)
-        self.capacity = Capacity(moe, layer, mesh.world, index=(layer + 1) // moe.every - 1)
+        self.capacity = Capacity(moe, layer, mesh.token_ranks, index=(layer + 1) // moe.every - 1)
         self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
         self.experts = Experts(model, mesh, out_std)
         self.shared = None
         if moe.num_shared_experts:
             width *= moe.num_shared_experts
-            self.shared = FeedForward(model.d_model, width, model.activation, mesh.tp, sequence_parallel, out_std)
+            self.shared = FeedForward(model.d_model, width, model.activation, mesh, out_std)
 
     def forward(self, x_TD: Tensor, step: StepContext, replay: Replay | None = None) -> tuple[Tensor, MoEStats]:
         y_TD, stats = self._routed(self._own_tokens(x_TD), step, replay or Replay())
@@ -85,7 +84,7 @@ class MoE(nn.Module):
 
     def _own_tokens(self, x_TD: Tensor) -> Tensor:
         """Each tp rank dispatches its own slice, so that no token travels twice."""
-        return x_TD if self.sequence_parallel else split_to_group(x_TD, self.tp)
+        return x_TD if self.mesh.sequence_parallel else split_to_group(x_TD, self.tp)
 
     def _all_tokens(self, y_TD: Tensor) -> Tensor:
-        return y_TD if self.sequence_parallel else gather_from_group(y_TD, self.tp)
+        return y_TD if self.mesh.sequence_parallel else gather_from_group(y_TD, self.tp)

@@ -75,7 +75,7 @@ def moe_stats(
     With padding, ranks have unequal numbers of tokens; sums are divided by the mean over ranks of those numbers.
     """
     stats, real = routing.stats, step.real
-    tokens = len(routing.experts_TK) if real is None else real.total / router.world.size
+    tokens = len(routing.experts_TK) if real is None else real.total / router.token_ranks.size
     tokens = tokens or 1
     counts_CE = whole_chunks(moe, routing, plan, router, step)
     prob_sums_CE = stats.prob_sums_CE

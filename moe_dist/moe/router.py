@@ -57,7 +57,7 @@ class Router(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         self.moe, self.layer = model.moe, layer
-        self.slices, self.world = mesh.tp, mesh.world
+        self.slices, self.token_ranks = mesh.tp, mesh.token_ranks
         self.kernel = route_kernel(model.kernels)
         self.open_E: Tensor
         self.register_buffer("open_E", torch.ones(self.moe.num_experts))
@@ -187,7 +187,7 @@ class Router(nn.Module):
 
     def draw_index(self, like: Tensor) -> Tensor:
         """An index for each element of `like`, [T, width], by which to draw: a function of the global token index."""
-        first = self.world.rank * like.numel()
+        first = self.token_ranks.rank * like.numel()
         return torch.arange(first, first + like.numel(), device=like.device).view_as(like)
 
 

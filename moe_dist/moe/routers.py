@@ -117,10 +117,10 @@ class NoisyRouter(Router):
         routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)
         importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).sum(0)
         importance_E = importance_E / max(len(x_TD), 1)
-        extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.world))
+        extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.token_ranks))
         if step.phase == "train" and self.moe.top_k < self.moe.num_experts:
             load_E = self._chance(clean_TE, noisy_TE, std_TE, routing.experts_TK).sum(0) / max(len(x_TD), 1)
-            extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.world))
+            extra = extra + self.moe.load_loss_coef * cv_squared(mean_over_group(load_E, self.token_ranks))
         return replace(routing, extra_loss=extra)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
@@ -178,13 +178,13 @@ class SinkhornRouter(Router):
         preference_TE = logits_TE.detach()
         if step.phase == "train":
             self._check_equal(len(preference_TE))
-            everyone = all_gather(preference_TE, self.world)
-            first = self.world.rank * len(logits_TE)
+            everyone = all_gather(preference_TE, self.token_ranks)
+            first = self.token_ranks.rank * len(logits_TE)
             preference_TE = sinkhorn(everyone, self.moe.sinkhorn_iterations)[first : first + len(logits_TE)]
         return self.routing(logits_TE, step, None, self.settle(preference_TE.softmax(-1), step))
 
     def _check_equal(self, tokens: int) -> None:
-        held = all_gather(torch.tensor([tokens], device=self.weight.device), self.world).tolist()
+        held = all_gather(torch.tensor([tokens], device=self.weight.device), self.token_ranks).tolist()
         if len(set(held)) > 1:
             raise ValueError(f"router=sinkhorn balances over all ranks, but they hold {held} tokens: give each as many")
 

@@ -4,24 +4,23 @@ from torch import Tensor, nn
 
 from moe_dist.kernels.activation import activate, gated
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Mesh
 
 
 class FeedForward(nn.Module):
     """y = act(x W_up) W_down, or with a gate (act(x W_gate) * x W_up) W_down. x: [T, D] -> [T, D]."""
 
-    def __init__(
-        self, d_model: int, d_ff: int, activation: str, tp: Group, sequence_parallel: bool, out_std: float
-    ) -> None:
+    def __init__(self, d_model: int, d_ff: int, activation: str, mesh: Mesh, out_std: float) -> None:
         super().__init__()
-        self.activation, self.tp, self.sequence_parallel = activation, tp, sequence_parallel
+        self.activation = activation
+        self.mesh = mesh
         std = d_model**-0.5
-        self.gate = ColumnParallelLinear(d_model, d_ff, tp, std) if gated(activation) else None
-        self.up = ColumnParallelLinear(d_model, d_ff, tp, std)
-        self.down = RowParallelLinear(d_ff, d_model, tp, out_std)
+        self.gate = ColumnParallelLinear(d_model, d_ff, mesh.tp, std) if gated(activation) else None
+        self.up = ColumnParallelLinear(d_model, d_ff, mesh.tp, std)
+        self.down = RowParallelLinear(d_ff, d_model, mesh.tp, out_std)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        x_TD = enter(x_TD, self.tp, self.sequence_parallel)
+        x_TD = enter(x_TD, self.mesh)
         gate_TF = None if self.gate is None else self.gate(x_TD)
         hidden_TF = activate(self.up(x_TD), self.activation, gate_TF)
-        return leave(self.down(hidden_TF), self.tp, self.sequence_parallel)
+        return leave(self.down(hidden_TF), self.mesh)

@@ -82,33 +82,43 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank:
 
 
 def start(
-    rank: Rank, device: str | None = None, threads: int | None = None, deterministic: bool = False
+    rank: Rank,
+    device: str | None = None,
+    threads: int | None = None,
+    deterministic: bool = False,
+    share_gpus: bool = False,
 ) -> torch.device:
     """Initialise the default process group (also for a process alone: ZeRO wants one) and choose the device.
 
     device: `cpu`, `cuda` or None for CUDA where there is any. deterministic: torch raises RuntimeError where it would
-    run an operation whose result depends on the order of threads. Raises ValueError when CUDA is asked for and missing,
-    or when the port to meet at is taken.
+    run an operation whose result depends on the order of threads. share_gpus: where a machine has fewer GPUs than
+    ranks, they share them and talk over gloo, since NCCL wants a GPU for each; to compare numbers, not for speed.
+    Raises ValueError when CUDA is asked for and missing, or when the port to meet at is taken.
     """
     # Deprecations that DeepSpeed and torch.distributed have among themselves.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    visible = torch.cuda.device_count() if name == "cuda" else 0
+    shared = share_gpus and 0 < visible < rank.local_world
     chosen = torch.device("cpu")
     if name == "cuda":
-        chosen = torch.device("cuda", gpu_of_rank(rank.local_rank, torch.cuda.device_count()))
+        number = rank.local_rank % visible if shared else gpu_of_rank(rank.local_rank, visible)
+        chosen = torch.device("cuda", number)
         torch.cuda.set_device(chosen)
     _export(rank, chosen)
     if rank.on_one_machine:  # nobody else to talk to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if name == "cuda" and not shared else "gloo"
     dist.init_process_group(backend, store=_store(rank), rank=rank.rank, world_size=rank.world, timeout=TIMEOUT)
     ranks = places(rank.local_world, chosen)
-    with said_once(rank):
-        refuse_shared_gpus(ranks)
+    if not shared:
+        with said_once(rank):
+            refuse_shared_gpus(ranks)
     os.environ["LOCAL_WORLD_SIZE"] = str(neighbours(ranks))
     torch.set_num_threads(threads_of_rank(threads, os.environ, rank.rank, ranks))
     return chosen
@@ -142,7 +152,8 @@ def said_once(rank: Rank) -> Iterator[None]:
 def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | None = "cpu") -> None:
     """Run worker(*args) on `ranks` new processes of this machine that form a process group, and wait for all.
 
-    worker must be importable. An exception in any rank is raised here; the others are stopped.
+    worker must be importable. An exception in any rank is raised here; the others are stopped. On `cuda`, ranks that
+    outnumber the GPUs share them.
     """
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         join = (ranks, str(Path(folder) / "store"), device, worker, args)
@@ -150,7 +161,7 @@ def spawn(worker: Callable[..., None], ranks: int, *args: Any, device: str | Non
 
 
 def _spawned(index: int, ranks: int, file: str, device: str | None, worker: Callable[..., None], args: Any) -> None:
-    start(Rank(index, ranks, index, ranks, file=file), device)
+    start(Rank(index, ranks, index, ranks, file=file), device, share_gpus=True)
     worker(*args)
     stop()
 

@@ -2,26 +2,26 @@
 
 A tensor-parallel region is entered once and left once: `enter` makes the full tokens available to every rank's part,
 column-parallel layers (weight [out, in], cut over out) may follow in any number, one row-parallel layer (weight stored
-[in, out], cut over in) gives partial sums, and `leave` adds them up. With sequence parallelism, tokens outside a region
-are cut over the same group.
+[in, out], cut over in) gives partial sums, and `leave` adds them up. With mesh.sequence_parallel, tokens outside a
+region are cut over the same group.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.parallel.collectives import copy_to_group, gather_sequence, reduce_from_group, scatter_sequence
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
-def enter(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+def enter(x_TD: Tensor, mesh: Mesh) -> Tensor:
     """Into a tensor-parallel region: all tokens on every rank; gradients of the parts are summed on the way back."""
-    return gather_sequence(x_TD, tp) if sequence_parallel else copy_to_group(x_TD, tp)
+    return gather_sequence(x_TD, mesh.tp) if mesh.sequence_parallel else copy_to_group(x_TD, mesh.tp)
 
 
-def leave(x_TD: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+def leave(x_TD: Tensor, mesh: Mesh) -> Tensor:
     """Out of a tensor-parallel region: partial sums become sums, cut by tokens under sequence parallelism."""
-    return scatter_sequence(x_TD, tp) if sequence_parallel else reduce_from_group(x_TD, tp)
+    return scatter_sequence(x_TD, mesh.tp) if mesh.sequence_parallel else reduce_from_group(x_TD, mesh.tp)
 
 
 def _part(size: int, tp: Group, what: str) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """From sizes to process groups.
 
 `Layout` is arithmetic alone: it answers who shares what with whom for any number of ranks, without starting one.
-`Mesh` is one rank's view of a layout, with live process groups.
+`Mesh` is one rank's view of a layout. It comes from `create_mesh`, with live process groups; from
+`single_process_mesh`; or from `mesh_without_processes`, which builds the layers of any rank of any layout on one
+machine, to see what that rank holds.
 
 World = dp x tp. Ranks of one tp group are neighbours; an ep group is `ep` consecutive ranks of the whole world, so
 expert parallelism folds over tensor parallelism (MoE Parallel Folding, arXiv 2504.14960). The world's rank order is
@@ -12,7 +14,7 @@ A node is `node_size` consecutive ranks. An ep group that spans nodes is cut bot
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -104,8 +106,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Group:
-    """One rank's membership in one group. `process_group` is None where the group is a single rank. trail: where its
-    collectives are noted."""
+    """One rank's membership in one group. `process_group` is None where the group is a single rank, or has no
+    processes. trail: where its collectives are noted."""
 
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
@@ -118,6 +120,7 @@ class Group:
 
     def note(self, what: str) -> None:
         """Called before every collective on the group."""
+        assert self.size == 1 or self.process_group is not None, f"{what} in a mesh without processes"
         self.trail.note(what, self.ranks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
@@ -128,7 +131,8 @@ class Group:
 class Mesh:
     """One rank's groups along every axis. `etp`: ranks that share the hidden units of each expert; the ep group is the
     ranks that one set of experts lies on, ep * etp of the config. ep_node and ep_across are groups of one where
-    layout.even_nodes is false."""
+    layout.even_nodes is false. sequence_parallel: between tensor-parallel regions, each tp rank keeps only its slice of
+    the tokens."""
 
     layout: Layout
     rank: int
@@ -140,6 +144,13 @@ class Mesh:
     etp: int = 1
     ep_node: Group = Group()
     ep_across: Group = Group()
+    sequence_parallel: bool = False
+
+    @property
+    def token_ranks(self) -> Group:
+        """The ranks among which the tokens of a micro-step are cut, in the global order of tokens: those whose tokens
+        compete for capacity and are averaged over by losses. Every rank of the world has a slice of its own."""
+        return self.world
 
     @property
     def trail(self) -> Trail:
@@ -149,8 +160,18 @@ class Mesh:
 
 def single_process_mesh() -> Mesh:
     """The mesh of a process that is alone; needs no torch.distributed."""
-    alone = Group()
-    return Mesh(Layout(), 0, alone, alone, alone, alone, alone)
+    return mesh_without_processes(Layout(), 0)
+
+
+def mesh_without_processes(layout: Layout, rank: int, etp: int = 1, sequence_parallel: bool = False) -> Mesh:
+    """The mesh that `rank` of `layout` would have; layout.ep counts all ranks that one set of experts lies on. Layers
+    built on it hold what they would hold there; an exchange over more than one rank is an AssertionError."""
+
+    def group(axis: Axis) -> Group:
+        ranks = layout.ranks(axis, rank)
+        return Group(ranks, ranks.index(rank))
+
+    return _mesh_of(layout, rank, group, etp, sequence_parallel)
 
 
 def create_mesh(
@@ -160,6 +181,7 @@ def create_mesh(
     node_size: int | None = None,
     timeout: timedelta | None = None,
     trail: Trail | None = None,
+    sequence_parallel: bool = False,
 ) -> Mesh:
     """Process groups for `ep`, `etp` and `tp` over the initialised default group.
 
@@ -168,8 +190,7 @@ def create_mesh(
     size does not divide the world size.
     """
     if not dist.is_initialized():
-        Layout(1, ep * etp, tp)
-        return single_process_mesh()
+        return mesh_without_processes(Layout(1, ep * etp, tp), 0)
     rank, local = dist.get_rank(), os.environ.get("LOCAL_WORLD_SIZE")
     if node_size is None and local is not None:
         node_size = int(local)
@@ -184,10 +205,25 @@ def create_mesh(
         mine = layout.ranks(axis, rank)
         return Group(mine, mine.index(rank), made[mine], trail)
 
-    world, tp_, dp, ep_, edp = (group(axis) for axis in ("world", "tp", "dp", "ep", "edp"))
-    # Uneven nodes matter to the hierarchical dispatcher alone, which refuses them.
-    node, across = (group("ep_node"), group("ep_across")) if layout.even_nodes else (Group(), Group())
-    return Mesh(layout, rank, world, tp_, dp, ep_, edp, etp, node, across)
+    return _mesh_of(layout, rank, group, etp, sequence_parallel)
+
+
+def _mesh_of(layout: Layout, rank: int, group: Callable[[Axis], Group], etp: int, sequence_parallel: bool) -> Mesh:
+    """`group` is called for the axes in the same order on all ranks."""
+    return Mesh(
+        layout,
+        rank,
+        world=group("world"),
+        tp=group("tp"),
+        dp=group("dp"),
+        ep=group("ep"),
+        edp=group("edp"),
+        etp=etp,
+        # Uneven nodes matter to the hierarchical dispatcher alone, which refuses them.
+        ep_node=group("ep_node") if layout.even_nodes else Group(),
+        ep_across=group("ep_across") if layout.even_nodes else Group(),
+        sequence_parallel=sequence_parallel and layout.tp > 1,
+    )
 
 
 def _new_group(ranks: Sequence[int], world: int, timeout: timedelta | None) -> dist.ProcessGroup | None:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from moe_dist.kernels.registry import norm_kernel
 from moe_dist.parallel.collectives import copy_to_group
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
 
@@ -14,10 +14,11 @@ class RMSNorm(nn.Module):
     Under sequence parallelism each rank sees a slice of the tokens, so the gradient of g is summed over tp.
     """
 
-    def __init__(self, dim: int, eps: float, tp: Group, sequence_parallel: bool, kernels: str = "torch") -> None:
+    def __init__(self, dim: int, eps: float, mesh: Mesh, kernels: str = "torch") -> None:
         super().__init__()
-        self.eps, self.kernels = eps, kernels
-        self.shared = tp if sequence_parallel else Group()
+        self.eps = eps
+        self.kernels = kernels
+        self.shared = mesh.tp if mesh.sequence_parallel else Group()
         self.weight = parameter((dim,), ParamSpec((dim,), std=None))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.moe import moe_rules
+from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.task import encoder_rules
-from moe_dist.config.schema import Config
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
@@ -181,7 +182,6 @@ Model = SwitchClassifier
 
 def _check(model: ModelConfig) -> None:
     """The rules of the layers, in one ValueError."""
-    config = Config(task="classification", model=model)
     sizes = ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads")
     problems = [f"{name}={getattr(model, name)} is below 1" for name in sizes if getattr(model, name) < 1]
     if model.moe.num_experts < 1:
@@ -192,6 +192,6 @@ def _check(model: ModelConfig) -> None:
         )
     if model.moe.every != 1 or model.moe.d_ff is not None:
         problems.append("every block has an MoE layer of width ff_dim: leave out every and d_ff")
-    problems += [*moe_rules(config), *encoder_rules(config)]
-    if problems:
-        raise ValueError("\n".join(problems))
+    alone = ParallelConfig()
+    problems += moe_rules(model.moe, alone, d_ff=model.d_ff, num_layers=model.num_layers, section="")
+    refuse([*problems, *encoder_rules(model, alone, experts="")])

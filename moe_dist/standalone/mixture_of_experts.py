@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.moe import moe_rules
-from moe_dist.config.schema import Config, ParallelConfig
+from moe_dist.config.rules.parts import refuse
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -179,11 +180,9 @@ def _model(
     gated(activation)  # raises for a name that is none of NAMES
     moe = parse_as(MoEConfig, options, "MixtureOfExperts")
     model = ModelConfig(d_model=d_model, d_ff=d_ff, num_layers=1, num_heads=1, activation=activation, moe=moe)
-    ep = mesh.ep.size // mesh.etp
     problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]
     if model.moe.num_experts < 1:
         problems.append(f"num_experts={model.moe.num_experts} is below 1")
-    problems += moe_rules(Config(model=model, parallel=ParallelConfig(ep=ep, etp=mesh.etp, tp=mesh.tp.size)))
-    if problems:
-        raise ValueError("\n".join(problems))
+    parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
+    refuse([*problems, *moe_rules(moe, parallel, d_ff=d_ff, num_layers=1, section="")])
     return resolve_backends(model, mesh.ep.size, device_type)

@@ -12,7 +12,7 @@ from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout
 from moe_dist.kernels.coordinate_descent.backend import coordinate_descent
 from moe_dist.kernels.random import RandomKey
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import initialize
 
@@ -82,7 +82,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             cosine_routing=cosine_routing,
         )
         self.dim, self.heads, self.dim_head, self.dropout = dim, heads, dim_head, dropout
-        self.norm = RMSNorm(dim, 1e-5, Group(), False) if prenorm else nn.Identity()
+        self.norm = RMSNorm(dim, 1e-5, single_process_mesh()) if prenorm else nn.Identity()
         attend = attention("flash" if flash_attn else "torch")
         descend = coordinate_descent("triton" if use_triton else "torch")
         out_std = (heads * dim_head) ** -0.5

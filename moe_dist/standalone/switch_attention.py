@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.config.parse import parse_as
+from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
-from moe_dist.config.schema import Config, ParallelConfig
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -91,8 +92,8 @@ class SwitchMultiQueryAttention(nn.Module):
         bias = None
         if attn_mask is not None:
             bias = added_by(attn_mask != 0, x.shape[0], self.attention.heads, x.shape[1], x.shape[1])
-        places = Places(rotary=rotary, bias=bias)
-        y_TD, stats = self.attention(x.reshape(-1, self.d_model), x.shape[:2], places, context)
+        positions = Positions(rotary=rotary, bias=bias)
+        y_TD, stats = self.attention(x.reshape(-1, self.d_model), x.shape[:2], positions, context)
         if not again:
             self._counts_E = stats.load_E
             if self.training:
@@ -161,7 +162,5 @@ def _model(
     dense = MoEConfig(num_experts=0)
     model = ModelConfig(num_layers=1, attention=attention, moe=dense, **sizes)  # type: ignore[arg-type]
     parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
-    problems += switch_rules(Config(model=model, parallel=parallel))
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse([*problems, *switch_rules(attention, parallel, num_kv_heads=1, num_layers=1, section="", inner="")])
     return resolve_backends(model, mesh.ep.size, device_type)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_dist.kernels.random import RandomKey
 from moe_dist.parallel.feed_forward import FeedForward
-from moe_dist.parallel.mesh import Group, Mesh, single_process_mesh
+from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
 from moe_dist.standalone.counting import drawn_seed
@@ -48,12 +48,12 @@ class Block(nn.Module):
             raise ValueError(f"d_ff={d_ff} is below 1")
         seed = drawn_seed(seed, mesh.world.size)
         routed = (dropout, capacity_factor, top_k, load_loss_coef)
-        self.attention_norm = RMSNorm(d_model, _EPS, Group(), False)
+        self.attention_norm = RMSNorm(d_model, _EPS, mesh)
         self.attention = SwitchMultiQueryAttention(
             d_model, num_heads, num_experts, *routed, seed=seed, mesh=mesh, device=device, **options
         )
-        self.feed_forward_norm = RMSNorm(d_model, _EPS, Group(), False)
-        self.feed_forward = FeedForward(d_model, d_ff, "gelu", mesh.tp, False, d_ff**-0.5)
+        self.feed_forward_norm = RMSNorm(d_model, _EPS, mesh)
+        self.feed_forward = FeedForward(d_model, d_ff, "gelu", mesh, d_ff**-0.5)
         initialize(self, seed)
         self.to(device)
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
             Block(d_model, num_heads, num_experts, *routed, seed=own, mesh=mesh, device=device, **options)
             for own in seeds
         )
-        self.norm = RMSNorm(d_model, _EPS, Group(), False)
+        self.norm = RMSNorm(d_model, _EPS, mesh)
         initialize(self, seed)
         self.to(device)
 

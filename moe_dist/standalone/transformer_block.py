@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.config.rules.attention import attention_rules
+from moe_dist.config.rules.parts import refuse
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.feed_forward import FeedForward
-from moe_dist.parallel.mesh import Group, single_process_mesh
+from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.counting import drawn_seed
 from moe_dist.standalone.masks import added_by
@@ -75,7 +76,7 @@ class TransformerBlock(nn.Module):
                 d_model, d_ff, num_experts, top_k_experts, dropout, expert_capacity_factor, **options
             )
         else:
-            self.feed_forward = FeedForward(d_model, d_ff, activation, Group(), False, d_ff**-0.5)
+            self.feed_forward = FeedForward(d_model, d_ff, activation, single_process_mesh(), d_ff**-0.5)
             initialize(self.feed_forward, seed, "feed_forward.")
         self.to(device)
 
@@ -102,11 +103,11 @@ class TransformerBlock(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, tokens, d_model={self.model.d_model}]")
         shape = (x.shape[0], x.shape[1])
         cache, starts = self._cache(kv_cache, use_cache, cache_position, shape)
-        places = self._places(shape, starts, mask, x)
+        positions = self._positions(shape, starts, mask, x)
         if cache is not None and cache_position is not None:
             cache.rewind(cache_position)  # when all else was found right
         context = StepContext(RandomKey.of("block"), "train" if self.training else "eval")
-        attended_TD, _ = self.attention(self.attention_norm(x).flatten(0, 1), shape, places, context, cache)
+        attended_TD, _ = self.attention(self.attention_norm(x).flatten(0, 1), shape, positions, context, cache)
         x = x + self.dropout(attended_TD.view_as(x))
         normed, aux_loss = self.feed_forward_norm(x), x.new_zeros(())
         if isinstance(self.feed_forward, MixtureOfExperts):
@@ -140,19 +141,19 @@ class TransformerBlock(nn.Module):
             )
         return kv_cache, kv_cache.check_room(*shape, cache_position)
 
-    def _places(self, shape: tuple[int, int], starts: list[int], mask: Tensor | None, x: Tensor) -> Places:
+    def _positions(self, shape: tuple[int, int], starts: list[int], mask: Tensor | None, x: Tensor) -> Positions:
         model, rotary, slopes_H, bias = self.model, None, None, None
         if model.attention.position == "rotary":
             starts_B1 = torch.tensor(starts or [0], device=x.device)[:, None]
-            positions = starts_B1 + torch.arange(shape[1], device=x.device)
-            positions = positions.double() if x.dtype == torch.float64 else positions
-            rotary = rotary_table(positions, model.d_model // model.num_heads, self.rope_theta)
+            at_BS = starts_B1 + torch.arange(shape[1], device=x.device)
+            at_BS = at_BS.double() if x.dtype == torch.float64 else at_BS
+            rotary = rotary_table(at_BS, model.head_width, self.rope_theta)
         if model.attention.position == "alibi":
             slopes_H = alibi_slopes(model.num_heads, device=x.device)
         if mask is not None:
             keys = max(starts, default=0) + shape[1]
             bias = added_by(_seen(mask), shape[0], model.num_heads, shape[1], keys)
-        return Places(rotary, slopes_H, bias=bias)
+        return Positions(rotary, slopes_H, bias=bias)
 
 
 def _seen(mask: Tensor) -> Tensor:
@@ -175,7 +176,5 @@ def _model(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: Attent
     if not problems and attention.position == "rotary" and d_model // heads % 2:
         problems.append(f"rotary positions need an even width of a head, not {d_model}/{heads}={d_model // heads}")
     model = ModelConfig(d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, d_ff=d_ff, attention=attention)
-    problems += attention_rules(model)
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse([*problems, *attention_rules(attention, section="")])
     return resolve_backends(model, 1, device)

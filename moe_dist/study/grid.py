@@ -18,7 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config import Config, load_config, validate
+from moe_dist.config import Config, validate
+from moe_dist.config.load import load_config
 from moe_dist.config.model import STRICT
 from moe_dist.config.parse import parse_as, parse_dict
 from moe_dist.config.read import read_yaml

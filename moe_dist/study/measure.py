@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from statistics import fmean, median
 from typing import Any
 
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import load_config
 from moe_dist.models.flops import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.study.grid import Point
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moe_dist.config import Config, dump_config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config, load_config
 from moe_dist.parallel.slurm import leave_step
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger

@@ -22,10 +22,11 @@ from moe_dist.checkpoint.find import run_config, whole_checkpoint
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
-from moe_dist.config import Config, EngineConfig, dump_config
+from moe_dist.config import Config, EngineConfig
+from moe_dist.config.load import dump_config
 from moe_dist.engine.base import STATE_KINDS, Kind
 from moe_dist.engine.make import make_engine
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.trainable import Trainable
@@ -98,7 +99,7 @@ def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
     if config.task == "classification":
         built = Classifier(model, mesh, config.train.seq_len, seed)
     else:
-        built = Decoder(model, mesh, False, seed)
+        built = Decoder(model, mesh, seed)
     with torch.no_grad():
         for name, param in built.named_parameters():
             param.copy_(reader.read(kind, name, 0, param.numel()).view_as(param))

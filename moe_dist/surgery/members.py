@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.rules.moe import moe_rules
-from moe_dist.config.schema import Config
+from moe_dist.config.rules.parts import refuse
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.random import RandomKey
 from moe_dist.parallel.sharding import initialize, logical_parameters
@@ -81,10 +82,8 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
         d_ff = None
     moe = replace(moe, num_experts=len(widths), d_ff=d_ff, **changes)
     model = replace(layer.model, moe=moe)
-    problems = list(moe_rules(Config(model=model)))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return type(layer)(model, layer.layer, layer.mesh, layer.sequence_parallel, layer.out_std)
+    refuse(moe_rules(moe, ParallelConfig(), d_ff=model.d_ff, num_layers=model.num_layers))
+    return type(layer)(model, layer.layer, layer.mesh, layer.out_std)
 
 
 def random_members(layer: "MoE", members: list[Member], widths: list[int], seed: int, name: str) -> list[Member]:

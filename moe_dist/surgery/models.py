@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.layer import MoE
@@ -36,8 +36,8 @@ def upcycle_decoder(
     model = decoder.config
     if model.moe.num_experts > 0:
         raise ValueError(f"the decoder has MoE layers of {model.moe.num_experts} experts: upcycle a dense one")
-    if decoder.tp.size > 1:
-        raise ValueError(f"the decoder is cut over tp={decoder.tp.size}: load its checkpoint on one process first")
+    if decoder.mesh.tp.size > 1:
+        raise ValueError(f"the decoder is cut over tp={decoder.mesh.tp.size}: load its checkpoint on one process first")
     if layers is not None:
         moe = replace(moe, every=_every(layers, model.num_layers))
     wanted = replace(model, moe=moe)

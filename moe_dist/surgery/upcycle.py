@@ -24,9 +24,10 @@ import torch
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.rules.moe import moe_rules
-from moe_dist.config.schema import Config
+from moe_dist.config.rules.parts import refuse
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
@@ -56,7 +57,7 @@ def upcycle(
     check_rules(model)
     model = resolve_backends(upcycled_config(model) if preserve else model, ep=1)
     std = spec_of(dense.down.weight).std
-    moe = MoE(model, layer, single_process_mesh(), dense.sequence_parallel, std).to(dense.up.weight)
+    moe = MoE(model, layer, single_process_mesh(), std).to(dense.up.weight)
     initialize(moe, seed, name)
     become(moe, dense, noise=noise, seed=seed, name=name, preserve=preserve)
     return moe
@@ -81,9 +82,7 @@ def become(moe: MoE, dense: FeedForward, *, noise: float, seed: int, name: str, 
 
 
 def check_rules(model: ModelConfig) -> None:
-    problems = list(moe_rules(Config(model=model)))
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse(moe_rules(model.moe, ParallelConfig(), d_ff=model.d_ff, num_layers=model.num_layers))
 
 
 def sums_to_one(moe: MoEConfig) -> bool:
@@ -120,8 +119,10 @@ def upcycled_config(model: ModelConfig) -> ModelConfig:
 
 
 def _check_fit(dense: FeedForward, model: ModelConfig) -> None:
-    if dense.tp.size > 1:
-        raise ValueError(f"the dense layer is cut over tp={dense.tp.size}: load its checkpoint on one process first")
+    if dense.mesh.tp.size > 1:
+        raise ValueError(
+            f"the dense layer is cut over tp={dense.mesh.tp.size}: load its checkpoint on one process first"
+        )
     width, d_model = dense.up.weight.shape
     if model.d_model != d_model or model.activation != dense.activation:
         raise ValueError(

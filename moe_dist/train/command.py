@@ -17,7 +17,7 @@ from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
 from moe_dist.parallel.trail import Trail
-from moe_dist.train.health.exit_codes import DONE, SAVED, EndRun
+from moe_dist.train.exit_codes import DONE, SAVED, EndRun
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.watchdog import Watchdog
 from moe_dist.train.loop import Outcome, Trainer

@@ -21,7 +21,7 @@ from moe_dist.data import SequenceSampler, rank_starts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.mesh import Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, require_same
 from moe_dist.parallel.trail import Trail
@@ -70,7 +70,14 @@ class Trainer:
         parallel = config.parallel
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
-        self.mesh: Mesh = create_mesh(parallel.ep, parallel.tp, parallel.etp, node_size, trail=trail)
+        self.mesh: Mesh = create_mesh(
+            parallel.ep,
+            parallel.tp,
+            parallel.etp,
+            node_size,
+            trail=trail,
+            sequence_parallel=parallel.sequence_parallel,
+        )
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )

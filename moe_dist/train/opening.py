@@ -3,7 +3,7 @@
 import torch
 
 from moe_dist.config import BatchShape, Config
-from moe_dist.kernels.registry import describe_backends
+from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Layout
 from moe_dist.train.record.profile import Peak
 from moe_dist.train.record.progress import short_number

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import newest_told
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import load_config
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.task import Task
 

@@ -118,7 +118,7 @@ class LanguageModelling:
         self.tokenizer = "bytes" if self.corpus.unit == "byte" else "that of the indexed files"
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Decoder:
-        return Decoder(model, mesh, self.config.parallel.sequence_parallel, self.config.train.seed)
+        return Decoder(model, mesh, self.config.train.seed)
 
     def batch(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
         return micro_batch(self.corpus.train, places, self.width)

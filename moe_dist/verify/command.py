@@ -36,7 +36,8 @@ Trains a tiny model once in a single process, then under each layout, and compar
 gradient norm and the set of dropped tokens of every step. Exits with 1 when anything differs by more than rounding.
 A routing decision that two equal scores could have taken either way is counted as a near tie, not as a difference.
 
-Starts its own ranks on this machine; under torchrun it uses those: torchrun --nproc_per_node 8 -m moe_dist.cli verify
+Starts its own ranks on this machine; with --device cuda they share its GPUs where these are fewer. Under torchrun it
+uses those ranks: torchrun --nproc_per_node 8 -m moe_dist.cli verify
 """
 
 
@@ -66,7 +67,7 @@ def verify(args: Sequence[str]) -> int:
     )
     rank = rank_from_environment(os.environ)
     if rank.world > 1:
-        device = start(rank, given.device)
+        device = start(rank, given.device, share_gpus=True)
         agreed = run_cases(options, device)
         stop()
         return 0 if agreed else 1

@@ -11,7 +11,7 @@ from moe_dist.config import Config, validate
 from moe_dist.engine.base import Engine
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
@@ -82,7 +82,7 @@ def compare_layout(
     sizes = (config.parallel.ep, config.parallel.tp, config.parallel.etp, config.parallel.node_size)
     if sizes not in meshes:
         meshes[sizes] = create_mesh(*sizes)
-    mesh = meshes[sizes]
+    mesh = replace(meshes[sizes], sequence_parallel=config.parallel.sequence_parallel)
     run, found = _Run(config, mesh, device), Differences()
     top_k, tie = config.model.moe.top_k, options.tie_tolerance
     loss_off, norm_off, grad_off, worst = 0.0, 0.0, 0.0, ""
@@ -112,7 +112,7 @@ class _Run:
         self.config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
         self.mesh, self.device, self.parts = mesh, device, parts
         self.shape = validate(config, mesh.layout.world)
-        model = Decoder(self.config.model, mesh, config.parallel.sequence_parallel, config.train.seed)
+        model = Decoder(self.config.model, mesh, config.train.seed)
         model = model.to(device, torch.float64 if config.model.attention.kind == "routed" else None)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation

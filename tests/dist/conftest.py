@@ -1,4 +1,4 @@
-"""Ranks of these tests share few cores: one thread each, also in the processes they spawn."""
+"""Ranks of these tests share few cores: one thread each, also in the processes they start."""
 
 import os
 

@@ -17,13 +17,13 @@ from moe_dist.config.parse import parse_dict
 from moe_dist.engine.base import Engine, Kind
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
 from moe_dist.parallel.collectives import all_reduce
-from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters
 from moe_dist.step import StepContext
+from tests.dist.nursery import on_ranks
 
 KEY = RandomKey.of("tests")
 TINY: dict[str, Any] = {
@@ -35,8 +35,8 @@ TINY: dict[str, Any] = {
 
 
 def run_checks(ranks: int, checks: Sequence[Callable[..., None]], *args: Any) -> None:
-    """Every check, in order, on `ranks` processes: starting them costs more than most checks. Checks are importable."""
-    spawn(_checks, ranks, list(checks), args)
+    """Every check, in order, on `ranks` processes. Checks are importable."""
+    on_ranks(_checks, ranks, list(checks), args)
 
 
 def _checks(checks: Sequence[Callable[..., None]], args: tuple[Any, ...]) -> None:
@@ -66,8 +66,9 @@ class TinyRun:
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32) -> None:
         self.shape = validate(config, mesh.layout.world)
         config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
+        mesh = replace(mesh, sequence_parallel=config.parallel.sequence_parallel)
         self.config, self.mesh = config, mesh
-        model = Decoder(config.model, mesh, config.parallel.sequence_parallel, config.train.seed).to(dtype)
+        model = Decoder(config.model, mesh, config.train.seed).to(dtype)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )

@@ -15,11 +15,12 @@ import yaml
 from moe_dist.checkpoint.find import whole_checkpoint
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
-from moe_dist.config import Config, load_config, validate
+from moe_dist.config import Config, validate
+from moe_dist.config.load import load_config
 from moe_dist.config.parse import parse_dict
 from moe_dist.engine.base import Engine
 from moe_dist.engine.make import make_engine
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh

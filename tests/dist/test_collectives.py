@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.config import ModelConfig
 from moe_dist.config.model import AttentionConfig
@@ -20,7 +20,7 @@ from moe_dist.parallel import collectives as c
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
-from moe_dist.parallel.mesh import Group, create_mesh, single_process_mesh
+from moe_dist.parallel.mesh import Group, Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import initialize, spec_of
 from moe_dist.step import StepContext
@@ -196,60 +196,63 @@ def check_layers() -> None:
     for group in groups():
         for sequence_parallel in (False, True):
             for build in (feed_forward, multi_query, grouped_query, multi_head, norm, embedding):
-                compare_layer(build, group, sequence_parallel)
+                compare_layer(build, mesh_of(group, sequence_parallel))
 
 
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]
 
 
-def feed_forward(tp: Group, sequence_parallel: bool) -> Layer:
-    layer = FeedForward(D, 16, "swiglu", tp, sequence_parallel, 0.3)
+def mesh_of(tp: Group, sequence_parallel: bool) -> Mesh:
+    return replace(single_process_mesh(), tp=tp, sequence_parallel=sequence_parallel)
+
+
+def feed_forward(mesh: Mesh) -> Layer:
+    layer = FeedForward(D, 16, "swiglu", mesh, 0.3)
     return layer, layer
 
 
-def attention(kv_heads: int, tp: Group, sequence_parallel: bool) -> Layer:
+def attention(kv_heads: int, mesh: Mesh) -> Layer:
     plain = AttentionConfig(backend="torch")
     config = ModelConfig(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=plain)
-    alone = single_process_mesh()
-    layer = CausalSelfAttention(config, 0, replace(alone, tp=tp), sequence_parallel, 0.3)
+    layer = CausalSelfAttention(config, 0, mesh, 0.3)
     rotary = rotary_table(torch.arange(T // 2).double(), 4, 10000.0)
-    return layer, lambda x_TD: layer(x_TD, (2, T // 2), Places(rotary), StepContext(KEY))[0]
+    return layer, lambda x_TD: layer(x_TD, (2, T // 2), Positions(rotary), StepContext(KEY))[0]
 
 
-def multi_query(tp: Group, sequence_parallel: bool) -> Layer:
-    return attention(1, tp, sequence_parallel)
+def multi_query(mesh: Mesh) -> Layer:
+    return attention(1, mesh)
 
 
-def grouped_query(tp: Group, sequence_parallel: bool) -> Layer:
-    return attention(2, tp, sequence_parallel)
+def grouped_query(mesh: Mesh) -> Layer:
+    return attention(2, mesh)
 
 
-def multi_head(tp: Group, sequence_parallel: bool) -> Layer:
-    return attention(4, tp, sequence_parallel)
+def multi_head(mesh: Mesh) -> Layer:
+    return attention(4, mesh)
 
 
-def norm(tp: Group, sequence_parallel: bool) -> Layer:
-    layer = RMSNorm(D, 1e-5, tp, sequence_parallel)
+def norm(mesh: Mesh) -> Layer:
+    layer = RMSNorm(D, 1e-5, mesh)
     return layer, layer
 
 
-def embedding(tp: Group, sequence_parallel: bool) -> Layer:
+def embedding(mesh: Mesh) -> Layer:
     """Added to the input, so that it has the signature of the others."""
-    layer = VocabParallelEmbedding(16, D, tp, 1.0)
+    layer = VocabParallelEmbedding(16, D, mesh.tp, 1.0)
     ids_T = torch.arange(T) * 5 % 16
-    return layer, lambda x_TD: x_TD + leave(layer(ids_T), tp, sequence_parallel)
+    return layer, lambda x_TD: x_TD + leave(layer(ids_T), mesh)
 
 
-def compare_layer(build: Callable[[Group, bool], Layer], tp: Group, sequence_parallel: bool) -> None:
-    whole, call_whole = build(Group(), False)
+def compare_layer(build: Callable[[Mesh], Layer], mesh: Mesh) -> None:
+    whole, call_whole = build(single_process_mesh())
     initialize(whole.double(), seed=3)
     x_TD, weight_TD = draw(0, T, D).requires_grad_(), draw(1, T, D)
     expected_TD = call_whole(x_TD)
     (expected_TD * weight_TD).sum().backward()
 
-    part, call_part = build(tp, sequence_parallel)
+    part, call_part = build(mesh)
     initialize(part.double(), seed=3)
-    cut = (lambda x: x.chunk(tp.size)[tp.rank]) if sequence_parallel else (lambda x: x)
+    cut = (lambda x: x.chunk(mesh.tp.size)[mesh.tp.rank]) if mesh.sequence_parallel else (lambda x: x)
     own_TD = cut(x_TD.detach()).clone().requires_grad_()
     y_TD = call_part(own_TD)
     (y_TD * cut(weight_TD)).sum().backward()
@@ -265,9 +268,10 @@ def compare_layer(build: Callable[[Group, bool], Layer], tp: Group, sequence_par
 def check_enter_and_leave_are_each_others_adjoint() -> None:
     """<enter(x), y> summed over ranks = <x, leave(y)>: what one moves forward, the other moves backward."""
     for tp in groups():
+        mesh = mesh_of(tp, True)
         x_TD, y_TD = draw(tp.rank, T, D), draw(50 + tp.rank, T * tp.size, D)
-        left = c.all_reduce((enter(x_TD, tp, True) * y_TD).sum(), tp)
-        right = c.all_reduce((x_TD * leave(y_TD, tp, True)).sum(), tp)
+        left = c.all_reduce((enter(x_TD, mesh) * y_TD).sum(), tp)
+        right = c.all_reduce((x_TD * leave(y_TD, mesh)).sum(), tp)
         torch.testing.assert_close(left, right)
 
 

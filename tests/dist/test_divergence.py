@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_dist.config import Config
 from moe_dist.models.decoder import DecoderOutput
 from moe_dist.step import StepContext
-from moe_dist.train.health.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
+from moe_dist.train.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
 from moe_dist.train.health.signals import SIGNALS, StopGuard
 from moe_dist.train.loop import Trainer
 from moe_dist.train.record.status import read_status

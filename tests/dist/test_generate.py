@@ -17,14 +17,14 @@ from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.command import in_layout, load_decoder
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.launch import spawn
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
 from moe_dist.step import StepContext
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from tests.dist.helpers import KEY, forget_process_group, run_checks, tiny_config
+from tests.dist.nursery import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -48,9 +48,9 @@ def write(root: str, layouts: list[tuple[int | None, int | None]]) -> None:
 
 
 def test_text_is_the_same_in_every_layout(tmp_path: Path) -> None:
-    spawn(train, 2, str(tmp_path), 2, "rotary")
-    spawn(write, 1, str(tmp_path), [(None, None)])
-    spawn(write, 2, str(tmp_path), [(None, None), (1, 2), (2, 2)])
+    on_ranks(train, 2, str(tmp_path), 2, "rotary")
+    on_ranks(write, 1, str(tmp_path), [(None, None)])
+    on_ranks(write, 2, str(tmp_path), [(None, None), (1, 2), (2, 2)])
     texts = [path.read_text() for path in tmp_path.glob("?-*")]
     assert len(texts) == 4
     assert len(set(texts)) == 1
@@ -69,7 +69,7 @@ def pieces_are_the_whole() -> None:
             attention = AttentionConfig(position=position, qk_ln=True, sinks=True, window=7)
             model = ModelConfig(**(MODEL | {"num_kv_heads": kv_heads}), moe=moe, attention=attention)
             alone = Decoder(resolve_backends(model, 1), single_process_mesh())
-            cut = Decoder(resolve_backends(model, ep), create_mesh(ep, tp), sequence_parallel=sp)
+            cut = Decoder(resolve_backends(model, ep), create_mesh(ep, tp, sequence_parallel=sp))
             with torch.no_grad():
                 whole = alone(ids_BS, None, step, "logits")
                 torch.testing.assert_close(cut(ids_BS, None, step, "logits"), whole, rtol=0, atol=1e-5)
@@ -105,7 +105,7 @@ def test_mistakes(args: list[str], words: str, tiny_run: str, capsys: pytest.Cap
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
-    spawn(train, 1, str(folder), 1, "rotary")
+    on_ranks(train, 1, str(folder), 1, "rotary")
     return f"{folder}/tiny"
 
 

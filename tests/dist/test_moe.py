@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
-from moe_dist.kernels.registry import resolve_backends
 from moe_dist.kernels.route.reference import route
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.layer import MoE
@@ -78,9 +78,9 @@ class Case:
     activation: str = "swiglu"
     dtype: torch.dtype = torch.float64
 
-    def run(self, mesh: Mesh, moe: MoEConfig, sequence_parallel: bool, own: slice) -> tuple[Outcome, MoE]:
+    def run(self, mesh: Mesh, moe: MoEConfig, own: slice) -> tuple[Outcome, MoE]:
         model = ModelConfig(d_model=D, num_heads=2, d_ff=12, activation=self.activation, moe=moe)
-        layer = MoE(resolve_backends(model, mesh.ep.size), 0, mesh, sequence_parallel, 0.3).to(self.dtype)
+        layer = MoE(resolve_backends(model, mesh.ep.size), 0, mesh, 0.3).to(self.dtype)
         initialize(layer, seed=1)
         held: list[Tensor] = []
         layer.router.register_forward_hook(lambda *call: call[2].weights_TK.retain_grad() or held.append(call[2]))
@@ -98,23 +98,22 @@ class Case:
     def alone(self) -> Outcome:
         """The oracle."""
         plain = replace(self.moe, dispatch="local", overlap_chunks=1, wire_dtype="same")
-        return self.run(single_process_mesh(), plain, False, slice(None))[0]
+        return self.run(single_process_mesh(), plain, slice(None))[0]
 
     def compare(
         self,
         expected: Outcome,
         mesh: Mesh,
         how: dict[str, Any],
-        sequence_parallel: bool = False,
         tokens: Sequence[int] | None = None,
     ) -> None:
         """Output, gradients of tokens, combine weights and parameters. tokens: of each rank, where not equal."""
-        cut = mesh.world if sequence_parallel or mesh.tp.size == 1 else mesh.dp
+        cut = mesh.token_ranks if mesh.sequence_parallel or mesh.tp.size == 1 else mesh.dp
         own = part_of(cut.rank, tokens or (len(self.x_TD) // cut.size,) * cut.size)
-        routed = part_of(mesh.rank, tokens or (len(self.x_TD) // mesh.world.size,) * mesh.world.size)
+        routed = part_of(mesh.rank, tokens or (len(self.x_TD) // mesh.token_ranks.size,) * mesh.token_ranks.size)
         moe = replace(self.moe, **how)
-        found, layer = self.run(mesh, moe, sequence_parallel, own)
-        where = f"ranks {mesh.layout} etp {mesh.etp} {sequence_parallel=} {moe}"
+        found, layer = self.run(mesh, moe, own)
+        where = f"ranks {mesh.layout} etp {mesh.etp} {mesh.sequence_parallel=} {moe}"
         pairs = [("y", found.y_TD, expected.y_TD[own]), ("x", found.grad_x_TD, expected.grad_x_TD[own])]
         if expected.grad_weights_TK is not None:
             pairs.append(("weights", found.grad_weights_TK, expected.grad_weights_TK[routed]))
@@ -173,7 +172,8 @@ def check_layer() -> None:
                     continue  # validate refuses it
                 for how, node_size in carriers(ep, etp):
                     if number == 0 or {"wire", "overlap_chunks"} - how.keys():
-                        case.compare(expected, mesh_of(ep, tp, etp, node_size), how, sequence_parallel)
+                        mesh = replace(mesh_of(ep, tp, etp, node_size), sequence_parallel=sequence_parallel)
+                        case.compare(expected, mesh, how)
     assert max(CASES[-1].alone().load) == T
 
 
@@ -263,7 +263,7 @@ def check_sent_bytes() -> None:
         mesh = mesh_of(4, 1, 1, node_size)
         logits_TE = draw(mesh.rank, 6, E).float()
         stats = route(logits_TE, 2)
-        plan = Capacity(MoEConfig(num_experts=E, capacity_factor=0.9), 0, mesh.world)(
+        plan = Capacity(MoEConfig(num_experts=E, capacity_factor=0.9), 0, mesh.token_ranks)(
             Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats), StepContext(KEY)
         )
         if "overlap_chunks" in how:
@@ -307,7 +307,7 @@ def check_local_capacity_is_each_ranks_own() -> None:
     case, mesh = Case(moe), mesh_of(4)
     own = part_of(mesh.rank, (T // 4,) * 4)
     found, _ = case.run(mesh, moe, False, own)
-    alone, _ = case.run(single_process_mesh(), replace(moe, dispatch="local"), False, own)
+    alone, _ = case.run(single_process_mesh(), replace(moe, dispatch="local"), own)
     torch.testing.assert_close(found.y_TD, alone.y_TD, **FLOAT64)
     assert found.kept == all_reduce(torch.tensor(alone.kept), mesh.world).tolist()
     assert sum(found.kept) < sum(found.load) == T * 2

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from moe_dist.parallel.launch import Rank, rank_from_environment, start
+from moe_dist.parallel.launch import Rank, rank_from_environment, spawn, start
 from moe_dist.parallel.objects import broadcast_json, gather_json, require_same
 from tests.dist.helpers import TINY, forget_process_group, raised, run_checks
 from tests.dist.network import descendants, is_loopback, listeners
@@ -106,7 +106,11 @@ def check_gathered_objects() -> None:
 
 
 def test_spawned_ranks() -> None:
-    run_checks(2, [check_spawned_ranks, check_gathered_objects])
+    spawn(check_spawned_ranks, 2)
+
+
+def test_objects_between_ranks() -> None:
+    run_checks(2, [check_gathered_objects])
 
 
 def test_a_taken_port_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

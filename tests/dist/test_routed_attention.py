@@ -1,9 +1,11 @@
 """Routed attention with its heads cut over tp, against one process with all heads: outputs and every gradient."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
@@ -23,28 +25,28 @@ CASES = [
 ]
 
 
-def layer_of(mesh: Mesh, sequence_parallel: bool, kv_heads: int, **routed: object) -> RoutedSelfAttention:
+def layer_of(mesh: Mesh, kv_heads: int, **routed: object) -> RoutedSelfAttention:
     config = AttentionConfig(
         kind="routed", backend="torch", dropout=0.3, routed=RoutedAttentionConfig(**ROUTED, **routed)
     )
     model = tiny_model(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=config)
-    layer = RoutedSelfAttention(model, 1, mesh, sequence_parallel, 0.3)
+    layer = RoutedSelfAttention(model, 1, mesh, 0.3)
     initialize(layer, seed=0)
     return layer.double()
 
 
 def run(layer: RoutedSelfAttention, x_TD: Tensor, rows: int) -> Tensor:
-    places = Places(rotary=tuple(t[None] for t in rotary_table(torch.arange(S).double(), 4, 100.0)))
-    return layer(x_TD, (rows, S), places, context())[0]
+    positions = Positions(rotary=tuple(t[None] for t in rotary_table(torch.arange(S).double(), 4, 100.0)))
+    return layer(x_TD, (rows, S), positions, context())[0]
 
 
-def check(mesh: Mesh, sequence_parallel: bool, case: dict[str, object]) -> None:
-    part, whole = layer_of(mesh, sequence_parallel, **case), layer_of(single_process_mesh(), False, **case)
+def check(mesh: Mesh, case: dict[str, object]) -> None:
+    part, whole = layer_of(mesh, **case), layer_of(single_process_mesh(), **case)
     rows = B // mesh.dp.size
     mine = slice(mesh.dp.rank * rows * S, (mesh.dp.rank + 1) * rows * S)
     generator = torch.Generator().manual_seed(0)
     x_TD, pull_TD = torch.randn(2, B * S, D, generator=generator, dtype=torch.float64)
-    cut = (lambda t: own_slice(t, mesh.tp)) if sequence_parallel else (lambda t: t)
+    cut = (lambda t: own_slice(t, mesh.tp)) if mesh.sequence_parallel else (lambda t: t)
 
     wanted_x = x_TD.clone().requires_grad_()
     expected = run(whole, wanted_x, B)
@@ -66,9 +68,9 @@ def check(mesh: Mesh, sequence_parallel: bool, case: dict[str, object]) -> None:
 def check_layouts() -> None:
     two, four = create_mesh(1, 2), create_mesh(1, 4)
     for index, case in enumerate(CASES):
-        check(two, index % 2 == 0, case)
+        check(replace(two, sequence_parallel=index % 2 == 0), case)
     for sequence_parallel in (False, True):
-        check(four, sequence_parallel, CASES[1])
+        check(replace(four, sequence_parallel=sequence_parallel), CASES[1])
 
 
 def test_on_four_ranks() -> None:

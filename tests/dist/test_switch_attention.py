@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from moe_dist import SwitchMultiQueryAttention, Transformer
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.config.model import AttentionConfig
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.layer import Replay
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
@@ -79,21 +79,21 @@ class Case:
     recompute: bool = False
     x_BSD: Tensor = field(default_factory=lambda: draw(0, B, S, D))
 
-    def run(self, mesh: Mesh, how: dict[str, Any], sequence_parallel: bool = False) -> tuple[Found, SwitchAttention]:
+    def run(self, mesh: Mesh, how: dict[str, Any]) -> tuple[Found, SwitchAttention]:
         section = AttentionConfig(kind="switch", moe=replace(self.moe, **how), **self.attention)
         model = ModelConfig(d_model=D, num_heads=H, head_dim=P, attention=section, moe=MoEConfig(num_experts=0))
-        layer = SwitchAttention(resolve_backends(model, mesh.ep.size), 0, mesh, sequence_parallel, 0.3)
+        layer = SwitchAttention(resolve_backends(model, mesh.ep.size), 0, mesh, 0.3)
         initialize(layer, seed=1)
         layer.double()
-        rows, cut = B // mesh.dp.size, mesh.world if sequence_parallel else mesh.dp
+        rows, cut = B // mesh.dp.size, mesh.token_ranks if mesh.sequence_parallel else mesh.dp
         x_TD = own(self.x_BSD.flatten(0, 1), cut.rank, cut.size).clone().requires_grad_()
         rotary = None if self.alibi else rotary_table(torch.arange(S).double(), P, 100.0)
         slopes_H = torch.tensor([0.5, 0.1], dtype=torch.float64) if self.alibi else None
-        places, witness, replay = Places(rotary, slopes_H), Witness(), Replay()
+        positions, witness, replay = Positions(rotary, slopes_H), Witness(), Replay()
         step = StepContext(KEY, witness=witness)
-        y_TD, stats = layer(x_TD, (rows, S), places, step, replay=replay)
+        y_TD, stats = layer(x_TD, (rows, S), positions, step, replay=replay)
         if self.recompute:
-            y_TD, stats = layer(x_TD, (rows, S), places, step, replay=replay)
+            y_TD, stats = layer(x_TD, (rows, S), positions, step, replay=replay)
         weight_TD = own(draw(1, B * S, D), cut.rank, cut.size)
         ((y_TD * weight_TD).sum() + stats.aux_loss / mesh.layout.dp).backward()
         grads = {name: param.grad for name, param in layer.named_parameters()}
@@ -106,9 +106,10 @@ class Case:
         """The oracle."""
         return self.run(single_process_mesh(), dict(dispatch="local"))[0]
 
-    def compare(self, whole: Found, mesh: Mesh, how: dict[str, Any], sequence_parallel: bool) -> None:
-        found, layer = self.run(mesh, how, sequence_parallel)
-        where, cut = f"{mesh.layout} {sequence_parallel=} {how} {self}", mesh.world if sequence_parallel else mesh.dp
+    def compare(self, whole: Found, mesh: Mesh, how: dict[str, Any]) -> None:
+        found, layer = self.run(mesh, how)
+        where = f"{mesh.layout} {mesh.sequence_parallel=} {how} {self}"
+        cut = mesh.token_ranks if mesh.sequence_parallel else mesh.dp
 
         def same(name: str, actual: Tensor, expected: Tensor) -> None:
             torch.testing.assert_close(actual, expected, **FLOAT64, msg=lambda text: f"{name} {text}\n{where}")
@@ -117,7 +118,7 @@ class Case:
         same("x", found.grad_x_TD, own(whole.grad_x_TD, cut.rank, cut.size))
         decided = (found.witness.experts_TK, found.witness.kept_TK)
         for mine, all_ranks in zip(decided, (whole.witness.experts_TK, whole.witness.kept_TK), strict=True):
-            assert torch.equal(mine, own(all_ranks, mesh.rank, mesh.world.size)), where
+            assert torch.equal(mine, own(all_ranks, mesh.rank, mesh.token_ranks.size)), where
         assert (found.load, found.kept) == (whole.load, whole.kept), where
         # Each tp rank adds the share of its slice, and dp ranks are averaged.
         same("aux", all_reduce(found.aux.clone(), mesh.world) / mesh.layout.dp, whole.aux)
@@ -160,7 +161,8 @@ def check_layer() -> None:
             for ep in (1, 2, 4):
                 for how, node_size in [(dict(dispatch="local"), None)] if ep == 1 else CARRIERS:
                     if number == 0 or how == dict(dispatch="all_to_all") or ep == 1:
-                        case.compare(whole, mesh_of(ep, tp, node_size), how, sequence_parallel)
+                        mesh = replace(mesh_of(ep, tp, node_size), sequence_parallel=sequence_parallel)
+                        case.compare(whole, mesh, how)
 
 
 def check_ranks_without_tokens() -> None:
@@ -174,7 +176,7 @@ def check_ranks_without_tokens() -> None:
         layer.double()
         rows = 0 if mesh.rank else 2
         x_TD = draw(0, rows * S, D).requires_grad_()
-        y_TD, _ = layer(x_TD, (rows, S), Places(rotary_table(torch.arange(S).double(), P, 100.0)), StepContext(KEY))
+        y_TD, _ = layer(x_TD, (rows, S), Positions(rotary_table(torch.arange(S).double(), P, 100.0)), StepContext(KEY))
         y_TD.square().sum().backward()
         assert all(param.grad is not None for param in layer.parameters())
         used = all_reduce(layer.experts.w_query.grad.abs().sum(), mesh.ep)

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from moe_dist.chaos.fault import Fault, Plan
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config
+from moe_dist.config.load import load_config
 from moe_dist.study.lock import locked
 from tests.dist.helpers import TINY, forget_process_group
 

@@ -26,7 +26,7 @@ from moe_dist.checkpoint.layout import MANIFEST, Manifest
 from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.shard import write_shard
 from moe_dist.cli import main
-from moe_dist.config import dump_config
+from moe_dist.config.load import dump_config
 from moe_dist.config.parse import parse_as
 from tests.faults.helpers import series
 

@@ -9,7 +9,7 @@ import pytest
 
 from moe_dist.chaos.fault import Fault
 from moe_dist.chaos.series import Series
-from moe_dist.train.health.exit_codes import CRASH_LOOP, INTERRUPTED, SAVED, STALLED
+from moe_dist.train.exit_codes import CRASH_LOOP, INTERRUPTED, SAVED, STALLED
 from moe_dist.train.record.status import read_status
 from tests.faults.helpers import ended_alone, native, series
 

@@ -11,7 +11,7 @@ from moe_dist.chaos.damage import DAMAGES, corrupt, whole
 from moe_dist.chaos.fault import Fault
 from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series
-from moe_dist.train.health.exit_codes import DIVERGED, REPLICAS_DIFFER
+from moe_dist.train.exit_codes import DIVERGED, REPLICAS_DIFFER
 from moe_dist.train.record.status import read_status
 from tests.faults.helpers import ended_alone, native, series
 

@@ -1,4 +1,4 @@
-"""Small models, and meshes of ranks that are not running: enough to build layers and see what each rank holds."""
+"""Small models, and what tests ask of them."""
 
 from dataclasses import replace
 
@@ -7,19 +7,8 @@ from torch import nn
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import resolve_backends
-from moe_dist.parallel.mesh import Group, Layout, Mesh
+from moe_dist.models.backends import resolve_backends
 from moe_dist.step import StepContext
-
-
-def idle_group(ranks: tuple[int, ...], rank: int) -> Group:
-    """`rank`'s membership in a group without a process group: it can be asked for sizes, not for an exchange."""
-    return Group(ranks, ranks.index(rank))
-
-
-def idle_mesh(layout: Layout, rank: int) -> Mesh:
-    groups = (idle_group(layout.ranks(axis, rank), rank) for axis in ("world", "tp", "dp", "ep", "edp"))
-    return Mesh(layout, rank, *groups)
 
 
 def tiny_model(**changes: object) -> ModelConfig:

@@ -1,14 +1,13 @@
-"""Rules of the engine, the optimizer, the run and its guard."""
+"""Rules of the engine, the optimizer, the steps, the run and its guard."""
 
 import re
 from collections.abc import Iterator
 
 from moe_dist.config.rules.parts import above_zero, at_least, between
-from moe_dist.config.schema import Config
+from moe_dist.config.schema import EngineConfig, GuardConfig, OptimConfig, RunConfig, TrainConfig
 
 
-def engine_rules(config: Config) -> Iterator[str]:
-    engine = config.engine
+def engine_rules(engine: EngineConfig) -> Iterator[str]:
     yield from above_zero(engine, "engine", "grad_clip", "null clips nothing")
     yield from between(engine, "engine", "zero_stage", 0, 3)
     if engine.name == "native":
@@ -22,8 +21,7 @@ def engine_rules(config: Config) -> Iterator[str]:
         )
 
 
-def optim_rules(config: Config) -> Iterator[str]:
-    optim, steps = config.optim, config.train.steps
+def optim_rules(optim: OptimConfig, steps: int) -> Iterator[str]:
     yield from above_zero(optim, "optim", "lr eps decay_fraction")
     yield from at_least(0, optim, "optim", "weight_decay warmup_steps")
     yield from between(optim, "optim", "min_lr_ratio", 0, 1)
@@ -37,10 +35,12 @@ def optim_rules(config: Config) -> Iterator[str]:
             yield f"{name}={beta} is outside 0 <= {name} < 1; change optim.{name}"
 
 
-def run_rules(config: Config) -> Iterator[str]:
-    run, train = config.run, config.train
+def train_rules(train: TrainConfig) -> Iterator[str]:
     yield from at_least(1, train, "train", "steps seq_len threads")
     yield from between(train, "train", "seed", 0, 2**63 - 1)
+
+
+def run_rules(run: RunConfig) -> Iterator[str]:
     yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
     yield from at_least(0, run, "run", "sample_tokens")
     yield from above_zero(run, "run", "time_limit", "null is no limit")
@@ -61,8 +61,7 @@ def run_rules(config: Config) -> Iterator[str]:
         )
 
 
-def guard_rules(config: Config) -> Iterator[str]:
-    guard = config.guard
+def guard_rules(guard: GuardConfig, engine: EngineConfig) -> Iterator[str]:
     yield from at_least(1, guard, "guard", "max_skipped spike_window check_replicas")
     yield from at_least(0, guard, "guard", "max_restarts")
     yield from above_zero(guard, "guard", "spike_mads")
@@ -72,7 +71,7 @@ def guard_rules(config: Config) -> Iterator[str]:
             f"stall_seconds={guard.stall_seconds} is above 540, but collectives give up after 600 and would not say "
             "whose fault it was; lower guard.stall_seconds"
         )
-    if guard.check_replicas is not None and config.engine.name == "deepspeed" and config.engine.zero_stage == 3:
+    if guard.check_replicas is not None and engine.name == "deepspeed" and engine.zero_stage == 3:
         yield (
             f"check_replicas={guard.check_replicas} has nothing to compare at zero_stage=3, where each parameter lies "
             "in pieces; set guard.check_replicas to null or lower engine.zero_stage"

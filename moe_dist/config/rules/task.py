@@ -2,26 +2,27 @@
 
 from collections.abc import Iterator
 
-from moe_dist.config.model import AttentionConfig
-from moe_dist.config.rules.parts import at_least
-from moe_dist.config.schema import Config
+from moe_dist.config.model import AttentionConfig, ModelConfig
+from moe_dist.config.rules.parts import at_least, key, share
+from moe_dist.config.schema import Config, DataConfig, ParallelConfig
 
 _BYTES = 256
 _LABELLED = ("jsonl", "csv")
 
 
 def task_rules(config: Config) -> Iterator[str]:
-    yield from _paths_rules(config)
+    yield from _paths_rules(config.data)
     yield from (_classification if config.task == "classification" else _language_modelling)(config)
 
 
-def encoder_rules(config: Config) -> Iterator[str]:
-    """What the classifier's layers cannot do, or what means nothing to them."""
-    model, moe, plain = config.model, config.model.moe, AttentionConfig()
+def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "model.moe") -> Iterator[str]:
+    """What the classifier's layers cannot do, or what means nothing to them.
+
+    experts: where the fields of `model.moe` stand.
+    """
+    moe, plain = model.moe, AttentionConfig()
     yield from at_least(2, model, "model", "num_classes")
-    for name in ("dropout", "token_dropout"):
-        if not 0 <= getattr(model, name) < 1:
-            yield f"{name}={getattr(model, name)} is outside 0 <= {name} < 1; change model.{name}"
+    yield from share(model, "model", "dropout token_dropout")
     for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "window", "sinks", "dropout"):
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
@@ -29,21 +30,21 @@ def encoder_rules(config: Config) -> Iterator[str]:
             yield f"attention.{name}={value} is of language models; set model.attention.{name} to {shown}"
     if model.recompute == "block":
         yield "recompute=block is of language models; set model.recompute to none or activation"
-    if config.parallel.sequence_parallel:
+    if parallel.sequence_parallel:
         yield "sequence_parallel=true is of language models; set parallel.sequence_parallel to false"
     if moe.num_experts == 0:
         return
     if moe.router in ("noisy", "sinkhorn"):
-        yield f"router={moe.router} counts padding as tokens; set model.moe.router to softmax, sigmoid or hash"
+        yield f"router={moe.router} counts padding as tokens; set {key(experts, 'router')} to softmax, sigmoid or hash"
     for name in ("balance_scope", "capacity_scope"):
         value = getattr(moe, name)
         if value != "global":
-            yield f"{name}={value} counts padding as tokens; set model.moe.{name} to global"
+            yield f"{name}={value} counts padding as tokens; set {key(experts, name)} to global"
 
 
 def _classification(config: Config) -> Iterator[str]:
     data = config.data
-    yield from encoder_rules(config)
+    yield from encoder_rules(config.model, config.parallel)
     if data.kind in ("text", "indexed"):
         yield f"data.kind {data.kind} has no labels for task=classification; set data.kind to jsonl, csv or stdlib"
     if config.run.sample_tokens > 0:
@@ -74,8 +75,7 @@ def _language_modelling(config: Config) -> Iterator[str]:
             yield f"{name}={getattr(model, name)} is of task=classification; set model.{name} to 0"
 
 
-def _paths_rules(config: Config) -> Iterator[str]:
-    data = config.data
+def _paths_rules(data: DataConfig) -> Iterator[str]:
     if data.kind == "indexed" and not data.paths:
         yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths"
     elif data.kind != "stdlib" and not data.paths:

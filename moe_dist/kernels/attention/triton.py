@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.attention.pattern import Pattern, check_packed
 from moe_dist.kernels.attention.triton_backward import run_key_value_gradient, run_query_gradient
-from moe_dist.kernels.attention.triton_call import Call, Packed, Tiling, choose_tiling
+from moe_dist.kernels.attention.triton_call import AttentionTiling, Call, Packed, choose_attention_tiling
 from moe_dist.kernels.attention.triton_decode import decode, decode_splits
 from moe_dist.kernels.attention.triton_forward import forward, run_forward
 from moe_dist.kernels.attention.triton_parts import LOG2E
@@ -34,7 +34,7 @@ def attend(
     pattern: Pattern | None = None,
     scale: float | None = None,
     *,
-    tiling: Tiling | None = None,
+    tiling: AttentionTiling | None = None,
 ) -> Tensor:
     """As reference.attend, in fp32, bf16 or fp16 with heads up to 256 wide; gradients of q, k, v, bias and sinks.
 
@@ -57,7 +57,7 @@ def attend_varlen(
     pattern: Pattern | None = None,
     scale: float | None = None,
     *,
-    tiling: Tiling | None = None,
+    tiling: AttentionTiling | None = None,
 ) -> Tensor:
     """As varlen.one_by_one, in one launch that does not wait for the lengths.
 
@@ -76,7 +76,7 @@ def _attend(
     v_BGKP: Tensor,
     pattern: Pattern,
     scale: float | None,
-    tiling: Tiling | None,
+    tiling: AttentionTiling | None,
     packed: Packed | None,
 ) -> Tensor:
     _check(q_BHQP, k_BGKP, v_BGKP, pattern)
@@ -85,7 +85,7 @@ def _attend(
     scale = q_BHQP.shape[-1] ** -0.5 if scale is None else scale
     each = q_BHQP.shape[1] // k_BGKP.shape[1]
     rows = each * (q_BHQP.shape[2] if packed is None else packed.max_q)
-    tiling = tiling or choose_tiling(q_BHQP.dtype, q_BHQP.shape[-1], rows, pattern)
+    tiling = tiling or choose_attention_tiling(q_BHQP.dtype, q_BHQP.shape[-1], rows, pattern)
     call = Call(replace(pattern, bias=None, sinks_H=None), float(scale), tiling, packed)
     leaves = [t for t in (q_BHQP, k_BGKP, v_BGKP, bias, sinks_H) if t is not None]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in leaves)):

@@ -31,7 +31,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Tiling:
+class AttentionTiling:
     """One tile for each kernel: output, gradient of q, gradients of k and v."""
 
     forward: Tile
@@ -39,19 +39,19 @@ class Tiling:
     grad_kv: Tile
 
 
-_HALF_NARROW = Tiling(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))
-_HALF_MIDDLE = Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
-_HALF_WIDE = Tiling(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2))
+_HALF_NARROW = AttentionTiling(Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))
+_HALF_MIDDLE = AttentionTiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
+_HALF_WIDE = AttentionTiling(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2))
 # Whatever else the pattern asks for needs registers, and a bias shared memory too.
-_RICH_NARROW = Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2))
-_RICH_MIDDLE = Tiling(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2))
-_RICH_WIDE = Tiling(Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(64, 32, 8, 2))
-_FULL_NARROW = Tiling(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
-_FULL_MIDDLE = Tiling(Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
-_FULL_WIDE = Tiling(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+_RICH_NARROW = AttentionTiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2))
+_RICH_MIDDLE = AttentionTiling(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2))
+_RICH_WIDE = AttentionTiling(Tile(128, 16, 8, 2), Tile(128, 16, 8, 2), Tile(64, 32, 8, 2))
+_FULL_NARROW = AttentionTiling(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+_FULL_MIDDLE = AttentionTiling(Tile(32, 32, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+_FULL_WIDE = AttentionTiling(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
 
 
-def choose_tiling(dtype: torch.dtype, width: int, rows: int, pattern: Pattern) -> Tiling:
+def choose_attention_tiling(dtype: torch.dtype, width: int, rows: int, pattern: Pattern) -> AttentionTiling:
     """For an H100 or H200 (tests/unit/kernels/test_attention_compiles.py: what spills and what does not).
 
     Taken from what wgmma and its pipelines like, not from timings. rows: how many there are; few of them get few.
@@ -67,7 +67,7 @@ def choose_tiling(dtype: torch.dtype, width: int, rows: int, pattern: Pattern) -
     few = max(16, triton.next_power_of_2(rows))
     if few >= 64:
         return tiling
-    return Tiling(*(Tile(min(few, t.rows), min(64, t.keys), 4, t.num_stages) for t in vars(tiling).values()))
+    return AttentionTiling(*(Tile(min(few, t.rows), min(64, t.keys), 4, t.num_stages) for t in vars(tiling).values()))
 
 
 def choose_splits(programs: int, steps: int, least: int) -> int:
@@ -94,7 +94,7 @@ class Call:
 
     pattern: Pattern
     scale: float
-    tiling: Tiling
+    tiling: AttentionTiling
     packed: Packed | None = None
 
     def pairs(self, k_BGKP: Tensor) -> int:

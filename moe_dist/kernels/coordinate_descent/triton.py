@@ -35,7 +35,7 @@ def coordinate_descent(
     return y_RN.view(s_RN.shape), a_R1.view(log_k_R1.shape)
 
 
-def tile_of(candidates: int) -> tuple[int, int]:
+def descent_tile(candidates: int) -> tuple[int, int]:
     """(padded number, warps): 32 numbers a thread at most."""
     padded = triton.next_power_of_2(candidates)
     return padded, min(max(padded // 512, 1), 16)
@@ -48,7 +48,7 @@ class _CoordinateDescent(torch.autograd.Function):
         rows, candidates = s_RN.shape
         eps_I = torch.tensor(schedule.temperatures(), dtype=torch.float32, device=s_RN.device)
         y_RN, a_RI = torch.empty_like(s_RN), s_RN.new_empty(rows, len(eps_I))
-        padded, warps = tile_of(candidates)
+        padded, warps = descent_tile(candidates)
         if s_RN.numel():
             _forward[(rows,)](
                 *(s_RN, log_k_R, eps_I, y_RN, a_RI, candidates), STEPS=len(eps_I), N_PAD=padded, num_warps=warps
@@ -62,7 +62,7 @@ class _CoordinateDescent(torch.autograd.Function):
         s_RN, log_k_R, eps_I, a_RI = ctx.saved_tensors
         grad_s_RN = torch.empty_like(s_RN)
         rows, candidates = s_RN.shape
-        padded, warps = tile_of(candidates)
+        padded, warps = descent_tile(candidates)
         if s_RN.numel():
             _backward[(rows,)](
                 *(s_RN, log_k_R, eps_I, a_RI, grad_y_RN.contiguous(), grad_a_R.contiguous(), grad_s_RN, candidates),

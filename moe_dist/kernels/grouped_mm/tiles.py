@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Block:
+class ProductBlock:
     """One kernel's columns of the result, depth of a step of the product, warps and pipeline stages.
 
     halves: whether the epilogue, where it has one, takes the columns in two halves, to need fewer registers.
@@ -24,7 +24,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Tiling:
+class ExpertTiling:
     """rows: of a tile, in every kernel whose result has R rows. grad_rows: hidden units of a weight gradient's tile.
 
     precision: how fp32 is multiplied, "ieee", "tf32" or "tf32x3"; other dtypes do not ask.
@@ -32,60 +32,60 @@ class Tiling:
 
     rows: int
     grad_rows: int
-    up: Block  # two products, [rows, n] each
-    down: Block
-    hidden_grad: Block
-    input_grad: Block  # two products into one sum
-    up_grad: Block  # two products, [grad_rows, n] each
-    out_grad: Block
+    up: ProductBlock  # two products, [rows, n] each
+    down: ProductBlock
+    hidden_grad: ProductBlock
+    input_grad: ProductBlock  # two products into one sum
+    up_grad: ProductBlock  # two products, [grad_rows, n] each
+    out_grad: ProductBlock
     precision: str = "ieee"
 
 
-_HALF = Tiling(
+_HALF = ExpertTiling(
     rows=128,
     grad_rows=128,
-    up=Block(128, 64, 8, 3, halves=True),
-    down=Block(256, 64, 8, 3),
-    hidden_grad=Block(128, 64, 8, 4, halves=True),
-    input_grad=Block(256, 64, 8, 3),
-    up_grad=Block(128, 64, 8, 3),
-    out_grad=Block(256, 64, 8, 3),
+    up=ProductBlock(128, 64, 8, 3, halves=True),
+    down=ProductBlock(256, 64, 8, 3),
+    hidden_grad=ProductBlock(128, 64, 8, 4, halves=True),
+    input_grad=ProductBlock(256, 64, 8, 3),
+    up_grad=ProductBlock(128, 64, 8, 3),
+    out_grad=ProductBlock(256, 64, 8, 3),
 )
 # Few rows for each expert: most of a tile of 128 would be empty.
 _HALF_SHORT = replace(
     _HALF,
     rows=64,
-    up=Block(128, 64, 4, 3, halves=True),
-    down=Block(128, 64, 4, 4),
-    hidden_grad=Block(128, 64, 4, 4, halves=True),
-    input_grad=Block(128, 64, 4, 4),
+    up=ProductBlock(128, 64, 4, 3, halves=True),
+    down=ProductBlock(128, 64, 4, 4),
+    hidden_grad=ProductBlock(128, 64, 4, 4, halves=True),
+    input_grad=ProductBlock(128, 64, 4, 4),
 )
 # Widths that are no multiple of 16: rows begin anywhere, so numbers are loaded one by one, each with its own address.
-_HALF_ODD = Tiling(
+_HALF_ODD = ExpertTiling(
     rows=64,
     grad_rows=64,
-    up=Block(64, 32, 8, 3),
-    down=Block(64, 32, 8, 3),
-    hidden_grad=Block(64, 32, 8, 3),
-    input_grad=Block(64, 32, 8, 3),
-    up_grad=Block(64, 32, 8, 3),
-    out_grad=Block(64, 32, 8, 3),
+    up=ProductBlock(64, 32, 8, 3),
+    down=ProductBlock(64, 32, 8, 3),
+    hidden_grad=ProductBlock(64, 32, 8, 3),
+    input_grad=ProductBlock(64, 32, 8, 3),
+    up_grad=ProductBlock(64, 32, 8, 3),
+    out_grad=ProductBlock(64, 32, 8, 3),
 )
 # Exact fp32 has no tensor cores: smaller blocks, and registers for the operands.
-_FULL = Tiling(
+_FULL = ExpertTiling(
     rows=64,
     grad_rows=64,
-    up=Block(64, 16, 8, 3),
-    down=Block(64, 16, 8, 3),
-    hidden_grad=Block(64, 16, 8, 3),
-    input_grad=Block(64, 16, 8, 3),
-    up_grad=Block(64, 16, 8, 3),
-    out_grad=Block(64, 16, 8, 3),
+    up=ProductBlock(64, 16, 8, 3),
+    down=ProductBlock(64, 16, 8, 3),
+    hidden_grad=ProductBlock(64, 16, 8, 3),
+    input_grad=ProductBlock(64, 16, 8, 3),
+    up_grad=ProductBlock(64, 16, 8, 3),
+    out_grad=ProductBlock(64, 16, 8, 3),
 )
 
 
-def choose_tiling(dtype: torch.dtype, rows: int, experts: int, d_model: int, d_ff: int) -> Tiling:
-    """Block sizes for an H100 or H200; no kernel spills there (tests/unit/kernels/test_grouped_mm_compiles.py).
+def choose_expert_tiling(dtype: torch.dtype, rows: int, experts: int, d_model: int, d_ff: int) -> ExpertTiling:
+    """ProductBlock sizes for an H100 or H200; no kernel spills there (tests/unit/kernels/test_grouped_mm_compiles.py).
 
     Taken from the shapes that wgmma and its pipelines like, not from timings. Blocks shrink to small matrices.
     """
@@ -96,7 +96,7 @@ def choose_tiling(dtype: torch.dtype, rows: int, experts: int, d_model: int, d_f
     else:
         tiling = _HALF_SHORT if rows <= 64 * experts else _HALF
 
-    def fit(block: Block, columns: int, depth: int | None) -> Block:
+    def fit(block: ProductBlock, columns: int, depth: int | None) -> ProductBlock:
         k = block.k if depth is None else min(block.k, _power_of_2(depth))
         return replace(block, n=min(block.n, _power_of_2(columns)), k=k)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.activation import gated
-from moe_dist.kernels.grouped_mm.tiles import Tiling, choose_tiling, tile_table
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling, choose_expert_tiling, tile_table
 from moe_dist.kernels.grouped_mm.triton_backward import HiddenGrad, run_bias, run_hidden, run_weights
 from moe_dist.kernels.grouped_mm.triton_forward import run_down, run_up
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
@@ -38,7 +38,7 @@ def feed_forward(
     activation: str,
     keep_activation: bool = False,
     *,
-    tiling: Tiling | None = None,
+    tiling: ExpertTiling | None = None,
 ) -> Tensor:
     """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of assignment k: [X, D] -> [X, D].
 
@@ -48,7 +48,9 @@ def feed_forward(
     precision, chosen by shape when None. ValueError for float64, mixed dtypes, or CPU tensors without the interpreter.
     """
     _check(x_XD, w, order, activation)
-    tiling = tiling or choose_tiling(x_XD.dtype, order.slots_R.numel(), w.up.shape[0], w.up.shape[2], w.up.shape[1])
+    tiling = tiling or choose_expert_tiling(
+        x_XD.dtype, order.slots_R.numel(), w.up.shape[0], w.up.shape[2], w.up.shape[1]
+    )
     tensors = [None if t is None else t.contiguous() for t in (x_XD, weights_XK, *w)]
     return _FeedForward.apply(*tensors, order, FUNCTIONS[activation], keep_activation, tiling)
 
@@ -68,7 +70,7 @@ class _FeedForward(torch.autograd.Function):
         order: RowOrder,
         function: str,
         keep_activation: bool,
-        tiling: Tiling,
+        tiling: ExpertTiling,
     ) -> Tensor:
         w = ExpertWeights(gate, up, out, gate_bias, up_bias, out_bias)
         with torch.cuda.device_of(x_XD):
@@ -115,7 +117,7 @@ def _parameter_gradients(
     w: ExpertWeights,
     hidden: HiddenGrad,
     order: RowOrder,
-    tiling: Tiling,
+    tiling: ExpertTiling,
     need: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """In the order of ExpertWeights; None where no gradient is needed."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.grouped_mm.tiles import Tiling
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling
 from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, halves, place, value_and_slope
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
@@ -208,7 +208,7 @@ def run_hidden(
     weights_XK: Tensor | None,
     saved: tuple[Tensor | None, Tensor, Tensor | None],
     function: str,
-    tiling: Tiling,
+    tiling: ExpertTiling,
     wanted: tuple[bool, bool],
 ) -> HiddenGrad:
     """saved: pre_gate, pre_up and act or None. wanted: whether `weighted` and `dots` are."""
@@ -240,7 +240,7 @@ def run_hidden(
 
 
 def run_weights(
-    lefts: list[Tensor | None], right_XD: Tensor, order: RowOrder, ends_e: Tensor, tiling: Tiling, w_eFD: Tensor
+    lefts: list[Tensor | None], right_XD: Tensor, order: RowOrder, ends_e: Tensor, tiling: ExpertTiling, w_eFD: Tensor
 ) -> list[Tensor | None]:
     """left^T right[source] of each expert, [e, F, D], for one or two lefts [R, F]."""
     assert all(left is not None for left in lefts)

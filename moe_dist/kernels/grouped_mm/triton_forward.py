@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_dist.kernels.grouped_mm.tiles import Tiling
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling
 from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, halves, place, value_and_slope
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
@@ -148,7 +148,7 @@ def sum_rows(
 
 
 def run_up(
-    x_XD: Tensor, order: RowOrder, tiles_3T: Tensor, w: ExpertWeights, function: str, tiling: Tiling
+    x_XD: Tensor, order: RowOrder, tiles_3T: Tensor, w: ExpertWeights, function: str, tiling: ExpertTiling
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(pre_gate, pre_up, act), each [R, F]; pre_gate is None without a gate."""
     d_ff, d_model = w.up.shape[1:]
@@ -175,7 +175,7 @@ def run_down(
     weights_XK: Tensor | None,
     order: RowOrder,
     tiles_3T: Tensor,
-    tiling: Tiling,
+    tiling: ExpertTiling,
     backward: bool = False,
 ) -> Tensor:
     """y[x] = sum over kept k of weight * (a_1 B_1 + .. + bias) for one or two pairs (a [R, F], B [e, F, D]): [X, D].

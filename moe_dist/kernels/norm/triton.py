@@ -32,7 +32,7 @@ def rms_norm(x_TD: Tensor, scale_D: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x_TD, scale_D, eps)
 
 
-def tile_of(width: int) -> tuple[int, int, int]:
+def norm_tile(width: int) -> tuple[int, int, int]:
     """(rows of a block, padded width, warps): 32 numbers a thread at most."""
     padded = triton.next_power_of_2(width)
     rows = max(_TILE // padded, 1)
@@ -47,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
         tokens = x_TD.numel() // width
         y_TD = torch.empty_like(x_TD)
         inverse_T = torch.empty(tokens, dtype=torch.float32, device=x_TD.device)
-        rows, padded, warps = tile_of(width)
+        rows, padded, warps = norm_tile(width)
         if tokens:
             _forward[(triton.cdiv(tokens, rows),)](
                 *(x_TD, scale_D, y_TD, inverse_T, tokens, eps), D=width, D_PAD=padded, BLOCK=rows, num_warps=warps
@@ -60,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         x_TD, scale_D, inverse_T = ctx.saved_tensors
         grad_TD, width, tokens = grad_TD.contiguous(), x_TD.shape[-1], inverse_T.numel()
-        rows, padded, warps = tile_of(width)
+        rows, padded, warps = norm_tile(width)
         programs = min(triton.cdiv(tokens, rows), _PROGRAMS)
         grad_x_TD = torch.empty_like(x_TD)
         grad_scale_PD = torch.empty(programs, width, dtype=torch.float32, device=x_TD.device)

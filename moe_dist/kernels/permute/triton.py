@@ -39,7 +39,7 @@ def combine_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) ->
     return _CombineRows.apply(rows_RD, weights_XK, order.slots_R, order.rows_XK, order.kept_XK)
 
 
-def tile_of(width: int) -> tuple[int, int]:
+def permute_tile(width: int) -> tuple[int, int]:
     """(rows, columns) of a tile."""
     columns = min(triton.next_power_of_2(width), _COLUMNS)
     return min(_TILE // columns, 64), columns
@@ -48,7 +48,7 @@ def tile_of(width: int) -> tuple[int, int]:
 def _gather_into(x_XD: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
     width = x_XD.shape[1]
     rows_RD = x_XD.new_empty(slots_R.numel(), width)
-    block, columns = tile_of(width)
+    block, columns = permute_tile(width)
     if rows_RD.numel():
         grid = (triton.cdiv(slots_R.numel(), block), triton.cdiv(width, columns))
         _gather[grid](x_XD, slots_R, rows_RD, slots_R.numel(), K=top_k, D=width, BLOCK=block, COLUMNS=columns)
@@ -58,7 +58,7 @@ def _gather_into(x_XD: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
 def _combine_into(rows_RD: Tensor, weights_XK: Tensor | None, rows_XK: Tensor, kept_XK: Tensor) -> Tensor:
     (length, top_k), width = rows_XK.shape, rows_RD.shape[1]
     y_XD = rows_RD.new_empty(length, width)
-    block, columns = tile_of(width)
+    block, columns = permute_tile(width)
     if y_XD.numel():
         _combine[(triton.cdiv(length, block), triton.cdiv(width, columns))](
             *(rows_RD, weights_XK, rows_XK, kept_XK, y_XD, length), K=top_k, D=width, BLOCK=block, COLUMNS=columns
@@ -102,7 +102,7 @@ class _CombineRows(torch.autograd.Function):
         rows_RD, weights_XK, rows_XK, kept_XK = ctx.saved_tensors
         (length, top_k), width = rows_XK.shape, rows_RD.shape[1]
         grad_rows_RD, grad_weights_XK = torch.empty_like(rows_RD), torch.empty_like(weights_XK)
-        block, columns = tile_of(width)
+        block, columns = permute_tile(width)
         if grad_weights_XK.numel():
             _combine_backward[(triton.cdiv(length, block),)](
                 *(rows_RD, weights_XK, rows_XK, kept_XK, grad_XD, grad_rows_RD, grad_weights_XK, length),

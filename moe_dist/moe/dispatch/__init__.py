@@ -1,4 +1,4 @@
-"""The dispatcher named by config; `auto` has been resolved before (kernels/registry.py)."""
+"""The dispatcher named by config; `auto` has been resolved before (models/backends.py)."""
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.permute.backend import permutation

@@ -19,8 +19,14 @@ from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.reference import attend_with_weights
 from moe_dist.kernels.random import RandomKey
-from moe_dist.parallel.collectives import copy_to_group, gather_from_group, gather_sequence, own_slice
-from moe_dist.parallel.linear import leave
+from moe_dist.parallel.collectives import (
+    copy_to_group,
+    gather_from_group,
+    gather_sequence,
+    own_slice,
+    reduce_from_group,
+    scatter_sequence,
+)
 from moe_dist.parallel.mesh import Group
 from moe_dist.standalone.counting import drawn_seed
 from moe_dist.standalone.multi_query.inputs import Past, check_bias, check_lengths, check_mask, check_past, extend
@@ -263,10 +269,10 @@ class MultiQueryAttention(nn.Module):
         bias: Tensor | None = self.out_proj.bias
         y = F.linear(y, self.out_proj.weight)
         if self.sequence_parallel:
-            y = leave(y.transpose(0, 1), self.tp, True).transpose(0, 1)
+            y = scatter_sequence(y.transpose(0, 1), self.tp).transpose(0, 1)
             bias = None if bias is None else copy_to_group(bias, self.tp)  # each rank sees its own tokens only
         else:
-            y = leave(y, self.tp, False)
+            y = reduce_from_group(y, self.tp)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

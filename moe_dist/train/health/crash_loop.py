@@ -7,7 +7,7 @@ run that is killed now and then goes on, one that dies at the same step each tim
 import json
 from pathlib import Path
 
-from moe_dist.train.health.exit_codes import CRASH_LOOP, EndRun
+from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
 from moe_dist.train.record.metrics import last_logged_step
 from moe_dist.train.record.status import replace_text
 

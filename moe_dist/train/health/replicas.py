@@ -17,7 +17,7 @@ from moe_dist.models.trainable import Trainable
 from moe_dist.parallel.mesh import Axis, Layout
 from moe_dist.parallel.objects import gather_json
 from moe_dist.parallel.sharding import spec_of
-from moe_dist.train.health.exit_codes import REPLICAS_DIFFER, EndRun
+from moe_dist.train.exit_codes import REPLICAS_DIFFER, EndRun
 
 _CHUNK = 1 << 14  # elements hashed at once: their int64 copies stay in a core's cache, and no other core is woken
 _ON_GPU = 256  # chunks at once, or starting kernels would take the time

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from moe_dist.config.schema import GuardConfig
-from moe_dist.train.health.exit_codes import DIVERGED, EndRun
+from moe_dist.train.exit_codes import DIVERGED, EndRun
 
 _NORMAL = 1.4826
 _LEAST_SPREAD = 0.01  # of the median: a loss that hardly moves is no reason to take noise for a spike

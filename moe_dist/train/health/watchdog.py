@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moe_dist.parallel.trail import Trail
-from moe_dist.train.health.exit_codes import STALLED
+from moe_dist.train.exit_codes import STALLED
 from moe_dist.train.record.run_folder import write_together
 from moe_dist.train.record.status import write_status
 

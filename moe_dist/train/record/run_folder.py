@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.store import checkpoints
-from moe_dist.config import Config, dump_config
-from moe_dist.kernels.registry import describe_backends
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config
+from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
-from moe_dist.train.health.exit_codes import FAILED, EndRun
+from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.record.status import FILE as STATUS
 from moe_dist.train.record.status import read_status, replace_text, write_status
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_dist.attention.routed import Heads, RoutedAttention
+from moe_dist.attention.routed import AttentionProjections, RoutedAttention
 from moe_dist.kernels.coordinate_descent.schedule import Schedule
 
 EPS = 0.03
@@ -28,7 +28,12 @@ def turned(v_P: Tensor, angles_P: Tensor | None) -> Tensor:
 
 
 def look(
-    heads: Heads, x_SD: Tensor, t: int, keys: list[int], weights: Tensor | None, angles_SHP: Tensor | None
+    heads: AttentionProjections,
+    x_SD: Tensor,
+    t: int,
+    keys: list[int],
+    weights: Tensor | None,
+    angles_SHP: Tensor | None,
 ) -> Tensor:
     """What token t gets from attention to `keys`: their values times `weights`, beside the null key if there is one."""
     width, kv = heads.head_dim, heads.key_value.weight.unflatten(0, (-1, 2, heads.head_dim))

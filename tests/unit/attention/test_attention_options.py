@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.config.model import AttentionConfig
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -66,8 +66,8 @@ def by_positions(layer: CausalSelfAttention, x_BSD: Tensor, groups: int) -> Tens
 def test_against_a_loop_with_all_gradients(name: str, backend: str, groups: int) -> None:
     layer = layer_of(backend, groups, OPTIONS[name])
     x_BSD = torch.randn(2, S, D, dtype=torch.float64, requires_grad=True)
-    places = Places(slopes_H=alibi_slopes(H).double() if layer.config.position == "alibi" else None)
-    found = layer(x_BSD.flatten(0, 1), (2, S), places, context())[0].view_as(x_BSD)
+    positions = Positions(slopes_H=alibi_slopes(H).double() if layer.config.position == "alibi" else None)
+    found = layer(x_BSD.flatten(0, 1), (2, S), positions, context())[0].view_as(x_BSD)
     expected = by_positions(layer, x_BSD, groups)
     torch.testing.assert_close(found, expected)
     weight, leaves = torch.randn_like(found), [x_BSD, *layer.parameters()]
@@ -79,9 +79,9 @@ def test_dropout_is_for_training_and_the_same_again() -> None:
     layer, x_TD = layer_of("torch", 1, dict(dropout=0.4)), torch.randn(2 * S, D, dtype=torch.float64)
 
     def out(*key: int, phase: str = "train") -> Tensor:
-        return layer(x_TD, (2, S), Places(), context(*key, phase=phase))[0]
+        return layer(x_TD, (2, S), Positions(), context(*key, phase=phase))[0]
 
     assert out(1).equal(out(1)) and not out(1).equal(out(2))
     assert out(1, phase="eval").equal(out(2, phase="eval"))
     layer.layer = 1
-    assert not out(1).equal(layer_of("torch", 1, dict(dropout=0.4))(x_TD, (2, S), Places(), context(1))[0])
+    assert not out(1).equal(layer_of("torch", 1, dict(dropout=0.4))(x_TD, (2, S), Positions(), context(1))[0])

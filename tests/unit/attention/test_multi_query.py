@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.attention.multi_query import CausalSelfAttention, KeyValueHeads
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
@@ -26,7 +26,7 @@ def attention_of(num_heads: int, num_kv_heads: int, **changes: object) -> Causal
 def attend(layer: CausalSelfAttention, x_BSD: Tensor) -> Tensor:
     shape = x_BSD.shape[:2]
     rotary = rotary_table(torch.arange(shape[1]).double(), layer.head_dim, 10000.0)
-    return layer(x_BSD.flatten(0, 1), shape, Places(rotary), context())[0].view_as(x_BSD)
+    return layer(x_BSD.flatten(0, 1), shape, Positions(rotary), context())[0].view_as(x_BSD)
 
 
 def turned(x_SP: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_dist import MixtureOfAutoregressiveAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.local import local_attention
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
@@ -211,7 +211,7 @@ def trainer_layer(kv_heads: int, backend: str = "torch", **routed: object) -> Ro
     settings = dict(num_routed_queries=2, num_routed_key_values=3, local_window=W) | routed
     config = AttentionConfig(kind="routed", backend=backend, routed=RoutedAttentionConfig(**settings))
     model = tiny_model(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=config)
-    layer = RoutedSelfAttention(model, 0, single_process_mesh(), False, 0.3)
+    layer = RoutedSelfAttention(model, 0, single_process_mesh(), 0.3)
     initialize(layer, seed=0)
     return layer.double()
 
@@ -221,25 +221,25 @@ def trainer_layer(kv_heads: int, backend: str = "torch", **routed: object) -> Ro
 def test_trainer_layer_against_loops(kv_heads: int, backend: str) -> None:
     layer, x = trainer_layer(kv_heads, backend, num_routed_key_values=5), draw(0)
     table = rotary_table(torch.arange(15).double(), 4, 100.0)
-    places = Places(rotary=tuple(t[None] for t in table))
-    y, stats = layer(x.flatten(0, 1), (2, 15), places, context())
+    positions = Positions(rotary=tuple(t[None] for t in table))
+    y, stats = layer(x.flatten(0, 1), (2, 15), positions, context())
     angles = torch.arange(15)[:, None, None].double() * torch.tensor([1.0, 0.1, 1.0, 0.1], dtype=torch.float64)
     torch.testing.assert_close(y.view_as(x), routed_by_hand(layer.routed, x, angles))
     assert stats is None
-    of_rows = Places(rotary=tuple(t[None].repeat(2, 1, 1) for t in table))
+    of_rows = Positions(rotary=tuple(t[None].repeat(2, 1, 1) for t in table))
     torch.testing.assert_close(layer(x.flatten(0, 1), (2, 15), of_rows, context())[0], y)
 
 
 def test_mistakes_of_the_trainer_layer() -> None:
     layer, x_TD = trainer_layer(1), draw(0).flatten(0, 1)
     wrong = {
-        "no cache": (Places(), KVCache(2, 15, 1, 4)),
-        "no ALiBi": (Places(slopes_H=torch.ones(4)), None),
-        "no mask": (Places(bias=torch.zeros(1, 1, 15, 15)), None),
+        "no cache": (Positions(), KVCache(2, 15, 1, 4)),
+        "no ALiBi": (Positions(slopes_H=torch.ones(4)), None),
+        "no mask": (Positions(bias=torch.zeros(1, 1, 15, 15)), None),
     }
-    for message, (places, cache) in wrong.items():
+    for message, (positions, cache) in wrong.items():
         with pytest.raises(ValueError, match=message.replace("no mask", "takes no mask")):
-            layer(x_TD, (2, 15), places, context(), cache)
+            layer(x_TD, (2, 15), positions, context(), cache)
 
 
 def test_rules() -> None:

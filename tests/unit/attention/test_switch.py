@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.places import Places
+from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import BlockReplay
 from moe_dist.models.flops import parameter_counts, train_flops_per_token
 from moe_dist.moe.layer import MoE
@@ -44,15 +44,15 @@ def drawn(*shape: int, seed: int = 2) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def places(first: int = 0, last: int = S, **changes: Any) -> Places:
+def positions(first: int = 0, last: int = S, **changes: Any) -> Positions:
     rotary = rotary_table(torch.arange(first, last, dtype=torch.float64), P, 100.0)
-    return Places(**(dict(rotary=rotary) | changes))
+    return Positions(**(dict(rotary=rotary) | changes))
 
 
 def run(
     layer: SwitchAttention, x_BSD: Tensor, step: StepContext | None = None, **changes: Any
 ) -> tuple[Tensor, MoEStats]:
-    where = changes.pop("where", places(0, x_BSD.shape[1]))
+    where = changes.pop("where", positions(0, x_BSD.shape[1]))
     y_TD, stats = layer(x_BSD.flatten(0, 1), x_BSD.shape[:2], where, step or context(), **changes)
     return y_TD.view(x_BSD.shape), stats
 
@@ -124,8 +124,8 @@ def test_alibi_and_no_positions() -> None:
     """K * H heads, of which each expert's H have the slopes of the model."""
     layer, x_BSD = layer_of(top_k=2), drawn(1, S, D)
     slopes_H = torch.tensor([0.5, 0.1], dtype=torch.float64)
-    y_BSD, _ = run(layer, x_BSD, where=places(rotary=None, slopes_H=slopes_H))
-    without_BSD, _ = run(layer, x_BSD, where=places(rotary=None))
+    y_BSD, _ = run(layer, x_BSD, where=positions(rotary=None, slopes_H=slopes_H))
+    without_BSD, _ = run(layer, x_BSD, where=positions(rotary=None))
     x_SD, (key, value) = x_BSD[0], layer.key_value.chunk(2)
     chosen = (x_SD[-1] @ layer.router.weight.T).softmax(-1).topk(2)
     for found_D, slopes in ((y_BSD[0, -1], slopes_H), (without_BSD[0, -1], slopes_H * 0)):
@@ -231,12 +231,12 @@ def test_decoding_with_a_cache(chunks: list[int]) -> None:
         parts, first = [], 0
         with torch.no_grad():
             for size in chunks:
-                where, part_BSD = places(first, first + size), x_BSD[:, first : first + size]
+                where, part_BSD = positions(first, first + size), x_BSD[:, first : first + size]
                 parts.append(run(layer, part_BSD, context(phase="dropless"), cache=cache, where=where)[0])
                 first += size
         torch.testing.assert_close(torch.cat(parts, dim=1), expected_BSD, rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="above max_seq_len=7"):
-        run(layer, x_BSD[:, :1], cache=cache, where=places(S, S + 1))
+        run(layer, x_BSD[:, :1], cache=cache, where=positions(S, S + 1))
 
 
 def test_decoding_rows_of_unequal_length() -> None:
@@ -244,11 +244,11 @@ def test_decoding_rows_of_unequal_length() -> None:
     expected_BSD, _ = run(layer, x_BSD, context(phase="dropless"))
     cache = KVCache(2, S, 1, P, dtype=torch.float64)
     with torch.no_grad():
-        run(layer, x_BSD[:, :4], context(phase="dropless"), cache=cache, where=places(0, 4))
+        run(layer, x_BSD[:, :4], context(phase="dropless"), cache=cache, where=positions(0, 4))
         cache.truncate(lengths)
         next_B1D = torch.stack([x_BSD[row, length : length + 1] for row, length in enumerate(lengths)])
-        cos_BSp, sin_BSp = (torch.stack([t[n : n + 1] for n in lengths]) for t in places().rotary)
-        where = places(rotary=(cos_BSp, sin_BSp))
+        cos_BSp, sin_BSp = (torch.stack([t[n : n + 1] for n in lengths]) for t in positions().rotary)
+        where = positions(rotary=(cos_BSp, sin_BSp))
         y_B1D, _ = run(layer, next_B1D, context(phase="dropless"), cache=cache, where=where)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(y_B1D[row, 0], expected_BSD[row, length], rtol=1e-10, atol=1e-12)

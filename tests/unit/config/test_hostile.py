@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_dist.config import Config, dump_config, load_config, validate
+from moe_dist.config import Config, validate
+from moe_dist.config.load import dump_config, load_config
 from moe_dist.config.parse import parse_dict
 from moe_dist.config.read import MAX_BYTES
 

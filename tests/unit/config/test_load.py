@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import Config, dump_config, load_config
-from moe_dist.config.load import override_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config, load_config, override_config
 from moe_dist.config.parse import parse_dict
 
 

@@ -130,7 +130,7 @@ def test_one_broken_rule_is_one_line_with_these_words(phrase: str, values: dict)
 def test_num_experts_not_divisible_by_ep() -> None:
     assert problems(6, parallel__ep=3, train__global_batch=6) == [
         "num_experts=8 is not divisible by ep=3; "
-        "every rank of an expert-parallel group holds as many experts; change parallel.ep"
+        "every rank of an expert-parallel group holds as many; change parallel.ep or model.moe.num_experts"
     ]
 
 

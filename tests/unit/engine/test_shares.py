@@ -10,16 +10,16 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.native import NativeEngine
 from moe_dist.engine.shares import shares
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.mesh import Axis, Group, Layout, Mesh
+from moe_dist.parallel.mesh import Axis, Group, Layout, mesh_without_processes
 
 AXES: tuple[Axis, ...] = ("world", "dp", "edp", "tp")  # that copies lie along: replicated, tensor, expert; under ZeRO
 
 
 def group(layout: Layout, axis: Axis, rank: int) -> Group:
-    ranks = layout.ranks(axis, rank)
-    return Group(ranks, ranks.index(rank))
+    found: Group = getattr(mesh_without_processes(layout, rank), axis)
+    return found
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -54,12 +54,6 @@ def test_by_hand() -> None:
         assert shares([(5, alike), (0, alike), (2, Group()), (4, alike)]) == [*mine[:2], range(2), mine[2]]
 
 
-def mesh(layout: Layout, rank: int) -> Mesh:
-    """That of a rank, without process groups: building a model exchanges nothing."""
-    world, tp, dp, ep, edp = (group(layout, axis, rank) for axis in ("world", "tp", "dp", "ep", "edp"))  # type: ignore[arg-type]
-    return Mesh(layout, rank, world, tp, dp, ep, edp)
-
-
 @pytest.mark.parametrize("widths", [(48, 48, 48, 48), (8, 24, 64, 96)])
 @pytest.mark.parametrize(("ep", "tp"), product((1, 2, 4), (1, 2, 4)))
 def test_a_model_in_every_layout(ep: int, tp: int, widths: tuple[int, ...]) -> None:
@@ -71,7 +65,7 @@ def test_a_model_in_every_layout(ep: int, tp: int, widths: tuple[int, ...]) -> N
     counts: dict[str, torch.Tensor] = {}
     totals = []
     for rank in range(layout.world):
-        here = mesh(layout, rank)
+        here = mesh_without_processes(layout, rank)
         engine = NativeEngine(Decoder(model, here), here, EngineConfig(), OptimConfig(), 1)
         totals.append(0)
         for piece in engine.held("weight"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_dist.kernels.attention.pattern import Pattern
-from moe_dist.kernels.attention.triton_call import Tile, choose_tiling
+from moe_dist.kernels.attention.triton_call import Tile, choose_attention_tiling
 from tests.unit.kernels.compiling import SHARED_LIMIT, Kernel, resources, table
 
 MODULE = "moe_dist.kernels.attention.triton"
@@ -43,7 +43,7 @@ def kernel(name: str, tile: Tile, kind: str, width: int, extra: str, more: dict[
 
 
 def kernels(kind: str, width: int, extra: str = "", rows: int = 1 << 16, heads: int = 8) -> list[Kernel]:
-    tiling = choose_tiling(KINDS[kind], width, rows, PLAIN if extra in ("", "packed") else RICH)
+    tiling = choose_attention_tiling(KINDS[kind], width, rows, PLAIN if extra in ("", "packed") else RICH)
     decoding, of_kind, full = rows < 64, f"*{kind}:16", "*fp32:16"
     forward = dict(out_ptr=full if decoding else of_kind, lse_ptr=full, splits="i32", out_s="i32:16", lse_s="i32")
     forward |= dict(out_b="i32:16", out_h="i32:16", out_q="i32:16")

@@ -9,12 +9,12 @@ from torch import Tensor
 from moe_dist.kernels.attention import reference, triton_decode
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.triton import attend
-from moe_dist.kernels.attention.triton_call import Call, Tile, Tiling, choose_tiling
+from moe_dist.kernels.attention.triton_call import AttentionTiling, Call, Tile, choose_attention_tiling
 from moe_dist.kernels.attention.triton_decode import decode, decode_splits
 from moe_dist.kernels.random import RandomKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Tiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
+SMALL = AttentionTiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
 B, H, K, P = 2, 4, 75, 20
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -74,7 +74,7 @@ def test_attend_splits_where_no_gradient_is_needed(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         attend(leaf, k, v)
     assert splits == [4, 4]
-    small = Tiling(Tile(16, 512), Tile(16, 16), Tile(16, 16))
+    small = AttentionTiling(Tile(16, 512), Tile(16, 16), Tile(16, 16))
     torch.testing.assert_close(attend(leaf, k, v, tiling=small).double(), expected, rtol=0, atol=1e-5)
     assert splits == [4, 4]  # a gradient is needed: the ordinary kernel
 
@@ -86,5 +86,5 @@ def test_attend_splits_where_no_gradient_is_needed(monkeypatch: pytest.MonkeyPat
 def test_when_keys_are_split(batch: int, queries: int, keys: int, splits: int) -> None:
     """Few keys, many programs already, or many rows: no splits."""
     q, k = torch.empty(batch, H, queries, 64, device="meta"), torch.empty(batch, 1, keys, 64, device="meta")
-    tiling = choose_tiling(torch.bfloat16, 64, queries * H, Pattern())
+    tiling = choose_attention_tiling(torch.bfloat16, 64, queries * H, Pattern())
     assert decode_splits(q, k, Call(Pattern(), 1.0, tiling)) == splits

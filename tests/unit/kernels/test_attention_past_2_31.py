@@ -10,10 +10,10 @@ from torch import Tensor
 from moe_dist.kernels.attention import reference
 from moe_dist.kernels.attention.pattern import Pattern
 from moe_dist.kernels.attention.triton import attend
-from moe_dist.kernels.attention.triton_call import Tile, Tiling
+from moe_dist.kernels.attention.triton_call import AttentionTiling, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Tiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
+SMALL = AttentionTiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
 FAR, P = 2**31, 16
 
 

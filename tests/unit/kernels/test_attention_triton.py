@@ -15,11 +15,16 @@ from moe_dist.kernels.attention import reference
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.triton import attend
-from moe_dist.kernels.attention.triton_call import Tile, Tiling, choose_splits, choose_tiling
+from moe_dist.kernels.attention.triton_call import (
+    AttentionTiling,
+    Tile,
+    choose_attention_tiling,
+    choose_splits,
+)
 from moe_dist.kernels.random import RandomKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Tiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
+SMALL = AttentionTiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
 B, H, Q, K, P = 2, 4, 7, 37, 20
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -49,7 +54,7 @@ def check(
     tensors: list[Tensor],
     pattern: Pattern,
     scale: float | None = 0.3,
-    tiling: Tiling | None = SMALL,
+    tiling: AttentionTiling | None = SMALL,
     tolerance: float = 1e-5,
 ) -> list[Tensor]:
     """Output and gradients, which are returned too."""
@@ -136,7 +141,7 @@ def test_widths(width: int) -> None:
 
 
 @pytest.mark.parametrize("tiling", [replace(SMALL, forward=Tile(32, 16)), replace(SMALL, grad_kv=Tile(16, 32)), None])
-def test_blocks(tiling: Tiling | None) -> None:
+def test_blocks(tiling: AttentionTiling | None) -> None:
     """Other shapes of blocks, and those that ship."""
     check(inputs(1, 12), Pattern(window=20, sinks_H=random(H).requires_grad_()), tiling=tiling)
 
@@ -239,8 +244,8 @@ def test_choices_are_made_from_shapes() -> None:
     assert choose_splits(1000, 50, 8) == 1
     assert choose_splits(8, 64, 8) == 8
     assert choose_splits(0, 0, 8) == 1
-    assert choose_tiling(torch.bfloat16, 64, 5, Pattern()).forward.rows == 16
-    assert choose_tiling(torch.bfloat16, 64, 4096, Pattern()).forward.rows == 128
+    assert choose_attention_tiling(torch.bfloat16, 64, 5, Pattern()).forward.rows == 16
+    assert choose_attention_tiling(torch.bfloat16, 64, 4096, Pattern()).forward.rows == 128
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ from torch import Tensor
 from moe_dist.kernels.attention import reference
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.attention.triton import attend_varlen
-from moe_dist.kernels.attention.triton_call import Tile, Tiling
+from moe_dist.kernels.attention.triton_call import AttentionTiling, Tile
 from moe_dist.kernels.attention.varlen import one_by_one, varlen
 from moe_dist.kernels.random import RandomKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Tiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
+SMALL = AttentionTiling(Tile(16, 16), Tile(16, 16), Tile(16, 16))
 H, P = 4, 20
 QUERIES, KEYS = [5, 0, 19, 1], [5, 3, 33, 0]  # also nothing to ask, nothing to see, and a cache
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -117,7 +117,7 @@ def test_mistakes() -> None:
 
 
 def compiled(candidates: int) -> list[Kernel]:
-    padded, warps = triton.tile_of(candidates)
+    padded, warps = triton.descent_tile(candidates)
     sizes = {"STEPS": 20, "N_PAD": padded}
     inputs = {f"{name}_ptr": "*fp32:16" for name in ("s", "log_k", "eps")}
     outputs = {"y_ptr": "*fp32:16", "a_ptr": "*fp32:16", "candidates": "i32"}

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.kernels.grouped_mm.tiles import Block, Tiling, choose_tiling
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling, ProductBlock, choose_expert_tiling
 from moe_dist.kernels.grouped_mm.triton_parts import GROUP
 from tests.unit.kernels.compiling import SHARED_LIMIT, Kernel, resources, table
 
 D_MODEL, D_FF, EXPERTS = 2048, 1024, 64
 TILINGS = {  # widths that their blocks divide
-    "bf16": choose_tiling(torch.bfloat16, 64 * 1024, EXPERTS, D_MODEL, D_FF),
-    "bf16 short": choose_tiling(torch.bfloat16, 64 * 32, EXPERTS, D_MODEL, D_FF),
-    "fp32": choose_tiling(torch.float32, 64 * 1024, EXPERTS, D_MODEL, D_FF),
+    "bf16": choose_expert_tiling(torch.bfloat16, 64 * 1024, EXPERTS, D_MODEL, D_FF),
+    "bf16 short": choose_expert_tiling(torch.bfloat16, 64 * 32, EXPERTS, D_MODEL, D_FF),
+    "fp32": choose_expert_tiling(torch.float32, 64 * 1024, EXPERTS, D_MODEL, D_FF),
 }
 MODULE = "moe_dist.kernels.grouped_mm.triton"
 INTEGERS = "num_tiles num_rows columns depth height width num_x N_BLOCKS M_BLOCKS".split()
@@ -28,7 +28,9 @@ def unaligned(kernel: Kernel) -> Kernel:
     return replace(kernel, signature=signature)
 
 
-def kernel(name: str, label: str, arguments: str, kind: str, block: Block | None = None, **constexprs: Any) -> Kernel:
+def kernel(
+    name: str, label: str, arguments: str, kind: str, block: ProductBlock | None = None, **constexprs: Any
+) -> Kernel:
     """`arguments`: names in order, pointers without their _ptr; one after a minus sign is None."""
     signature = {}
     for argument in arguments.split():
@@ -43,19 +45,19 @@ def kernel(name: str, label: str, arguments: str, kind: str, block: Block | None
     return Kernel(name, signature, constexprs, **options, label=label)
 
 
-def kernels(label: str, tiling: Tiling, even: bool = True) -> list[Kernel]:
+def kernels(label: str, tiling: ExpertTiling, even: bool = True) -> list[Kernel]:
     kind = "fp32" if label.startswith("fp32") else "bf16"
     fixed = dict(GROUP=GROUP, PRECISION=tiling.precision)
 
-    def rows(block: Block) -> dict[str, Any]:
+    def rows(block: ProductBlock) -> dict[str, Any]:
         return dict(M=tiling.rows, N=block.n, K=block.k, EVEN=even, **fixed)
 
-    def down(name: str, block: Block, arguments: str) -> Kernel:
+    def down(name: str, block: ProductBlock, arguments: str) -> Kernel:
         after = " tiles out num_tiles columns depth N_BLOCKS"
         return kernel(f"{MODULE}_forward:down_projection", f"{label} {name}", arguments + after, kind, block,
                       INSIDE=even, **rows(block))  # fmt: skip
 
-    def weights(name: str, block: Block, two: bool) -> Kernel:
+    def weights(name: str, block: ProductBlock, two: bool) -> Kernel:
         sign = "" if two else "-"
         arguments = f"a {sign}a2 b source counts ends out {sign}out2 height columns M_BLOCKS N_BLOCKS"
         return kernel(f"{MODULE}_backward:weight_gradient", f"{label} {name}", arguments, kind, block,
@@ -100,7 +102,7 @@ def small_kernels(label: str, kind: str) -> list[Kernel]:
 def test_nothing_spills(capsys: pytest.CaptureFixture[str]) -> None:
     todo = [kernel for label, tiling in TILINGS.items() for kernel in kernels(label, tiling)]
     todo += kernels("bf16, widths in part of a block", TILINGS["bf16"], even=False)
-    odd = choose_tiling(torch.bfloat16, 64 * 1024, EXPERTS, D_MODEL + 1, D_FF)
+    odd = choose_expert_tiling(torch.bfloat16, 64 * 1024, EXPERTS, D_MODEL + 1, D_FF)
     todo += [unaligned(kernel) for kernel in kernels("bf16, odd widths", odd, even=False)]
     todo += [unaligned(kernel) for kernel in kernels("fp32, odd widths", TILINGS["fp32"], even=False)]
     todo += [kernel for kind in ("bf16", "fp32") for kernel in small_kernels(kind, kind)]

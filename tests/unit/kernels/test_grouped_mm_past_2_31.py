@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.kernels.grouped_mm.tiles import Block, Tiling
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling, ProductBlock
 from moe_dist.kernels.grouped_mm.triton_backward import run_bias, run_hidden, run_weights
 from moe_dist.kernels.grouped_mm.triton_forward import run_down, run_up
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
@@ -20,12 +20,12 @@ FIRST = 2**31 // WIDE  # the first row that lies past the border
 ROWS = FIRST + HERE
 
 
-def few_programs(d_model: int, d_ff: int) -> Tiling:
+def few_programs(d_model: int, d_ff: int) -> ExpertTiling:
     """Large blocks for the interpreter. A GPU has no room for them."""
     most = 1024 if DEVICE == "cpu" else 64
     d, f = min(d_model, most), min(d_ff, most)
-    hidden, model, weight = Block(f, d, 4, 2), Block(d, f, 4, 2), Block(d, 16, 4, 2)
-    return Tiling(16, f, hidden, model, hidden, model, weight, weight)
+    hidden, model, weight = ProductBlock(f, d, 4, 2), ProductBlock(d, f, 4, 2), ProductBlock(d, 16, 4, 2)
+    return ExpertTiling(16, f, hidden, model, hidden, model, weight, weight)
 
 
 def far(width: int, scale: float = 1.0) -> Tensor:

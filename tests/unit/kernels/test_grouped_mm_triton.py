@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.kernels.grouped_mm.tiles import Block, Tiling, choose_tiling, tile_table
+from moe_dist.kernels.grouped_mm.tiles import ExpertTiling, ProductBlock, choose_expert_tiling, tile_table
 from moe_dist.kernels.grouped_mm.triton import feed_forward
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
@@ -106,10 +106,10 @@ def ours(case: Case, activation: str, **options: object) -> tuple[Tensor, ...]:
     return y_XD, *torch.autograd.grad(y_XD, case.leaves(), case.grad_XD)
 
 
-def small() -> Tiling:
+def small() -> ExpertTiling:
     """Several tiles and blocks also in small matrices, several pieces of every sum."""
-    block, wide = Block(16, 16, 4, 2, halves=True), Block(32, 16, 4, 2)
-    return Tiling(16, 16, up=block, down=wide, hidden_grad=block, input_grad=wide, up_grad=wide, out_grad=block)
+    block, wide = ProductBlock(16, 16, 4, 2, halves=True), ProductBlock(32, 16, 4, 2)
+    return ExpertTiling(16, 16, up=block, down=wide, hidden_grad=block, input_grad=wide, up_grad=wide, out_grad=block)
 
 
 def check(case: Case, activation: str, tolerance: float = 1e-5, **options: object) -> tuple[Tensor, ...]:
@@ -170,8 +170,8 @@ def test_low_precision(dtype: torch.dtype, top_k: int) -> None:
 SHIPPED = {  # chosen for these matrices, and chosen for large ones: most of a block is then outside
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
-    "bf16, large": (torch.bfloat16, choose_tiling(torch.bfloat16, 10**6, 2, 2048, 1024)),
-    "bf16, large and short": (torch.bfloat16, choose_tiling(torch.bfloat16, 64, 2, 2048, 1024)),
+    "bf16, large": (torch.bfloat16, choose_expert_tiling(torch.bfloat16, 10**6, 2, 2048, 1024)),
+    "bf16, large and short": (torch.bfloat16, choose_expert_tiling(torch.bfloat16, 64, 2, 2048, 1024)),
 }
 
 
@@ -183,11 +183,11 @@ def test_tilings_that_ship(shipped: str) -> None:
 
 
 def test_tiling_follows_the_shape() -> None:
-    large = choose_tiling(torch.bfloat16, 10**6, 8, 4096, 14336)
+    large = choose_expert_tiling(torch.bfloat16, 10**6, 8, 4096, 14336)
     assert (large.rows, large.up.n, large.down.n) == (128, 128, 256)
-    assert choose_tiling(torch.bfloat16, 64 * 8, 8, 4096, 14336).rows == 64
-    assert choose_tiling(torch.bfloat16, 10**6, 8, 4097, 14336).up.k == 32
-    narrow = choose_tiling(torch.bfloat16, 10**6, 8, 32, 48)
+    assert choose_expert_tiling(torch.bfloat16, 64 * 8, 8, 4096, 14336).rows == 64
+    assert choose_expert_tiling(torch.bfloat16, 10**6, 8, 4097, 14336).up.k == 32
+    narrow = choose_expert_tiling(torch.bfloat16, 10**6, 8, 32, 48)
     assert (narrow.up, narrow.down.n, narrow.grad_rows) == (replace(large.up, n=64, k=32), 32, 64)
 
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from moe_dist.attention.rotary import apply_rotary, rotary_table
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6), (0, 6)])
 def test_rms_norm(shape: tuple[int, ...]) -> None:
-    norm = RMSNorm(6, 1e-3, Group(), sequence_parallel=False).double()
+    norm = RMSNorm(6, 1e-3, single_process_mesh()).double()
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     expected, actual = F.rms_norm(x, (6,), norm.weight, 1e-3), norm(x)
@@ -23,7 +23,7 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 
 
 def test_rms_norm_is_fp32_inside() -> None:
-    norm = RMSNorm(64, 1e-5, Group(), sequence_parallel=False)
+    norm = RMSNorm(64, 1e-5, single_process_mesh())
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     norm.bfloat16()
     x = torch.randn(9, 64).bfloat16().requires_grad_()

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.kernels.norm.triton import tile_of as norm_tile
-from moe_dist.kernels.permute.triton import tile_of as permute_tile
+from moe_dist.kernels.norm.triton import norm_tile
+from moe_dist.kernels.permute.triton import permute_tile
 from moe_dist.kernels.permute.triton_sort import BLOCK, STEP, histogram_step
 from tests.unit.kernels.compiling import SHARED_LIMIT, Kernel, resources, table
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig, RoutedAttentionConfig
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import parameter_counts, train_flops_per_token
 from moe_dist.parallel.mesh import single_process_mesh

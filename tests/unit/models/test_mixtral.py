@@ -29,7 +29,7 @@ def copied(model: Decoder) -> nn.Module:
             experts_implementation="eager",
         )
     )
-    head = 2 * (config.head_dim or config.d_model // config.num_heads)
+    head = 2 * config.head_width
     with torch.no_grad():
         other.model.embed_tokens.weight.copy_(model.embedding.weight)
         other.lm_head.weight.copy_(model.output.weight)

@@ -17,8 +17,8 @@ from moe_dist.moe.dispatch.counts import order_of, ranges, sent_rows, transposed
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.wire import Wire, pack, row_bytes, unpack
 from moe_dist.moe.router import Routing
-from moe_dist.parallel.mesh import Group, Layout, Mesh, single_process_mesh
-from tests.unit.helpers import context, idle_group, idle_mesh
+from moe_dist.parallel.mesh import Group, Layout, mesh_without_processes, single_process_mesh
+from tests.unit.helpers import context
 
 KINDS = [dict(dispatch=kind) for kind in ("local", "all_to_all", "hierarchical", "all_gather")]
 KINDS += [dict(dispatch="all_to_all", wire="padded")]
@@ -123,7 +123,7 @@ def test_an_expert_in_parts_is_their_sum(dispatcher: Dispatcher) -> None:
 
 
 def test_dispatchers_that_cannot_be_made() -> None:
-    mesh = idle_mesh(Layout(world=2, ep=2), rank=0)
+    mesh = mesh_without_processes(Layout(world=2, ep=2), rank=0)
     with pytest.raises(ValueError, match="dispatch=local needs all experts on every rank, but ep=2"):
         make_dispatcher(MoEConfig(dispatch="local"), mesh)
     with pytest.raises(ValueError, match=r"'pigeon': choose local, all_to_all, hierarchical or all_gather"):
@@ -132,7 +132,9 @@ def test_dispatchers_that_cannot_be_made() -> None:
         with pytest.raises(ValueError, match=f"overlap_chunks=2 is of dispatch=all_to_all, not {kind}"):
             make_dispatcher(MoEConfig(dispatch=kind, overlap_chunks=2), single_process_mesh())
     with pytest.raises(ValueError, match="ep groups of 6 consecutive ranks lie unevenly on nodes of node_size=4"):
-        make_dispatcher(MoEConfig(dispatch="hierarchical"), idle_mesh(Layout(world=12, ep=6, node_size=4), rank=0))
+        make_dispatcher(
+            MoEConfig(dispatch="hierarchical"), mesh_without_processes(Layout(world=12, ep=6, node_size=4), rank=0)
+        )
 
 
 # Who sends what, without sending it
@@ -164,7 +166,7 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
     layout = Layout(ranks, ranks, node_size=node_size)
     routes, rows = [], []
     for rank in range(ranks):
-        dispatcher = HierarchicalDispatcher(hierarchical_mesh(layout, rank), Permutation())
+        dispatcher = HierarchicalDispatcher(mesh_without_processes(layout, rank), Permutation())
         routes.append(dispatcher._route(sent_PPe, torch.device("cpu")))
         place_E, sent_E = dispatcher._departure(local), sent_PPe[rank].flatten()
         by_place = place_E.argsort()
@@ -191,16 +193,11 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
         assert sum(route_.across_receive) == len(expected)
 
 
-def hierarchical_mesh(layout: Layout, rank: int) -> Mesh:
-    groups = {axis: idle_group(layout.ranks(axis, rank), rank) for axis in ("ep_node", "ep_across")}
-    return replace(idle_mesh(layout, rank), **groups)
-
-
 def test_counts_are_those_of_the_ranks_of_the_group() -> None:
     """8 ranks, ep 4: the second group's counts are rows 4 to 7 of kept_WE."""
     kept_WE = torch.arange(8 * 12).view(8, 12)
     plan = DispatchPlan(torch.zeros(0, 1), torch.zeros(0, 1), kept_WE, kept_WE, None)
-    sent_PPe = sent_rows(plan, idle_group((4, 5, 6, 7), 6))
+    sent_PPe = sent_rows(plan, Group((4, 5, 6, 7), 2))
     assert sent_PPe.shape == (4, 4, 3)
     assert torch.equal(sent_PPe.flatten(1), kept_WE[4:])
 

@@ -16,9 +16,7 @@ D, WIDTH, E = 16, 24, 4
 
 
 def layer_of(**changes: object) -> MoE:
-    layer = MoE(
-        tiny_model(**changes), layer=0, mesh=single_process_mesh(), sequence_parallel=False, out_std=WIDTH**-0.5
-    )
+    layer = MoE(tiny_model(**changes), layer=0, mesh=single_process_mesh(), out_std=WIDTH**-0.5)
     initialize(layer, seed=0)
     return layer
 

@@ -29,7 +29,7 @@ def test_noise_follows_the_token_not_the_rank(kind: str) -> None:
 
     made = router(kind, **({"jitter": 0.1} if kind == "softmax" else {}))
     whole = routed(made)
-    made.world = Group((0, 1), 1)
+    made.token_ranks = Group((0, 1), 1)
     index = made.draw_index(tokens()[T // 2 :])
     assert torch.equal(index, torch.arange(T * D).view(T, D)[T // 2 :])
     if kind == "softmax":

@@ -6,7 +6,7 @@ from torch import nn
 
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import initialize
 
@@ -44,7 +44,7 @@ def test_embedding_rows_lie_on_one_rank_each() -> None:
 
 
 def test_rms_norm_is_the_formula() -> None:
-    norm = RMSNorm(4, eps=0.5, tp=Group(), sequence_parallel=False)
+    norm = RMSNorm(4, eps=0.5, mesh=single_process_mesh())
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     # mean square of (1, 1, 1, 3) is 3; sqrt(3 + 0.5) divides
@@ -53,7 +53,7 @@ def test_rms_norm_is_the_formula() -> None:
 
 
 def test_rms_norm_gradients() -> None:
-    norm = RMSNorm(5, eps=0.1, tp=Group(), sequence_parallel=False).double()
+    norm = RMSNorm(5, eps=0.1, mesh=single_process_mesh()).double()
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     x_TD, weight_TD = torch.randn(7, 5, dtype=torch.float64, requires_grad=True), torch.randn(7, 5, dtype=torch.float64)
     expected = x_TD / (x_TD.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight
@@ -63,7 +63,7 @@ def test_rms_norm_gradients() -> None:
 
 
 def test_rms_norm_of_low_precision_is_fp32_inside() -> None:
-    norm, x_TD = RMSNorm(64, 1e-5, Group(), sequence_parallel=False), torch.randn(7, 64).bfloat16()
+    norm, x_TD = RMSNorm(64, 1e-5, single_process_mesh()), torch.randn(7, 64).bfloat16()
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     norm.bfloat16()
     wide = x_TD.float()

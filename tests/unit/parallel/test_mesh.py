@@ -3,8 +3,10 @@
 from itertools import product
 
 import pytest
+import torch
 
-from moe_dist.parallel.mesh import Layout, create_mesh, single_process_mesh
+from moe_dist.parallel.collectives import all_reduce
+from moe_dist.parallel.mesh import Layout, create_mesh, mesh_without_processes, single_process_mesh
 
 AXES = ("world", "tp", "dp", "ep", "edp", "ep_node", "ep_across")
 
@@ -131,3 +133,22 @@ def test_create_mesh_without_process_group() -> None:
     assert create_mesh(ep=1, tp=1) == single_process_mesh()
     with pytest.raises(ValueError, match="ep=2 does not divide world size 1"):
         create_mesh(ep=2, tp=1)
+
+
+def test_a_rank_of_a_layout_that_nobody_starts() -> None:
+    """The sixth of eight ranks, on the third of four nodes: all its groups, by hand."""
+    mesh = mesh_without_processes(Layout(world=8, ep=4, tp=2, node_size=2), 5, etp=2, sequence_parallel=True)
+    assert (mesh.rank, mesh.etp, mesh.sequence_parallel) == (5, 2, True)
+    expected = dict(world=(tuple(range(8)), 5), tp=((4, 5), 1), dp=((1, 3, 5, 7), 2), ep=((4, 5, 6, 7), 1))
+    expected |= dict(edp=((1, 5), 1), ep_node=((4, 5), 1), ep_across=((5, 7), 0))
+    for axis, (ranks, rank) in expected.items():
+        group = getattr(mesh, axis)
+        assert (group.ranks, group.rank, group.process_group) == (ranks, rank, None), axis
+    assert mesh.token_ranks == mesh.world
+    with pytest.raises(AssertionError, match="all_reduce in a mesh without processes"):
+        all_reduce(torch.ones(1), mesh.tp)
+
+
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    assert not mesh_without_processes(Layout(4, ep=4), 0, sequence_parallel=True).sequence_parallel
+    assert not create_mesh(ep=1, tp=1, sequence_parallel=True).sequence_parallel

@@ -6,9 +6,9 @@ from torch import nn
 
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.mesh import Layout, single_process_mesh
+from moe_dist.parallel.mesh import Layout, mesh_without_processes, single_process_mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, logical_parameters, parameter
-from tests.unit.helpers import idle_mesh, tiny_model
+from tests.unit.helpers import tiny_model
 
 
 def holding(name: str, shape: tuple[int, ...], spec: ParamSpec, seed: int = 0) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_every_rank_of_a_decoder_starts_from_the_same_logical_model(ep: int, tp:
     filled = {name: torch.zeros(param.numel()) for name, param in whole.items()}
     layout = Layout(4, ep, tp)
     for rank in range(4):
-        part = Decoder(model, idle_mesh(layout, rank), seed=3)
+        part = Decoder(model, mesh_without_processes(layout, rank), seed=3)
         assert [name for name, _, _ in logical_parameters(part)] == list(whole)
         for name, param, spec in logical_parameters(part):
             assert spec.logical_shape == whole[name].shape

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moe_dist.config import Config, EngineConfig, ParallelConfig, TrainConfig, batch_shape
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.flops import parameter_counts
 from moe_dist.parallel.mesh import Layout, single_process_mesh
@@ -55,7 +55,7 @@ def test_zero_cuts_experts_over_edp() -> None:
 def test_what_a_model_will_hold_is_what_it_holds() -> None:
     config = Config()
     model = resolve_backends(config.model, 1)
-    built = Held.by(Decoder(model, single_process_mesh(), False, 0))
+    built = Held.by(Decoder(model, single_process_mesh(), 0))
     told = Held.of(parameter_counts(model), Layout())
     assert built.dense + built.expert == told.dense + told.expert  # at ep 1 experts are cut like all others
     assert Held.of(parameter_counts(model), Layout(4, ep=4)).expert == told.expert // 4 > 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moe_dist.kernels.registry import resolve_backends
+from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.study.cells import cells

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.moe.layer import MoE
-from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.mesh import Layout, mesh_without_processes
 from moe_dist.parallel.sharding import logical_parameters
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
-from tests.unit.helpers import context, idle_mesh, tiny_model
+from tests.unit.helpers import context, tiny_model
 from tests.unit.surgery.helpers import E, T, bits, layer_of, run, same_bits, tokens
 
 ROUTERS = [
@@ -336,7 +336,7 @@ def test_the_last_top_k_open_experts_stay() -> None:
 
 
 def test_experts_on_other_ranks_and_in_zero_are_refused() -> None:
-    spread = MoE(tiny_model(num_experts=E, dispatch="all_to_all"), 0, idle_mesh(Layout(2, 2, 1), 0))
+    spread = MoE(tiny_model(num_experts=E, dispatch="all_to_all"), 0, mesh_without_processes(Layout(2, 2, 1), 0))
     with pytest.raises(ValueError, match=r"w_gate holds 1152 of 2304 numbers.*ep=2.*gather"):
         add_experts(spread, 1)
     layer = layer_of()

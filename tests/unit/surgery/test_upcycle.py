@@ -10,7 +10,7 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
-from moe_dist.parallel.mesh import Group, single_process_mesh
+from moe_dist.parallel.mesh import Layout, mesh_without_processes, single_process_mesh
 from moe_dist.parallel.sharding import initialize, logical_parameters
 from moe_dist.surgery.layers import add_experts
 from moe_dist.surgery.models import change_experts, upcycle_decoder
@@ -37,7 +37,7 @@ ROUTERS = [
 
 
 def dense_of(activation: str = "swiglu", std: float = WIDTH**-0.5) -> FeedForward:
-    dense = FeedForward(D, WIDTH, activation, Group(), False, std)
+    dense = FeedForward(D, WIDTH, activation, single_process_mesh(), std)
     initialize(dense, seed=1)
     return dense
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_upcycled() -> None:
         with pytest.raises(ValueError, match=message):
             upcycle(dense, tiny_model(**changes))
     with pytest.raises(ValueError, match="tp=2"):
-        upcycle(FeedForward(D, WIDTH, "swiglu", Group((0, 1), 0), False, 0.1), tiny_model())
+        upcycle(FeedForward(D, WIDTH, "swiglu", mesh_without_processes(Layout(2, tp=2), 0), 0.1), tiny_model())
 
 
 def test_without_preserving_anything_goes() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from moe_dist.config import MoEConfig, validate
 from moe_dist.config.model import AttentionConfig, ModelConfig
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 from tests.unit.config.test_validate import config, problems
 
 
@@ -28,13 +28,26 @@ def switch(**values: object) -> dict[str, object]:
         ("experts=triton is of feed-forward experts", switch(moe__experts="triton")),
         ("etp=2 cannot cut attention experts", switch() | {"parallel__etp": 2}),
         (
-            "attention experts: top_k=9 is larger than num_experts=8; lower model.attention.moe.top_k",
+            "top_k=9 is larger than num_experts=8; lower model.attention.moe.top_k",
             switch(moe__top_k=9),
         ),
-        ("attention experts: num_experts=6 is not divisible by ep=4", switch(moe__num_experts=6) | {"parallel__ep": 4}),
-        ("attention experts: capacity_factor=0.0 is not above 0", switch(moe__capacity_factor=0.0)),
-        ("attention experts: capacity_factor has 2 values for 4 MoE layers", switch(moe__capacity_factor=[1.0, 2.0])),
-        ("attention experts: dispatch=local with ep=2", switch(moe__dispatch="local") | {"parallel__ep": 2}),
+        (
+            "num_experts=6 is not divisible by ep=4; every rank of an expert-parallel group holds as many; "
+            "change parallel.ep or model.attention.moe.num_experts",
+            switch(moe__num_experts=6) | {"parallel__ep": 4},
+        ),
+        (
+            "capacity_factor=0.0 is not above 0; raise model.attention.moe.capacity_factor",
+            switch(moe__capacity_factor=0.0),
+        ),
+        (
+            "capacity_factor has 2 values for 4 MoE layers; give one for each in model.attention.moe.capacity_factor",
+            switch(moe__capacity_factor=[1.0, 2.0]),
+        ),
+        (
+            "dispatch=local with ep=2 cannot reach experts on other ranks; set model.attention.moe.dispatch",
+            switch(moe__dispatch="local") | {"parallel__ep": 2},
+        ),
         ("model.attention.moe is of kind=switch, not multi_query", {"model__attention__moe__top_k": 1}),
     ],
 )

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
 from moe_dist.train.health.crash_loop import FILE, note_start, refuse_crash_loop, starts_from
-from moe_dist.train.health.exit_codes import CRASH_LOOP, EndRun
 
 
 def test_starts_from_one_checkpoint_are_counted(tmp_path: Path) -> None:

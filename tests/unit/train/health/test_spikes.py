@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config import GuardConfig
-from moe_dist.train.health.exit_codes import DIVERGED, EndRun
+from moe_dist.train.exit_codes import DIVERGED, EndRun
 from moe_dist.train.health.spikes import Health, SpikeDetector
 
 OLD = Path("checkpoints/step-000008")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.parallel.trail import Trail
-from moe_dist.train.health.exit_codes import STALLED
+from moe_dist.train.exit_codes import STALLED
 from moe_dist.train.health.watchdog import Age, Beat, Watchdog, _born, _kill_if_here
 
 

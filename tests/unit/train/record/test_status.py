@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.cli import main
-from moe_dist.config import Config, dump_config
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config
 from moe_dist.config.schema import DataConfig, EngineConfig
 from moe_dist.train.record.status import describe_status, is_finished, read_status, remove_drafts, write_status
 from moe_dist.train.resume import as_configured

@@ -3,7 +3,7 @@
 import pytest
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
-from moe_dist.kernels.registry import describe_backends, resolve_backends
+from moe_dist.models.backends import describe_backends, resolve_backends
 
 
 def test_auto_is_resolved() -> None:
@@ -55,7 +55,8 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ValueError, match=words):
             resolve_backends(model, 1, "cpu")
         assert resolve_backends(model, 1, "cuda")
-    monkeypatch.setattr("moe_dist.kernels.registry.find_spec", lambda name: None)
+    for module in ("kernels.registry", "models.backends"):
+        monkeypatch.setattr(f"moe_dist.{module}.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
         resolve_backends(experts, 1, "cuda")
     assert resolve_backends(ModelConfig(), 1, "cuda").kernels == "torch"

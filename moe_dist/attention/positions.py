@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Places:
+class Positions:
     """rotary: (cos, sin), each [1 or B, S, P / 2], or None. slopes_H: ALiBi slopes of all query heads. bias: added to
     the scores, [1 or B, 1 or H, S, keys]; -inf hides a key."""
 

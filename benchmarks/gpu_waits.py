@@ -1,0 +1,128 @@
+"""Where a training step on a GPU waits for the host, and where the time of an MoE layer goes.
+
+Counts the places of our code at which torch synchronises in a step (torch.cuda.set_sync_debug_mode), for a decoder
+under each choice of experts, dropless and with a capacity limit; then profiles one layer, forward and backward. Prints
+Markdown; `--json FILE` keeps the numbers. A part of launch/gpu.sh.
+"""
+
+import argparse
+import json
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import Cell, Weights
+from gpu_machine import seconds_of
+from moe_layer import training
+from peers import Contestant, Ours
+from torch.autograd import DeviceType
+
+from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.schema import EngineConfig, OptimConfig
+from moe_dist.engine.make import make_engine
+from moe_dist.kernels.random import RandomKey
+from moe_dist.models.backends import resolve_backends
+from moe_dist.models.decoder import Decoder
+from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.step import StepContext
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 3
+
+
+def waits_of_a_step(experts: str, capacity: float | None, device: torch.device, rehearse: bool) -> dict[str, Any]:
+    """Milliseconds of a step, and {place in our code: how often the host waited there}, in one warm step."""
+    layers, width, rows, length = (2, 32, 2, 16) if rehearse else (4, 1024, 8, 1024)
+    moe = MoEConfig(num_experts=8, top_k=2, d_ff=2 * width, capacity_factor=capacity, experts=experts)  # type: ignore[arg-type]
+    model = ModelConfig(d_model=width, num_layers=layers, num_heads=8, d_ff=2 * width, moe=moe)
+    model = resolve_backends(model, 1, device.type, length)
+    mesh, precision = single_process_mesh(), "bf16" if device.type == "cuda" else "fp32"
+    engine = make_engine(
+        Decoder(model, mesh).to(device), mesh, EngineConfig(precision=precision), OptimConfig(), rows, 1
+    )
+    ids = torch.randint(model.vocab_size, (rows, length + 1), device=device)
+
+    def step() -> None:
+        engine.micro_step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), StepContext(RandomKey.of("waits")))
+        engine.update(1e-4)
+
+    seconds = seconds_of(step, device, 6, WARM_UP)
+    places: Counter[str] = Counter()
+
+    def note(*_: Any, **__: Any) -> None:
+        places[place_of(traceback.extract_stack()[:-1])] += 1
+
+    if device.type == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            torch.cuda.set_sync_debug_mode("warn")
+            step()
+            torch.cuda.set_sync_debug_mode("default")
+    return {"ms": 1e3 * seconds, "waits": sum(places.values()), "places": dict(places.most_common())}
+
+
+def place_of(stack: traceback.StackSummary) -> str:
+    """The innermost line of ours."""
+    for frame in reversed(stack):
+        file = Path(frame.filename)
+        if file.is_relative_to(ROOT) and file.name != Path(__file__).name:
+            return f"{file.relative_to(ROOT)}:{frame.lineno} {frame.line}"
+    return "outside of moe_dist (backward: " + " < ".join(frame.name for frame in list(reversed(stack))[:4]) + ")"
+
+
+def profile_of(cell: Cell, experts: str, device: torch.device) -> list[tuple[str, float, int]]:
+    """(kernel, milliseconds a step, calls a step) of our layer, longest first."""
+    generator = torch.Generator(device).manual_seed(0)
+    w = Weights.random(cell, generator)
+    step = training(Contestant(Ours(cell, w, device, experts=experts)))
+    batch = (w.inputs(cell, generator), w.inputs(cell, generator))
+    for _ in range(WARM_UP):
+        step(batch)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA, *activities]
+    rounds = 3
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(rounds):
+            step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    on_gpu = device.type == "cuda"
+    kernels = [event for event in profiler.key_averages() if (event.device_type == DeviceType.CUDA) == on_gpu]
+    times = [
+        (event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / rounds, event.count)
+        for event in kernels
+    ]
+    return [(name, ms, count // rounds) for name, ms, count in sorted(times, key=lambda row: -row[1])[:18]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
+    parser.add_argument("--json", type=Path)
+    own = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Any] = {"steps": {}, "profiles": {}}
+    backends = ("grouped_mm", "bmm", "triton") if device.type == "cuda" else ("grouped_mm", "bmm")
+    for experts in backends:
+        for capacity in (None, 1.25):
+            name = f"experts {experts}, {'dropless' if capacity is None else 'capacity 1.25'}"
+            found["steps"][name] = row = waits_of_a_step(experts, capacity, device, own.rehearse)
+            print(f"**{name}**: {row['ms']:.2f} ms a step, {row['waits']} waits\n")
+            print("\n".join(f"- {count} x `{place}`" for place, count in row["places"].items()) + "\n", flush=True)
+    cell = Cell("t", "fp32", None, 64) if own.rehearse else Cell("q", "bf16", None, 8192)
+    for experts in ("grouped_mm",) if own.rehearse else ("grouped_mm", "triton"):
+        found["profiles"][experts] = kernels = profile_of(cell, experts, device)
+        print(f"\n{cell.name}, experts {experts}: {sum(ms for _, ms, _ in kernels):.2f} ms a step\n")
+        print("| kernel | ms | calls |\n|---|---|---|")
+        print("\n".join(f"| `{name[:90]}` | {ms:.3f} | {count} |" for name, ms, count in kernels), flush=True)
+    if own.json:
+        own.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
