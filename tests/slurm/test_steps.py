@@ -21,8 +21,10 @@ def test_nodes_are_named_as_slurm_names_them(cluster: Cluster, nodelist: str) ->
 def test_two_steps_of_a_job_on_uneven_nodes(cluster: Cluster, tmp_path: Path) -> None:
     """Three tasks on two nodes whose names the network does not know, twice at once: each rank meets its own step."""
     program = f"{sys.executable} -m tests.slurm.ranks {tmp_path}"
-    step = f"srun --overlap --nodes=2 --ntasks=3 --kill-on-bad-exit=1 {program}"
-    cluster.run("salloc", "--nodes=2", "--ntasks=4", "bash", "-c", f"{step} & first=$!; {step}; wait $first")
+    step = f"srun --overlap --overcommit --nodes=2 --ntasks=3 --kill-on-bad-exit=1 {program}"
+    cluster.run(
+        "salloc", "--nodes=2", "--ntasks=4", "--overcommit", "bash", "-c", f"{step} & first=$!; {step}; wait $first"
+    )
     for number in range(2):
         found: list[dict[str, Any]] = [json.loads((tmp_path / f"{number}-{rank}").read_text()) for rank in range(3)]
         assert [told["local"] for told in found] == [[0, 2], [1, 2], [0, 1]]
