@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,21 +102,3 @@ def test_a_job_that_fails_is_not_queued_again(cluster: Cluster, study: Study, tm
     details = cluster.wait_for_end(job, log, 60)
     assert (details["JobState"], details["Restarts"]) == ("FAILED", "0"), log.read_text()
     assert "ep" in log.read_text()
-
-
-def test_tasks_of_one_node_train_like_torchrun(cluster: Cluster, study: Study) -> None:
-    train = [sys.executable, "-m", "moe_dist.cli", "train", study.config, "--run.name", "tasks"]
-    cluster.run("srun", "--nodes=1", "--ntasks=2", "--overcommit", "--kill-on-bad-exit=1", *train)
-    assert losses(study.runs / "tasks") == study.expected
-
-
-def test_two_tasks_a_node_are_ranks_of_one_run(cluster: Cluster, study: Study, tmp_path: Path) -> None:
-    """Not runs of their own, of which one ends the other. The job sees nothing of our environment but the named."""
-    log, run = tmp_path / "job.out", study.runs / "four"
-    asked = ("--ntasks-per-node=2", "--overcommit", "--export=MOE_DIST_PYTHON", "slurm/train.sbatch")
-    words = ["sbatch", "--parsable", f"--output={log}", *asked, study.config, "--run.name", run.name]
-    job = cluster.run(*words, "--train.steps", "5")
-    details = cluster.wait_for_end(job, log, 120)
-    assert (details["JobState"], details["Restarts"]) == ("COMPLETED", "0"), log.read_text()
-    assert read_status(run) == {"state": "finished", "step": 5}
-    assert "2 nodes x 2 ranks" in log.read_text() and "world 4 = dp 4" in log.read_text()
