@@ -5,12 +5,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moe_dist
 
 if TYPE_CHECKING:
+    from moe_dist.config.flags import Parser
     from moe_dist.config.schema import Config
 
 _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
@@ -28,7 +28,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 _TRAIN = """Train a Mixture-of-Experts language model, or with `task: classification` a text classifier.
 
 CONFIG is a YAML file (configs/ has some); every key of it is a flag too, with the same name and meaning:
-  moe-dist train configs/quickstart.yaml --model.moe.top-k 1 --model.moe.capacity-factor None
+  moe-dist train configs/quickstart.yaml --model.moe.top-k 1 --model.moe.capacity-factor null
 Under torchrun or as a Slurm step each rank runs this same command:
   torchrun --nproc_per_node 4 -m moe_dist.cli train configs/quickstart.yaml --parallel.ep 4
 
@@ -86,23 +86,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 return study(rest)
             case "generate":
+                from moe_dist.generate.arguments import generate_arguments
+
+                own = generate_arguments(rest)  # help and mistakes come at once, before torch is loaded
                 from moe_dist.generate.command import generate_text
 
-                return generate_text(rest)
+                return generate_text(own)
             case "chaos":
                 return _chaos(rest)
             case "experts":
+                from moe_dist.surgery.arguments import experts_arguments
+
+                own = experts_arguments(rest)
                 from moe_dist.surgery.command import experts
 
-                return experts(rest)
+                return experts(own)
             case "checkpoint":
+                from moe_dist.checkpoint.arguments import checkpoint_arguments
+
+                own = checkpoint_arguments(rest)
                 from moe_dist.checkpoint.command import checkpoint
 
-                return checkpoint(rest)
+                return checkpoint(own)
             case "verify":
+                from moe_dist.verify.arguments import verify_arguments
+
+                own = verify_arguments(rest)
                 from moe_dist.verify.command import verify
 
-                return verify(rest)
+                return verify(own.options, own.ranks, own.device)
             case "version":
                 print(moe_dist.__version__)
                 return 0
@@ -147,7 +159,7 @@ def _train(args: list[str]) -> int:
     from moe_dist.train.record.status import is_finished
     from moe_dist.train.resume import as_configured
 
-    folder = Path(config.run.root) / config.run.name
+    folder = config.run.folder
     if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
         if os.environ.get("RANK", "0") == "0":
             print(f"{folder} has finished its {config.train.steps} steps already")
@@ -173,17 +185,18 @@ def _status(args: list[str]) -> int:
     _, config = _run_arguments("status", args, _STATUS)
     from moe_dist.train.record.status import describe_status, read_status
 
-    print(describe_status(read_status(Path(config.run.root) / config.run.name)))
+    print(describe_status(read_status(config.run.folder)))
     return 0
 
 
 def _chaos(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="moe-dist chaos", add_help=False, allow_abbrev=False)
+    from moe_dist.config.flags import Parser
+
+    parser = Parser("moe-dist chaos", add_help=False)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    usage = "moe-dist chaos [CONFIG] [--minutes M] [--ranks N] [--seed S]"
-    own, config = _with_config(parser, args, usage, _CHAOS)
+    own, config = _with_config(parser, args, "[--minutes M] [--ranks N] [--seed S]", _CHAOS)
     from moe_dist.chaos.command import chaos
 
     return chaos(config, own.minutes, own.ranks, own.seed)
@@ -191,23 +204,42 @@ def _chaos(args: list[str]) -> int:
 
 def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
     """What follows `moe-dist train`."""
-    parser = argparse.ArgumentParser(prog=f"moe-dist {command}", add_help=False, allow_abbrev=False)
+    from moe_dist.config.flags import Parser
+
+    parser = Parser(f"moe-dist {command}", add_help=False)
     parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
     parser.add_argument("--override")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--override NAME,..] [--device {{cpu,cuda}}]"
-    return _with_config(parser, args, usage, description)
+    own = "[--resume [{must,auto,never}]] [--override NAME,..] [--device {cpu,cuda}]"
+    return _with_config(parser, args, own, description)
 
 
-def _with_config(
-    parser: argparse.ArgumentParser, args: list[str], usage: str, description: str
-) -> tuple[argparse.Namespace, "Config"]:
+def _with_config(parser: "Parser", args: list[str], own_usage: str, about: str) -> tuple[argparse.Namespace, "Config"]:
     """A YAML file, flags of the command itself, and flags of the configuration."""
-    from moe_dist.config.load import load_config, override_config
+    from moe_dist.config.flags import override_config
+    from moe_dist.config.load import load_config
+    from moe_dist.config.schema import Config
 
-    path = args.pop(0) if args and not args[0].startswith("-") else None
-    own, flags = parser.parse_known_args(args)
-    return own, override_config(load_config(path), flags, prog=usage, description=description)
+    path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    asked = next((at for at, word in enumerate(rest) if word in ("-h", "--help")), None)
+    if asked is not None:
+        usage = f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
+        topic = next((word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")), "")
+        _print_help(usage, about, topic, load_config(path) if path else Config())
+        raise SystemExit(0)
+    own, flags = parser.parse_known_args(rest)
+    if path is None and not flags:
+        raise ValueError(
+            f"{parser.prog} needs a configuration: {parser.prog} CONFIG, for example configs/tiny.yaml, which one core "
+            f"trains in seconds; {parser.prog} --help tells more"
+        )
+    return own, override_config(load_config(path), flags, [f"--{name}" for name in vars(own)])
+
+
+def _print_help(usage: str, about: str, topic: str, config: "Config") -> None:
+    from moe_dist.config.describe import describe_keys, describe_sections
+
+    print(describe_keys(topic, config) if topic else f"usage: {usage}\n\n{about}\n{describe_sections()}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
-from moe_dist.moe.layer import Replay
+from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import copy_to_group, reduce_from_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh

@@ -21,7 +21,7 @@ from moe_dist.config.model import ModelConfig, RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import Attend, attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.coordinate_descent.backend import Descent, coordinate_descent
-from moe_dist.moe.layer import Replay
+from moe_dist.moe.gate import Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave

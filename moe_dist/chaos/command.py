@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -62,7 +61,7 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
 def both(config: Config, ranks: int) -> list[Series]:
     """The run to break, and its reference. Raises ValueError when the folder of either holds anything."""
     configs = [replace(config, run=replace(config.run, name=f"{config.run.name}-{s}")) for s in ("chaos", "reference")]
-    folders = [Path(each.run.root) / each.run.name for each in configs]
+    folders = [each.run.folder for each in configs]
     for folder in folders:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: remove it, or choose another --run.name")

@@ -108,6 +108,8 @@ def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
     if expected := _EXPECTED.get(problem["type"]):
         hint = "; write null for none" if problem["input"] in ("None", "none") else ""
         return f"{path}: {value} is not {expected}{hint}"
+    if problem["type"] == "value_error":  # of a validator of ours
+        return f"{path}: {value} {problem['ctx']['error']}"
     return f"{path}: {value}: {problem['msg']}"
 
 
@@ -128,10 +130,27 @@ def _advice(cls: type, path: str) -> str:
 
 def _keys(cls: type, home: str = "") -> Iterator[tuple[str, str]]:
     """Every (section, key) below a dataclass of the schema."""
-    for key in get_type_hints(cls):
-        yield home, key
+    for section, of in [(home, cls), *sections_of(cls, home)]:
+        yield from ((section, key) for key in get_type_hints(of))
+
+
+def sections_of(cls: type, home: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted name, dataclass) of every section below a dataclass of the schema: `model.moe` and its class."""
     for key, section in _sections(cls).items():
-        yield from _keys(section, f"{home}.{key}".lstrip("."))
+        path = f"{home}.{key}".lstrip(".")
+        yield path, section
+        yield from sections_of(section, path)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of every key below a dataclass of the schema that is no section, by its dotted name."""
+    homes = [("", cls), *sections_of(cls)]
+    return {
+        f"{home}.{key}".lstrip("."): hint
+        for home, section in homes
+        for key, hint in get_type_hints(section).items()
+        if key not in _sections(section)
+    }
 
 
 def _sections(cls: type) -> dict[str, type]:

@@ -16,7 +16,9 @@ from typing import Literal
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
-from moe_dist.data.indexed import TokenStream, read_indexed
+from moe_dist.config.values import user_path
+from moe_dist.data.indexed import read_indexed
+from moe_dist.data.stream import TokenStream
 
 SEPARATOR = b"\0"
 """Follows each file of a corpus of several files."""
@@ -83,7 +85,8 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
 
 
 def _indexed(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
-    train, validation, digest = read_indexed(config.paths, vocab_size, config.validation_fraction)
+    prefixes = [str(user_path(path)) for path in config.paths]
+    train, validation, digest = read_indexed(prefixes, vocab_size, config.validation_fraction)
     for split, stream in (("train", train), ("validation", validation)):
         _check_length(split, len(stream), seq_len)
     name = ", ".join(config.paths)
@@ -119,7 +122,7 @@ def _text(paths: list[str]) -> tuple[list[_Document], int]:
     if not paths:
         raise ValueError("data.kind=text needs data.paths, which is empty: name at least one file or folder")
     documents, skipped = [], 0
-    for path in (Path(p).expanduser() for p in paths):
+    for path in map(user_path, paths):
         try:
             if path.is_dir():
                 read = [_Document(key, _read_unless_binary(file)) for key, file in _files(path)]

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
+from moe_dist.config.values import user_path
 from moe_dist.data.subwords import Subwords
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
@@ -105,7 +106,7 @@ def read_examples(config: DataConfig) -> Iterator[Example]:
         yield from stdlib_examples(config.block_lines)
         return
     read = {"jsonl": _jsonl, "csv": _csv}[config.kind]
-    for path in (Path(name).expanduser() for name in config.paths):
+    for path in map(user_path, config.paths):
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 for line, record in read(path, file):

@@ -11,7 +11,8 @@ from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
 from moe_dist.moe.experts import expert_widths
-from moe_dist.moe.layer import MoE, Replay
+from moe_dist.moe.gate import Replay
+from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh
@@ -22,6 +23,21 @@ from moe_dist.step import StepContext
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """MoE on every nth layer: the nth, the 2nth, ..."""
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
+
+
+def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> MoE:
+    """The MoE layer of block number `layer` as `model` says; out_std as for MoE."""
+    return MoE(
+        model.moe,
+        model.d_model,
+        model.d_ff,
+        model.activation,
+        layer=layer,
+        mesh=mesh,
+        kernels=model.kernels,
+        recompute=model.recompute == "activation",
+        out_std=out_std,
+    )
 
 
 ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention] | type[RoutedSelfAttention]] = {
@@ -45,7 +61,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
-        widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
+        widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
         width = model.num_heads * model.head_width
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention = ATTENTIONS[model.attention.kind]
@@ -53,7 +69,7 @@ class DecoderBlock(nn.Module):
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std)
+            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
             self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
 

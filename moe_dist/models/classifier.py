@@ -20,7 +20,7 @@ from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.linear import VocabParallelEmbedding, leave
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.step import RealTokens, StepContext
+from moe_dist.step import RealTokens, Site, StepContext
 
 
 class Classifier(nn.Module):
@@ -81,10 +81,10 @@ class Classifier(nn.Module):
                 stats.append(layer)
         return self._head(x_TD, mask_BS), tuple(stats)
 
-    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
+    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
         for layer in self.moe_layers():
-            layer.router.balance(loads["feed_forward", layer.layer])
+            layer.router.balance(loads[layer.router.site])
 
     def moe_layers(self) -> list[MoE]:
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]

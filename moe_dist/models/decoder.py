@@ -27,7 +27,7 @@ from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 
 Want = Literal["loss", "token_losses", "logits"]
 
@@ -112,10 +112,10 @@ class Decoder(nn.Module):
             return None
         return [attention.new_cache(rows, length) for attention in attentions]  # type: ignore[operator, union-attr]
 
-    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
-        for (kind, layer), load_E in loads.items():
-            routed = getattr(self.blocks[layer], kind)
+    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
+        for site, load_E in loads.items():
+            routed = getattr(self.blocks[site.layer], site.kind)
             assert isinstance(routed, MoE | SwitchAttention), "loads are of routed layers"
             routed.router.balance(load_E)
 

@@ -14,7 +14,7 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Pattern
 from moe_dist.kernels.random import RandomKey
-from moe_dist.models.block import is_moe_layer
+from moe_dist.models.block import is_moe_layer, moe_layer
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
@@ -56,13 +56,13 @@ class EncoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual, sparse = (2 * model.num_layers) ** -0.5, is_moe_layer(model, layer)
-        widths = expert_widths(model) if sparse else (model.d_ff,)
+        widths = expert_widths(model.moe, model.d_ff) if sparse else (model.d_ff,)
         width = model.num_heads * model.head_width
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         self.attention = EncoderAttention(model, mesh, width**-0.5 * residual)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         if sparse:
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std=out_std)
+            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
             self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)

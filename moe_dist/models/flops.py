@@ -154,12 +154,12 @@ def _moe_layers(model: ModelConfig) -> int:
 
 def _expert_parameters(model: ModelConfig) -> Fraction:
     """Matrices of one routed expert, the mean over experts."""
-    widths = expert_widths(model)
+    widths = expert_widths(model.moe, model.d_ff)
     return Fraction(_feed_forward_parameters(model, sum(widths)), max(len(widths), 1))
 
 
 def _expert_biases(model: ModelConfig) -> Fraction:
-    widths = expert_widths(model)
+    widths = expert_widths(model.moe, model.d_ff)
     if not model.moe.expert_bias:
         return Fraction(0)
     return (2 if gated(model.activation) else 1) * Fraction(sum(widths), len(widths)) + model.d_model

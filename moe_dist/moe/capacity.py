@@ -28,26 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config.model import CapacityFactor, MoEConfig
-from moe_dist.moe.router import Routing
+from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
-from moe_dist.step import StepContext
-
-
-@dataclass(frozen=True)
-class DispatchPlan:
-    """The decisions of one layer on this rank, none of them differentiable.
-
-    experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
-    rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
-    when nothing is dropped.
-    """
-
-    experts_TK: Tensor
-    kept_TK: Tensor
-    counts_WE: Tensor
-    kept_WE: Tensor
-    capacity: int | None
+from moe_dist.step import Site, StepContext
 
 
 def expert_capacity(
@@ -61,11 +45,14 @@ def expert_capacity(
 
 
 class Capacity:
-    """The capacity rule of one layer; `index` is its number among the MoE layers."""
+    """The capacity rule of one layer."""
 
-    def __init__(self, moe: MoEConfig, layer: int, world: Group, index: int = 0) -> None:
-        self.moe, self.layer, self.token_ranks, self.index = moe, layer, world, index
-        self.peers = world if moe.capacity_scope == "global" else Group()
+    def __init__(self, moe: MoEConfig, site: Site, token_ranks: Group) -> None:
+        self.moe = moe
+        self.site = site
+        self.index = (site.layer + 1) // moe.every - 1  # among the layers with experts
+        self.token_ranks = token_ranks
+        self.peers = token_ranks if moe.capacity_scope == "global" else Group()
         self.by_experts = moe.router == "expert_choice"
 
     def factor(self, step: StepContext) -> float | None:
@@ -104,7 +91,7 @@ class Capacity:
             counts_WE = kept_WE  # nobody was refused: the experts chose
         plan = DispatchPlan(experts_TK, kept_TK, counts_WE, kept_WE, limit)
         if step.witness is not None:
-            step.witness.decided(self.layer, plan.experts_TK, plan.kept_TK)
+            step.witness.decided(self.site, plan.experts_TK, plan.kept_TK)
         return plan
 
     def _check_equal(self, counts_WE: Tensor, limit: int | None) -> None:
@@ -193,10 +180,10 @@ class Capacity:
         if self.moe.drop_policy == "random" and not self.by_experts:
             first = 0 if self.peers.size > 1 else self.token_ranks.rank * assignments
             index_N = torch.arange(first, first + assignments, device=ask.experts_TK.device)
-            return step.key.fold(ask.name, self.layer).uniform(index_N)
+            return step.key.fold(ask.name, self.site.number).uniform(index_N)
         scores_N = all_gather(ask.score_TK.flatten(), self.peers)
         if step.witness is not None and self.peers.size == self.token_ranks.size:
-            scores_N = step.witness.scores(self.layer, ask.name, scores_N)
+            scores_N = step.witness.scores(self.site, ask.name, scores_N)
         return scores_N
 
 

@@ -77,6 +77,8 @@ def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter from (seed, name), so that all layouts start from the same logical model. `prefix`: the name
     of `module` within that model and a dot, where it is filled on its own."""
     for name, param, spec in logical_parameters(module):
+        if param.is_meta:  # without memory; filled when it has some
+            continue
         key = RandomKey.of(seed, prefix + name)
         if spec.std is None:
             param.fill_(1.0)

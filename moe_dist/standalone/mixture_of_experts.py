@@ -17,7 +17,7 @@ from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.layer import MoE
+from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.counting import drawn_seed, runs_again, step_of
@@ -70,7 +70,7 @@ class MixtureOfExperts(nn.Module):
         model = _model(d_model, d_ff, activation, options, mesh, torch.device(device).type)
         self.d_model, self.dropout, self.seed, self.step = d_model, dropout, seed, 0
         self.dp = mesh.dp
-        self.moe = MoE(model, 0, mesh)
+        self.moe = moe_layer(model, 0, mesh)
         self._counts_E: Tensor | None = None
         self._since_balance: Tensor | None = None
         initialize(self, seed)

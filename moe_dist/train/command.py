@@ -4,13 +4,13 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from moe_dist.checkpoint.lock import run_lock
 from moe_dist.config import Config, validate
+from moe_dist.config.rules.memory import machine_memory
 from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
@@ -37,8 +37,8 @@ def train(config: Config, resume: Resume, device: str | None, override: Sequence
     """
     rank = rank_from_environment(os.environ)
     with said_once(rank):
-        validate(config, rank.world)  # before anything starts
-    console, folder = Console(quiet=rank.rank != 0), RunFolder(Path(config.run.root) / config.run.name)
+        validate(config, rank.world, machine_memory())  # before anything starts
+    console, folder = Console(quiet=rank.rank != 0), RunFolder(config.run.folder)
     with StopGuard(config.run.time_limit) as guard, ExitStack() as held:
         chosen, trail = start(rank, device, config.train.threads, config.train.deterministic), Trail()
         try:
@@ -70,7 +70,7 @@ def _tell(trainer: Trainer, outcome: Outcome) -> None:
         text = sample(trainer, config.run.sample_tokens)
         console.print(Text(f"\nsample after {_PROMPT!r}:"))
         console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
-    console.print(Text(_next_steps(outcome)), soft_wrap=True)
+    console.print(Text(_next_steps(outcome, config.run.tensorboard)), soft_wrap=True)
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
@@ -101,11 +101,12 @@ def sample(trainer: Trainer, tokens: int) -> str:
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))
 
 
-def _next_steps(outcome: Outcome) -> str:
+def _next_steps(outcome: Outcome, tensorboard: bool) -> str:
     folder = outcome.folder.path
-    return (
-        f"\nWhere to look next\n"
-        f"  {folder}/metrics.jsonl      every number of every step, expert loads included\n"
-        f"  tensorboard --logdir {folder}/tensorboard\n"
-        f"  moe-dist verify             the same losses, gradients and dropped tokens in every layout\n"
-    )
+    lines = [
+        "\nWhere to look next",
+        f"  {folder}/metrics.jsonl      every number of every step, expert loads included",
+        *([f"  tensorboard --logdir {folder}/tensorboard"] if tensorboard else []),
+        "  moe-dist verify             the same losses, gradients and dropped tokens in every layout",
+    ]
+    return "\n".join(lines) + "\n"

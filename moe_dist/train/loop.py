@@ -88,7 +88,7 @@ class Trainer:
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
             )
         self.key = RandomKey.of(config.train.seed, "train")
-        self.folder = RunFolder(Path(config.run.root) / config.run.name)
+        self.folder = RunFolder(config.run.folder)
         self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
         self.flops = self.task.flops_per_token(config.model)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))

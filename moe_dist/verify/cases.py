@@ -191,7 +191,7 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
             "etp": int(layout.etp),
             "tp": int(layout.tp),
             "sequence_parallel": layout.sp == "on",
-            "node_size": 2,  # two nodes of two, so that hierarchical dispatch has something to cross
+            "node_size": 2 if kind == "hierarchical" else None,  # two nodes of two, so that there is something to cross
         },
         "engine": engine | {"grad_clip": 0.5},
         "optim": optim,

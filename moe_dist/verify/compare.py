@@ -1,13 +1,19 @@
-"""Training one case, as the single-process reference or under a layout beside it."""
+"""Training one case, as the single-process reference or under a layout beside it.
+
+On a GPU the backends are those that a run there would have, and products in fp32 are whole (no TF32), so that the same
+tolerances hold as on CPU.
+"""
 
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe_dist.config import Config, validate
+from moe_dist.config.model import ModelConfig
 from moe_dist.engine.base import Engine
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
@@ -105,15 +111,31 @@ def _worse(one: float, other: float) -> float:
     return one if other <= one or math.isnan(one) else other
 
 
+def is_wide(model: ModelConfig) -> bool:
+    """Compared in float64: see `Setting.wide`."""
+    return model.attention.kind == "routed"
+
+
+def backends_of(model: ModelConfig, expert_ranks: int, device_type: str) -> ModelConfig:
+    """The backends of a run on that device. float64 has none of its own on a GPU: neither torch's grouped_mm nor the
+    Triton kernels take it."""
+    if is_wide(model) and device_type != "cpu":
+        experts: Literal["loop", "bmm"] = "loop" if model.moe.experts == "loop" else "bmm"
+        model = replace(model, kernels="torch", moe=replace(model.moe, experts=experts))
+    return resolve_backends(model, expert_ranks, device_type)
+
+
 class _Run:
     """A tiny training run whose sequences are a function of the step alone."""
 
     def __init__(self, config: Config, mesh: Mesh, device: torch.device, parts: int = 1) -> None:
-        self.config = replace(config, model=resolve_backends(config.model, config.parallel.expert_ranks))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        model_config = backends_of(config.model, config.parallel.expert_ranks, device.type)
+        self.config = replace(config, model=model_config)
         self.mesh, self.device, self.parts = mesh, device, parts
         self.shape = validate(config, mesh.layout.world)
-        model = Decoder(self.config.model, mesh, config.train.seed)
-        model = model.to(device, torch.float64 if config.model.attention.kind == "routed" else None)
+        model = Decoder(model_config, mesh, config.train.seed)
+        model = model.to(device, torch.float64 if is_wide(model_config) else None)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )

@@ -12,32 +12,34 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moe_dist.step import Site
+
 
 @dataclass
 class Tape:
-    """One run's decisions, by (step, micro-step, layer), in global token order."""
+    """One run's decisions, by (step, micro-step, site), in global token order."""
 
-    scores: dict[tuple[int, int, int, str], Tensor] = field(default_factory=dict)
-    experts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    kept: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    scores: dict[tuple[int, int, Site, str], Tensor] = field(default_factory=dict)
+    experts: dict[tuple[int, int, Site], Tensor] = field(default_factory=dict)
+    kept: dict[tuple[int, int, Site], Tensor] = field(default_factory=dict)
 
     def dropped(self) -> int:
         return sum(int((~kept).sum()) for kept in self.kept.values())
 
 
 class Recorder:
-    """The reference's witness of one micro-step."""
+    """The reference's witness of one micro-step. What it keeps goes to other ranks, whose device is not this one's."""
 
     def __init__(self, tape: Tape, step: int, micro: int) -> None:
         self.tape, self.at = tape, (step, micro)
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
-        self.tape.scores[*self.at, layer, what] = scores.clone()
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
+        self.tape.scores[*self.at, site, what] = scores.to("cpu", copy=True)
         return scores
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        self.tape.experts[*self.at, layer] = experts_TK
-        self.tape.kept[*self.at, layer] = kept_TK
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        self.tape.experts[*self.at, site] = experts_TK.cpu()
+        self.tape.kept[*self.at, site] = kept_TK.cpu()
 
 
 @dataclass
@@ -58,8 +60,8 @@ class Comparer:
         self.tape, self.at, self.rank = tape, (step, micro), rank
         self.top_k, self.tolerance, self.found = top_k, tolerance, found
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
-        reference = self.tape.scores[*self.at, layer, what].to(scores.device)
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
+        reference = self.tape.scores[*self.at, site, what].to(scores.device)
         if what == "router":
             reference = self._own(reference, len(scores))
         close = (scores - reference).abs() <= self.tolerance
@@ -72,11 +74,11 @@ class Comparer:
             self.found.near_ties += int((own != other).sum())
         return settled
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        experts, kept = self.tape.experts[*self.at, layer], self.tape.kept[*self.at, layer]
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        experts, kept = self.tape.experts[*self.at, site], self.tape.kept[*self.at, site]
         size = len(experts_TK)
-        self.found.routed += int((experts_TK.cpu() != self._own(experts, size).cpu()).sum())
-        self.found.dropped += int((kept_TK.cpu() != self._own(kept, size).cpu()).sum())
+        self.found.routed += int((experts_TK.cpu() != self._own(experts, size)).sum())
+        self.found.dropped += int((kept_TK.cpu() != self._own(kept, size)).sum())
 
     def _own(self, whole: Tensor, size: int) -> Tensor:
         return whole[self.rank * size : (self.rank + 1) * size]

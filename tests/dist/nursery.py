@@ -34,7 +34,9 @@ from moe_dist.parallel.launch import Rank, start, stop
 ROOT = Path(__file__).parents[2]
 PRELOADED = (
     *("pytest", "tests.dist.helpers", "moe_dist.engine.deepspeed", "moe_dist.train.loop", "moe_dist.verify.command"),
-    *("moe_dist.generate.command", "moe_dist.standalone.mixture_of_experts", "torch._inductor.config"),
+    *("moe_dist.generate.command", "moe_dist.standalone.mixture_of_experts"),
+    "torch._inductor.config",  # by deterministic algorithms
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # by every engine of DeepSpeed; it imports the compiler
 )
 """What ranks import."""
 GRACE = 5.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.choice import DispatchPlan
 from moe_dist.parallel.mesh import Group
 
 

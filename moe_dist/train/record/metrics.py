@@ -9,9 +9,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from torch import Tensor
+
+from moe_dist.moe.losses import MoEStats
 
 SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
 _MOE = frozenset(
@@ -20,32 +23,12 @@ _MOE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """What one MoE layer did with one whole global batch."""
-
-    layer: int
-    load_E: list[int]
-    """Assignments to each expert before dropping."""
-    kept_E: list[int]
-    """Assignments that each expert computed."""
-    entropy: float
-    """Of the router's probabilities, mean over tokens, in nats."""
-    balance_loss: float
-    z_loss: float
-    unserved: float
-    """Share of tokens that no expert took."""
-    sent_bytes: int
-    """Between ranks in the forward pass."""
-    kind: Literal["feed_forward", "attention"] = "feed_forward"
-    """Whose experts."""
-
-
-def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
+def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
     """The MoE part of a step's record; empty for a model without MoE layers.
 
-    drop_rate = 1 - sum(kept) / sum(load) over all layers; load_max_over_mean is that of the worst layer;
-    balance_loss, z_loss and router_entropy are means over layers. `layers` has the same for each layer.
+    layers: of a whole step, over all ranks. drop_rate = 1 - sum(kept) / sum(load) over all layers; load_max_over_mean
+    is that of the worst layer; balance_loss, z_loss and router_entropy are means over layers. `layers` has the same for
+    each layer. Where all tokens were padding, nothing is dropped, and all loads are equal.
 
     With `row_bytes`, the bytes of one token's activation (d_model * element size), over all ranks, layers and
     micro-steps: dispatch_rows_bytes is what the experts receive (of attention experts, what becomes queries), kept *
@@ -58,24 +41,24 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
         return {}
     rows: list[dict[str, Any]] = [
         {
-            "layer": layer.layer,
-            "kind": layer.kind,
+            "layer": layer.site.layer,
+            "kind": layer.site.kind,
             "drop_rate": _drop_rate([layer]),
-            "unserved_rate": layer.unserved,
-            "load_max_over_mean": max(layer.load_E) * len(layer.load_E) / sum(layer.load_E),
-            "entropy": layer.entropy,
-            "load": list(layer.load_E),
+            "unserved_rate": float(layer.unserved),
+            "load_max_over_mean": _max_over_mean(layer.load_E.tolist()),
+            "entropy": float(layer.entropy),
+            "load": layer.load_E.tolist(),
         }
         for layer in layers
     ]
     return {
         "drop_rate": _drop_rate(layers),
-        "unserved_rate": sum(layer.unserved for layer in layers) / len(layers),
+        "unserved_rate": _mean(layer.unserved for layer in layers),
         "load_max_over_mean": max(row["load_max_over_mean"] for row in rows),
-        "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
-        "z_loss": sum(layer.z_loss for layer in layers) / len(layers),
-        "router_entropy": sum(layer.entropy for layer in layers) / len(layers),
-        "dispatch_rows_bytes": sum(sum(layer.kept_E) for layer in layers) * row_bytes,
+        "balance_loss": _mean(layer.balance_loss for layer in layers),
+        "z_loss": _mean(layer.z_loss for layer in layers),
+        "router_entropy": _mean(layer.entropy for layer in layers),
+        "dispatch_rows_bytes": sum(int(layer.kept_E.sum()) for layer in layers) * row_bytes,
         "dispatch_bytes": sum(layer.sent_bytes for layer in layers),
         "layers": rows,
     }
@@ -202,11 +185,20 @@ def _tag(row: dict[str, Any]) -> str:
     return f"moe/{'attention' if row['kind'] == 'attention' else 'layer'}_{row['layer']}"
 
 
-def _drop_rate(layers: Sequence[LayerLoad]) -> float:
-    load = sum(sum(layer.load_E) for layer in layers)
-    kept = sum(sum(layer.kept_E) for layer in layers)
-    assert 0 <= kept <= load and load > 0, f"{kept} assignments kept of {load}"
-    return (load - kept) / load
+def _mean(values: Iterator[Tensor]) -> float:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers)
+
+
+def _max_over_mean(load_E: list[int]) -> float:
+    return max(load_E) * len(load_E) / sum(load_E) if any(load_E) else 1.0
+
+
+def _drop_rate(layers: Sequence[MoEStats]) -> float:
+    load = sum(int(layer.load_E.sum()) for layer in layers)
+    kept = sum(int(layer.kept_E.sum()) for layer in layers)
+    assert 0 <= kept <= load, f"{kept} assignments kept of {load}"
+    return (load - kept) / load if load else 0.0
 
 
 def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:

@@ -48,6 +48,8 @@ def read_status(folder: Path) -> dict[str, Any]:
         status = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"state": "none"}
+    except PermissionError:
+        raise ValueError(f"{folder / FILE} cannot be read: no permission; ask its owner to make it readable") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / FILE} cannot be read: {error}; remove it, the checkpoints know the rest") from None
     if not isinstance(status, dict) or "state" not in status or not isinstance(status.get("step", 0), int):

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.kernels.route.reference import route
+from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.moe import capacity
-from moe_dist.moe.capacity import Capacity, DispatchPlan, expert_capacity
-from moe_dist.moe.router import Routing
+from moe_dist.moe.capacity import Capacity, expert_capacity
+from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.mesh import Group
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.unit.helpers import context
 
 POLICIES = ("position", "score", "random")
@@ -30,7 +30,7 @@ def routing_of(experts_TK: list[list[int]] | Tensor, scores_TK: list[list[float]
 def as_routing(probs_TE: Tensor, experts_TK: Tensor, mine: slice = slice(None)) -> Routing:
     """The `mine` part of a routing: weights and preferences are the probabilities."""
     probs_TE, experts_TK = probs_TE[mine], experts_TK[mine]
-    stats = route(probs_TE.log(), experts_TK.shape[1], chosen_TK=experts_TK)
+    stats = top_k_experts(probs_TE.log(), experts_TK.shape[1], chosen_TK=experts_TK)
     return Routing(experts_TK, probs_TE.gather(1, experts_TK), probs_TE.log(), probs_TE, stats)
 
 
@@ -44,7 +44,7 @@ def random_routing(tokens: int, num_experts: int, top_k: int, seed: int) -> Rout
 
 def plan_of(routing: Routing, step: StepContext | None = None, layer: int = 0, **moe: object) -> DispatchPlan:
     tokens_experts = dict(num_experts=routing.logits_TE.shape[1], top_k=routing.experts_TK.shape[1])
-    return Capacity(MoEConfig(**(tokens_experts | moe)), layer, Group())(routing, step or context())
+    return Capacity(MoEConfig(**(tokens_experts | moe)), Site(layer), Group())(routing, step or context())
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def plans_on_ranks(
 
     def work(group: Group) -> DispatchPlan:
         mine = slice(group.rank * size, (group.rank + 1) * size)
-        return Capacity(moe, 1, group)(as_routing(routing.preference_TE, routing.experts_TK, mine), step)
+        return Capacity(moe, Site(1), group)(as_routing(routing.preference_TE, routing.experts_TK, mine), step)
 
     with monkeypatch.context() as patch:
         patch.setattr(capacity, "all_gather", ranks.all_gather)
@@ -226,7 +226,7 @@ def test_global_scope_drops_the_same_on_any_number_of_ranks(
     moe = MoEConfig(num_experts=4, top_k=2, capacity_factor=0.75, drop_policy=policy)
     for seed in range(5):
         routing, step = random_routing(16, 4, 2, seed), context(seed)
-        alone = Capacity(moe, 1, Group())(routing, step)
+        alone = Capacity(moe, Site(1), Group())(routing, step)
         plans = plans_on_ranks(monkeypatch, world, routing, step, moe)
         assert (~alone.kept_TK).sum() >= 8  # C = ceil(0.75 * 2 * 16 / 4) = 6: at most 24 of 32 stay
         assert torch.equal(torch.cat([plan.kept_TK for plan in plans]), alone.kept_TK)
@@ -312,7 +312,7 @@ def test_rerouting_on_ranks(policy: str, scope: str, monkeypatch: pytest.MonkeyP
         routing, step = random_routing(16, 4, 2, seed), context(seed)
         plans = plans_on_ranks(monkeypatch, 4, routing, step, moe)
         if scope == "global":
-            alone = Capacity(moe, 1, Group())(routing, step)
+            alone = Capacity(moe, Site(1), Group())(routing, step)
             assert torch.equal(torch.cat([plan.kept_TK for plan in plans]), alone.kept_TK)
             assert torch.equal(torch.cat([plan.experts_TK for plan in plans]), alone.experts_TK)
         for rank, plan in enumerate(plans):
@@ -327,7 +327,7 @@ def test_factors_of_layers_and_steps() -> None:
     routing = routing_of([[0]] * 8, [[0.5]] * 8, num_experts=2)
 
     def limit(index: int = 0, step: int = 0, phase: str = "train", **moe: object) -> int | None:
-        rule = Capacity(MoEConfig(num_experts=2, top_k=1, **moe), 5, Group(), index)
+        rule = Capacity(MoEConfig(num_experts=2, top_k=1, **moe), Site(index), Group())
         return rule(routing, StepContext(context().key, phase, step=step)).capacity
 
     factors = dict(capacity_factor=[0.25, None, 1.5], eval_capacity_factor=[1.0, 2.0, None])
@@ -344,6 +344,6 @@ def test_experts_choose_their_tokens() -> None:
     routing = as_routing(probs_TE, torch.arange(3).expand(4, 3))
     moe = MoEConfig(num_experts=3, top_k=1, router="expert_choice", capacity_factor=1.0)
     for phase in ("train", "eval", "dropless"):
-        plan = Capacity(moe, 0, Group())(routing, context(phase=phase))
+        plan = Capacity(moe, Site(0), Group())(routing, context(phase=phase))
         assert plan.kept_TK.T.tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
         assert plan.counts_WE.tolist() == plan.kept_WE.tolist() == [[2, 2, 2]]

@@ -73,7 +73,7 @@ def shazeer(made: object, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     noise = context().key.fold("noise", 0).normal(torch.arange(len(x_TD) * E)).view(-1, E).tolist()
     gates, load = torch.zeros(len(x_TD), E), torch.zeros(E)
     for t in range(len(x_TD)):
-        std = [log1p(exp(s)) for s in spread[t]]
+        std = [max(log1p(exp(s)), 0.01) for s in spread[t]]
         noisy = [c + n * s for c, n, s in zip(clean[t], noise[t], std, strict=True)]
         chosen = sorted(range(E), key=lambda e, noisy=noisy: -noisy[e])[:2]
         gates[t, chosen] = torch.tensor([noisy[e] for e in chosen]).softmax(0)
@@ -95,6 +95,31 @@ def test_noisy_top_k_is_shazeers() -> None:
     routing.extra_loss.backward()
     assert made.weight.grad.abs().max() > 1e-4 and made.noise_weight.grad.abs().max() > 1e-5
     assert torch.equal(routed(made, phase="eval").logits_TE, tokens() @ made.weight.t())
+
+
+@pytest.mark.parametrize("raw", [-1000.0, -110.0, -60.0, -43.7, -20.0, -4.7, -4.5, 0.0, 30.0])
+def test_noise_that_has_died_out_leaves_finite_gradients(raw: float) -> None:
+    """Raw deviations near `raw`: the gradients of equations 3 to 11 in float64, with a deviation of at least 0.01."""
+    made, x_TD = router("noisy", importance_loss_coef=0.5, load_loss_coef=0.25), tokens()
+    x_TD[:, 0] = 1.0
+    with torch.no_grad():
+        made.noise_weight[:, 0] = raw
+    routed(made, x_TD).extra_loss.backward()
+    weight, noise_weight = (p.detach().double().requires_grad_() for p in (made.weight, made.noise_weight))
+    clean_TE, raw_TE = x_TD.double() @ weight.t(), x_TD.double() @ noise_weight.t()
+    std_TE = raw_TE.exp().log1p()
+    std_TE = std_TE + (0.01 - std_TE.detach()).clamp(min=0)
+    noisy_TE = clean_TE + context().key.fold("noise", 0).normal(torch.arange(T * E)).view(T, E) * std_TE
+    gates_E, load_E = torch.zeros(2, E, dtype=torch.float64).unbind()
+    for t in range(T):
+        best = noisy_TE[t].argsort(descending=True)
+        gates_E = gates_E.index_add(0, best[:2], noisy_TE[t, best[:2]].softmax(0))
+        beaten = torch.stack([noisy_TE[t, best[2 if e in best[:2] else 1]] for e in range(E)])
+        load_E = load_E + torch.special.ndtr((clean_TE[t] - beaten) / std_TE[t])
+    (0.5 * cv_squared(gates_E) + 0.25 * cv_squared(load_E)).backward()
+    for grad, expected in ((made.weight.grad, weight.grad), (made.noise_weight.grad, noise_weight.grad)):
+        assert grad.isfinite().all()
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-12)
 
 
 def test_coefficient_of_variation() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import moe_dist
+from moe_dist.models.block import moe_layer
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.flops import classifier_parameter_counts
 from moe_dist.moe.layer import MoE
@@ -70,15 +71,15 @@ def test_padding_changes_nothing(capacity_factor: float | None) -> None:
             torch.testing.assert_close(grad, results[0][3][name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-def moe_layer(**changes: object) -> MoE:
-    layer = MoE(tiny_model(**changes), 0, single_process_mesh())
+def layer_of(**changes: object) -> MoE:
+    layer = moe_layer(tiny_model(**changes), 0, single_process_mesh())
     initialize(layer, 3)
     return layer.double()
 
 
 def assert_as_without_padding(**changes: object) -> None:
     """Output, statistics and gradients of an MoE layer are those of the real tokens alone; padding gets zero."""
-    layer = moe_layer(**changes)
+    layer = layer_of(**changes)
     x_TD = torch.randn(13, 16, dtype=torch.float64)
     mask_T = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 0]).bool()
     ids_T = torch.arange(13) * 5
@@ -116,7 +117,7 @@ def test_capacity_is_for_real_tokens_alone(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("changes", [dict(router="noisy"), dict(router="sinkhorn"), dict(balance_scope="sequence")])
 def test_who_would_count_padding_says_so(changes: dict[str, object]) -> None:
-    layer, mask_T = moe_layer(**changes), torch.tensor([True, False])
+    layer, mask_T = layer_of(**changes), torch.tensor([True, False])
     with pytest.raises(ValueError, match="counts padding as tokens"):
         layer(torch.randn(2, 16).double(), replace(context(), real=RealTokens(mask_T, 1)))
 

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from moe_dist.train.record.metrics import LayerLoad, MetricsWriter, board_scalars, moe_record
+from moe_dist.moe.losses import MoEStats
+from moe_dist.step import Site
+from moe_dist.train.record.metrics import MetricsWriter, board_scalars, moe_record
 
 
-def layer_load(layer: int, load_E: list[int], kept_E: list[int], **changes: float) -> LayerLoad:
-    numbers = {"entropy": 1.0, "balance_loss": 1.0, "z_loss": 0.5, "unserved": 0.0, "sent_bytes": 0} | changes
-    return LayerLoad(layer=layer, load_E=load_E, kept_E=kept_E, **numbers)
+def layer_load(site: Site, load_E: list[int], kept_E: list[int], sent_bytes: int = 0, **changes: float) -> MoEStats:
+    numbers = {"aux_loss": 0.0, "entropy": 1.0, "balance_loss": 1.0, "z_loss": 0.5, "unserved": 0.0} | changes
+    loads = {"load_E": torch.tensor(load_E), "kept_E": torch.tensor(kept_E)}
+    means = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    return MoEStats(site, **means, **loads, sent_bytes=sent_bytes)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
@@ -28,8 +33,8 @@ def written(run_dir: Path, steps: int) -> MetricsWriter:
 
 def test_moe_record_by_hand() -> None:
     # 8 assignments a layer: the first drops 2 of its 6 on expert 0, the second none; 2 of 16 in all
-    first = layer_load(0, [6, 2], [4, 2], sent_bytes=60, unserved=0.5, entropy=0.25, balance_loss=1.5, z_loss=0.5)
-    second = layer_load(3, [4, 4], [4, 4], sent_bytes=20, entropy=0.75, balance_loss=1.0, z_loss=1.5)
+    first = layer_load(Site(0), [6, 2], [4, 2], sent_bytes=60, unserved=0.5, entropy=0.25, balance_loss=1.5, z_loss=0.5)
+    second = layer_load(Site(3), [4, 4], [4, 4], sent_bytes=20, entropy=0.75, balance_loss=1.0, z_loss=1.5)
     record = moe_record([first, second], row_bytes=10)
     rows = record.pop("layers")
     assert record == {
@@ -65,7 +70,9 @@ def test_moe_record_by_hand() -> None:
 
 
 def test_attention_experts_have_rows_and_tags_of_their_own() -> None:
-    record = moe_record([layer_load(1, [3, 5], [3, 5]), layer_load(1, [6, 2], [4, 2], kind="attention")], row_bytes=10)
+    record = moe_record(
+        [layer_load(Site(1), [3, 5], [3, 5]), layer_load(Site(1, "attention"), [6, 2], [4, 2])], row_bytes=10
+    )
     assert [(row["layer"], row["kind"], row["drop_rate"]) for row in record["layers"]] == [
         (1, "feed_forward", 0.0),
         (1, "attention", 0.25),
@@ -80,7 +87,7 @@ def test_moe_record_of_a_dense_model_is_empty() -> None:
 
 def test_moe_record_refuses_more_kept_than_sent() -> None:
     with pytest.raises(AssertionError):
-        moe_record([layer_load(0, [1, 1], [2, 1])], row_bytes=10)
+        moe_record([layer_load(Site(0), [1, 1], [2, 1])], row_bytes=10)
 
 
 def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
@@ -166,7 +173,7 @@ def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 def test_board_tags() -> None:
     record = {"step": 7, "loss": 1.0, "mfu": 0.4, "validation_loss": 2.0, "note": "no number"}
-    record |= moe_record([layer_load(3, [3, 1], [2, 1])], row_bytes=10)
+    record |= moe_record([layer_load(Site(3), [3, 1], [2, 1])], row_bytes=10)
     assert dict(board_scalars(record)) == {
         "train/loss": 1.0,
         "system/mfu": 0.4,
@@ -191,7 +198,7 @@ def test_tensorboard_shows_the_run_once_after_a_rewind(tmp_path: Path) -> None:
 
     writer = MetricsWriter(tmp_path, tensorboard=True, histogram_every=2)
     for step in (1, 2, 3, 4):
-        writer.log({"step": step, "loss": float(step)} | moe_record([layer_load(0, [5, 0, 3], [4, 0, 3])], 10))
+        writer.log({"step": step, "loss": float(step)} | moe_record([layer_load(Site(0), [5, 0, 3], [4, 0, 3])], 10))
     writer.rewind(2)
     writer.log({"step": 3, "loss": 30.0})
     writer.close()
