@@ -67,6 +67,9 @@ class MoEConfig:
     drop_policy: Literal["position", "score", "random"] = "position"
     """Who stays when an expert is full: the first tokens, the highest router weights, or a keyed random choice.
     Only `position` is causal: under `score` and `random` a later token can displace an earlier one."""
+    drop_order: Literal["token", "choice"] = "token"
+    """With drop_policy = position and top_k > 1, which come first. token: all choices of a token before any of the
+    next. choice: the first choices of all tokens before any second choice, as GShard and DeepSpeed do; not causal."""
     overflow: Literal["drop", "reroute"] = "drop"
     """What becomes of an assignment that finds its expert full. drop: it adds nothing, the residual carries the token.
     reroute: it asks for the token's next choice that has room, until all experts were asked."""
