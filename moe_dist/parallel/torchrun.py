@@ -2,10 +2,7 @@
 
     python -m moe_dist.parallel.torchrun --nproc_per_node 2 -m moe_dist.cli train CONFIG
 
-Takes the flags of torchrun; on one machine all but those of the rendezvous. `torchrun --standalone` keeps two stores
-that listen on every interface, and whoever reaches them can write what ranks read. Here the launcher meets itself in a
-file, and the ranks meet at a port of the loopback interface, which rank 0 opens (`launch.py`). With `--nnodes` they
-meet as those of torchrun do.
+Takes the flags of torchrun, but for those of the rendezvous; where machines and ranks meet is in nodes.py.
 """
 
 import logging
@@ -13,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,24 +22,27 @@ _SAVED = os.EX_TEMPFAIL  # train/exit_codes.py
 
 
 def main(args: Sequence[str]) -> int:
-    """Returns the exit code when all ranks have ended: 0, or as torchrun 1 for whatever they returned."""
+    """Returns the exit code when all ranks have ended: 0, 2 for a mistake, or as torchrun 1 for what they returned."""
     with EarlySignals(leave=True):  # until torchrun has handlers of its own there is nobody to pass a signal on to
-        from torch.distributed import run
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        from moe_dist.parallel.nodes import launch
 
     # What they say of ranks and signals is what is said here, in more words.
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
-        try:
-            run.run(run.parse_args([*_meeting(args, folder), *args]))
-        except ChildFailedError as error:
-            print("\n".join(described(error.failures)), file=sys.stderr, flush=True)
-            return 1
-        except SignalException as error:
-            print(f"moe-dist: {signal.Signals(error.sigval).name}, passed on to all ranks", file=sys.stderr, flush=True)
-            return 1
+    try:
+        launch(args)
+    except ValueError as error:
+        print(f"moe-dist: {error}", file=sys.stderr, flush=True)
+        return 2
+    except ChildFailedError as error:
+        print("\n".join(described(error.failures)), file=sys.stderr, flush=True)
+        return 1
+    except SignalException as error:
+        print(f"moe-dist: {signal.Signals(error.sigval).name}, passed on to all ranks", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -76,20 +75,6 @@ def _end(code: int) -> str:
         name = "unknown"
     hint = ": by the system for want of memory, or by hand" if -code == signal.SIGKILL else ""
     return f"died of signal {-code} ({name}){hint}"
-
-
-def _meeting(args: Sequence[str], folder: str) -> list[str]:
-    """Where launchers and ranks meet, if the caller does not say that there are several machines."""
-    if any(arg.partition("=")[0] in ("--nnodes", "--nnode") for arg in _own(args)):
-        return []
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the launcher opens no store for the ranks
-    meet = ["--nnodes", "1", "--local_addr", "127.0.0.1", "--rdzv_backend", "c10d"]
-    return [*meet, "--rdzv_endpoint", os.path.join(folder, "rendezvous"), "--rdzv_conf", "store_type=file"]
-
-
-def _own(args: Sequence[str]) -> Sequence[str]:
-    """The launcher's flags, which end where the ranks' program begins."""
-    return args[: args.index("-m")] if "-m" in args else args
 
 
 if __name__ == "__main__":
