@@ -207,7 +207,7 @@ class AttentionExperts(nn.Module):
             x, w_eMD = x.to(dtype), w_eMD.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             rows = self.permute.gather_rows(x, order)
-            rows = linear(rows, w_eMD, order.rows_per_expert, self.backend, out_first)
+            rows = linear(rows, w_eMD, order, self.backend, out_first)
             return self.permute.combine_rows(rows, weights_XK, order)
 
 

@@ -67,7 +67,7 @@ class TransformerBlock(nn.Module):
         self.rope_theta, self.moe = rope_theta, None
         seed = drawn_seed(seed)
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.attention = CausalSelfAttention(self.model, 0, single_process_mesh())
+        self.attention = CausalSelfAttention(self.model.head_sizes, self.model.attention, single_process_mesh())
         initialize(self.attention, seed, "attention.")
         self.dropout = nn.Dropout(dropout)
         if use_moe:

@@ -86,6 +86,8 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
         rows["fullest expert"] = f"{last['load_max_over_mean']:.2f} times the mean load"
     if "tokens_per_second" in last:
         rows["throughput"] = f"{short_number(last['tokens_per_second'])} tokens/s, MFU {last['mfu']:.1%}"
+        if "mfu_executed" in last and "drop_rate" in last:  # records of earlier versions do not say
+            rows["throughput"] += f" ({last['mfu_executed']:.1%} without what was dropped)"
         rows["memory"] = f"{short_number(last['memory_bytes'])}B a rank at most"
     newest = outcome.folder.newest_checkpoint()
     rows["checkpoint"] = str(newest) if newest else f"none under {config.run.root}"

@@ -22,6 +22,7 @@ from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
+from moe_dist.models.flops import executed_flops
 from moe_dist.parallel.mesh import Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, require_same
 from moe_dist.parallel.trail import Trail
@@ -81,7 +82,8 @@ class Trainer:
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )
-        held = Held.of(self.task.parameter_counts(config.model), self.mesh.layout)
+        with torch.device("meta"):
+            held = Held.by(self.task.build(config.model, self.mesh))
         with explained(config, self.shape, self.mesh.layout, held):
             built = self.task.build(config.model, self.mesh).to(device)
             self.engine = make_engine(
@@ -238,18 +240,22 @@ class Trainer:
         self.mesh.trail.enter("update")
         notes = self._update(step + 1, nll, aux, lr, health)
         seconds = time.monotonic() - began
-        rate = shape.tokens_per_step * self.task.real_share / seconds
-        achieved = rate * self.flops
+        tokens = shape.tokens_per_step * self.task.real_share
+        nominal = tokens * self.flops / seconds
+        executed = executed_flops(self.config.model, self.flops, tokens, layers) / seconds
+        peak = self.peak.flops_per_second * self.mesh.layout.world
         return {
             "step": step + 1,
             "loss": nll,
             "aux_loss": aux,
             "lr": lr,
             **notes,
-            "tokens_per_second": rate,
+            "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "tflops": achieved / 1e12,
-            "mfu": achieved / (self.peak.flops_per_second * self.mesh.layout.world),
+            "tflops": nominal / 1e12,
+            "mfu": nominal / peak,
+            "tflops_executed": executed / 1e12,
+            "mfu_executed": executed / peak,
             "memory_bytes": memory_bytes(self.device)["peak"],
             **moe_record(layers, self.row_bytes),
         }

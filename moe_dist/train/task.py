@@ -29,13 +29,8 @@ from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
-from moe_dist.models.flops import (
-    ParameterCounts,
-    classifier_flops_per_token,
-    classifier_parameter_counts,
-    parameter_counts,
-    train_flops_per_token,
-)
+from moe_dist.models.flops import classifier_flops_per_token, train_flops_per_token
+from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.collectives import all_reduce

@@ -20,11 +20,13 @@ from moe_dist.cli import main
 from moe_dist.config import Config
 from moe_dist.config.load import load_config
 from moe_dist.study.lock import locked
+from moe_dist.train.record.metrics import SYSTEM
 from tests.dist.helpers import TINY, forget_process_group
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("step", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "tflops", "mfu"),
+    *("tflops_executed", "mfu_executed"),
     *("memory_bytes", "drop_rate", "unserved_rate", "load_max_over_mean", "balance_loss", "z_loss"),
     *("router_entropy", "layers"),
     *("dispatch_bytes", "dispatch_rows_bytes"),
@@ -90,8 +92,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def deterministic(run: Path) -> list[dict[str, Any]]:
     """What must repeat bit by bit: everything but the speed of the machine."""
-    machine = {"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"}
-    return [{key: value for key, value in record.items() if key not in machine} for record in records(run)]
+    return [{key: value for key, value in record.items() if key not in SYSTEM} for record in records(run)]
 
 
 def stored(run: Path, step: int) -> dict[str, bytes]:

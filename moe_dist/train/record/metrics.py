@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_dist.moe.losses import MoEStats
 
-SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
+SYSTEM = frozenset("tokens_per_second step_seconds tflops mfu tflops_executed mfu_executed memory_bytes".split())
 _MOE = frozenset(
     "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
     "dispatch_rows_bytes dispatch_bytes".split()

@@ -81,6 +81,14 @@ def test_attention_experts_have_rows_and_tags_of_their_own() -> None:
     assert (scalars["moe/layer_1/drop_rate"], scalars["moe/attention_1/drop_rate"]) == (0.0, 0.25)
 
 
+def test_a_step_of_padding_alone_has_a_record() -> None:
+    """No assignments: nothing was dropped, and no expert had more than another."""
+    record = moe_record([layer_load(Site(0), [0, 0], [0, 0]), layer_load(Site(1), [4, 2], [3, 2])], row_bytes=10)
+    assert [row["drop_rate"] for row in record["layers"]] == [0.0, 1 / 6]
+    assert [row["load_max_over_mean"] for row in record["layers"]] == [1.0, 4 / 3]
+    assert moe_record([layer_load(Site(0), [0, 0], [0, 0])], row_bytes=10)["drop_rate"] == 0.0
+
+
 def test_moe_record_of_a_dense_model_is_empty() -> None:
     assert moe_record([], row_bytes=10) == {}
 
