@@ -1,11 +1,13 @@
 """The model's part of the configuration: attention, experts, and what surrounds them. The rest is in schema.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import ConfigDict
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+"""Of pydantic, which parse.py alone imports, when it first checks something: importing a layer stays quick."""
 
 
 CapacityFactor = float | None | list[float | None]
