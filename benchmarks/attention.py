@@ -55,7 +55,7 @@ class Projections(nn.Module):
 
 
 def ours(model: ModelConfig) -> tuple[CausalSelfAttention, Callable[[Tensor], Tensor]]:
-    layer = CausalSelfAttention(model, 0, single_process_mesh())
+    layer = CausalSelfAttention(model.head_sizes, model.attention, single_process_mesh())
     initialize(layer, 0)
     return layer, lambda x: layer(x.flatten(0, 1), (x.shape[0], x.shape[1]), Positions(), STEP)[0].view_as(x)
 

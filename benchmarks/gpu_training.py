@@ -55,7 +55,7 @@ class Bench:
         if "cpu" in args:  # DeepSpeed and Triton must not look for the GPU
             environment |= {"CUDA_VISIBLE_DEVICES": ""}
         call = [sys.executable, "-m", "moe_dist.cli", *args]
-        done = subprocess.run(call, env=environment, capture_output=True, text=True, cwd=self.folder)
+        done = subprocess.run(call, env=environment, capture_output=True, text=True, encoding="utf-8", cwd=self.folder)
         if done.returncode:
             raise RuntimeError("\n".join([" ".join(args), *(done.stdout + done.stderr).splitlines()[-25:]]))
         return done.stdout

@@ -5,9 +5,11 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moe_dist
+from moe_dist.process import EarlySignals, interrupts_held, output_never_fatal
 
 if TYPE_CHECKING:
     from moe_dist.config.flags import Parser
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 
   train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
-  status CONFIG [flags]         how far that run is
+  status RUN | CONFIG [flags]   how far that run is
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
@@ -46,9 +48,10 @@ Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a f
   75 saved and stopped: run it again            79  starts again and again without a checkpoint (guard.max_restarts)
 """
 
-_STATUS = """Print in one line how far a run is: none, running, finished, preempted or failed, and what is known of it.
+_STATUS = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
+or failed, with its last step and its loss, or how it ended.
 
-Takes what `moe-dist train` takes, and reads status.json of the run that this names.
+Takes the folder of a run, or what `moe-dist train` takes, and reads status.json and metrics.jsonl of the run.
 """
 
 
@@ -82,15 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "status":
                 return _status(rest)
             case "study":
-                from moe_dist.study.command import study
-
+                with interrupts_held():
+                    from moe_dist.study.command import study
                 return study(rest)
             case "generate":
                 from moe_dist.generate.arguments import generate_arguments
 
                 own = generate_arguments(rest)  # help and mistakes come at once, before torch is loaded
-                from moe_dist.generate.command import generate_text
-
+                with interrupts_held():
+                    from moe_dist.generate.command import generate_text
                 return generate_text(own)
             case "chaos":
                 return _chaos(rest)
@@ -98,22 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from moe_dist.surgery.arguments import experts_arguments
 
                 own = experts_arguments(rest)
-                from moe_dist.surgery.command import experts
-
+                with interrupts_held():
+                    from moe_dist.surgery.command import experts
                 return experts(own)
             case "checkpoint":
                 from moe_dist.checkpoint.arguments import checkpoint_arguments
 
                 own = checkpoint_arguments(rest)
-                from moe_dist.checkpoint.command import checkpoint
-
+                with interrupts_held():
+                    from moe_dist.checkpoint.command import checkpoint
                 return checkpoint(own)
             case "verify":
                 from moe_dist.verify.arguments import verify_arguments
 
                 own = verify_arguments(rest)
-                from moe_dist.verify.command import verify
-
+                with interrupts_held():
+                    from moe_dist.verify.command import verify
                 return verify(own.options, own.ranks, own.device)
             case "version":
                 print(moe_dist.__version__)
@@ -155,18 +158,20 @@ def _print_any_text() -> None:
 
 
 def _train(args: list[str]) -> int:
-    own, config = _run_arguments("train", args, _TRAIN)
-    from moe_dist.train.record.status import is_finished
-    from moe_dist.train.resume import as_configured
+    first = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    with EarlySignals(speak=first == "0") as early, output_never_fatal():
+        own, config = _run_arguments("train", args, _TRAIN)
+        from moe_dist.train.record.status import is_finished
+        from moe_dist.train.resume import as_configured
 
-    folder = config.run.folder
-    if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder} has finished its {config.train.steps} steps already")
-        return 0
-    from moe_dist.train.command import train
+        folder = config.run.folder
+        if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
+            if first == "0":
+                print(f"{folder} has finished its {config.train.steps} steps already")
+            return 0
+        from moe_dist.train.command import train
 
-    return train(config, own.resume, own.device, _overrides(own))
+        return train(config, own.resume, own.device, _overrides(own), early)
 
 
 def _overrides(own: argparse.Namespace) -> list[str]:
@@ -182,10 +187,18 @@ def _overrides(own: argparse.Namespace) -> list[str]:
 
 
 def _status(args: list[str]) -> int:
-    _, config = _run_arguments("status", args, _STATUS)
-    from moe_dist.train.record.status import describe_status, read_status
+    if args and Path(args[0]).is_dir():
+        if len(args) > 1:
+            raise ValueError(f"{args[0]} is the folder of a run, and takes no {args[1]}: flags go with a configuration")
+        folder = Path(args[0])
+        if not (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} holds no config.yaml, so no run: give root/NAME, or the run's configuration")
+    else:
+        _, config = _run_arguments("status", args, _STATUS)
+        folder = config.run.folder
+    from moe_dist.train.record.status import describe_status, status_now
 
-    print(describe_status(read_status(config.run.folder)))
+    print(describe_status(status_now(folder)))
     return 0
 
 
@@ -197,8 +210,8 @@ def _chaos(args: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     own, config = _with_config(parser, args, "[--minutes M] [--ranks N] [--seed S]", _CHAOS)
-    from moe_dist.chaos.command import chaos
-
+    with interrupts_held():
+        from moe_dist.chaos.command import chaos
     return chaos(config, own.minutes, own.ranks, own.seed)
 
 

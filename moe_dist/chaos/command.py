@@ -18,6 +18,7 @@ from moe_dist.chaos.harass import Attack, Harassment, leftovers, under_watch
 from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series, Start
 from moe_dist.config import Config, validate
+from moe_dist.disk import replace_text
 from moe_dist.train.exit_codes import DONE, SAVED
 
 _WARM_UP = 5  # steps after which a process should have all that it needs
@@ -53,7 +54,7 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
         say(f"the same without faults, to step {step}: {reference.run}")
         undisturbed(reference, step)
     report = judged(harassment, reference, step) | {"seed": seed, "minutes": minutes}
-    (broken.run / "chaos.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    replace_text(broken.run / "chaos.json", json.dumps(report, indent=1))
     show(report, console)
     return 0 if not report["lost"] and not report["problems"] else 1
 

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from moe_dist.config.schema import Config
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema")
 
@@ -47,11 +49,14 @@ def parse_dict(values: Mapping[str, Any], source: str) -> Config:
 
 def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
     """The same for any dataclass of the schema's kind."""
+    from pydantic import ValidationError
+
     if unfit := list(_unfit(values)):
         raise ValueError("\n".join(f"{source}: {problem}" for problem in unfit))
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
-        return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
+        text = json.dumps(_without_empty_sections(values, cls), default=str)
+        return _adapter(cls).validate_json(text)  # type: ignore[arg-type]  # a class is hashable
     except ValidationError as error:
         found = error.errors(include_url=False)
         problems = _explain_all(cls, found[:_MOST_PROBLEMS])
@@ -82,7 +87,14 @@ def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, A
     }
 
 
-def _explain_all(cls: type, problems: Sequence[ErrorDetails]) -> list[str]:
+@cache
+def _adapter(cls: type[Schema]) -> "TypeAdapter[Schema]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _explain_all(cls: type, problems: Sequence["ErrorDetails"]) -> list[str]:
     """A line for each wrong value. Where several types are allowed, pydantic reports it once for each of them."""
     lines: dict[str, str] = {}
     for problem in problems:
@@ -95,7 +107,7 @@ def _explain_all(cls: type, problems: Sequence[ErrorDetails]) -> list[str]:
     return [line for path, line in lines.items() if not any(other.startswith(f"{path}.") for other in lines)]
 
 
-def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
+def _explain(cls: type, path: str, problem: "ErrorDetails") -> str:
     """One pydantic error, in the words of somebody who edits YAML."""
     if problem["type"] == "unexpected_keyword_argument":
         return f"{path}: unknown key{_advice(cls, path)}"

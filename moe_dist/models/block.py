@@ -1,5 +1,6 @@
 """One decoder block: pre-norm attention, then a pre-norm dense or MoE feed-forward, each on a residual."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -40,10 +41,26 @@ def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None 
     )
 
 
-ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention] | type[RoutedSelfAttention]] = {
-    "multi_query": CausalSelfAttention,
-    "switch": SwitchAttention,
-    "routed": RoutedSelfAttention,
+Attention = CausalSelfAttention | SwitchAttention | RoutedSelfAttention
+
+
+def _multi_query(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
+    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std)
+
+
+def _switch(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
+    return SwitchAttention(model, layer, mesh, out_std)
+
+
+def _routed(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
+    return RoutedSelfAttention(model.head_sizes, model.attention, mesh, layer, model.kernels, out_std)
+
+
+# The attention of block number `layer`, by the word of the configuration.
+ATTENTIONS: dict[str, Callable[[ModelConfig, int, Mesh, float], Attention]] = {
+    "multi_query": _multi_query,
+    "switch": _switch,
+    "routed": _routed,
 }
 
 
@@ -62,10 +79,9 @@ class DecoderBlock(nn.Module):
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
         widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
-        width = model.num_heads * model.head_width
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
-        attention = ATTENTIONS[model.attention.kind]
-        self.attention = attention(model, layer, mesh, width**-0.5 * residual)
+        attention_std = model.head_sizes.width**-0.5 * residual
+        self.attention = ATTENTIONS[model.attention.kind](model, layer, mesh, attention_std)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):

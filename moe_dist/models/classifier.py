@@ -32,7 +32,9 @@ class Classifier(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, max_len: int, seed: int = 0, pad_id: int = 0) -> None:
         super().__init__()
         assert model.num_classes is not None, "the number of classes is known before the model is built"
-        self.config, self.mesh, self.pad_id = model, mesh, pad_id
+        self.config = model
+        self.mesh = mesh
+        self.pad_id = pad_id
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.1)
         self.positions = parameter((max_len, model.d_model), ParamSpec((max_len, model.d_model), std=0.1))
         self.blocks = nn.ModuleList(EncoderBlock(model, layer, mesh) for layer in range(model.num_layers))
@@ -62,7 +64,7 @@ class Classifier(nn.Module):
         training = step.phase == "train"
         if training and self.config.token_dropout > 0.0:
             index_BS = torch.arange(first, first + mask_BS.numel(), device=mask_BS.device).view_as(mask_BS)
-            mask_BS = mask_BS & (step.key.fold("token dropout").uniform(index_BS) >= self.config.token_dropout)
+            mask_BS = mask_BS & step.key.fold("token dropout").keeps(index_BS, self.config.token_dropout)
         mask_T = mask_BS.flatten()
         step = replace(
             step,

@@ -16,6 +16,7 @@ from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
+from moe_dist.kernels.random import dropout_by_index
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
@@ -175,12 +176,8 @@ class MixtureOfExperts(Layer):
         )
 
     def _dropped_out(self, y_TD: Tensor, context: StepContext) -> Tensor:
-        if self.dropout == 0.0 or not self.training:
-            return y_TD
-        first = self.dp.rank * y_TD.numel()
-        index_TD = torch.arange(first, first + y_TD.numel(), device=y_TD.device).view_as(y_TD)
-        stays_TD = context.key.fold("dropout").uniform(index_TD) >= self.dropout
-        return y_TD * stays_TD / (1 - self.dropout)
+        rate = self.dropout if self.training else 0.0
+        return dropout_by_index(y_TD, rate, context.key.fold("dropout"), self.dp.rank * len(y_TD))
 
 
 def _model(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.attention.routed import Rotary, RoutedAttention
-from moe_dist.config.model import RoutedAttentionConfig
+from moe_dist.config.model import HeadSizes, RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout
 from moe_dist.kernels.coordinate_descent.backend import coordinate_descent
@@ -86,8 +86,9 @@ class MixtureOfAutoregressiveAttention(Layer):
         self.norm = RMSNorm(dim, 1e-5, single_process_mesh()) if prenorm else nn.Identity()
         attend = attention("flash" if flash_attn else "torch")
         descend = coordinate_descent("triton" if use_triton else "torch")
-        out_std = (heads * dim_head) ** -0.5
-        self.attention = RoutedAttention(dim, heads, heads, dim_head, routed, attend, descend, Group(), out_std)
+        head_sizes = HeadSizes(dim, heads, heads, dim_head)
+        out_std = head_sizes.width**-0.5
+        self.attention = RoutedAttention(head_sizes, routed, attend, descend, Group(), out_std)
         initialize(self, self.seed)
 
     def reset_parameters(self) -> None:

@@ -68,7 +68,7 @@ class TransformerBlock(Layer):
         self.rope_theta, self.moe = rope_theta, None
         with device:
             self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-            self.attention = CausalSelfAttention(self.model, 0, single_process_mesh())
+            self.attention = CausalSelfAttention(self.model.head_sizes, self.model.attention, single_process_mesh())
             self.dropout = nn.Dropout(dropout)
             if use_moe:
                 options = dict(activation=activation, seed=self.seed, device=device) | moe

@@ -24,6 +24,7 @@ from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import Config, EngineConfig
 from moe_dist.config.load import dump_config
+from moe_dist.disk import lines_backwards, replace_text
 from moe_dist.engine.base import STATE_KINDS, Kind
 from moe_dist.engine.make import make_engine
 from moe_dist.models.backends import resolve_backends
@@ -112,9 +113,7 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
     stop()
     moe = replace(config.model.moe, num_experts=changed.num_experts, d_ff=changed.d_ff, num_groups=changed.num_groups)
     where = replace(config.run, root=str(output.parent), name=output.name)
-    (output / "config.yaml").write_text(
-        dump_config(replace(config, model=replace(config.model, moe=moe), run=where)), encoding="utf-8"
-    )
+    replace_text(output / "config.yaml", dump_config(replace(config, model=replace(config.model, moe=moe), run=where)))
     tokenizer = run_of(checkpoint) / "tokenizer.json"
     if tokenizer.is_file():
         shutil.copy(tokenizer, output / tokenizer.name)
@@ -139,9 +138,8 @@ def describe(model: Trainable, run: Path) -> list[str]:
 
 
 def _last_loads(run: Path) -> dict[int, list[int]]:
-    metrics = run / "metrics.jsonl"
-    written = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    record: dict[str, Any] = json.loads(written[-1]) if written else {}
+    line = next((line for _, line in lines_backwards(run / "metrics.jsonl")), b"{}")
+    record: dict[str, Any] = json.loads(line)
     return {row["layer"]: row["load"] for row in record.get("layers", [])}
 
 

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, Protocol
@@ -29,13 +30,8 @@ from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
-from moe_dist.models.flops import (
-    ParameterCounts,
-    classifier_flops_per_token,
-    classifier_parameter_counts,
-    parameter_counts,
-    train_flops_per_token,
-)
+from moe_dist.models.flops import classifier_flops_per_token, train_flops_per_token
+from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.collectives import all_reduce
@@ -72,8 +68,11 @@ class Task(Protocol):
     def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
         """On the validation split, for metrics.jsonl; every rank must call."""
 
-    def finish(self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder) -> dict[str, float]:
-        """The last step's extra, after `evaluate`; every rank must call."""
+    def finish(
+        self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """The last step's extra, after `evaluate`; every rank must call. say: takes a line for the person who
+        watches."""
 
     def prepare(self, folder: RunFolder) -> None:
         """What the run folder must hold of the data. Rank 0 alone."""
@@ -146,7 +145,9 @@ class LanguageModelling:
         total = all_reduce(total, mesh.dp)
         return float(total[0] / total[1])
 
-    def finish(self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder) -> dict[str, float]:
+    def finish(
+        self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
+    ) -> dict[str, float]:
         return {}
 
     def prepare(self, folder: RunFolder) -> None:
@@ -209,11 +210,15 @@ class Classification:
         limit = self.config.run.eval_sequences
         return self._measure(engine, shape, step, "validation", self.corpus.validation, limit)[0]
 
-    def finish(self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder) -> dict[str, float]:
+    def finish(
+        self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
+    ) -> dict[str, float]:
         record, counts_CC = self._measure(engine, shape, step, "test", self.corpus.test, len(self.corpus.test.labels_N))
         if engine.mesh.rank == 0:
             title = f"{len(self.corpus.test.labels_N)} test texts, {accuracy(counts_CC):.1%} right"
-            write_confusion(folder.path, counts_CC, self.corpus.labels, title)
+            problem = write_confusion(folder.path, counts_CC, self.corpus.labels, title)
+            if problem is not None:
+                say(problem)
         return record
 
     def prepare(self, folder: RunFolder) -> None:

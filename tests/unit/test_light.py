@@ -18,7 +18,7 @@ import torch, sys
 before = set(sys.modules)
 from moe_dist import MixtureOfExperts
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert not added & {"argparse", "yaml", "rich", "tyro", "deepspeed", "megatron", "matplotlib"}, added
+assert not added & {"argparse", "yaml", "pydantic", "rich", "tyro", "deepspeed", "megatron", "matplotlib"}, added
 assert not {"moe_dist.cli", "moe_dist.config.load", "moe_dist.config.flags"} & set(sys.modules)
 """
 

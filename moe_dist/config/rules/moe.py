@@ -27,6 +27,7 @@ _USES: Uses = {
     "importance_loss_coef": ("router", "noisy"),
     "load_loss_coef": ("router", "noisy"),
     "sinkhorn_iterations": ("router", "sinkhorn"),
+    "drop_order": ("drop_policy", "position"),
     "wire": ("dispatch", "auto all_to_all"),
     "overlap_chunks": ("dispatch", "auto all_to_all"),
 }
@@ -129,6 +130,11 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
             yield (
                 "router=expert_choice needs a capacity_factor, how many tokens an expert takes; "
                 f"set {key(section, 'capacity_factor')} to 1.0"
+            )
+        if moe.drop_order != "token":
+            yield (
+                f"drop_order={moe.drop_order} has no meaning for router=expert_choice, whose experts choose by score; "
+                f"set {key(section, 'drop_order')} to token"
             )
         if moe.overflow == "reroute":
             yield (

@@ -104,7 +104,8 @@ def _sdpa(
 
 def _preferred(device: torch.device) -> AbstractContextManager[None]:
     """The order in which SDPA asks its kernels whether they can."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _HOPPER
+    there = device.type == "cuda" and torch.cuda.is_available()
+    hopper = there and torch.cuda.get_device_capability(device)[0] >= _HOPPER
     if not hopper or torch.are_deterministic_algorithms_enabled():
         return nullcontext()
     order: AbstractContextManager[None] = sdpa_kernel(_ORDER, set_priority=True)

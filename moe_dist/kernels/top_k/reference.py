@@ -45,8 +45,8 @@ def top_k_experts(
 ) -> TopK:
     """Choose the top_k experts by score, or take `chosen_TK` as given.
 
-    A chunk is `chunk` consecutive tokens (None: all are one), counted from a token `first` places before this rank's
-    first: token t is in chunk (first + t) // chunk - first // chunk. Equal scores: the lower expert first.
+    A chunk is `chunk` consecutive tokens (None: all are one), counted from a token `first` places before the
+    first here: token t is in chunk (first + t) // chunk - first // chunk. Equal scores: the lower expert first.
     """
     scores_TE = scores_of(logits_TE, score)
     if chosen_TK is None:

@@ -7,20 +7,15 @@ killed anywhere ends with exactly one line for each step. TensorBoard is a view 
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from moe_dist.disk import lines_backwards
 from moe_dist.moe.losses import MoEStats
-
-SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
-_MOE = frozenset(
-    "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
-    "dispatch_rows_bytes dispatch_bytes".split()
-)
+from moe_dist.train.record.board import Board
 
 
 def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
@@ -69,13 +64,14 @@ class MetricsWriter:
 
     A last line torn by a kill is removed on opening. Use `rewind` before logging when a run resumes.
     `histogram_every`: steps between TensorBoard histograms of the experts' load; metrics.jsonl has it every step.
+    say: takes a line for the person who watches.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool, *, histogram_every: int = 10) -> None:
-        self._run_dir = run_dir
+    def __init__(
+        self, run_dir: Path, tensorboard: bool, *, histogram_every: int = 10, say: Callable[[str], None] = print
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
-        self._tensorboard = tensorboard
-        self._histogram_every = histogram_every
+        self._board = Board(run_dir / "tensorboard", histogram_every, say) if tensorboard else None
         run_dir.mkdir(parents=True, exist_ok=True)
         self._open(last_step=math.inf)
 
@@ -93,7 +89,7 @@ class MetricsWriter:
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
-            self._log_board(record)
+            self._board.log(record)
 
     def sync(self) -> None:
         """Force everything logged onto the disk. Call it before a checkpoint of the same step is committed."""
@@ -114,75 +110,8 @@ class MetricsWriter:
     def _open(self, last_step: float) -> None:
         _trim(self._path, last_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = None
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here: the import takes seconds
-
-            purge_step = None if last_step == math.inf else int(last_step) + 1  # the first step to hide
-            self._board = SummaryWriter(self._run_dir / "tensorboard", purge_step=purge_step, flush_secs=10)
-
-    def _log_board(self, record: dict[str, Any]) -> None:
-        assert self._board is not None
-        step = record["step"]
-        for tag, value in board_scalars(record):
-            self._board.add_scalar(tag, value, step)
-        if step % self._histogram_every == 0:
-            for layer in record.get("layers", []):
-                self._log_load(f"{_tag(layer)}/load", layer["load"], step)
-
-    def _log_load(self, tag: str, load_E: list[int], step: int) -> None:
-        """A bar for each expert, as high as its load."""
-        assert self._board is not None
-        self._board.add_histogram_raw(
-            tag,
-            min=0,
-            max=len(load_E),
-            num=sum(load_E),
-            sum=sum(expert * load for expert, load in enumerate(load_E)),
-            sum_squares=sum(expert**2 * load for expert, load in enumerate(load_E)),
-            bucket_limits=list(range(1, len(load_E) + 1)),
-            bucket_counts=load_E,
-            global_step=step,
-        )
-
-
-def last_logged_step(run_dir: Path) -> int:
-    """The last step that metrics.jsonl has whole; 0 for none."""
-    path = run_dir / "metrics.jsonl"
-    for line in reversed(path.read_bytes().split(b"\n")) if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a torn last line
-            return int(json.loads(line)["step"])
-    return 0
-
-
-def recent_losses(run_dir: Path, count: int) -> list[float]:
-    """Losses of the last `count` steps in metrics.jsonl that were applied."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    applied = (record for record in map(json.loads, lines) if "skipped" not in record)
-    return [record["loss"] for record in applied if record.get("loss") is not None][-count:]
-
-
-def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The TensorBoard tag and value of each number in a record."""
-    for name, value in record.items():
-        if name == "step" or not isinstance(value, int | float):
-            continue
-        split, _, what = name.partition("_")
-        if split in ("validation", "test"):
-            yield f"{split}/{what}", value
-        elif name in SYSTEM:
-            yield f"system/{name}", value
-        else:
-            yield f"{'moe' if name in _MOE else 'train'}/{name}", value
-    for layer in record.get("layers", []):
-        for name in ("drop_rate", "load_max_over_mean", "entropy"):
-            yield f"{_tag(layer)}/{name}", layer[name]
-
-
-def _tag(row: dict[str, Any]) -> str:
-    """Of a row of `layers`: a block can have experts in its feed-forward and in its attention."""
-    return f"moe/{'attention' if row['kind'] == 'attention' else 'layer'}_{row['layer']}"
+        if self._board is not None:
+            self._board.begin(None if last_step == math.inf else int(last_step))
 
 
 def _mean(values: Iterator[Tensor]) -> float:
@@ -214,27 +143,26 @@ def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:
 
 
 def _trim(path: Path, last_step: float) -> None:
-    """Remove the lines with a later step, and a torn last line, in one atomic replacement."""
+    """Cut off the lines with a later step, and a torn last line. Reads no more of the file than these, and one."""
     if not path.exists():
         return
-    before = path.read_bytes()
-    lines = before.removesuffix(b"\n").split(b"\n") if before else []
-    kept = []
-    for number, line in enumerate(lines, start=1):
+    size, end, torn = path.stat().st_size, 0, True  # end: of what stays
+    for start, line in lines_backwards(path):
         try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # the process died while writing it
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            if not torn:  # only the last line can be what a process died over
+                raise ValueError(f"{path}, byte {start}: not a JSON record: {line[:80]!r}") from None
+        else:
+            if step <= last_step:
+                end = start + len(line)
                 break
-            raise ValueError(f"{path}, line {number}: not a JSON record: {line[:80]!r}") from None
-        if record["step"] <= last_step:
-            kept.append(line + b"\n")
-    after = b"".join(kept)
-    if after == before:
+        torn = False
+    if end + 1 == size or end == size == 0:
         return
-    temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("wb") as file:
-        file.write(after)
+    with path.open("rb+") as file:
+        file.truncate(end + 1 if end else 0)  # in one move: a kill leaves all of the old lines or all of the new ones
+        file.seek(end)
+        file.write(b"\n" if end else b"")  # already there, but of a last line that was torn just before it
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -15,11 +15,12 @@ from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import BlockReplay, moe_layer
-from moe_dist.models.flops import parameter_counts, train_flops_per_token
+from moe_dist.models.flops import train_flops_per_token
+from moe_dist.models.parameters import parameter_counts
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.step import Site, StepContext
+from moe_dist.step import RealTokens, Site, StepContext
 from tests.unit.helpers import context, gradients
 
 B, S, D, H, P, E = 3, 7, 10, 2, 4, 4
@@ -329,3 +330,28 @@ def test_counting_parameters_and_flops() -> None:
     assert (counts.expert, counts.total - counts.active) == (4 * E * expert, 4 * (E - 3) * expert)
     more = 4 * (2 * (2 * expert + E * D) + 2 * 2 * 2 * H * P * 4)  # two more experts a token, a router, their heads
     assert train_flops_per_token(model, S) - train_flops_per_token(dense, S) == 3 * more
+
+
+@pytest.mark.parametrize("changes", [{}, dict(drop_order="choice"), dict(overflow="reroute"), dict(router="sigmoid")])
+def test_a_step_of_padding_alone_is_a_step(changes: dict[str, Any]) -> None:
+    layer, x_BSD = layer_of(capacity_factor=0.5, **changes), drawn(B, S, D).requires_grad_()
+    real = RealTokens(torch.zeros(B * S, dtype=torch.bool), 0)
+    y_BSD, stats = run(layer, x_BSD, replace(context(), real=real))
+    (y_BSD.sum() + stats.aux_loss).backward()
+    assert (y_BSD == 0).all() and float(stats.aux_loss.detach()) == 0.0 and not stats.load_E.any()
+    assert all(grad.isfinite().all() for grad in [x_BSD.grad, *gradients(layer).values()])
+
+
+def test_attention_experts_serve_in_either_order() -> None:
+    """Assignments ask one after another, token after token or choice after choice."""
+    kept, x_TD = {}, drawn(B * S, D)
+    for order in ("token", "choice"):
+        plan = layer_of(top_k=2, capacity_factor=0.5, drop_order=order).gate(x_TD, context()).plan
+        queue = [(t, k) for t in range(B * S) for k in range(2)]
+        taken, kept[order] = [0] * E, torch.zeros(B * S, 2, dtype=torch.bool)
+        for t, k in sorted(queue, key=lambda at: at[1]) if order == "choice" else queue:
+            expert = int(plan.experts_TK[t, k])
+            kept[order][t, k] = taken[expert] < plan.capacity
+            taken[expert] += 1
+        assert torch.equal(plan.kept_TK, kept[order])
+    assert kept["choice"][:, 0].sum() > kept["token"][:, 0].sum()

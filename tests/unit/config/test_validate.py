@@ -109,6 +109,14 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ),
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
         ("weight_decay=1001.0 is above 1/lr=1000", {"optim__weight_decay": 1001.0}),
+        (
+            "drop_order=choice is of drop_policy=position, not score",
+            {"model__moe__drop_order": "choice", "model__moe__drop_policy": "score"},
+        ),
+        (
+            "drop_order=choice has no meaning for router=expert_choice",
+            {"model__moe__drop_order": "choice", "model__moe__router": "expert_choice"},
+        ),
         ("jitter=0.1 is of router=softmax, not hash", {"model__moe__router": "hash", "model__moe__jitter": 0.1}),
         (
             "num_groups=2 is of router=softmax or sigmoid, not noisy; set model.moe.num_groups",

@@ -17,6 +17,8 @@ CAUSAL = [
     {"capacity_factor": None, "drop_policy": "score"},
     {"router": "sigmoid"},
     {"router": "sinkhorn", "capacity_factor": None},
+    {"drop_order": "choice"},
+    {"drop_order": "choice", "top_k": 1},
     {"drop_policy": "score"},
     {"drop_policy": "random"},
     {"overflow": "reroute"},

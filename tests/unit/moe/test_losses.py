@@ -49,6 +49,12 @@ def test_balance_loss_by_hand() -> None:
     torch.testing.assert_close(balance_loss(sums_CE, torch.tensor([[3, 1]]), 2), torch.tensor(1.1))
 
 
+def test_balance_loss_is_exact_in_float64() -> None:
+    """f = (1/3, 2/3), P = (0.9, 0.1): 2 * (0.3 + 0.2 / 3) = 11 / 15. Thirds are not what fp32 divides to."""
+    sums_CE = torch.tensor([[2.7, 0.3]], dtype=torch.float64)
+    assert float(balance_loss(sums_CE, torch.tensor([[1, 2]]), 3)) == pytest.approx(11 / 15, rel=1e-15)
+
+
 def test_balance_loss_pushes_away_from_the_full_expert() -> None:
     """d loss / d logits is E * p * (f - <f, p>) / T: positive for an expert that has more than its share."""
     logits_TE = torch.tensor([[1.0, 0.0, -1.0]] * 4, requires_grad=True)

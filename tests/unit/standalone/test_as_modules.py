@@ -89,7 +89,7 @@ def test_a_pass_that_is_run_again_is_the_same_pass(name: str, reentrant: bool) -
 def test_a_pass_that_cannot_be_repeated_is_refused() -> None:
     layer = LAYERS["experts"]()
     y = checkpoint(layer, batch().requires_grad_(), use_reentrant=False, preserve_rng_state=False)
-    with pytest.raises(ValueError, match="leave preserve_rng_state of torch.utils.checkpoint at True"):
+    with pytest.raises(ValueError, match=r"leave preserve_rng_state of torch\.utils\.checkpoint at True"):
         y.sum().backward()
     told = checkpoint(lambda x: layer(x, step=7), batch().requires_grad_(), use_reentrant=False)
     told.sum().backward()
@@ -145,7 +145,7 @@ def test_a_compiled_model_computes_what_it_did(name: str) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_in_a_model_compiled_by_inductor() -> None:

@@ -1,6 +1,7 @@
 """The classifier: padding that changes nothing, texts that do not see each other, experts that come and go."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 import moe_dist
 from moe_dist.models.block import moe_layer
 from moe_dist.models.classifier import Classifier
-from moe_dist.models.flops import classifier_parameter_counts
+from moe_dist.models.parameters import classifier_parameter_counts
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.classifier import SwitchClassifier
 from moe_dist.step import RealTokens
+from moe_dist.train.record.metrics import moe_record
 from tests.unit.helpers import context, gradients, random_ids, tiny_model
 
 ROUTERS = [dict(top_k=1), dict(router="sigmoid", top_k=2), dict(router="hash"), dict(router="expert_choice")]
@@ -26,7 +28,7 @@ POLICIES = [
     for factor in (0.5, 1.0)
     for policy in ("position", "score", "random")
     for overflow in ("drop", "reroute")
-]
+] + [dict(capacity_factor=0.5, drop_order="choice", overflow=overflow) for overflow in ("drop", "reroute")]
 
 
 def classifier(**options: object) -> SwitchClassifier:
@@ -122,11 +124,37 @@ def test_who_would_count_padding_says_so(changes: dict[str, object]) -> None:
         layer(torch.randn(2, 16).double(), replace(context(), real=RealTokens(mask_T, 1)))
 
 
-def test_a_batch_of_padding_alone_is_finite() -> None:
-    model = classifier()
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "hash", "expert_choice"])
+def test_a_batch_of_padding_alone_is_finite(router: str) -> None:
+    model = classifier(router=router)
     logits, aux = model(torch.zeros(2, 4, dtype=torch.int64))
     (logits.sum() + aux).backward()
+    assert float(aux) == 0.0
     assert logits[0].equal(logits[1]) and all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+NOTHING = [dict(router=router) for router in ("softmax", "sigmoid", "hash", "expert_choice")]
+NOTHING += [dict(drop_policy="score"), dict(drop_policy="random"), dict(drop_order="choice"), dict(overflow="reroute")]
+NOTHING += [dict(min_capacity=0), dict(capacity_factor=None), dict(num_shared_experts=1)]
+
+
+@pytest.mark.parametrize("changes", NOTHING, ids=str)
+def test_a_step_of_padding_alone_is_a_step(changes: dict[str, object]) -> None:
+    """Nothing is routed: zero from the experts, no loss, zero gradients, and a record of finite numbers."""
+    layer = layer_of(**({"capacity_factor": 1.0} | changes))
+    x_TD, mask_T = torch.randn(6, 16, dtype=torch.float64, requires_grad=True), torch.zeros(6, dtype=torch.bool)
+    step = replace(context(), real=RealTokens(mask_T, 0), token_ids_T=torch.arange(6))
+    y_TD, stats = layer(x_TD, step)
+    (y_TD.sum() + stats.aux_loss).backward()
+    if "num_shared_experts" not in changes:
+        assert (y_TD == 0).all()
+    assert float(stats.aux_loss.detach()) == 0.0 and not stats.load_E.any() and not stats.kept_E.any()
+    assert all(grad.isfinite().all() for grad in [x_TD.grad, *gradients(layer.experts).values()])
+    layer.router.balance(stats.load_E)
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+    record = moe_record([stats], row_bytes=4)
+    assert (record["drop_rate"], record["unserved_rate"], record["load_max_over_mean"]) == (0.0, 0.0, 1.0)
+    assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
 
 
 def test_texts_of_a_batch_do_not_see_each_other() -> None:
