@@ -87,9 +87,9 @@ class DataConfig:
 
     kind: Literal["stdlib", "text", "indexed", "jsonl", "csv"] = "stdlib"
     """stdlib: the sources of Python's standard library, present on every machine; with task = classification, blocks
-    of their lines, labelled by the package that they come from. text: files or folders in `paths`. Both are read as
-    bytes by language models. indexed: token ids in Megatron-core's .bin and .idx files, for language models. jsonl,
-    csv: files in `paths` with a text and a label, for task = classification."""
+    of their lines, labelled by the package that they come from. text: files or folders in `paths`. jsonl, csv: files in
+    `paths` of records with a text and, for task = classification, a label. Language models read the bytes of all these.
+    indexed: token ids in Megatron-core's .bin and .idx files, for language models."""
     paths: list[str] = field(default_factory=list)
     """With kind = text: files, or folders that are searched for files. With jsonl and csv: files.
     indexed: paths without .bin and .idx. ~ is your home folder."""

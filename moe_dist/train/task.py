@@ -160,7 +160,8 @@ class LanguageModelling:
         return parameter_counts(model)
 
     def notes(self, model: ModelConfig) -> list[str]:
-        return list(causality_notes(model))
+        left_out = self.corpus.left_out.describe()
+        return [*([left_out] if left_out else []), *causality_notes(model)]
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}
@@ -176,7 +177,8 @@ class LanguageModelling:
         corpus = self.corpus
         return (
             f"{corpus.name}: {short_number(len(corpus.train))} train and "
-            f"{short_number(len(corpus.validation))} validation {corpus.unit}s of {corpus.num_files} files"
+            f"{short_number(len(corpus.validation))} validation {corpus.unit}s "
+            f"({corpus.validation_share:.1%}) of {corpus.num_files} {corpus.made_of}"
         )
 
 
@@ -246,7 +248,8 @@ class Classification:
         corpus = self.corpus
         sizes = [len(part.labels_N) for part in (corpus.train, corpus.validation, corpus.test)]
         return (
-            f"{corpus.name}: {sizes[0]} train, {sizes[1]} validation and {sizes[2]} test texts of "
+            f"{corpus.name}: {sizes[0]} train, {sizes[1]} validation ({sizes[1] / sum(sizes):.1%}) and {sizes[2]} test "
+            f"({sizes[2] / sum(sizes):.1%}) texts of "
             f"{len(corpus.labels)} classes, {corpus.num_copies} copies left out; "
             f"{corpus.subwords.vocab_size} subwords, {1 - self.real_share:.0%} padding, "
             f"{corpus.num_truncated} texts cut at {self.config.train.seq_len}"

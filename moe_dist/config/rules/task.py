@@ -70,14 +70,12 @@ def _language_modelling(config: Config) -> Iterator[str]:
             yield f"sample_tokens={config.run.sample_tokens} needs bytes as tokens, not data.kind indexed; set it to 0"
     elif 1 <= model.vocab_size < _BYTES:
         yield f"vocab_size={model.vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
-    if data.kind in _LABELLED:
-        yield f"data.kind {data.kind} is for task=classification; set data.kind to text, or task to classification"
     if model.num_classes is not None:
         yield f"num_classes={model.num_classes} is of task=classification; set model.num_classes to null"
     for name in ("dropout", "token_dropout"):
         if getattr(model, name) != 0.0:
             yield f"{name}={getattr(model, name)} is of task=classification; set model.{name} to 0"
-    for name in ("test_fraction", "block_lines"):
+    for name in ("test_fraction", "block_lines", "label_key"):
         value, default = getattr(data, name), getattr(DataConfig(), name)
         if value != default:
             yield f"{name}={value} is of task=classification; set data.{name} to {default}"

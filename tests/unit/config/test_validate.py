@@ -148,6 +148,10 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"guard__spike": "off", "guard__spike_window": 10},
         ),
         ("text_key=words is of kind=jsonl or csv, not stdlib", {"data__text_key": "words"}),
+        (
+            "label_key=mood is of task=classification",
+            {"data__kind": "jsonl", "data__paths": ["a.jsonl"], "data__label_key": "mood"},
+        ),
         ("block_lines=9 is of task=classification", {"data__block_lines": 9}),
         ("test_fraction=0.2 is of task=classification", {"data__test_fraction": 0.2}),
         ("node_size=4 is of model.moe.dispatch=hierarchical, not auto", {"parallel__node_size": 4}),
