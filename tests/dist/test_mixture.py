@@ -71,7 +71,8 @@ def check_copies() -> None:
         layer.balance()
         seen = [draw(step).chunk(4)[r][: 1 + r] for r in range(3)]
         whole.moe.router.balance(sum(_load(whole, x_TD) for x_TD in seen))
-        assert torch.equal(layer.moe.router.bias_E, whole.moe.router.bias_E) and layer.moe.router.bias_E.any()
+        assert torch.equal(layer.moe.router.bias_E, whole.moe.router.bias_E)
+        assert layer.moe.router.bias_E.any() or step == 1  # what the first moved, the second may move back
     for options in (dict(dropout=0.5), dict(dropout=0.0, jitter=0.9, top_k=1), dict(dropout=0.0, router="noisy")):
         ones_TD = torch.ones(T, D, dtype=torch.float64)
         noisy = mixture(None, dict(expert_capacity_factor=None) | options)
