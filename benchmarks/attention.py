@@ -55,7 +55,7 @@ class Projections(nn.Module):
 
 
 def ours(model: ModelConfig) -> tuple[CausalSelfAttention, Callable[[Tensor], Tensor]]:
-    layer = CausalSelfAttention(model, 0, single_process_mesh())
+    layer = CausalSelfAttention(model.head_sizes, model.attention, single_process_mesh())
     initialize(layer, 0)
     return layer, lambda x: layer(x.flatten(0, 1), (x.shape[0], x.shape[1]), Positions(), STEP)[0].view_as(x)
 
@@ -106,7 +106,7 @@ def cores(shape: tuple[int, ...], precision: str, steps: int, device: torch.devi
     if device.type == "cuda":
         for name, backend in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION)):
             found[name] = partial(_under, backend, sdpa)
-        found["triton"] = _backend("triton")
+        found |= {"moe_dist flash": _backend("flash"), "triton": _backend("triton")}
     else:
         found = {"plain maths": plain, "SDPA": sdpa, "flash": _backend("flash"), "packed": _backend("packed")}
     return race({name: partial(_step, one) for name, one in found.items()}, draw, steps, 2)
@@ -124,14 +124,14 @@ def decoding(length: int, groups: int, steps: int, device: torch.device) -> dict
 
 def on_gpu(steps: int, device: torch.device, rehearse: bool) -> Iterator[tuple[str, dict[str, float]]]:
     """(title, seconds) of the cells that want a GPU; a rehearsal goes through smaller ones on CPU."""
-    batch, heads, lengths, width = (1, 8, (32, 64), 16) if rehearse else (4, 32, (4096, 16384), 128)
+    batch, heads, lengths, width = (1, 8, (16, 20), 16) if rehearse else (4, 32, (4096, 16384), 128)
     precision = "fp32" if rehearse else "bf16"
     for length in lengths:
         for groups in (1, 8):
             title = f"core B {batch}, S {length}, H {heads}, G {groups}, P {width}, {precision}, forward + backward"
             yield title, cores((batch, length, heads, groups, width), precision, steps, device)
     for groups in (1, 8):
-        keys = 256 if rehearse else 32768
+        keys = 64 if rehearse else 32768
         yield f"decode, {keys} keys, G {groups}", decoding(keys, groups, steps, device)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.collectives import all_gather, all_reduce, exchange_rows
 from moe_dist.parallel.launch import spawn
@@ -69,7 +70,7 @@ CARRIERS: dict[str, dict[str, Any]] = {
 def make_layer(cell: Cell, mesh: Mesh, dtype: torch.dtype, **how: Any) -> MoE:
     moe = MoEConfig(num_experts=cell.num_experts, top_k=cell.top_k, capacity_factor=None, **how)
     model = ModelConfig(d_model=cell.d_model, d_ff=cell.d_ff, activation=cell.activation, moe=moe)
-    layer = MoE(resolve_backends(model, mesh.ep.size), 0, mesh)
+    layer = moe_layer(resolve_backends(model, mesh.ep.size), 0, mesh)
     initialize(layer, seed=0)
     return layer.to(dtype)
 

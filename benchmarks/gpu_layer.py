@@ -3,12 +3,15 @@
 Shapes m, q, o, s of benchmarks/cells.py with 8k and 32k tokens, even and skewed loads, dropless. Each contestant is
 measured alone: milliseconds by CUDA events (median, inputs in turns), the share of this GPU's measured matmul rate that
 the chosen experts' products make of it, and the memory that a step needs beyond weights and inputs. Outputs at 8k are
-compared with plain maths in fp32. Prints a Markdown row as soon as it is known; `--json FILE` keeps the numbers.
+compared with plain maths in fp32, but for Transformers', whose routers choose in bf16. Prints a Markdown row as soon as
+it is known; `--json FILE` keeps the numbers.
 """
 
 import argparse
 import gc
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,12 +44,14 @@ def makers(cell: Cell, w: Weights, device: torch.device) -> Makers:
     found["sort + grouped_mm"] = lambda: Contestant(SortedGroupedMM(cell, w))
     if find_spec("transformers"):
         if w.gate is not None:
-            found["Transformers grouped_mm"] = lambda: Contestant(Mixtral(cell, w, "grouped_mm"))
+            found["Transformers grouped_mm"] = lambda: Contestant(Mixtral(cell, w, "grouped_mm"), exact=False)
         elif cell.shape.top_k == 1:
-            found["Transformers Switch"] = lambda: Contestant(Switch(cell, w))
+            found["Transformers Switch"] = lambda: Contestant(Switch(cell, w), exact=False)
     if device.type == "cuda":
         if find_spec("liger_kernel") and w.gate is not None:
-            found["Liger-Kernel"] = lambda: Contestant(Liger(cell, w))
+            # Its autotuner compiles some 150 kernels a shape: minutes. Its own switch pins one choice of blocks.
+            os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+            found["Liger-Kernel, autotuning off"] = lambda: Contestant(Liger(cell, w))
         if find_spec("scattermoe"):
             found["ScatterMoE"] = lambda: Contestant(Scatter(cell, w))
     return found | {"dense bound": lambda: Contestant(Dense(cell, w), exact=False)}
@@ -84,6 +89,7 @@ def run(cell: Cell, device: torch.device, rate: float, rounds: int) -> dict[str,
     ]
     rows: dict[str, Any] = {}
     for name, make in makers(cell, w, device).items():
+        began = time.monotonic()
         try:
             contestant = make()
             row: dict[str, Any] = measured(contestant, batches, device, rounds)
@@ -94,24 +100,21 @@ def run(cell: Cell, device: torch.device, rate: float, rounds: int) -> dict[str,
             rows[name] = row
         except Exception as failure:  # a peer that cannot do the cell must not hide the others
             rows[name] = {"failed": f"{type(failure).__name__}: {failure}"[:300]}
+        rows[name]["wall_seconds"] = time.monotonic() - began
+        print(markdown(cell, name, rows[name]), flush=True)
         contestant = None
         gc.collect()
         torch.cuda.empty_cache()
     return {"title": cell.shape.title, "flops": cell.flops, "contestants": rows}
 
 
-def markdown(cell: Cell, result: dict[str, Any]) -> str:
-    """A row for each contestant of a cell."""
-    lines = []
-    for name, row in result["contestants"].items():
-        if "failed" in row:
-            lines.append(f"| {cell.name} | {name} | failed: {row['failed']} | | | |".replace("\n", " "))
-            continue
-        error = f"{row['error']:.1e}" if "error" in row else ""
-        memory = f"{row['peak_bytes'] / 2**30:.2f}"
-        numbers = f"{1e3 * row['seconds']:.2f} | {row['share_of_peak']:.0%} | {memory} | {error}"
-        lines.append(f"| {cell.name} | {name} | {numbers} |")
-    return "\n".join(lines)
+def markdown(cell: Cell, name: str, row: dict[str, Any]) -> str:
+    """A contestant's row of the table."""
+    if "failed" in row:
+        return f"| {cell.name} | {name} | failed: {row['failed']} | | | |".replace("\n", " ")
+    error = f"{row['error']:.1e}" if "error" in row else ""
+    numbers = f"{1e3 * row['seconds']:.2f} | {row['share_of_peak']:.0%} | {row['peak_bytes'] / 2**30:.2f} | {error}"
+    return f"| {cell.name} | {name} | {numbers} |"
 
 
 def main() -> None:
@@ -126,8 +129,7 @@ def main() -> None:
     print(f"Products of 8192 run at {rate / 1e12:.3g} TFLOP/s here; shares are of that.\n")
     print("| cell | layer | ms | of peak | GiB a step | error |\n|---|---|---|---|---|---|", flush=True)
     for cell in cells(own.rehearse):
-        found["cells"][cell.name] = result = run(cell, device, rate, 2 if own.rehearse else 8)
-        print(markdown(cell, result), flush=True)
+        found["cells"][cell.name] = run(cell, device, rate, 2 if own.rehearse else 8)
         if own.json:
             own.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     ours = [row for result in found["cells"].values() for name, row in result["contestants"].items() if "moe_" in name]

@@ -70,7 +70,9 @@ def measure(device: torch.device, rehearse: bool) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
         try:
-            found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+            found["nvidia_smi"] = subprocess.run(
+                query, capture_output=True, text=True, encoding="utf-8", check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError) as error:
             found["nvidia_smi"] = f"not asked: {error}"
         found |= {

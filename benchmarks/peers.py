@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.layer import MoE
+from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.step import StepContext
 
@@ -73,7 +73,7 @@ class Ours(nn.Module):
         moe = MoEConfig(num_experts=s.experts, top_k=s.top_k, d_ff=s.d_ff, **moe_options)
         model = ModelConfig(d_model=s.d_model, num_layers=1, activation=s.activation, moe=moe)
         model = resolve_backends(model, ep=1, device_type=device.type)
-        self.layer = MoE(model, layer=0, mesh=single_process_mesh()).to(device, cell.dtype)
+        self.layer = moe_layer(model, layer=0, mesh=single_process_mesh()).to(device, cell.dtype)
         self.context = StepContext(RandomKey.of(0))
         experts = self.layer.experts
         pairs = [(self.layer.router.weight, w.router), (experts.w_gate, w.gate)]

@@ -41,9 +41,9 @@ def _wait() -> None:
 
 
 def restart_like_a_launch_script() -> None:
-    """Threads and malloc are set when a process starts: begin again with launch/env.sh, for all contestants alike."""
+    """malloc is set when a process starts: begin again with launch/env.sh, for all contestants alike."""
     if os.environ.get("BENCHMARK_ENV") != "ready":
-        script = 'source "$0" 1 && BENCHMARK_ENV=ready exec "$@"'
+        script = 'source "$0" && BENCHMARK_ENV=ready exec "$@"'
         os.execvp("bash", ["bash", "-c", script, str(LAUNCH_ENV), sys.executable, *sys.argv])
 
 

@@ -1,11 +1,5 @@
 # shellcheck shell=bash
-# Settings for RANKS processes on this machine: `source launch/env.sh RANKS`. What is set already stays.
-
-if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
-  cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-  export OMP_NUM_THREADS="$((cores > $1 ? cores / $1 : 1))"
-  unset cores
-fi
+# Memory settings for processes that train: `source launch/env.sh`. What is set already stays.
 
 if ! nvidia-smi -L >/dev/null 2>&1; then
   # On CPU, each step frees large buffers and asks for them again. Let glibc (2.35 or newer) keep them in its heap:

@@ -5,8 +5,12 @@
 #
 # On several machines, start the same command on each, RANKS processes a machine, with
 #   NNODES        how many machines (default: 1)
-#   NODE_RANK     which one this is, from 0 (default: SLURM_NODEID)
+#   NODE_RANK     which one this is, from 0
 #   MASTER_ADDR   machine 0, as the others reach it          MASTER_PORT   a free port there (default: 29500)
+# As the only task of its node in a Slurm step (srun --ntasks-per-node=1) it knows all but NNODES by itself.
+#
+# OMP_NUM_THREADS   threads of a rank (default: the CPUs that may be used, divided among RANKS)
+#
 # `kill -USR2` or `kill` torchrun: the run saves after the step at hand and leaves; --resume continues it.
 #
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds that this may take before ranks are killed (default: 110)
@@ -21,20 +25,10 @@ fi
 ranks="$1"
 shift
 
-meet=(-m moe_dist.parallel.torchrun) # opens ports on loopback only
-if [[ "${NNODES:-1}" != 1 ]]; then
-  meet=(
-    -m torch.distributed.run
-    --nnodes "$NNODES"
-    --node_rank "${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK: which of the $NNODES machines is this, from 0}}"
-    --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the machine with NODE_RANK 0}"
-    --master_port "${MASTER_PORT:-29500}"
-  )
-fi
-
 # shellcheck source=launch/env.sh
-source "$root/launch/env.sh" "$ranks"
+source "$root/launch/env.sh"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 # torchrun would die of SIGUSR2 and leave its ranks alone. Named here, it passes the signal on and waits for them.
-exec "${MOE_DIST_PYTHON:-$root/.venv/bin/python}" "${meet[@]}" --nproc_per_node "$ranks" \
+exec "${MOE_DIST_PYTHON:-$root/.venv/bin/python}" -m moe_dist.parallel.torchrun \
+  --nnodes "${NNODES:-1}" --nproc_per_node "$ranks" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 -m moe_dist.cli train "$@"

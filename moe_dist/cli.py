@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moe_dist
+from moe_dist.process import EarlySignals, interrupts_held, output_never_fatal
 
 if TYPE_CHECKING:
+    from moe_dist.config.flags import Parser
     from moe_dist.config.schema import Config
 
 _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 
   train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
-  status CONFIG [flags]         how far that run is
+  status RUN | CONFIG [flags]   how far that run is
   study run|list|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
@@ -28,7 +30,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 _TRAIN = """Train a Mixture-of-Experts language model, or with `task: classification` a text classifier.
 
 CONFIG is a YAML file (configs/ has some); every key of it is a flag too, with the same name and meaning:
-  moe-dist train configs/quickstart.yaml --model.moe.top-k 1 --model.moe.capacity-factor None
+  moe-dist train configs/quickstart.yaml --model.moe.top-k 1 --model.moe.capacity-factor null
 Under torchrun or as a Slurm step each rank runs this same command:
   torchrun --nproc_per_node 4 -m moe_dist.cli train configs/quickstart.yaml --parallel.ep 4
 
@@ -46,9 +48,10 @@ Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a f
   75 saved and stopped: run it again            79  starts again and again without a checkpoint (guard.max_restarts)
 """
 
-_STATUS = """Print in one line how far a run is: none, running, finished, preempted or failed, and what is known of it.
+_STATUS = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
+or failed, with its last step and its loss, or how it ended.
 
-Takes what `moe-dist train` takes, and reads status.json of the run that this names.
+Takes the folder of a run, or what `moe-dist train` takes, and reads status.json and metrics.jsonl of the run.
 """
 
 
@@ -82,27 +85,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "status":
                 return _status(rest)
             case "study":
-                from moe_dist.study.command import study
-
+                with interrupts_held():
+                    from moe_dist.study.command import study
                 return study(rest)
             case "generate":
-                from moe_dist.generate.command import generate_text
+                from moe_dist.generate.arguments import generate_arguments
 
-                return generate_text(rest)
+                own = generate_arguments(rest)  # help and mistakes come at once, before torch is loaded
+                with interrupts_held():
+                    from moe_dist.generate.command import generate_text
+                return generate_text(own)
             case "chaos":
                 return _chaos(rest)
             case "experts":
-                from moe_dist.surgery.command import experts
+                from moe_dist.surgery.arguments import experts_arguments
 
-                return experts(rest)
+                own = experts_arguments(rest)
+                with interrupts_held():
+                    from moe_dist.surgery.command import experts
+                return experts(own)
             case "checkpoint":
-                from moe_dist.checkpoint.command import checkpoint
+                from moe_dist.checkpoint.arguments import checkpoint_arguments
 
-                return checkpoint(rest)
+                own = checkpoint_arguments(rest)
+                with interrupts_held():
+                    from moe_dist.checkpoint.command import checkpoint
+                return checkpoint(own)
             case "verify":
-                from moe_dist.verify.command import verify
+                from moe_dist.verify.arguments import verify_arguments
 
-                return verify(rest)
+                own = verify_arguments(rest)
+                with interrupts_held():
+                    from moe_dist.verify.command import verify
+                return verify(own.options, own.ranks, own.device)
             case "version":
                 print(moe_dist.__version__)
                 return 0
@@ -143,18 +158,20 @@ def _print_any_text() -> None:
 
 
 def _train(args: list[str]) -> int:
-    own, config = _run_arguments("train", args, _TRAIN)
-    from moe_dist.train.record.status import is_finished
-    from moe_dist.train.resume import as_configured
+    first = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    with EarlySignals(speak=first == "0") as early, output_never_fatal():
+        own, config = _run_arguments("train", args, _TRAIN)
+        from moe_dist.train.record.status import is_finished
+        from moe_dist.train.resume import as_configured
 
-    folder = Path(config.run.root) / config.run.name
-    if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{folder} has finished its {config.train.steps} steps already")
-        return 0
-    from moe_dist.train.command import train
+        folder = config.run.folder
+        if own.resume == "auto" and is_finished(folder, config.train.steps) and as_configured(folder, config):
+            if first == "0":
+                print(f"{folder} has finished its {config.train.steps} steps already")
+            return 0
+        from moe_dist.train.command import train
 
-    return train(config, own.resume, own.device, _overrides(own))
+        return train(config, own.resume, own.device, _overrides(own), early)
 
 
 def _overrides(own: argparse.Namespace) -> list[str]:
@@ -170,44 +187,72 @@ def _overrides(own: argparse.Namespace) -> list[str]:
 
 
 def _status(args: list[str]) -> int:
-    _, config = _run_arguments("status", args, _STATUS)
-    from moe_dist.train.record.status import describe_status, read_status
+    if args and Path(args[0]).is_dir():
+        if len(args) > 1:
+            raise ValueError(f"{args[0]} is the folder of a run, and takes no {args[1]}: flags go with a configuration")
+        folder = Path(args[0])
+        if not (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} holds no config.yaml, so no run: give root/NAME, or the run's configuration")
+    else:
+        _, config = _run_arguments("status", args, _STATUS)
+        folder = config.run.folder
+    from moe_dist.train.record.status import describe_status, status_now
 
-    print(describe_status(read_status(Path(config.run.root) / config.run.name)))
+    print(describe_status(status_now(folder)))
     return 0
 
 
 def _chaos(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="moe-dist chaos", add_help=False, allow_abbrev=False)
+    from moe_dist.config.flags import Parser
+
+    parser = Parser("moe-dist chaos", add_help=False)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    usage = "moe-dist chaos [CONFIG] [--minutes M] [--ranks N] [--seed S]"
-    own, config = _with_config(parser, args, usage, _CHAOS)
-    from moe_dist.chaos.command import chaos
-
+    own, config = _with_config(parser, args, "[--minutes M] [--ranks N] [--seed S]", _CHAOS)
+    with interrupts_held():
+        from moe_dist.chaos.command import chaos
     return chaos(config, own.minutes, own.ranks, own.seed)
 
 
 def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
     """What follows `moe-dist train`."""
-    parser = argparse.ArgumentParser(prog=f"moe-dist {command}", add_help=False, allow_abbrev=False)
+    from moe_dist.config.flags import Parser
+
+    parser = Parser(f"moe-dist {command}", add_help=False)
     parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
     parser.add_argument("--override")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    usage = f"moe-dist {command} [CONFIG] [--resume [{{must,auto,never}}]] [--override NAME,..] [--device {{cpu,cuda}}]"
-    return _with_config(parser, args, usage, description)
+    own = "[--resume [{must,auto,never}]] [--override NAME,..] [--device {cpu,cuda}]"
+    return _with_config(parser, args, own, description)
 
 
-def _with_config(
-    parser: argparse.ArgumentParser, args: list[str], usage: str, description: str
-) -> tuple[argparse.Namespace, "Config"]:
+def _with_config(parser: "Parser", args: list[str], own_usage: str, about: str) -> tuple[argparse.Namespace, "Config"]:
     """A YAML file, flags of the command itself, and flags of the configuration."""
-    from moe_dist.config.load import load_config, override_config
+    from moe_dist.config.flags import override_config
+    from moe_dist.config.load import load_config
+    from moe_dist.config.schema import Config
 
-    path = args.pop(0) if args and not args[0].startswith("-") else None
-    own, flags = parser.parse_known_args(args)
-    return own, override_config(load_config(path), flags, prog=usage, description=description)
+    path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    asked = next((at for at, word in enumerate(rest) if word in ("-h", "--help")), None)
+    if asked is not None:
+        usage = f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
+        topic = next((word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")), "")
+        _print_help(usage, about, topic, load_config(path) if path else Config())
+        raise SystemExit(0)
+    own, flags = parser.parse_known_args(rest)
+    if path is None and not flags:
+        raise ValueError(
+            f"{parser.prog} needs a configuration: {parser.prog} CONFIG, for example configs/tiny.yaml, which one core "
+            f"trains in seconds; {parser.prog} --help tells more"
+        )
+    return own, override_config(load_config(path), flags, [f"--{name}" for name in vars(own)])
+
+
+def _print_help(usage: str, about: str, topic: str, config: "Config") -> None:
+    from moe_dist.config.describe import describe_keys, describe_sections
+
+    print(describe_keys(topic, config) if topic else f"usage: {usage}\n\n{about}\n{describe_sections()}")
 
 
 if __name__ == "__main__":

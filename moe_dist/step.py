@@ -10,13 +10,26 @@ from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group
 
 
+@dataclass(frozen=True)
+class Site:
+    """Whose experts: those of a block's feed-forward, or those of its attention."""
+
+    layer: int
+    kind: Literal["feed_forward", "attention"] = "feed_forward"
+
+    @property
+    def number(self) -> int:
+        """One for each site of a model, by which it draws: 0, 1, ... of feed-forwards, -1, -2, ... of attention."""
+        return self.layer if self.kind == "feed_forward" else -1 - self.layer
+
+
 class Witness(Protocol):
     """Sees every decision of a step; `moe-dist verify` uses one to compare a layout with a single process."""
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
         """The scores to decide by: those given, or a reference's where they are equal within rounding."""
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
         """What was decided for this rank's tokens."""
 
 

@@ -92,7 +92,7 @@ check_machine() {
 write_conf() {
   local nodes="$1" host cpus k
   host="$(hostname)"
-  cpus="$(nproc)"
+  cpus="$(getconf _NPROCESSORS_ONLN)" # nproc follows OMP_NUM_THREADS
   {
     cat <<CONF
 ClusterName=moe_dist

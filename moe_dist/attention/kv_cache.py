@@ -31,7 +31,8 @@ class KVCache:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} is below 1")
-        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
         shape = (max_batch_size, n_heads, max_seq_len, head_dim)
         self.k_BGLP, self.v_BGLP = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths: list[int] = []

@@ -1,26 +1,27 @@
 """Multi-query and grouped-query causal self-attention, cut over tp (arXiv 1911.02150, arXiv 2305.13245).
 
-Query heads are cut over tp. Key/value heads are cut too when tp divides their number; otherwise (multi-query above all)
-every rank keeps the small key/value weight whole, computes just the heads that its own query heads read, and the
-weight's gradient is summed over tp. So tp may be larger than num_kv_heads, and no rank is idle.
+Query heads are cut over tp, and key/value heads are computed where they are read (parallel/heads.py). Where tp does not
+divide their number (multi-query above all), every rank keeps the small key/value weight whole and computes just the
+heads that it reads; the weight's gradient is summed over tp.
 
 Legend: B batch, S sequence, T = B * S tokens, D d_model, H query heads, G key/value heads, P width of a head.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
-from moe_dist.moe.layer import Replay
-from moe_dist.parallel.collectives import copy_to_group, reduce_from_group
+from moe_dist.moe.gate import Replay
+from moe_dist.parallel.collectives import copy_to_group
+from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh
+from moe_dist.parallel.norm import norm_over_group
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
 
@@ -28,86 +29,86 @@ from moe_dist.step import StepContext
 class KeyValueHeads(nn.Module):
     """x -> the keys and values that this rank's query heads read; logical weight [G * 2 * P, D], head after head."""
 
-    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, tp: Group) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group) -> None:
         super().__init__()
-        self.head_dim, self.tp = head_dim, tp
-        rows = 2 * head_dim
-        queries = num_heads // tp.size
-        readers = [head * num_kv_heads // num_heads for head in range(tp.rank * queries, (tp.rank + 1) * queries)]
-        first, held = readers[0], readers[-1] - readers[0] + 1
-        logical = (num_kv_heads * rows, d_model)
-        self.cut = tp.size > 1 and num_kv_heads % tp.size == 0
+        self.head_dim = sizes.head_dim
+        self.tp = tp
+        self.assignment = HeadAssignment.of(sizes.num_heads, sizes.num_kv_heads, tp)
+        rows, d_model = 2 * sizes.head_dim, sizes.d_model  # rows of a head
+        first, held = self.assignment.kv_held.start, len(self.assignment.kv_held)
+        logical = (sizes.num_kv_heads * rows, d_model)
+        self.cut = tp.size > 1 and not self.assignment.shared
         if self.cut:
             spec = ParamSpec(logical, "tensor", first * rows * d_model, d_model**-0.5)
             self.weight = parameter((held * rows, d_model), spec)
         else:
             self.weight = parameter(logical, ParamSpec(logical, std=d_model**-0.5))
         self.rows = slice(0, held * rows) if self.cut else slice(first * rows, (first + held) * rows)
-        # Which of the computed heads each query head reads; None where it is a plain repetition.
-        local = [reader - first for reader in readers]
-        regular = queries % held == 0 and local == [head // (queries // held) for head in range(queries)]
-        self.reads: list[int] | None = None if regular else local
-        self.heads = held if regular else queries
 
     def forward(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Two tensors [B, S, `heads`, P]."""
+        """Two tensors [B, S, G of this rank, P]; G is assignment.kv_read."""
         weight = self.weight if self.cut else copy_to_group(self.weight, self.tp)
-        held = (self.rows.stop - self.rows.start) // (2 * self.head_dim)
+        held, reads = len(self.assignment.kv_held), self.assignment.reads
         kv_BSGP = F.linear(x_TD, weight[self.rows]).view(*shape, held, 2, self.head_dim)
-        if self.reads is not None:
-            kv_BSGP = kv_BSGP[:, :, self.reads]
+        if reads is not None:
+            kv_BSGP = kv_BSGP[:, :, list(reads)]
         return kv_BSGP[..., 0, :], kv_BSGP[..., 1, :]
 
 
 class QueryKeyNorm(nn.Module):
     """Layer norm of a query over all its heads, and of a key over its one (ViT-22B, arXiv 2302.05442, eq. 4)."""
 
-    def __init__(self, num_heads: int, head_dim: int, tp: Group, eps: float) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group, eps: float) -> None:
         super().__init__()
-        self.tp, self.eps, self.width = tp, eps, num_heads * head_dim
-        local = self.width // tp.size
+        self.tp = tp
+        self.eps = eps
+        width, head_dim = sizes.width, sizes.head_dim
+        local = width // tp.size
         first = tp.rank * local
-        self.query_weight = parameter((local,), ParamSpec((self.width,), "tensor", first, None))
-        self.query_bias = parameter((local,), ParamSpec((self.width,), "tensor", first, 0.0))
+        self.query_weight = parameter((local,), ParamSpec((width,), "tensor", first, None))
+        self.query_bias = parameter((local,), ParamSpec((width,), "tensor", first, 0.0))
         self.key_weight = parameter((head_dim,), ParamSpec((head_dim,), std=None))
         self.key_bias = parameter((head_dim,), ParamSpec((head_dim,), std=0.0))
 
     def forward(self, q_BSHP: Tensor, k_BSGP: Tensor) -> tuple[Tensor, Tensor]:
-        wide_BSX = q_BSHP.flatten(2).to(torch.promote_types(q_BSHP.dtype, torch.float32))
-        centred_BSX = wide_BSX - self._mean(wide_BSX)
-        normed_BSX = centred_BSX * (self._mean(centred_BSX.square()) + self.eps).rsqrt()
-        q_BSX = (normed_BSX * self.query_weight + self.query_bias).to(q_BSHP.dtype)
+        q_BSM = norm_over_group(q_BSHP.flatten(2), self.query_weight, self.query_bias, self.eps, self.tp)
         weight, bias = copy_to_group(self.key_weight, self.tp), copy_to_group(self.key_bias, self.tp)
-        return q_BSX.view_as(q_BSHP), F.layer_norm(k_BSGP, k_BSGP.shape[-1:], weight, bias, self.eps)
-
-    def _mean(self, x_BSX: Tensor) -> Tensor:
-        """Over all heads of all tp ranks; each rank's results depend on it, so its gradient is summed over them."""
-        return copy_to_group(reduce_from_group(x_BSX.sum(-1, keepdim=True), self.tp), self.tp) / self.width
+        return q_BSM.view_as(q_BSHP), F.layer_norm(k_BSGP, k_BSGP.shape[-1:], weight, bias, self.eps)
 
 
 class CausalSelfAttention(nn.Module):
-    """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism."""
+    """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism.
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> None:
+    layer: by which attention dropout draws. norm_eps: of qk_ln. out_std: of the output projection's initial values,
+    width^-0.5 where None.
+    """
+
+    def __init__(
+        self,
+        sizes: HeadSizes,
+        config: AttentionConfig,
+        mesh: Mesh,
+        layer: int = 0,
+        norm_eps: float = 1e-5,
+        out_std: float | None = None,
+    ) -> None:
         super().__init__()
-        tp = mesh.tp
-        self.config, self.layer, self.mesh = model.attention, layer, mesh
-        self.num_heads = model.num_heads
-        self.head_dim = model.head_width
-        width = model.num_heads * self.head_dim
-        self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
-        self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
-        self.out = RowParallelLinear(width, model.d_model, tp, width**-0.5 if out_std is None else out_std)
-        self.qk_norm = None
-        if self.config.qk_ln:
-            self.qk_norm = QueryKeyNorm(model.num_heads, self.head_dim, tp, model.norm_eps)
-        heads = model.num_heads // tp.size
-        self.heads = slice(tp.rank * heads, (tp.rank + 1) * heads)
+        tp, width = mesh.tp, sizes.width
+        self.config = config
+        self.layer = layer
+        self.mesh = mesh
+        self.num_heads = sizes.num_heads
+        self.head_dim = sizes.head_dim
+        self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5)
+        self.key_value = KeyValueHeads(sizes, tp)
+        self.out = RowParallelLinear(width, sizes.d_model, tp, width**-0.5 if out_std is None else out_std)
+        self.qk_norm = QueryKeyNorm(sizes, tp, norm_eps) if config.qk_ln else None
+        self.heads = self.key_value.assignment.queries
         self.sinks_H = None
-        if self.config.sinks:
-            spec = ParamSpec((model.num_heads,), "tensor", self.heads.start, 0.0)
-            self.sinks_H = parameter((heads,), spec)
-        self.attend = attention(self.config.backend)
+        if config.sinks:
+            spec = ParamSpec((sizes.num_heads,), "tensor", self.heads.start, 0.0)
+            self.sinks_H = parameter((len(self.heads),), spec)
+        self.attend = attention(config.backend)
 
     def forward(
         self,
@@ -121,7 +122,7 @@ class CausalSelfAttention(nn.Module):
         """shape: (B, S) of the full tokens. With a cache, queries also see what is in it, and are added to it. There
         are no losses, and no decisions to replay."""
         x_TD = enter(x_TD, self.mesh)
-        q_BSHP = self.query(x_TD).view(*shape, self.heads.stop - self.heads.start, self.head_dim)
+        q_BSHP = self.query(x_TD).view(*shape, len(self.heads), self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
         if self.config.clip_qkv is not None:
             q_BSHP, k_BSGP, v_BSGP = (
@@ -143,7 +144,7 @@ class CausalSelfAttention(nn.Module):
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
         weight = self.key_value.weight
-        return KVCache(rows, length, self.key_value.heads, self.head_dim, weight.dtype, weight.device)
+        return KVCache(rows, length, self.key_value.assignment.kv_read, self.head_dim, weight.dtype, weight.device)
 
     def _pattern(
         self, positions: Positions, starts_B: Tensor | None, shape: tuple[int, int], step: StepContext
@@ -152,7 +153,7 @@ class CausalSelfAttention(nn.Module):
         if self.config.dropout > 0 and step.phase == "train":
             key = step.key.fold("attention dropout", self.layer)
             dropout = Dropout(self.config.dropout, key, self.mesh.dp.rank * shape[0], self.heads.start, self.num_heads)
-        slopes_H = None if positions.slopes_H is None else positions.slopes_H[self.heads]
+        slopes_H = None if positions.slopes_H is None else positions.slopes_H[self.heads.start : self.heads.stop]
         return Pattern(
             window=self.config.window,
             starts_B=starts_B,

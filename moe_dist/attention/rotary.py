@@ -4,45 +4,51 @@ Legend: B batch, S sequence, H heads, P width of a head.
 """
 
 from math import ceil, floor, log, pi
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.config.model import AttentionConfig
-
 _FAST, _SLOW = 32, 1  # YaRN: turns over the original length from which a rotation is fast, up to which it is slow
 
 
+class RotaryScaling(NamedTuple):
+    """For sequences `factor` times longer than those first trained on, of original_len tokens (for yarn)."""
+
+    kind: Literal["none", "linear", "ntk", "yarn"] = "none"
+    factor: float = 1.0
+    original_len: int | None = None
+
+
 def rotary_table(
-    positions_BS: Tensor, head_dim: int, theta: float, scaling: AttentionConfig | None = None
+    positions_BS: Tensor, head_dim: int, theta: float, scaling: RotaryScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [..., S, P / 2] in fp32 (float64 for float64 positions): angle = position * frequency_i, with
     frequency_i = theta^(-2 i / P), or what `scaling` makes of it for sequences that are longer than the first ones."""
     wide = positions_BS.dtype if positions_BS.is_floating_point() else torch.float32
-    frequency, size = _frequencies(head_dim, theta, scaling or AttentionConfig())
-    angles = positions_BS.double()[..., None] * frequency.to(positions_BS.device)
+    frequency, size = _frequencies(head_dim, theta, scaling or RotaryScaling(), positions_BS.device)
+    angles = positions_BS.double()[..., None] * frequency
     return (angles.cos() * size).to(wide), (angles.sin() * size).to(wide)
 
 
-def _frequencies(head_dim: int, theta: float, scaling: AttentionConfig) -> tuple[Tensor, float]:
-    """([P / 2] float64, what queries and keys are multiplied by).
+def _frequencies(head_dim: int, theta: float, scaling: RotaryScaling, device: torch.device) -> tuple[Tensor, float]:
+    """([P / 2] float64, what queries and keys are multiplied by). Made on the device: a copy would wait for it.
 
     linear: positions / factor (arXiv 2306.15595). ntk: theta * factor^(P / (P - 2)), which keeps the fastest rotation
     and divides the slowest by the factor. yarn: rotations that make fewer than 1 turn over the original length are
     divided, those of more than 32 stay, in between a mixture that is linear in i; scores grow by the square of
     0.1 ln(factor) + 1 (arXiv 2309.00071, section 3, with the ramp of the authors' code).
     """
-    factor, index = scaling.rope_factor, torch.arange(head_dim // 2, dtype=torch.float64)
-    if scaling.rope_scaling == "ntk" and head_dim > 2:
+    factor, index = scaling.factor, torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+    if scaling.kind == "ntk" and head_dim > 2:
         theta = theta * factor ** (head_dim / (head_dim - 2))
     frequency = theta ** (-2 * index / head_dim)
-    if scaling.rope_scaling == "linear":
+    if scaling.kind == "linear":
         return frequency / factor, 1.0
-    if scaling.rope_scaling != "yarn":
+    if scaling.kind != "yarn":
         return frequency, 1.0
-    length = scaling.rope_original_len
+    length = scaling.original_len
     assert length is not None, "config/rules/attention.py asks for it"
     # The i whose rotation makes so many turns over the original length.
     fast, slow = (head_dim * log(length / (turns * 2 * pi)) / (2 * log(theta)) for turns in (_FAST, _SLOW))

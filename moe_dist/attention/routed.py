@@ -17,11 +17,11 @@ from moe_dist.attention.local import local_attention, part_of
 from moe_dist.attention.multi_query import KeyValueHeads
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.routing_tokens import RoutingTokens
-from moe_dist.config.model import ModelConfig, RoutedAttentionConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import Attend, attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.coordinate_descent.backend import Descent, coordinate_descent
-from moe_dist.moe.layer import Replay
+from moe_dist.moe.gate import Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
@@ -37,19 +37,15 @@ class AttentionProjections(nn.Module):
     """Query, key/value and output projections of one attention, heads cut over tp; `null`: with one learned key and
     value for each key/value head, [G, 2, P], that every query may look at."""
 
-    def __init__(
-        self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, tp: Group, out_std: float, null: bool
-    ) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group, out_std: float, null: bool) -> None:
         super().__init__()
-        width = num_heads * head_dim
-        self.head_dim, self.tp = head_dim, tp
-        self.query = ColumnParallelLinear(d_model, width, tp, d_model**-0.5)
-        self.key_value = KeyValueHeads(d_model, num_heads, num_kv_heads, head_dim, tp)
-        self.out = RowParallelLinear(width, d_model, tp, out_std)
-        shape = (num_kv_heads, 2, head_dim)
+        self.head_dim = sizes.head_dim
+        self.tp = tp
+        self.query = ColumnParallelLinear(sizes.d_model, sizes.width, tp, sizes.d_model**-0.5)
+        self.key_value = KeyValueHeads(sizes, tp)
+        self.out = RowParallelLinear(sizes.width, sizes.d_model, tp, out_std)
+        shape = (sizes.num_kv_heads, 2, sizes.head_dim)
         self.null = parameter(shape, ParamSpec(shape, std=1.0, vector=True)) if null else None
-        local = num_heads // tp.size
-        self.readers = [head * num_kv_heads // num_heads for head in range(tp.rank * local, (tp.rank + 1) * local)]
 
     def project(self, x_QD: Tensor, x_KD: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x_QD, keys and values of x_KD, both cut into `rows` rows."""
@@ -59,7 +55,9 @@ class AttentionProjections(nn.Module):
     def with_null(self, k_NKGP: Tensor, v_NKGP: Tensor) -> tuple[Tensor, Tensor]:
         """The null key and value before the others, as this rank's query heads read them."""
         assert self.null is not None
-        heads = self.readers if k_NKGP.shape[2] == len(self.readers) else sorted(set(self.readers))
+        assignment = self.key_value.assignment
+        held = list(assignment.kv_held)
+        heads = held if assignment.reads is None else [held[place] for place in assignment.reads]
         null_G2P = copy_to_group(self.null, self.tp)[heads].expand(len(k_NKGP), -1, -1, -1)
         pairs = zip((k_NKGP, v_NKGP), null_G2P.unbind(2), strict=True)
         k, v = (torch.cat((null_NGP[:, None], t), dim=1) for t, null_NGP in pairs)
@@ -75,10 +73,7 @@ class RoutedAttention(nn.Module):
 
     def __init__(
         self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        sizes: HeadSizes,
         routed: RoutedAttentionConfig,
         attend: Attend,
         descend: Descent,
@@ -86,12 +81,15 @@ class RoutedAttention(nn.Module):
         out_std: float,
     ) -> None:
         super().__init__()
-        sizes = (d_model, num_heads, num_kv_heads, head_dim, tp, out_std)
-        self.routed, self.attend, self.tp = routed, attend, tp
-        self.local = AttentionProjections(*sizes, null=False)
-        self.routers = RoutingTokens(d_model, routed, descend, tp)
-        self.experts = nn.ModuleList(AttentionProjections(*sizes, null=True) for _ in range(routed.num_experts))
-        shape = (routed.num_experts, d_model)
+        self.routed = routed
+        self.attend = attend
+        self.tp = tp
+        self.local = AttentionProjections(sizes, tp, out_std, null=False)
+        self.routers = RoutingTokens(sizes.d_model, routed, descend, tp)
+        self.experts = nn.ModuleList(
+            AttentionProjections(sizes, tp, out_std, null=True) for _ in range(routed.num_experts)
+        )
+        shape = (routed.num_experts, sizes.d_model)
         self.null_tokens = parameter(shape, ParamSpec(shape, vector=True))
 
     def forward(
@@ -172,21 +170,16 @@ class RoutedSelfAttention(nn.Module):
     """The trainer's layer for model.attention.kind = routed: x_TD -> y_TD, both cut by tokens under sequence
     parallelism."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> None:
+    def __init__(
+        self, sizes: HeadSizes, config: AttentionConfig, mesh: Mesh, layer: int, kernels: str, out_std: float
+    ) -> None:
         super().__init__()
-        self.layer, self.mesh = layer, mesh
-        self.rate, self.num_heads = model.attention.dropout, model.num_heads
-        self.routed = RoutedAttention(
-            model.d_model,
-            model.num_heads,
-            model.num_kv_heads,
-            model.head_width,
-            model.attention.routed,
-            attention(model.attention.backend),
-            coordinate_descent(model.kernels),
-            mesh.tp,
-            out_std,
-        )
+        self.layer = layer
+        self.mesh = mesh
+        self.rate = config.dropout
+        self.num_heads = sizes.num_heads
+        attend, descend = attention(config.backend), coordinate_descent(kernels)
+        self.routed = RoutedAttention(sizes, config.routed, attend, descend, mesh.tp, out_std)
 
     def forward(
         self,

@@ -54,7 +54,10 @@ class RoutingTokens(nn.Module):
 
     def __init__(self, d_model: int, routed: RoutedAttentionConfig, descend: Descent, tp: Group) -> None:
         super().__init__()
-        self.routed, self.descend, self.schedule, self.tp = routed, descend, Schedule(), tp
+        self.routed = routed
+        self.descend = descend
+        self.schedule = Schedule()
+        self.tp = tp
         self.window = routed.routed_window or routed.local_window
         shape = (routed.num_experts, d_model)
         self.query = parameter(shape, ParamSpec(shape, std=d_model**-0.5))

@@ -5,7 +5,7 @@
 An expert is a query and an output projection for all H heads; there is one key/value head, shared by every expert,
 over the whole sequence at true positions. A token whose every assignment is dropped gets zero.
 
-Router, capacity and dispatch are those of the feed-forward experts: tokens go to the query projections and come back as
+Gate and dispatcher are those of the feed-forward experts: tokens go to the query projections and come back as
 K * H query heads of the token; attention is the house's, on K * H heads; its results go to the output projections and
 come back weighted. Under tp each rank routes its own slice of the tokens, and between both trips trades tokens for
 heads, so that it attends with K * H / tp heads over whole sequences.
@@ -29,15 +29,14 @@ from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.grouped_mm.linear import linear
 from moe_dist.kernels.permute.backend import permutation
-from moe_dist.moe.capacity import Capacity, DispatchPlan
-from moe_dist.moe.dispatch import Arrival, make_dispatcher
-from moe_dist.moe.layer import Replay
-from moe_dist.moe.losses import MoEStats, moe_stats
-from moe_dist.moe.router import Routing
-from moe_dist.moe.routers import ROUTERS
-from moe_dist.parallel.collectives import copy_to_group, gather_from_group, split_to_group
+from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.moe.choice import Choice
+from moe_dist.moe.dispatch import make_dispatcher
+from moe_dist.moe.gate import Gate, Replay
+from moe_dist.moe.losses import MoEStats
+from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
-from moe_dist.parallel.linear import enter
+from moe_dist.parallel.linear import TokenSlices, enter
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
 from moe_dist.step import StepContext
@@ -55,19 +54,22 @@ class SwitchAttention(nn.Module):
         out_std: float | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.layer, self.mesh = model.attention, layer, mesh
-        self.tp, self.dp, self.heads = mesh.tp, mesh.dp, model.num_heads
+        moe = model.attention.moe
+        self.config = model.attention
+        self.layer = layer
+        self.mesh = mesh
+        self.tp = mesh.tp
+        self.dp = mesh.dp
+        self.heads = model.num_heads
         self.head_dim = model.head_width
-        moe, with_experts = model.attention.moe, replace(model, moe=model.attention.moe)
         if moe.top_k * self.heads % self.tp.size:
             raise ValueError(
                 f"top_k*num_heads={moe.top_k}*{self.heads} query heads of a token are not divisible by "
                 f"tp={self.tp.size}: change one of them"
             )
-        # A number of its own: neither draws nor a witness may take this router for the same block's feed-forward one.
-        number = -1 - layer
-        self.router = ROUTERS[moe.router](with_experts, number, mesh)
-        self.capacity = Capacity(moe, number, mesh.token_ranks, index=layer)
+        self.slices = TokenSlices(mesh)
+        self.gate = Gate(moe, model.d_model, layer, mesh, model.kernels, kind="attention")
+        self.router = self.gate.router
         self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
         self.experts = AttentionExperts(model, mesh, out_std)
         shape = (2 * self.head_dim, model.d_model)
@@ -84,45 +86,32 @@ class SwitchAttention(nn.Module):
         replay: Replay | None = None,
     ) -> tuple[Tensor, MoEStats]:
         """shape: (B, S) of the full tokens. cache: of the shared head, whole on every tp rank. Every rank must call."""
-        own_TD = x_TD if self.mesh.sequence_parallel else split_to_group(x_TD, self.tp)
-        # 1. Who goes where, and who is let in.
-        routing, plan, weights_TK = self._route(own_TD, step, replay)
+        own_TD = self.slices.own(x_TD)
+        # 1. Who goes where, with which weight, and who is let in. From here on, an assignment is a row of its own.
+        choice = self.gate(own_TD, step, replay)
+        chosen = choice.weights_TK.shape[1]
+        weighted = each_alone(choice)
+        unweighted = replace(weighted, weights_TK=torch.ones_like(weighted.weights_TK))
         # 2. To the query projections and back: K * H query heads of each token, zero where an assignment was dropped.
-        each, weight_N1 = _each_alone(plan), weights_TK.reshape(-1, 1)
-        x_ND, one_N1 = own_TD.repeat_interleave(weights_TK.shape[1], 0), torch.ones_like(weight_N1)
-        arrival = self.dispatcher.dispatch(x_ND, one_N1, each)
-        q_NM = self.dispatcher.combine(self.experts.queries(arrival), one_N1, arrival)
+        x_ND = own_TD.repeat_interleave(chosen, 0)
+        q_NM, sent_there = self.dispatcher.carry(x_ND, unweighted, self.experts.queries)
         # 3. Attention: this rank's heads over whole sequences.
-        heads, width = weights_TK.shape[1] * self.heads, weights_TK.shape[1] * q_NM.shape[1]
+        heads, width = chosen * self.heads, chosen * q_NM.shape[1]
         q_Tn = tokens_to_heads(self._clip(q_NM).view(len(own_TD), width), self.tp)
         q_BSJP = q_Tn.view(*shape, heads // self.tp.size, self.head_dim)
         k_BSP, v_BSP = self._keys_values(x_TD, shape)
         y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, positions, step, cache)
         y_NM = heads_to_tokens(y_BSJP.reshape(q_Tn.shape), self.tp).reshape(q_NM.shape)
         # 4. To the output projections and back, weighted, and summed over a token's assignments.
-        back = self.dispatcher.dispatch(y_NM, weight_N1, each)
-        y_ND = self.dispatcher.combine(self.experts.outputs(back), weight_N1, back)
-        y_TD = y_ND.unflatten(0, weights_TK.shape).sum(1)
-        if not self.mesh.sequence_parallel:
-            y_TD = gather_from_group(y_TD, self.tp)
+        y_ND, sent_back = self.dispatcher.carry(y_NM, weighted, self.experts.outputs)
+        y_TD = self.slices.all(y_ND.unflatten(0, (-1, chosen)).sum(1))
         # 5. What it cost, and what the router is told. Rows go there D and come back M wide, then the other way round:
         # the sum is that of two trips with one width each.
-        sent_bytes = arrival.sent_bytes + back.sent_bytes
-        stats = moe_stats(self.config.moe, self.layer, routing, plan, self.router, step, sent_bytes)
-        return y_TD, replace(stats, kind="attention")
+        return y_TD, MoEStats.of(choice, self.router, step, sent_there + sent_back)
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
         return KVCache(rows, length, 1, self.head_dim, self.key_value.dtype, self.key_value.device)
-
-    def _route(self, x_TD: Tensor, step: StepContext, replay: Replay | None) -> tuple[Routing, DispatchPlan, Tensor]:
-        kept = replay or Replay()
-        routing = self.router.route(x_TD, step, kept.chosen_TK)
-        plan = self.capacity(routing, step) if kept.plan is None else kept.plan
-        kept.chosen_TK, kept.plan = routing.experts_TK, plan
-        if self.config.moe.overflow == "reroute":
-            return routing, plan, self.router.weigh_again(routing, plan.experts_TK)
-        return routing, plan, routing.weights_TK
 
     def _keys_values(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of all tokens, on every tp rank; each rank's heads give a part of the gradients, which are summed over tp."""
@@ -203,22 +192,22 @@ class AttentionExperts(nn.Module):
         self.w_query = matrices(d_model**-0.5)
         self.w_out = matrices(width**-0.5 if out_std is None else out_std)
 
-    def queries(self, arrival: Arrival) -> Tensor:
-        """x Wq_i^T of each row, i its expert; zero for rows that were not let in: [X, D] -> [X, M]."""
-        return self._map(arrival, None, self.w_query, out_first=True)
+    def queries(self, x_XD: Tensor, ones_XK: Tensor | None, order: RowOrder) -> Tensor:
+        """x Wq_i^T of each row, i its expert, unweighted; zero for rows that were not let in: [X, D] -> [X, M]."""
+        return self._map(x_XD, None, order, self.w_query, out_first=True)
 
-    def outputs(self, arrival: Arrival) -> Tensor:
-        """x Wo_i of each row, weighted where the dispatcher asks for it here: [X, M] -> [X, D]."""
-        return self._map(arrival, arrival.weights_XK, self.w_out, out_first=False)
+    def outputs(self, y_XM: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+        """y Wo_i of each row, weighted where the dispatcher asks for it here: [X, M] -> [X, D]."""
+        return self._map(y_XM, weights_XK, order, self.w_out, out_first=False)
 
-    def _map(self, arrival: Arrival, weights_XK: Tensor | None, w_eMD: Tensor, out_first: bool) -> Tensor:
-        x, w_eMD, order = arrival.x_XD, copy_to_group(w_eMD, self.slices), arrival.order
+    def _map(self, x: Tensor, weights_XK: Tensor | None, order: RowOrder, w_eMD: Tensor, out_first: bool) -> Tensor:
+        w_eMD = copy_to_group(w_eMD, self.slices)
         if torch.is_autocast_enabled(x.device.type):  # the kernels are single functions: cast here, once
             dtype = torch.get_autocast_dtype(x.device.type)
             x, w_eMD = x.to(dtype), w_eMD.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             rows = self.permute.gather_rows(x, order)
-            rows = linear(rows, w_eMD, order.rows_per_expert, self.backend, out_first)
+            rows = linear(rows, w_eMD, order, self.backend, out_first)
             return self.permute.combine_rows(rows, weights_XK, order)
 
 
@@ -233,6 +222,8 @@ def rotate(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((apply_rotary(x_BSHP[..., :turned], table), x_BSHP[..., turned:]), dim=-1)
 
 
-def _each_alone(plan: DispatchPlan) -> DispatchPlan:
-    """The same plan with every assignment as a row of its own: [T, K] -> [N, 1]."""
-    return replace(plan, experts_TK=plan.experts_TK.reshape(-1, 1), kept_TK=plan.kept_TK.reshape(-1, 1))
+def each_alone(choice: Choice) -> Choice:
+    """The same choice with every assignment as a row of its own: [T, K] -> [N, 1]."""
+    plan, weights_TK = choice.plan, choice.weights_TK
+    alone = replace(plan, experts_TK=plan.experts_TK.reshape(-1, 1), kept_TK=plan.kept_TK.reshape(-1, 1))
+    return replace(choice, plan=alone, weights_TK=weights_TK.reshape(-1, 1))

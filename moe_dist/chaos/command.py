@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,6 +18,7 @@ from moe_dist.chaos.harass import Attack, Harassment, leftovers, under_watch
 from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series, Start
 from moe_dist.config import Config, validate
+from moe_dist.disk import replace_text
 from moe_dist.train.exit_codes import DONE, SAVED
 
 _WARM_UP = 5  # steps after which a process should have all that it needs
@@ -54,7 +54,7 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
         say(f"the same without faults, to step {step}: {reference.run}")
         undisturbed(reference, step)
     report = judged(harassment, reference, step) | {"seed": seed, "minutes": minutes}
-    (broken.run / "chaos.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    replace_text(broken.run / "chaos.json", json.dumps(report, indent=1))
     show(report, console)
     return 0 if not report["lost"] and not report["problems"] else 1
 
@@ -62,7 +62,7 @@ def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
 def both(config: Config, ranks: int) -> list[Series]:
     """The run to break, and its reference. Raises ValueError when the folder of either holds anything."""
     configs = [replace(config, run=replace(config.run, name=f"{config.run.name}-{s}")) for s in ("chaos", "reference")]
-    folders = [Path(each.run.root) / each.run.name for each in configs]
+    folders = [each.run.folder for each in configs]
     for folder in folders:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: remove it, or choose another --run.name")

@@ -11,7 +11,7 @@ import torch
 
 from moe_dist.chaos.series import Series
 from moe_dist.checkpoint.reader import Reader
-from moe_dist.train.record.metrics import SYSTEM
+from moe_dist.train.record.board import SYSTEM
 
 
 def losses(chaos: Series, reference: Series, step: int) -> list[str]:

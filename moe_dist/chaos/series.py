@@ -66,7 +66,7 @@ class Series:
 
     def __init__(self, config: Config, folder: Path, ranks: int) -> None:
         self.config, self.folder, self.world = config, folder, ranks
-        self.run = Path(config.run.root) / config.run.name
+        self.run = config.run.folder
         self.checkpoints = self.run / "checkpoints"
         self.starts: list[Start] = []
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from moe_dist.checkpoint.finite import require_finite
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.checkpoint.store import Snapshot, take_snapshot, write_checkpoint
@@ -46,28 +47,40 @@ class Saver:
     ) -> None:
         self.root, self.mesh, self.retention, self.info, self.say = root, mesh, retention, info, say
         self.background = background
+        self._told: set[Path] = set()  # what could not be removed
         self._group = dist.new_group(backend="gloo", timeout=DEADLINE) if background else None
         self._thread: threading.Thread | None = None  # None on every rank, or on none
         self._step = 0
         self._error: BaseException | None = None
 
-    def save(self, engine: Engine, step: int, validation_loss: float | None = None, skipped: int = 0) -> Path:
+    def save(
+        self,
+        engine: Engine,
+        step: int,
+        validation_loss: float | None = None,
+        skipped: int = 0,
+        remove_older: bool = True,
+    ) -> Path:
         """Write checkpoint `step`, or begin to; its folder. Waits for the one before, and says so.
 
-        skipped: how many of the steps were left out, so that the optimizer has made fewer.
+        skipped: how many of the steps were left out, so that the optimizer has made fewer. remove_older: those that
+        retention does not keep.
 
-        Raises RankFailed on every rank when this save, or a pending one, failed on any.
+        Raises NotFinite on every rank when the engine holds what must not be saved, RankFailed when this save, or a
+        pending one, failed on any.
         """
         self.wait()
+        require_finite(engine)
         if validation_loss is not None and not math.isfinite(validation_loss):
             validation_loss = None
         snapshot = take_snapshot(engine, step, copy=self.background, skipped=skipped)
         if self.background:
             self._step, self._error = step, None
-            self._thread = threading.Thread(target=self._work, args=(snapshot, validation_loss), name=f"save-{step}")
+            work = (snapshot, validation_loss, remove_older)
+            self._thread = threading.Thread(target=self._work, args=work, name=f"save-{step}")
             self._thread.start()
         else:
-            self._write(snapshot, validation_loss)
+            self._write(snapshot, validation_loss, remove_older)
         return self.root / f"step-{step:06d}"
 
     @property
@@ -101,13 +114,19 @@ class Saver:
         elif self._thread is not None:
             self._thread.join()  # no collective: who knows where the other ranks are
 
-    def _write(self, snapshot: Snapshot, validation_loss: float | None) -> None:
+    def _write(self, snapshot: Snapshot, validation_loss: float | None, remove_older: bool) -> None:
+        retention = self.retention if remove_older else None
         tick = self.mesh.trail.tick  # a write that takes long is no standstill
-        write_checkpoint(self.root, snapshot, self.info, self.retention, validation_loss, self._group, tick)
+        write_checkpoint(self.root, snapshot, self.info, retention, validation_loss, self._group, tick, self._warn)
 
-    def _work(self, snapshot: Snapshot, validation_loss: float | None) -> None:
+    def _warn(self, checkpoint: Path, error: OSError) -> None:
+        if checkpoint not in self._told:
+            self._told.add(checkpoint)
+            self.say(f"warning: {checkpoint} cannot be removed ({error.strerror}); trying again after each save")
+
+    def _work(self, snapshot: Snapshot, validation_loss: float | None, remove_older: bool) -> None:
         try:
-            self._write(snapshot, validation_loss)
+            self._write(snapshot, validation_loss, remove_older)
         except Exception as error:
             self._error = error
 

@@ -13,17 +13,7 @@ from moe_dist.checkpoint.find import all_checkpoints, whole_checkpoint
 from moe_dist.checkpoint.layout import Dtype
 from moe_dist.checkpoint.reader import Reader
 
-_ABOUT = """Look into checkpoints, without a model and without the ranks that wrote them.
-
-  moe-dist checkpoint inspect PATH                     what is in it: step, parameters, files, configuration
-  moe-dist checkpoint verify PATH                      every file against its SHA-256; exit code 1 names the bad ones
-  moe-dist checkpoint convert PATH TARGET [flags]      the same in another precision or number of files
-  moe-dist checkpoint diff PATH OTHER                  largest differences by parameter; exit code 1 when there are any
-
-PATH is a checkpoint, or a run's folder: then all of its checkpoints for verify, for inspect the newest, and for convert
-and diff the newest that is whole. These two read no file that does not match its SHA-256.
-"""
-_DTYPES: dict[str, Dtype] = {"fp32": "F32", "bf16": "BF16"}
+_DTYPES: dict[str, Dtype] = {"fp32": "F32", "bf16": "BF16"}  # the names of arguments.py
 _HIGHLIGHTS = (
     "model.d_model model.num_layers model.num_heads model.num_kv_heads model.moe.num_experts model.moe.top_k "
     "model.moe.capacity_factor parallel.ep parallel.tp engine.name engine.zero_stage engine.precision optim.lr "
@@ -31,24 +21,9 @@ _HIGHLIGHTS = (
 )
 
 
-def checkpoint(args: list[str]) -> int:
+def checkpoint(own: argparse.Namespace) -> int:
     """Returns the exit code: 0, or 1 when verify finds damage or diff a difference. Raises ValueError for what a user
     got wrong, and for a damaged checkpoint that was to be read."""
-    parser = argparse.ArgumentParser(
-        "moe-dist checkpoint", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("inspect", "verify", "convert", "diff"):
-        sub = commands.add_parser(name)
-        sub.add_argument("path", type=Path)
-        if name == "diff":
-            sub.add_argument("other", type=Path)
-        if name == "convert":
-            sub.add_argument("target", type=Path, help="the new checkpoint's folder")
-            sub.add_argument("--dtype", choices=list(_DTYPES), help="of the weights; moments stay fp32")
-            sub.add_argument("--files", type=int, help="how many, of nearly equal size")
-            sub.add_argument("--weights-only", action="store_true", help="leave out the optimizer's moments")
-    own = parser.parse_args(args)
     match own.command:
         case "inspect":
             print("\n".join(describe(Reader(all_checkpoints(own.path)[-1]))))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from moe_dist.checkpoint.layout import MANIFEST, STEP_NAME, Dtype, Range, ShardFile
 from moe_dist.checkpoint.reader import Reader
-from moe_dist.checkpoint.shard import TORCH_DTYPE, flush, write_durably, write_shard
+from moe_dist.checkpoint.shard import TORCH_DTYPE, write_shard
+from moe_dist.disk import flush, write_durably
 from moe_dist.engine.base import Kind
 
 Entry = tuple[Kind, str, int, int]  # kind, name, start, length

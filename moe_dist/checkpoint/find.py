@@ -1,5 +1,6 @@
 """From what a person names, a run's folder or one of its checkpoints, to its configuration and a whole checkpoint."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,8 +39,19 @@ def all_checkpoints(path: Path) -> list[Path]:
 
 def run_config(path: Path) -> Config:
     """The configuration of a run, by its folder or by one of its checkpoints. Raises ValueError when there is none."""
-    newest = all_checkpoints(path)[-1].resolve()
-    run = newest.parent.parent
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}/config.yaml, which says what model {newest} holds, is not there")
-    return load_config(run / "config.yaml")
+    return load_config(run_of(all_checkpoints(path)[-1]) / "config.yaml")
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint's run: two above the checkpoint as it is named, else two above where links lead.
+
+        runs/a/checkpoints -> /scratch/17        runs/a/checkpoints/step-000005 is of runs/a
+        best -> runs/a/checkpoints/step-000005   best is of runs/a
+
+    Raises ValueError when neither has a configuration.
+    """
+    named, real = Path(os.path.abspath(checkpoint)), checkpoint.resolve()
+    for path in (named, real):
+        if (path.parents[1] / "config.yaml").is_file():
+            return path.parents[1]
+    raise ValueError(f"{named.parents[1]}/config.yaml, which says what model {checkpoint} holds, is not there")

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from moe_dist.checkpoint.layout import MANIFEST, STEP_NAME, Manifest, Position, Range, RunInfo, ShardFile
 from moe_dist.checkpoint.retention import Retention
-from moe_dist.checkpoint.shard import flush, write_durably, write_shard
+from moe_dist.checkpoint.shard import write_shard
+from moe_dist.disk import flush, write_durably
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 from moe_dist.parallel.objects import together
 
@@ -55,15 +56,16 @@ def write_checkpoint(
     root: Path,
     snapshot: Snapshot,
     info: RunInfo,
-    retention: Retention,
+    retention: Retention | None,
     validation_loss: float | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Callable[[], None] = lambda: None,
+    warn: Callable[[Path, OSError], None] = lambda path, error: None,
 ) -> Path:
     """Write a checkpoint under `root` and remove those that `retention` does not keep; every rank of `group` must call.
 
-    progress: called now and then while this rank writes. Returns the folder. Raises RuntimeError on every rank when any
-    rank failed; what was there before stays.
+    retention: None removes nothing. progress: called now and then while this rank writes. warn: as of `prune`, on rank
+    0. Returns the folder. Raises RuntimeError on every rank when any rank failed; what was there before stays.
     """
     rank, step = dist.get_rank(), snapshot.step
     final, draft = root / f"step-{step:06d}", root / f".step-{step:06d}"
@@ -91,8 +93,9 @@ def write_checkpoint(
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    failure = "was written, but older ones could not be removed"
-    agreed(lambda: prune(root, retention, step), only_first=True, failure=failure)
+    if retention is not None:
+        failure = "was written, but older ones could not be looked at"
+        agreed(lambda: prune(root, retention, step, warn), only_first=True, failure=failure)
     return final
 
 
@@ -105,18 +108,27 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for at, path in enumerate(found) if at >= newest or _complete(path)]
 
 
-def prune(root: Path, retention: Retention, newest: int) -> None:
+def prune(root: Path, retention: Retention, newest: int, warn: Callable[[Path, OSError], None]) -> None:
     """Remove what `retention` does not keep, after step `newest` was written, and what a kill left half done.
 
     Later steps go too. The run fell back past them because they were damaged, and has a history of its own by now:
     kept, they would be taken for the newest as soon as they can be read again, or for the best. Of earlier ones, what
     has no readable manifest does not count, and stays.
+
+    warn: takes what could not be removed, and why. It is in nobody's way, and the next call tries again.
     """
+
+    def try_to_remove(path: Path) -> None:
+        try:
+            remove(path)
+        except OSError as error:
+            warn(path, error)
+
     losses: dict[int, float | None] = {}
     found: list[tuple[int, Path]] = []
     for step, path in _numbered(root, _complete):
         if step > newest or (path.suffix == ".old" and _complete(path.with_suffix(""))):
-            remove(path)
+            try_to_remove(path)
             continue
         try:
             losses[step] = Manifest.load(path).validation_loss
@@ -126,11 +138,11 @@ def prune(root: Path, retention: Retention, newest: int) -> None:
     kept = retention.kept(losses)
     for step, path in found:
         if step not in kept:
-            remove(path)
+            try_to_remove(path)
     for path in root.glob("*step-*"):
         ours = STEP_NAME.fullmatch(path.name.removeprefix(".")) and (path.is_dir() or path.is_symlink())
         if ours and (path.name.startswith(".") or not _complete(path)):
-            remove(path)
+            try_to_remove(path)
 
 
 def remove(checkpoint: Path) -> None:

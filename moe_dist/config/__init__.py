@@ -3,8 +3,8 @@
 Files and flags are read by `config.load`, which is not imported here: a layer that stands alone needs neither.
 """
 
-from moe_dist.config.batch import BatchShape, batch_shape
 from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.rules.batch import BatchShape, batch_shape
 from moe_dist.config.schema import (
     Config,
     DataConfig,

@@ -1,11 +1,13 @@
 """The model's part of the configuration: attention, experts, and what surrounds them. The rest is in schema.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import ConfigDict
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+"""Of pydantic, which parse.py alone imports, when it first checks something: importing a layer stays quick."""
 
 
 CapacityFactor = float | None | list[float | None]
@@ -67,6 +69,9 @@ class MoEConfig:
     drop_policy: Literal["position", "score", "random"] = "position"
     """Who stays when an expert is full: the first tokens, the highest router weights, or a keyed random choice.
     Only `position` is causal: under `score` and `random` a later token can displace an earlier one."""
+    drop_order: Literal["token", "choice"] = "token"
+    """With drop_policy = position and top_k > 1, which come first. token: all choices of a token before any of the
+    next. choice: the first choices of all tokens before any second choice, as GShard and DeepSpeed do; not causal."""
     overflow: Literal["drop", "reroute"] = "drop"
     """What becomes of an assignment that finds its expert full. drop: it adds nothing, the residual carries the token.
     reroute: it asks for the token's next choice that has room, until all experts were asked."""
@@ -161,6 +166,21 @@ class AttentionConfig:
     routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadSizes:
+    """Of an attention layer: query heads on fewer key/value heads, all of the same width."""
+
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token over all query heads."""
+        return self.num_heads * self.head_dim
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
@@ -207,3 +227,7 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head: head_dim where it is given."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def head_sizes(self) -> HeadSizes:
+        return HeadSizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_width)

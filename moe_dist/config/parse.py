@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from moe_dist.config.schema import Config
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema")
 
@@ -47,11 +49,14 @@ def parse_dict(values: Mapping[str, Any], source: str) -> Config:
 
 def parse_as(cls: type[Schema], values: Mapping[str, Any], source: str) -> Schema:
     """The same for any dataclass of the schema's kind."""
+    from pydantic import ValidationError
+
     if unfit := list(_unfit(values)):
         raise ValueError("\n".join(f"{source}: {problem}" for problem in unfit))
     try:
         # By way of JSON: pydantic's strict mode takes mappings for dataclasses there, and only there.
-        return TypeAdapter(cls).validate_json(json.dumps(_without_empty_sections(values, cls), default=str))
+        text = json.dumps(_without_empty_sections(values, cls), default=str)
+        return _adapter(cls).validate_json(text)  # type: ignore[arg-type]  # a class is hashable
     except ValidationError as error:
         found = error.errors(include_url=False)
         problems = _explain_all(cls, found[:_MOST_PROBLEMS])
@@ -82,7 +87,14 @@ def _without_empty_sections(values: Mapping[str, Any], cls: type) -> dict[str, A
     }
 
 
-def _explain_all(cls: type, problems: Sequence[ErrorDetails]) -> list[str]:
+@cache
+def _adapter(cls: type[Schema]) -> "TypeAdapter[Schema]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _explain_all(cls: type, problems: Sequence["ErrorDetails"]) -> list[str]:
     """A line for each wrong value. Where several types are allowed, pydantic reports it once for each of them."""
     lines: dict[str, str] = {}
     for problem in problems:
@@ -95,7 +107,7 @@ def _explain_all(cls: type, problems: Sequence[ErrorDetails]) -> list[str]:
     return [line for path, line in lines.items() if not any(other.startswith(f"{path}.") for other in lines)]
 
 
-def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
+def _explain(cls: type, path: str, problem: "ErrorDetails") -> str:
     """One pydantic error, in the words of somebody who edits YAML."""
     if problem["type"] == "unexpected_keyword_argument":
         return f"{path}: unknown key{_advice(cls, path)}"
@@ -108,6 +120,8 @@ def _explain(cls: type, path: str, problem: ErrorDetails) -> str:
     if expected := _EXPECTED.get(problem["type"]):
         hint = "; write null for none" if problem["input"] in ("None", "none") else ""
         return f"{path}: {value} is not {expected}{hint}"
+    if problem["type"] == "value_error":  # of a validator of ours
+        return f"{path}: {value} {problem['ctx']['error']}"
     return f"{path}: {value}: {problem['msg']}"
 
 
@@ -128,10 +142,27 @@ def _advice(cls: type, path: str) -> str:
 
 def _keys(cls: type, home: str = "") -> Iterator[tuple[str, str]]:
     """Every (section, key) below a dataclass of the schema."""
-    for key in get_type_hints(cls):
-        yield home, key
+    for section, of in [(home, cls), *sections_of(cls, home)]:
+        yield from ((section, key) for key in get_type_hints(of))
+
+
+def sections_of(cls: type, home: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted name, dataclass) of every section below a dataclass of the schema: `model.moe` and its class."""
     for key, section in _sections(cls).items():
-        yield from _keys(section, f"{home}.{key}".lstrip("."))
+        path = f"{home}.{key}".lstrip(".")
+        yield path, section
+        yield from sections_of(section, path)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of every key below a dataclass of the schema that is no section, by its dotted name."""
+    homes = [("", cls), *sections_of(cls)]
+    return {
+        f"{home}.{key}".lstrip("."): hint
+        for home, section in homes
+        for key, hint in get_type_hints(section).items()
+        if key not in _sections(section)
+    }
 
 
 def _sections(cls: type) -> dict[str, type]:

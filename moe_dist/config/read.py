@@ -2,12 +2,19 @@
 
 No tag is followed, so nothing in a file can name a Python object; a file has a size, a depth and a number of values
 once its aliases are written out, and each has a limit. `load.py` then checks what the values mean.
+
+What a plain word means follows the core schema of YAML 1.2 (section 10.3.2), not the 1.1 of PyYAML:
+
+    010        10, not 8                  off, on, yes, no    text, not true or false
+    4:00:00    text, not base 60          1e-3                a number
+    1_000      text, not a number         2024-01-01          text, not a date
+    0b11       text, not a number         <<                  a merge key, as in 1.1
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -15,12 +22,15 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
 MAX_DIGITS = 100
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but `1e-3` is a number, dates stay text, tags are refused, and a key may appear once."""
+    """PyYAML's safe loader with the scalars of YAML 1.2; tags are refused, and a key may appear once."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = dict(yaml.SafeLoader.yaml_constructors)
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -52,7 +62,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
-        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+        if node.tag in (_INT, _FLOAT) and len(node.value) > MAX_DIGITS:
             _refuse(f"a number of {len(node.value)} digits; at most {MAX_DIGITS} are read", node.start_mark)
         if any("\ud800" <= letter <= "\udfff" for letter in node.value):
             _refuse("half of a surrogate pair is no text", node.start_mark)
@@ -73,21 +83,39 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes text that `read_yaml` would read as a number."""
+    """Quotes text that `read_yaml`, or a reader of YAML 1.1, would take for something else."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = dict(yaml.SafeDumper.yaml_implicit_resolvers)
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# YAML 1.1 wants a dot before, and a sign after, the `e`, and reads 1e-3 as text. The dumper must then quote such text.
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # int("010", 0) is an error, int("010") is 10
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_constructor(_INT, _integer)
+_Loader.add_constructor(_FLOAT, _number)
+_CORE = (
+    (_MERGE, r"<<", "<"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    (_INT, r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        _FLOAT,
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
 for _side in (_Loader, Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    for _tag, _pattern, _first in _CORE:
+        _side.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), list(_first))
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
@@ -108,13 +136,22 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a number that is none, such as 0b_
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}, not sections such as `model:` and `train:`")
     return values
+
+
+def read_value(text: str) -> Any:
+    """One value as it would stand in a file, for example `1e-3`, `null` or `[1.0, null]`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a safe loader
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{text[:100]!r} cannot be read: {problem}") from None
 
 
 def _text(path: Path) -> str:

@@ -6,9 +6,11 @@ tie two fields together. Docstrings under fields become the text of `moe-dist tr
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from moe_dist.config.model import STRICT, ModelConfig
+from moe_dist.config.values import Minutes, user_path
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,8 +70,11 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """With wsd: the share of all steps spent decaying."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.95
+    """Decay of the mean of their squares."""
     eps: float = 1e-8
+    """Added to the square root of that mean."""
     weight_decay: float = 0.1
     """For matrices. Norm scales and biases are not decayed."""
 
@@ -82,12 +87,12 @@ class DataConfig:
 
     kind: Literal["stdlib", "text", "indexed", "jsonl", "csv"] = "stdlib"
     """stdlib: the sources of Python's standard library, present on every machine; with task = classification, blocks
-    of their lines, labelled by the package that they come from. text: files or folders in `paths`. Both are read as
-    bytes by language models. indexed: token ids in Megatron-core's .bin and .idx files, for language models. jsonl,
-    csv: files in `paths` with a text and a label, for task = classification."""
+    of their lines, labelled by the package that they come from. text: files or folders in `paths`. jsonl, csv: files in
+    `paths` of records with a text and, for task = classification, a label. Language models read the bytes of all these.
+    indexed: token ids in Megatron-core's .bin and .idx files, for language models."""
     paths: list[str] = field(default_factory=list)
     """With kind = text: files, or folders that are searched for files. With jsonl and csv: files.
-    indexed: paths without .bin and .idx."""
+    indexed: paths without .bin and .idx. ~ is your home folder."""
     validation_fraction: float = 0.1
     """Share held out for validation: whole files, or the end of the text if there is one file only. indexed: the last
     documents of each path. With task = classification: of the texts."""
@@ -136,6 +141,7 @@ class RunConfig:
     name: str = "default"
     """The run's folder is root/name."""
     root: str = "runs"
+    """Where runs lie; ~ is your home folder."""
     log_every: int = 10
     """Steps between progress lines. metrics.jsonl has every step."""
     eval_every: int = 200
@@ -154,10 +160,17 @@ class RunConfig:
     keep_best: bool = False
     """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every."""
     tensorboard: bool = True
+    """Write metrics for TensorBoard too."""
     sample_tokens: int = 0
     """Bytes to generate from the trained model at the end."""
-    time_limit: float | None = None
-    """Minutes after which the run saves and leaves with exit code 75, as after a signal. null: none."""
+    time_limit: Annotated[float | None, Minutes()] = None
+    """Time after which the run saves and leaves with exit code 75, as after a signal: 4h, 90m, 1:30:00, or a number of
+    minutes. null: none."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return user_path(self.root) / self.name
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,8 +4,9 @@
 what to change.
 """
 
-from moe_dist.config.batch import BatchShape, batch_rules, batch_shape
 from moe_dist.config.rules.attention import attention_rules, routed_rules
+from moe_dist.config.rules.batch import BatchShape, batch_rules, batch_shape
+from moe_dist.config.rules.memory import memory_rules
 from moe_dist.config.rules.model import model_rules
 from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parallel import parallel_rules
@@ -16,8 +17,11 @@ from moe_dist.config.rules.task import task_rules
 from moe_dist.config.schema import Config
 
 
-def validate(config: Config, world_size: int) -> BatchShape:
-    """Checks a configuration against `world_size` ranks. Raises one ValueError with a line for every broken rule."""
+def validate(config: Config, world_size: int, memory: int | None = None) -> BatchShape:
+    """Checks a configuration against `world_size` ranks. Raises one ValueError with a line for every broken rule.
+
+    memory: bytes that a rank has, where the run starts on this machine; None where it may start on another.
+    """
     model, parallel, train = config.model, config.parallel, config.train
     attention, num_layers = model.attention, model.num_layers
     tp = parallel.tp
@@ -31,7 +35,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
             *moe_rules(model.moe, parallel, d_ff=model.d_ff, num_layers=num_layers),
             *parallel_rules(parallel, model, train.seq_len, world_size),
             *engine_rules(config.engine),
-            *optim_rules(config.optim, train.steps),
+            *optim_rules(config.optim),
             *task_rules(config),
             *train_rules(train),
             *run_rules(config.run),
@@ -40,4 +44,7 @@ def validate(config: Config, world_size: int) -> BatchShape:
         ]
     )
     assert dp is not None, "a tp that does not divide the world is a problem above"
-    return batch_shape(train, dp)
+    shape = batch_shape(train, dp)
+    if memory is not None:
+        refuse(memory_rules(config, shape, memory))
+    return shape

@@ -1,4 +1,4 @@
-"""Reads files into one array of tokens for training and one for validation. Text is bytes: nothing here decodes it.
+"""Reads files into one array of tokens for training and one for validation. A token is a byte of UTF-8 text.
 
 A corpus is the same bytes on every rank and in every run: files are ordered and split by their names alone, never by
 the order in which the file system lists them, nor by the locale or Python's hash seed. Its digest says so.
@@ -8,21 +8,23 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
-from moe_dist.data.indexed import TokenStream, read_indexed
+from moe_dist.config.values import user_path
+from moe_dist.data.documents import UNREADABLE, Document, LeftOut, read_text, told_apart, walk
+from moe_dist.data.indexed import read_indexed
+from moe_dist.data.records import read_records
+from moe_dist.data.stream import TokenStream
 
 SEPARATOR = b"\0"
 """Follows each file of a corpus of several files."""
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_SNIFFED = 8192
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,15 @@ class Corpus:
     digest: str
     """SHA-256 of both splits and their lengths."""
     num_files: int
-    """Files in the two splits; indexed: pairs of files."""
-    num_skipped: int = 0
-    """Files left out: empty, binary, unreadable (stdlib only), or a copy of another."""
+    """Files in the two splits; indexed: pairs of files; jsonl, csv: records."""
+    made_of: Literal["files", "records"] = "files"
+    left_out: LeftOut = field(default_factory=LeftOut)
     unit: Literal["byte", "token"] = "byte"
     """What a token is. The loss is told in bits per unit."""
 
-
-@dataclass(frozen=True)
-class _Document:
-    key: bytes
-    """The path below the corpus' root, as raw bytes: what order and split depend on."""
-    data: bytes
+    @property
+    def validation_share(self) -> float:
+        return len(self.validation) / (len(self.train) + len(self.validation))
 
 
 def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
@@ -60,13 +59,15 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1, e.g. 0.1")
     if config.kind == "indexed":
         return _indexed(config, vocab_size, seq_len)
+    left_out, name = LeftOut(), ", ".join(config.paths)
     if config.kind == "stdlib":
         name = f"stdlib-{platform.python_version()}"
-        found, skipped = _stdlib()
+        found = _stdlib(left_out)
+    elif config.kind == "text":
+        found = _text(config.paths, left_out)
     else:
-        name = ", ".join(config.paths)
-        found, skipped = _text(config.paths)
-    documents = _unique(found)
+        found = _records(config, left_out)
+    documents = told_apart(_unique(found, left_out))
     _check_ids(documents, vocab_size)
     parts = _split(documents, config.validation_fraction)
     for split, data in parts.items():
@@ -78,108 +79,109 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
         name=name,
         digest=_digest(parts),
         num_files=len(documents),
-        num_skipped=skipped + len(found) - len(documents),
+        made_of="files" if config.kind in ("stdlib", "text") else "records",
+        left_out=left_out,
     )
 
 
 def _indexed(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
-    train, validation, digest = read_indexed(config.paths, vocab_size, config.validation_fraction)
+    prefixes = [str(user_path(path)) for path in config.paths]
+    train, validation, digest = read_indexed(prefixes, vocab_size, config.validation_fraction)
     for split, stream in (("train", train), ("validation", validation)):
         _check_length(split, len(stream), seq_len)
     name = ", ".join(config.paths)
     return Corpus(train, validation, vocab_size, name, digest, len(config.paths), unit="token")
 
 
-def _stdlib() -> tuple[list[_Document], int]:
-    """The sources of the standard library, without its tests, and the number of files skipped."""
+def _stdlib(left_out: LeftOut) -> list[Document]:
+    """The sources of the standard library as they are, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents, skipped = [], 0
+    documents = []
     try:
-        found = _files(root, _NOT_STDLIB)
+        found = walk(root, _NOT_STDLIB)
     except OSError as error:
         raise ValueError(f"{root}, the standard library, cannot be read: {error}") from error
     for key, path in found:
         if path.suffix != ".py":
             continue
         try:
-            data = path.read_bytes()
+            data, reason = path.read_bytes(), "empty"
         except OSError:
-            data = b""
+            data, reason = b"", "unreadable"
         if data:
-            documents.append(_Document(key, data))
+            documents.append(Document(key, data))
         else:
-            skipped += 1
+            left_out.add(reason, os.fsdecode(key))
     if not documents:
         raise ValueError(f"no Python sources in {root}: set data.kind to text and data.paths to files of yours")
-    return documents, skipped
+    return documents
 
 
-def _text(paths: list[str]) -> tuple[list[_Document], int]:
-    """Files in the order given, folders in the order of their files' paths; and the number of files skipped."""
+def _text(paths: list[str], left_out: LeftOut) -> list[Document]:
+    """Files in the order given, folders in the order of their files' paths."""
     if not paths:
         raise ValueError("data.kind=text needs data.paths, which is empty: name at least one file or folder")
-    documents, skipped = [], 0
-    for path in (Path(p).expanduser() for p in paths):
+    documents: list[Document] = []
+    for path in map(user_path, paths):
         try:
             if path.is_dir():
-                read = [_Document(key, _read_unless_binary(file)) for key, file in _files(path)]
-                kept = [document for document in read if document.data]
-                skipped += len(read) - len(kept)
+                documents += _folder(path, left_out)
             elif path.is_file():
-                read = kept = [_Document(os.fsencode(path.name), path.read_bytes())]
+                data, reason = read_text(path)
+                if reason is not None:
+                    raise ValueError(f"{path} in data.paths has no text, it is {reason}: remove it")
+                documents.append(Document(os.fsencode(path.name), data, path.parent.parts))
             else:
                 raise ValueError(f"{path} in data.paths is neither a file nor a folder (looked from {Path.cwd()})")
-        except OSError as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} in data.paths cannot be read: {error}") from error
-        if not any(document.data for document in kept):
-            raise ValueError(f"{path} in data.paths has no text ({len(read)} files, empty or binary): remove it")
-        documents += kept
-    return documents, skipped
+    return documents
 
 
-def _read_unless_binary(path: Path) -> bytes:
-    """The bytes of a file, or none if it looks binary, as a NUL near its start tells."""
-    with path.open("rb") as file:
-        head = file.read(_SNIFFED)
-        if b"\0" in head:
-            return b""
-        size = os.fstat(file.fileno()).st_size
-        data = head + file.read()
-        if len(data) != size or os.fstat(file.fileno()).st_size != size:
-            raise OSError(f"{path} changes while it is read")
-        return data
+def _folder(folder: Path, left_out: LeftOut) -> list[Document]:
+    documents, here = [], LeftOut()
+    for key, path in walk(folder, left_out=here):
+        try:
+            data, reason = read_text(path)
+        except UNREADABLE as error:
+            raise ValueError(f"{folder} in data.paths cannot be read: {error}: {str(path)!r}") from error
+        if reason is None:
+            documents.append(Document(key, data, folder.parts))
+        else:
+            here.add(reason, str(path))
+    if not documents:
+        raise ValueError(f"{folder} in data.paths has no text ({here.describe() or 'no files'}): remove it")
+    for reason, names in here.names.items():
+        for name in names:
+            left_out.add(reason, name)
+    return documents
 
 
-def _files(root: Path, excluded: frozenset[str] = frozenset()) -> list[tuple[bytes, Path]]:
-    """(key, path) of each file below root, ordered by key."""
-    # fsencode gives back the bytes on disk, whatever the locale made of them.
-    found = ((os.fsencode(path.relative_to(root).as_posix()), path) for path in _walk(root, excluded))
-    return sorted(found)
+def _records(config: DataConfig, left_out: LeftOut) -> list[Document]:
+    """The texts of records; which split one falls into depends on the text alone."""
+    documents = []
+    for record in read_records(config.kind, config.paths):
+        data = record.text(config.text_key, "text_key").encode("utf-8")
+        if data:
+            documents.append(Document(data, data, (record.where,)))
+        else:
+            left_out.add("empty", record.where)
+    if not documents:
+        raise ValueError(f"{', '.join(config.paths)} in data.paths has no text at {config.text_key!r}")
+    return documents
 
 
-def _walk(folder: Path, excluded: frozenset[str], above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Regular files below folder; links are followed, except to a folder we are in. No hidden files."""
-    here = folder.resolve()
-    if here in above:
-        return
-    for entry in folder.iterdir():
-        if entry.name.startswith(".") or entry.name in excluded:
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, excluded, above | {here})
-        elif entry.is_file():
-            yield entry
-
-
-def _unique(documents: list[_Document]) -> list[_Document]:
-    """The first of each set of equal files, lest one be in both splits."""
-    first: dict[bytes, _Document] = {}
+def _unique(documents: list[Document], left_out: LeftOut) -> list[Document]:
+    """The first of each set of equal texts, lest one be in both splits."""
+    first: dict[bytes, Document] = {}
     for document in documents:
-        first.setdefault(hashlib.sha256(document.data).digest(), document)
+        if first.setdefault(hashlib.sha256(document.data).digest(), document) is not document:
+            named = document.key != document.data
+            left_out.add("a copy", "/".join([*document.above, *([os.fsdecode(document.key)] if named else [])]))
     return list(first.values())
 
 
-def _split(documents: list[_Document], fraction: float) -> dict[str, bytes]:
+def _split(documents: list[Document], fraction: float) -> dict[str, bytes]:
     """Cut a single file near its end; sort several into the splits by a hash of their keys."""
     if len(documents) == 1:
         data = documents[0].data
@@ -200,7 +202,7 @@ def _split(documents: list[_Document], fraction: float) -> dict[str, bytes]:
     return {split: b"".join(data) for split, data in parts.items()}
 
 
-def _check_ids(documents: list[_Document], vocab_size: int) -> None:
+def _check_ids(documents: list[Document], vocab_size: int) -> None:
     largest, key = max((int(np.frombuffer(d.data, np.uint8).max()), d.key) for d in documents)
     if largest >= vocab_size:
         raise ValueError(

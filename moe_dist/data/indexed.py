@@ -1,8 +1,7 @@
 """Megatron-core's indexed corpora: tokens in PREFIX.bin, and in PREFIX.idx where its sequences and documents begin.
 
 Nothing in the two files is believed before it has been checked, and nothing is allocated by a number that they hold:
-both are read once from end to end, in chunks. Training then reads the windows it needs from PREFIX.bin, without a
-memory map: where a mapped file has become shorter, the kernel gives zeros, or kills the process without a word.
+both are read once from end to end, in chunks. Training then reads the windows it needs from PREFIX.bin (stream.py).
 
 PREFIX.idx, little-endian: magic (9 bytes) · version u64 = 1 · dtype code u8 · sequences u64 · documents u64, plus one ·
 length of each sequence i32 · its first byte in PREFIX.bin i64 · first sequence of each document i64, and the end ·
@@ -16,10 +15,11 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import accumulate, pairwise
 from typing import NoReturn
 
 import numpy as np
+
+from moe_dist.data.stream import CheckedFile, OpenFiles, StoredTokens, TokenStream
 
 MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -57,53 +57,6 @@ class Index:
         return self._pointers_at + 8 * self.sequences
 
 
-class StoredTokens:
-    """Tokens [first, last) of an open file. One system call for each run of offsets that follow each other."""
-
-    def __init__(self, file: BufferedReader, dtype: np.dtype, first: int, last: int) -> None:
-        self.file, self.dtype, self.first, self.last = file, dtype, first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, offsets_N: np.ndarray) -> np.ndarray:
-        """Raises OSError when the file has become shorter."""
-        tokens_N = np.empty(len(offsets_N), self.dtype)
-        data, size = tokens_N.view(np.uint8).data, self.dtype.itemsize
-        breaks = np.flatnonzero(np.diff(offsets_N) != 1) + 1
-        for begin, end in pairwise([0, *breaks.tolist(), len(offsets_N)]):
-            at, done = (self.first + int(offsets_N[begin])) * size, begin * size
-            while done < end * size:
-                read = os.preadv(self.file.fileno(), [data[done : end * size]], at + done - begin * size)
-                if read == 0:
-                    raise OSError(
-                        f"{self.file.name} has become shorter since the run began: put it back as it was, and continue "
-                        "with --resume"
-                    )
-                done += read
-        return tokens_N
-
-
-class TokenStream:
-    """Arrays of tokens, one after the other, read at the offsets asked for."""
-
-    def __init__(self, parts: Sequence[np.ndarray | StoredTokens]) -> None:
-        self.parts = parts
-        self._starts = list(accumulate((len(part) for part in parts), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, offsets: np.ndarray) -> np.ndarray:
-        """int64 tokens at an array of offsets, in its shape."""
-        tokens = np.empty(offsets.shape, np.int64)
-        which = np.searchsorted(self._starts, offsets, side="right") - 1
-        for number in np.unique(which):
-            here = which == number
-            tokens[here] = self.parts[number][offsets[here] - self._starts[number]]
-        return tokens
-
-
 def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float) -> tuple[TokenStream, TokenStream, str]:
     """(train, validation, SHA-256 of all the files and of where they are cut) of the corpora with these prefixes.
 
@@ -112,16 +65,15 @@ def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float) -> tupl
 
     Raises ValueError naming file and field when anything in the files is wrong, or a token id is not below vocab_size.
     """
-    train, validation, digest = [], [], hashlib.sha256()
+    train, validation, digest, files = [], [], hashlib.sha256(), OpenFiles()
     for path in paths:
         prefix = path.removesuffix(".idx").removesuffix(".bin")
         index, idx_digest = check_index(prefix)
-        bin_digest = _check_tokens(index, vocab_size)
+        bin_digest, file = _check_tokens(index, vocab_size)
         cut = _cut(index, fraction)
         digest.update(idx_digest + bin_digest + cut.to_bytes(8, "big"))
-        file = _open(f"{prefix}.bin")
-        train.append(StoredTokens(file, index.dtype, 0, cut))
-        validation.append(StoredTokens(file, index.dtype, cut, index.tokens))
+        train.append(StoredTokens(files, file, index.dtype, 0, cut))
+        validation.append(StoredTokens(files, file, index.dtype, cut, index.tokens))
     return TokenStream(train), TokenStream(validation), digest.hexdigest()
 
 
@@ -214,10 +166,11 @@ def _check_documents(file: BufferedReader, index: Index) -> None:
         _refuse(index.prefix, "document indices", f"they end with {before}, not the sequence count {index.sequences}")
 
 
-def _check_tokens(index: Index, vocab_size: int) -> bytes:
+def _check_tokens(index: Index, vocab_size: int) -> tuple[bytes, CheckedFile]:
     """SHA-256 of PREFIX.bin, of which every token is looked at."""
     path, digest = f"{index.prefix}.bin", hashlib.sha256()
     with _open(path) as file:
+        checked = CheckedFile.of(file)
         for first, count in _chunks(index.tokens):
             data = file.read(count * index.dtype.itemsize)
             ids = np.frombuffer(data, index.dtype, len(data) // index.dtype.itemsize)
@@ -228,7 +181,7 @@ def _check_tokens(index: Index, vocab_size: int) -> bytes:
                 assert wrong is not None
                 _refuse_token(index, first + wrong, int(ids[wrong]), vocab_size)
             digest.update(data)
-    return digest.digest()
+    return digest.digest(), checked
 
 
 def _refuse_token(index: Index, offset: int, token: int, vocab_size: int) -> NoReturn:

@@ -6,7 +6,6 @@ files. Texts that differ in white space only are one text: the first stays, so t
 Legend: N texts of a split, S sequence.
 """
 
-import csv
 import hashlib
 import json
 import platform
@@ -14,11 +13,11 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
+from moe_dist.data.records import read_records
 from moe_dist.data.subwords import Subwords
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
@@ -32,6 +31,8 @@ _TESTS = frozenset({"test", "tests", "__pycache__"})
 class Example:
     text: str
     label: str
+    where: str = ""
+    """The file and line that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def load_labelled(config: DataConfig, vocab_size: int, seq_len: int) -> Labelled
         tokens_NS, cut = subwords.encode([example.text for example in members], seq_len)
         empty = np.flatnonzero(tokens_NS[:, 0] == 0)
         if len(empty):
-            raise ValueError(f"{name}: the text {members[empty[0]].text!r} has no token: take it out")
+            example = members[empty[0]]
+            raise ValueError(f"{example.where or name}: the text {example.text!r} has no token: take it out")
         splits[part] = LabelledSplit(tokens_NS, np.array([number[example.label] for example in members]))
         truncated += cut
     digest = _digest(labels, splits)
@@ -104,14 +106,12 @@ def read_examples(config: DataConfig) -> Iterator[Example]:
     if config.kind == "stdlib":
         yield from stdlib_examples(config.block_lines)
         return
-    read = {"jsonl": _jsonl, "csv": _csv}[config.kind]
-    for path in (Path(name).expanduser() for name in config.paths):
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for line, record in read(path, file):
-                    yield _example(record, config, f"{path}, line {line}")
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} in data.paths cannot be read: {error}") from error
+    for record in read_records(config.kind, config.paths):
+        text, label = record.text(config.text_key, "text_key"), record.text(config.label_key, "label_key").strip()
+        for value, key in ((text.strip(), config.text_key), (label, config.label_key)):
+            if not value:
+                raise ValueError(f"{record.where}: {key!r} is empty: fill it, or take the line out")
+        yield Example(text, label, record.where)
 
 
 def stdlib_examples(block_lines: int, root: Path | None = None) -> Iterator[Example]:
@@ -125,7 +125,7 @@ def stdlib_examples(block_lines: int, root: Path | None = None) -> Iterator[Exam
         for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
             lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
             for first in range(0, len(lines) - block_lines + 1, block_lines):
-                yield Example("\n".join(lines[first : first + block_lines]), package)
+                yield Example("\n".join(lines[first : first + block_lines]), package, str(path))
 
 
 def split(examples: list[Example], validation: float, test: float) -> dict[str, list[Example]]:
@@ -136,33 +136,6 @@ def split(examples: list[Example], validation: float, test: float) -> dict[str, 
         part = "test" if place < test else "validation" if place < test + validation else "train"
         parts[part].append(example)
     return parts
-
-
-def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
-        yield number, record
-
-
-def _csv(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    for record in reader:
-        yield reader.line_num, record
-
-
-def _example(record: dict[str, Any], config: DataConfig, where: str) -> Example:
-    for key, field in ((config.text_key, "text_key"), (config.label_key, "label_key")):
-        if record.get(key) is None or isinstance(record[key], dict | list | float):
-            known = ", ".join(str(name) for name in record)
-            raise ValueError(f"{where}: no text or whole number at {key!r}, but {known}: set data.{field}")
-    return Example(str(record[config.text_key]), str(record[config.label_key]))
 
 
 def _identity(text: str) -> bytes:

@@ -4,12 +4,18 @@ state a resumed run needs, and the layout is no part of it.
 `B` batch · `S` sequence
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from moe_dist.data.indexed import TokenStream
+from moe_dist.data.permutation import ROUNDS, permuted
+from moe_dist.data.stream import TokenStream
+
+LISTED = 1 << 20
+"""Windows of an epoch up to which their order is a list."""
 
 
 class SequenceSampler:
@@ -18,6 +24,9 @@ class SequenceSampler:
     Epoch k cuts the split into `windows_per_epoch` windows that start at phase_k + i * seq_len. The phase and the
     order come from random bits keyed by (seed, k). Every phase has the same number of windows, at most one fewer than
     the split could hold, so that a step's epoch is one division; which bytes are left out changes with the phase.
+
+    Up to LISTED windows the order is a list, sorted by a random number for each. Of more it is computed for the windows
+    of the step at hand (permutation.py): a list of 73 million, 3e11 tokens, takes a minute and 1.2 GB on every rank.
     """
 
     def __init__(self, num_tokens: int, seq_len: int, global_batch: int, seed: int) -> None:
@@ -26,29 +35,44 @@ class SequenceSampler:
             raise ValueError(f"global_batch={global_batch} must be at least 1")
         if seed < 0:
             raise ValueError(f"seed={seed} must not be negative: it keys a random generator")
-        self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
+        self.seq_len = seq_len
+        self.global_batch = global_batch
+        self.seed = seed
         self.windows_per_epoch = max(1, (num_tokens - seq_len) // seq_len)
         # A window is seq_len tokens and one more, the last target.
         self.num_phases = min(seq_len, num_tokens - self.windows_per_epoch * seq_len)
-        self._epochs: dict[int, np.ndarray] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
     def indices(self, step: int) -> np.ndarray:
         """Start offsets [global_batch] int64 of the sequences of optimizer step `step`, counted from 0."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative: the first step is 0")
-        first, last = step * self.global_batch, (step + 1) * self.global_batch
-        epochs = range(first // self.windows_per_epoch, (last - 1) // self.windows_per_epoch + 1)
-        self._epochs = {k: self._epochs[k] if k in self._epochs else self._epoch(k) for k in epochs}
-        begins = [(k * self.windows_per_epoch, starts) for k, starts in self._epochs.items()]
-        return np.concatenate([starts[max(0, first - begin) : last - begin] for begin, starts in begins])
+        first, last, size = step * self.global_batch, (step + 1) * self.global_batch, self.windows_per_epoch
+        epochs = range(first // size, (last - 1) // size + 1)
+        self._epochs = {k: self._epochs.get(k) or self._epoch(k) for k in epochs}
+        windows = [
+            epoch.phase + epoch.order(np.arange(max(first - k * size, 0), min(last - k * size, size))) * self.seq_len
+            for k, epoch in self._epochs.items()
+        ]
+        return np.concatenate(windows)
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """All starts of one epoch, in order of visit."""
+    def _epoch(self, number: int) -> "_Epoch":
         # Raw bits and a stable sort, not Generator.permutation: NumPy keeps only the former across its versions.
-        random = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-        bits = random.random_raw(self.windows_per_epoch + 1)
+        random = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(number,)))
+        size = self.windows_per_epoch
+        listed = size <= LISTED
+        bits = random.random_raw(1 + (size if listed else ROUNDS))
         phase = int(bits[0]) % self.num_phases
-        return phase + np.argsort(bits[1:], kind="stable").astype(np.int64) * self.seq_len
+        if listed:
+            return _Epoch(phase, np.argsort(bits[1:], kind="stable").astype(np.int64).take)
+        return _Epoch(phase, partial(permuted, size=size, keys=bits[1:].tolist()))
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    phase: int
+    order: Callable[[np.ndarray], np.ndarray]
+    """Places, counted from 0 -> the windows that are visited there."""
 
 
 def rank_starts(starts: np.ndarray, accumulation: int, dp: int, dp_rank: int, micro_step: int) -> np.ndarray:

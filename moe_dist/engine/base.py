@@ -16,7 +16,7 @@ from moe_dist.models.trainable import Trainable
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "grad"]
 STATE_KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -73,21 +73,20 @@ class RouterLoads:
     """Assignments to experts over the micro-steps of a step, for routers that balance themselves after it."""
 
     def __init__(self) -> None:
-        self.by_layer: dict[tuple[str, int], Tensor] = {}
+        self.by_site: dict[Site, Tensor] = {}
 
     def add(self, output: DecoderOutput) -> None:
         for stats in output.stats:
-            layer = (stats.kind, stats.layer)
-            earlier = self.by_layer.get(layer)
-            self.by_layer[layer] = stats.load_E if earlier is None else earlier + stats.load_E
+            earlier = self.by_site.get(stats.site)
+            self.by_site[stats.site] = stats.load_E if earlier is None else earlier + stats.load_E
 
     def settle(self, model: Trainable) -> None:
         """Tell the routers, and begin again."""
-        model.balance_routers(self.by_layer)
+        model.balance_routers(self.by_site)
         self.forget()
 
     def forget(self) -> None:
-        self.by_layer = {}
+        self.by_site = {}
 
 
 def held_buffers(model: Trainable, mesh: Mesh) -> Iterator[Piece]:

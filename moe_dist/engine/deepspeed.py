@@ -104,7 +104,7 @@ class DeepSpeedEngine:
         optimizer = torch.optim.AdamW(
             _param_groups(model, optim, mesh), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
         )
-        even = mesh.ep.size == 1 or len(set(expert_widths(model.config))) <= 1
+        even = mesh.ep.size == 1 or len(set(expert_widths(model.config.moe, model.config.d_ff))) <= 1
         config = _config(engine, micro_batch, accumulation, mesh, even)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which extensions it built
             self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -5,7 +5,6 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from moe_dist.checkpoint.find import run_config, whole_checkpoint
 from moe_dist.checkpoint.reshard import load_weights
 from moe_dist.config import Config, validate
 from moe_dist.config.schema import ParallelConfig
+from moe_dist.config.values import user_path
 from moe_dist.data import ByteTokenizer
 from moe_dist.engine.base import compute_dtype
 from moe_dist.generate.decode import CachedDecoder, generate
@@ -28,23 +28,14 @@ from moe_dist.parallel.launch import rank_from_environment, said_once, start, st
 from moe_dist.parallel.mesh import create_mesh
 from moe_dist.parallel.objects import broadcast_json
 
-_ABOUT = """Write text with the model of a run, from its newest whole checkpoint or a given one.
 
-RUN is a run's folder, or one checkpoint of it. Alone, the model runs on one process, however it was trained; under
-torchrun in the layout it was trained in, or that of --ep and --tp: the text is the same.
-Experts drop nothing. The text depends on the checkpoint, the prompt, its number and --seed, on nothing else.
-Text goes to standard output; what is said about it, tokens per second included, to standard error.
-"""
-
-
-def generate_text(args: Sequence[str]) -> int:
-    """Returns the exit code. Raises ValueError for what a user got wrong."""
-    own = _arguments(args)
+def generate_text(own: argparse.Namespace) -> int:
+    """Returns the exit code. own: of generate_arguments. Raises ValueError for what a user got wrong."""
     sampling = Sampling(temperature=own.temperature, top_k=own.top_k, top_p=own.top_p)
     rank = rank_from_environment(os.environ)
     device = start(rank, own.device)
     with said_once(rank):
-        config = run_config(Path(own.run))
+        config = run_config(own.run)
         if config.task != "language_modelling":
             raise ValueError(f"{own.run} was trained for {config.task}: only a language model writes text")
         if config.data.kind == "indexed":
@@ -53,13 +44,15 @@ def generate_text(args: Sequence[str]) -> int:
             )
         config = in_layout(config, rank.world, own.ep, own.tp)
         prompts = _same_on_all_ranks(own)
-        checkpoint = whole_checkpoint(Path(own.run), _say if rank.rank == 0 else _keep_quiet)
+        checkpoint = whole_checkpoint(own.run, _say if rank.rank == 0 else _keep_quiet)
         decoder = load_decoder(checkpoint, config, device)
     show = _Screen(prompts, own.stream) if rank.rank == 0 else None
     if show is not None:
         _describe(checkpoint, config, decoder, rank.world)
     ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
-    context = own.context or config.train.seq_len
+    # A cache is as long as the context, so no longer than what it can come to hold.
+    needed = max(max(map(len, ids)) + own.max_new_tokens, config.train.seq_len)
+    context = min(own.context, needed) if own.context else config.train.seq_len
     began, first = time.monotonic(), 0.0
     for tokens in generate(CachedDecoder(decoder, device), ids, own.max_new_tokens, context, own.seed, sampling):
         first = first or time.monotonic() - began
@@ -91,7 +84,7 @@ def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Con
     else:
         parallel = replace(config.parallel, ep=ep or config.parallel.ep, tp=tp or config.parallel.tp)
         parallel = replace(parallel, sequence_parallel=False, etp=1 if ep else parallel.etp, node_size=None)
-    anew: dict[str, Any] = dict(dispatch="auto", experts="auto", overlap_chunks=1)
+    anew: dict[str, Any] = dict(dispatch="auto", experts="auto", wire="ragged", wire_dtype="same", overlap_chunks=1)
     moe, of_attention = replace(config.model.moe, **anew), replace(config.model.attention.moe, **anew)
     attention = replace(config.model.attention, backend="auto", dropout=0.0, moe=of_attention)
     model = replace(config.model, moe=moe, attention=attention, kernels="auto")
@@ -102,38 +95,13 @@ def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Con
     return config
 
 
-def _arguments(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="moe-dist generate", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt on each line of a file; - is standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, help="choose among so many of the most likely tokens")
-    parser.add_argument("--top-p", type=float, help="among the fewest whose probabilities add up to this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stream", action="store_true", help="show the text while it grows")
-    parser.add_argument("--context", type=int, help="tokens that the model sees at most; default: as in training")
-    parser.add_argument("--ep", type=int, help="with several ranks: over how many the experts are spread")
-    parser.add_argument("--tp", type=int, help="with several ranks: how many share each matrix")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    own = parser.parse_args(list(args))
-    for name, low in (("max_new_tokens", 1), ("context", 2), ("ep", 1), ("tp", 1), ("seed", 0)):
-        value = getattr(own, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is below {low}")
-    return own
-
-
 def _prompts(own: argparse.Namespace) -> list[str]:
     if bool(own.prompt) == (own.prompts is not None):
         raise ValueError("give the text to continue: either --prompt TEXT, or --prompts FILE with one on each line")
     prompts = own.prompt
     if own.prompts is not None:
         try:
-            source = sys.stdin.buffer.read() if own.prompts == "-" else Path(own.prompts).read_bytes()
+            source = sys.stdin.buffer.read() if own.prompts == "-" else user_path(own.prompts).read_bytes()
         except OSError as error:
             raise ValueError(f"--prompts {own.prompts}: {error.strerror}") from None
         prompts = source.decode("utf-8", errors="surrogateescape").split("\n")

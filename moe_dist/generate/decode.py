@@ -68,6 +68,8 @@ def generate(
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty: give at least one token")
+    if new_tokens > _ROW:
+        raise ValueError(f"{new_tokens} new tokens are more than the {_ROW} random numbers of a row")
     if context < 2:
         raise ValueError(f"context={context} is below 2: a token and the one after it")
     rows = [list(prompt)[-context:] for prompt in prompts]
@@ -88,6 +90,8 @@ def generate(
         if dist.is_initialized():
             dist.broadcast(chosen_B, src=0)  # ranks may differ in the last bit
         tokens = chosen_B.tolist()
+        if min(tokens) < 0:
+            raise ValueError("the model's scores for the next token are not finite: its weights have diverged")
         for row, token in zip(rows, tokens, strict=True):
             row.append(token)
         yield tokens[: len(prompts)]

@@ -35,9 +35,22 @@ class RandomKey:
         bits = _mix(_mix(index ^ self.value) + _signed(0x9E3779B97F4A7C15))
         return _shift(bits, 11).double() * 2.0**-53
 
+    def keeps(self, index: Tensor, rate: float) -> Tensor:
+        """False for a share `rate` of the indices: what dropout leaves as it is."""
+        return self.uniform(index) >= rate
+
     def normal(self, index: Tensor) -> Tensor:
         """One standard normal number for each int64 index, float64: the inverse distribution function of `uniform`."""
         return torch.special.ndtri(self.uniform(index) + 2.0**-54)
+
+
+def dropout_by_index(x_TD: Tensor, rate: float, key: RandomKey, first_token: int) -> Tensor:
+    """Zero with probability `rate`, else divided by 1 - rate; token t draws as token first_token + t of all."""
+    if rate == 0.0:
+        return x_TD
+    first = first_token * x_TD.shape[1]
+    index_TD = torch.arange(first, first + x_TD.numel(), device=x_TD.device).view_as(x_TD)
+    return x_TD * key.keeps(index_TD, rate) / (1 - rate)
 
 
 def _mix(z: Tensor) -> Tensor:

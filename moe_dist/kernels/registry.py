@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.kernels.norm.cpu import rms_norm as cpu_rms_norm
-from moe_dist.kernels.route.reference import Routed, route
+from moe_dist.kernels.top_k.reference import TopK, top_k_experts
 
 
 def check_triton(field: str, instead: str, device_type: str) -> None:
@@ -22,13 +22,13 @@ def check_triton(field: str, instead: str, device_type: str) -> None:
         )
 
 
-def route_kernel(kernels: str) -> Callable[..., Routed]:
-    """`route` of kernels/route."""
+def top_k_kernel(kernels: str) -> Callable[..., TopK]:
+    """`top_k_experts` of kernels/top_k."""
     if kernels == "triton":
-        from moe_dist.kernels.route.triton import route as fused
+        from moe_dist.kernels.top_k.triton import top_k_experts as fused
 
         return fused
-    return route
+    return top_k_experts
 
 
 def norm_kernel(kernels: str, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:

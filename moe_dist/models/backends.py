@@ -5,7 +5,7 @@ The resolved config is what the run folder keeps and the log prints; nothing is 
 
 import dataclasses
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.attention.flash import flash_provider
@@ -51,6 +51,14 @@ def _resolve_experts(moe: MoEConfig, ep: int, device_type: str) -> MoEConfig:
         uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
         moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
     return moe
+
+
+def plainest(model: ModelConfig) -> ModelConfig:
+    """The same parameters on backends that every machine has: for who asks a model what it is made of."""
+    anywhere: dict[str, Any] = dict(dispatch="local", experts="loop", overlap_chunks=1)
+    moe, of_attention = (dataclasses.replace(each, **anywhere) for each in (model.moe, model.attention.moe))
+    attention = dataclasses.replace(model.attention, backend="torch", moe=of_attention)
+    return dataclasses.replace(model, attention=attention, kernels="torch", moe=moe)
 
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:

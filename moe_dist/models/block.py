@@ -1,5 +1,6 @@
 """One decoder block: pre-norm attention, then a pre-norm dense or MoE feed-forward, each on a residual."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
 from moe_dist.moe.experts import expert_widths
-from moe_dist.moe.layer import MoE, Replay
+from moe_dist.moe.gate import Replay
+from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh
@@ -24,10 +26,41 @@ def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
 
 
-ATTENTIONS: dict[str, type[CausalSelfAttention] | type[SwitchAttention] | type[RoutedSelfAttention]] = {
-    "multi_query": CausalSelfAttention,
-    "switch": SwitchAttention,
-    "routed": RoutedSelfAttention,
+def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> MoE:
+    """The MoE layer of block number `layer` as `model` says; out_std as for MoE."""
+    return MoE(
+        model.moe,
+        model.d_model,
+        model.d_ff,
+        model.activation,
+        layer=layer,
+        mesh=mesh,
+        kernels=model.kernels,
+        recompute=model.recompute == "activation",
+        out_std=out_std,
+    )
+
+
+Attention = CausalSelfAttention | SwitchAttention | RoutedSelfAttention
+
+
+def _multi_query(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
+    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std)
+
+
+def _switch(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
+    return SwitchAttention(model, layer, mesh, out_std)
+
+
+def _routed(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
+    return RoutedSelfAttention(model.head_sizes, model.attention, mesh, layer, model.kernels, out_std)
+
+
+# The attention of block number `layer`, by the word of the configuration.
+ATTENTIONS: dict[str, Callable[[ModelConfig, int, Mesh, float], Attention]] = {
+    "multi_query": _multi_query,
+    "switch": _switch,
+    "routed": _routed,
 }
 
 
@@ -45,15 +78,14 @@ class DecoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
-        widths = expert_widths(model) if is_moe_layer(model, layer) else (model.d_ff,)
-        width = model.num_heads * model.head_width
+        widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
-        attention = ATTENTIONS[model.attention.kind]
-        self.attention = attention(model, layer, mesh, width**-0.5 * residual)
+        attention_std = model.head_sizes.width**-0.5 * residual
+        self.attention = ATTENTIONS[model.attention.kind](model, layer, mesh, attention_std)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std)
+            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
             self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
 

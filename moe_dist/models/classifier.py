@@ -20,7 +20,7 @@ from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.linear import VocabParallelEmbedding, leave
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.step import RealTokens, StepContext
+from moe_dist.step import RealTokens, Site, StepContext
 
 
 class Classifier(nn.Module):
@@ -32,7 +32,9 @@ class Classifier(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, max_len: int, seed: int = 0, pad_id: int = 0) -> None:
         super().__init__()
         assert model.num_classes is not None, "the number of classes is known before the model is built"
-        self.config, self.mesh, self.pad_id = model, mesh, pad_id
+        self.config = model
+        self.mesh = mesh
+        self.pad_id = pad_id
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.1)
         self.positions = parameter((max_len, model.d_model), ParamSpec((max_len, model.d_model), std=0.1))
         self.blocks = nn.ModuleList(EncoderBlock(model, layer, mesh) for layer in range(model.num_layers))
@@ -62,7 +64,7 @@ class Classifier(nn.Module):
         training = step.phase == "train"
         if training and self.config.token_dropout > 0.0:
             index_BS = torch.arange(first, first + mask_BS.numel(), device=mask_BS.device).view_as(mask_BS)
-            mask_BS = mask_BS & (step.key.fold("token dropout").uniform(index_BS) >= self.config.token_dropout)
+            mask_BS = mask_BS & step.key.fold("token dropout").keeps(index_BS, self.config.token_dropout)
         mask_T = mask_BS.flatten()
         step = replace(
             step,
@@ -81,10 +83,10 @@ class Classifier(nn.Module):
                 stats.append(layer)
         return self._head(x_TD, mask_BS), tuple(stats)
 
-    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
+    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
         for layer in self.moe_layers():
-            layer.router.balance(loads["feed_forward", layer.layer])
+            layer.router.balance(loads[layer.router.site])
 
     def moe_layers(self) -> list[MoE]:
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]

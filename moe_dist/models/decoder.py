@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.positions import Positions
-from moe_dist.attention.rotary import rotary_table
+from moe_dist.attention.rotary import RotaryScaling, rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
@@ -27,7 +27,7 @@ from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 
 Want = Literal["loss", "token_losses", "logits"]
 
@@ -45,15 +45,16 @@ class DecoderOutput:
 class OutputProjection(nn.Module):
     """Final norm, projection to the vocabulary, and what is wanted of it."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, tied: nn.Parameter | None) -> None:
+    def __init__(
+        self, d_model: int, vocab_size: int, norm_eps: float, kernels: str, mesh: Mesh, tied: nn.Parameter | None
+    ) -> None:
         super().__init__()
-        tp = mesh.tp
         self.mesh = mesh
-        self.norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
-        local = model.vocab_size // tp.size
-        start = tp.rank * local * model.d_model
-        spec = ParamSpec((model.vocab_size, model.d_model), "tensor", start, model.d_model**-0.5)
-        self.weight = parameter((local, model.d_model), spec) if tied is None else tied
+        self.norm = RMSNorm(d_model, norm_eps, mesh, kernels)
+        local = vocab_size // mesh.tp.size
+        start = mesh.tp.rank * local * d_model
+        spec = ParamSpec((vocab_size, d_model), "tensor", start, d_model**-0.5)
+        self.weight = parameter((local, d_model), spec) if tied is None else tied
 
     def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want, rows: Tensor | None = None) -> Tensor:
         """`loss`: the mean, differentiable. `token_losses`: [T]. `logits`: [T, V] on every rank, or of `rows` alone."""
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
         self.blocks = nn.ModuleList(DecoderBlock(model, layer, mesh) for layer in range(model.num_layers))
         tied = self.embedding.weight if model.tie_embeddings else None
-        self.output = OutputProjection(model, mesh, tied)
+        self.output = OutputProjection(model.d_model, model.vocab_size, model.norm_eps, model.kernels, mesh, tied)
         initialize(self, seed)
 
     def forward(
@@ -112,10 +113,10 @@ class Decoder(nn.Module):
             return None
         return [attention.new_cache(rows, length) for attention in attentions]  # type: ignore[operator, union-attr]
 
-    def balance_routers(self, loads: dict[tuple[str, int], Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps, by kind and layer."""
-        for (kind, layer), load_E in loads.items():
-            routed = getattr(self.blocks[layer], kind)
+    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
+        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
+        for site, load_E in loads.items():
+            routed = getattr(self.blocks[site.layer], site.kind)
             assert isinstance(routed, MoE | SwitchAttention), "loads are of routed layers"
             routed.router.balance(load_E)
 
@@ -151,4 +152,6 @@ class Decoder(nn.Module):
             at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
         if x_TD.dtype == torch.float64:
             at_BS = at_BS.double()
-        return Positions(rotary=rotary_table(at_BS, model.head_width, model.rope_theta, model.attention))
+        config = model.attention
+        scaling = RotaryScaling(config.rope_scaling, config.rope_factor, config.rope_original_len)
+        return Positions(rotary=rotary_table(at_BS, model.head_width, model.rope_theta, scaling))

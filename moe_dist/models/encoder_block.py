@@ -6,15 +6,14 @@ Legend: B batch, S sequence, T = B * S tokens, D d_model, H query heads, G key/v
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from moe_dist.attention.multi_query import KeyValueHeads
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import HeadSizes, ModelConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Pattern
-from moe_dist.kernels.random import RandomKey
-from moe_dist.models.block import is_moe_layer
+from moe_dist.kernels.random import RandomKey, dropout_by_index
+from moe_dist.models.block import is_moe_layer, moe_layer
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
@@ -28,16 +27,14 @@ from moe_dist.step import StepContext
 class EncoderAttention(nn.Module):
     """Every token sees every token of its sequence that is no padding. x_TD -> y_TD."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, out_std: float) -> None:
+    def __init__(self, sizes: HeadSizes, backend: str, mesh: Mesh, out_std: float) -> None:
         super().__init__()
-        tp = mesh.tp
         self.mesh = mesh
-        self.head_dim = model.head_width
-        width = model.num_heads * self.head_dim
-        self.query = ColumnParallelLinear(model.d_model, width, tp, model.d_model**-0.5)
-        self.key_value = KeyValueHeads(model.d_model, model.num_heads, model.num_kv_heads, self.head_dim, tp)
-        self.out = RowParallelLinear(width, model.d_model, tp, out_std)
-        self.attend = attention(model.attention.backend)
+        self.head_dim = sizes.head_dim
+        self.query = ColumnParallelLinear(sizes.d_model, sizes.width, mesh.tp, sizes.d_model**-0.5)
+        self.key_value = KeyValueHeads(sizes, mesh.tp)
+        self.out = RowParallelLinear(sizes.width, sizes.d_model, mesh.tp, out_std)
+        self.attend = attention(backend)
 
     def forward(self, x_TD: Tensor, mask_BS: Tensor) -> Tensor:
         shape = (mask_BS.shape[0], mask_BS.shape[1])
@@ -56,13 +53,14 @@ class EncoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual, sparse = (2 * model.num_layers) ** -0.5, is_moe_layer(model, layer)
-        widths = expert_widths(model) if sparse else (model.d_ff,)
-        width = model.num_heads * model.head_width
+        widths = expert_widths(model.moe, model.d_ff) if sparse else (model.d_ff,)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
-        self.attention = EncoderAttention(model, mesh, width**-0.5 * residual)
+        self.attention = EncoderAttention(
+            model.head_sizes, model.attention.backend, mesh, model.head_sizes.width**-0.5 * residual
+        )
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         if sparse:
-            self.feed_forward: nn.Module = MoE(model, layer, mesh, out_std=out_std)
+            self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
             self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
         self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
@@ -79,7 +77,7 @@ class EncoderBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Drop:
-    """Dropout by global index: zero with probability `rate`, else divided by 1 - rate. The same in every layout.
+    """Dropout of what each part of a block adds, by name; the same in every layout.
 
     first_token: global number of the first of this rank's tokens.
     """
@@ -89,8 +87,4 @@ class Drop:
     first_token: int
 
     def __call__(self, x_TD: Tensor, name: str) -> Tensor:
-        if self.rate == 0.0:
-            return x_TD
-        first = self.first_token * x_TD.shape[1]
-        index_TD = torch.arange(first, first + x_TD.numel(), device=x_TD.device).view_as(x_TD)
-        return x_TD * (self.key.fold("dropout", name).uniform(index_TD) >= self.rate) / (1 - self.rate)
+        return dropout_by_index(x_TD, self.rate, self.key.fold("dropout", name), self.first_token)

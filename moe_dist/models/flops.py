@@ -1,58 +1,25 @@
-"""How big a model is and how much arithmetic a token costs, from its config alone.
+"""How much arithmetic a token costs, from the config of a model alone; of a step, from what its experts did.
 
-Everything is logical: the same numbers whatever the parallel layout, the backend and the tokens dropped.
+Everything is logical: the same numbers whatever the parallel layout and the backend. (How many parameters a model has:
+parameters.py, which asks the model.)
 
-Legend: L layers, D d_model, F d_ff, E experts, H query heads, G key/value heads, P width of a head, S sequence,
-V vocabulary.
+| number   | experts that a token meets                     | for                                                    |
+|----------|------------------------------------------------|--------------------------------------------------------|
+| nominal  | top_k; under expert_choice those that take it  | MFU: dropped work counts, so dropping does not lower it |
+| executed | those that computed one of its assignments     | MFU across capacity factors                             |
+
+Legend: L layers, D d_model, F d_ff, E experts, K experts of a token, H query heads, G key/value heads, P width of a
+head, S sequence, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import Literal
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.moe.experts import expert_widths
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterCounts:
-    """Logical parameters of a model."""
-
-    total: int
-    """All of them; tied embeddings count once."""
-    active: int
-    """Those that one token meets: of routed and attention experts, top_k in each layer."""
-    expert: int
-    """Those of all routed and attention experts, which expert parallelism shards. Shared experts are not among them."""
-
-
-def parameter_counts(model: ModelConfig) -> ParameterCounts:
-    """Count the parameters of a model.
-
-    Each block has two RMSNorm scales, attention and a feed-forward of either kind; only experts can have biases:
-
-        attention = D*H*P + 2*G*P*D + H*P*D             with qk_ln 2*(H + 1)*P more, with sinks H
-        switch    = E*D + E*2*D*H*P + 2*P*D   of attention experts, one key/value head for all
-        routed    = (1 + E) * attention + 3*E*D + E*2*G*P   local and routed, two routers, null tokens, keys and values
-        dense     = m*D*F                     m = 3 with a gate (gate, up, down), else 2
-        MoE       = E*D + (E + shared)*m*D*F  the router (noisy: twice; hash: none), then the experts with their own F,
-                                              the mean where they differ
-        model     = V*D (twice if not tied) + sum of blocks + D of the final norm
-    """
-    moe_layers = _moe_layers(model)
-    embeddings = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
-    norms = (2 * model.num_layers + 1) * model.d_model + model.num_layers * _attention_vectors(model)
-    each = _expert_parameters(model) + _expert_biases(model)
-    expert = round(moe_layers * model.moe.num_experts * each)
-    idle = round(moe_layers * (model.moe.num_experts - model.moe.top_k) * each)
-    biases = round(moe_layers * model.moe.top_k * _expert_biases(model))
-    if model.attention.kind == "switch":
-        attention, projections = model.attention.moe, 2 * model.d_model * model.num_heads * model.head_width
-        expert += model.num_layers * attention.num_experts * projections
-        idle += model.num_layers * (attention.num_experts - attention.top_k) * projections
-    far = model.num_layers * _routed_parameters(model) if model.attention.kind == "routed" else 0
-    total = embeddings + norms + _active_block_matrices(model) + far + biases + idle
-    return ParameterCounts(total=total, active=total - idle, expert=expert)
+from moe_dist.moe.losses import MoEStats
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -64,25 +31,19 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
         train   = 3 * forward
 
     With attention experts, a token has top_k * H heads. N are the matrix parameters that one token meets: attention,
-    router, its top_k experts, shared experts, dense feed-forwards and the output projection; not the embedding lookup,
+    router, its K experts, shared experts, dense feed-forwards and the output projection; not the embedding lookup,
     not the norm scales. A token at position s attends to s + 1 keys, (S + 1) / 2 on average, or to those
     of its window, each costing a product for q.k and one for the weighted sum of v.
 
-    The count does not depend on the capacity: a dropped assignment is work not done, so dropping does not lower it.
-    Recomputation is not counted either: both would make a worse run look like a faster one.
+    The count does not depend on what is dropped: a dropped assignment is work not done, so dropping does not lower it
+    (`executed_flops` leaves it out). Recomputation is not counted either: both would make a worse run look like a
+    faster one. Under expert_choice nothing is dropped, and the capacity says how many experts a token meets.
     """
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
     heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
     attention = model.num_layers * 2 * 2 * heads * model.head_width * _keys_seen(model, seq_len)
     far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
     return 3 * (2 * matrices + attention + far)
-
-
-def classifier_parameter_counts(model: ModelConfig, max_len: int) -> ParameterCounts:
-    """The same of the classifier: embedding V*D, positions max_len*D, blocks as above, head C*D + C; no final norm."""
-    base = parameter_counts(replace(model, tie_embeddings=True))
-    more = (max_len - 1) * model.d_model + (model.num_classes or 0) * (model.d_model + 1)
-    return ParameterCounts(total=base.total + more, active=base.active + more, expert=base.expert)
 
 
 def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -95,19 +56,62 @@ def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return 3 * (2 * _active_block_matrices(model) + attention + head)
 
 
-def _active_block_matrices(model: ModelConfig) -> int:
+def executed_flops(model: ModelConfig, nominal: float, tokens: float, layers: Iterable[MoEStats]) -> float:
+    """FLOPs of a step's `tokens` with the assignments that experts computed in place of those of the configuration.
+
+    nominal: of one token, from one of the functions above. layers: what each layer of experts did with these tokens.
+    Heads of attention experts whose assignment was dropped are attended with all the same.
+    """
+    outside = nominal - 3 * 2 * float(_met_expert_matrices(model))
+    done = 0
+    for layer in layers:
+        costs = _expert_matrices(model, layer.site.kind)
+        done += sum(rows * each for rows, each in zip(layer.kept_E.tolist(), costs, strict=True))
+    return outside * tokens + 3 * 2 * done
+
+
+def experts_of_a_token(moe: MoEConfig, index: int) -> Fraction:
+    """K of MoE layer number `index`: top_k; under expert_choice the mean over tokens of those that take it, as
+    capacity_factor says (capacity_schedule is for executed_flops)."""
+    if moe.router != "expert_choice":
+        return Fraction(moe.top_k)
+    factor = moe.capacity_factor[index] if isinstance(moe.capacity_factor, list) else moe.capacity_factor
+    assert factor is not None, "config/rules/moe.py asks for it"
+    return min(Fraction(str(factor)) * moe.top_k, Fraction(moe.num_experts))
+
+
+def _active_block_matrices(model: ModelConfig) -> float:
     """Matrix parameters of all blocks that one token meets."""
-    moe = model.moe
-    moe_layers = _moe_layers(model)
-    head_dim = model.head_width
-    attention = 2 * model.d_model * head_dim * (model.num_heads + model.num_kv_heads)
-    dense = _feed_forward_parameters(model, model.d_ff)
-    routed = (moe.top_k + moe.num_shared_experts) * _expert_parameters(model) if moe_layers else 0
-    experts = round(moe_layers * (_router_parameters(model, moe) + routed))
+    moe, moe_layers = model.moe, _moe_layers(model)
+    attention = 2 * model.d_model * model.head_width * (model.num_heads + model.num_kv_heads)
     if model.attention.kind == "switch":
-        own = model.attention.moe
-        attention = 2 * model.d_model * head_dim * (own.top_k * model.num_heads + 1) + _router_parameters(model, own)
-    return model.num_layers * attention + (model.num_layers - moe_layers) * dense + experts
+        attention = 2 * model.d_model * model.head_width + _router_parameters(model, model.attention.moe)
+    dense = _feed_forward_parameters(model, model.d_ff)
+    beside = 0
+    if moe_layers:  # shared experts are as wide as the mean of the others
+        widths = expert_widths(model.moe, model.d_ff)
+        shared = moe.num_shared_experts * _feed_forward_parameters(model, sum(widths) // len(widths))
+        beside = moe_layers * (_router_parameters(model, moe) + shared)
+    blocks = model.num_layers * attention + (model.num_layers - moe_layers) * dense + beside
+    return float(blocks + _met_expert_matrices(model))
+
+
+def _met_expert_matrices(model: ModelConfig) -> Fraction:
+    """Matrix parameters of routed and attention experts of all blocks that one token meets, on average."""
+    met = Fraction(0)
+    for index in range(_moe_layers(model)):
+        each = _expert_matrices(model, "feed_forward")
+        met += experts_of_a_token(model.moe, index) * Fraction(sum(each), len(each))
+    if model.attention.kind == "switch":
+        met += model.num_layers * model.attention.moe.top_k * _expert_matrices(model, "attention")[0]
+    return met
+
+
+def _expert_matrices(model: ModelConfig, kind: Literal["feed_forward", "attention"]) -> list[int]:
+    """Matrix parameters of each expert of a layer."""
+    if kind == "attention":
+        return [2 * model.d_model * model.num_heads * model.head_width] * model.attention.moe.num_experts
+    return [_feed_forward_parameters(model, width) for width in expert_widths(model.moe, model.d_ff)]
 
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:
@@ -116,19 +120,6 @@ def _keys_seen(model: ModelConfig, seq_len: int) -> float:
     near = attention.routed.local_window + 1 if attention.kind == "routed" else attention.window
     window = min(near or seq_len, seq_len)
     return window - window * (window - 1) / (2 * seq_len)
-
-
-def _attention_vectors(model: ModelConfig) -> int:
-    """Norms and sinks of one layer."""
-    heads, width = model.num_heads, model.head_width
-    return (2 * (heads + 1) * width if model.attention.qk_ln else 0) + (heads if model.attention.sinks else 0)
-
-
-def _routed_parameters(model: ModelConfig) -> int:
-    """What a layer of routed attention has beside its local attention."""
-    experts, width = model.attention.routed.num_experts, model.head_width
-    matrices = 2 * model.d_model * width * (model.num_heads + model.num_kv_heads)
-    return experts * (matrices + 3 * model.d_model + 2 * model.num_kv_heads * width)
 
 
 def _routed_flops(model: ModelConfig, seq_len: int) -> float:
@@ -150,19 +141,6 @@ def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:
 def _moe_layers(model: ModelConfig) -> int:
     """Layers that are MoE: the nth, 2nth, ... with n = moe.every."""
     return model.num_layers // model.moe.every if model.moe.num_experts > 0 else 0
-
-
-def _expert_parameters(model: ModelConfig) -> Fraction:
-    """Matrices of one routed expert, the mean over experts."""
-    widths = expert_widths(model)
-    return Fraction(_feed_forward_parameters(model, sum(widths)), max(len(widths), 1))
-
-
-def _expert_biases(model: ModelConfig) -> Fraction:
-    widths = expert_widths(model)
-    if not model.moe.expert_bias:
-        return Fraction(0)
-    return (2 if gated(model.activation) else 1) * Fraction(sum(widths), len(widths)) + model.d_model
 
 
 def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:

@@ -12,11 +12,23 @@ which makes a global position a local one plus the counts of ranks before.
 | score       | the highest router weights               | no: a later token with a higher weight displaces one |
 | random      | a keyed hash of (seed, step, layer, token) | no                                                 |
 
+Under `position`, `drop_order` says which of a token's top_k choices wait for those of others:
+
+| drop_order | the queue of an expert                         | causal                                              |
+|------------|------------------------------------------------|-----------------------------------------------------|
+| token      | token after token, whatever the choice         | yes; second choices displace later first choices    |
+| choice     | first choices of all tokens, then second, ...  | no: a later first choice displaces a second one     |
+
+GShard (arXiv 2006.16668, algorithm 1), fairseq, DeepSpeed and Tutel go by choice; Megatron-core's `position` does not
+look at it. At top-2 and a factor of 0.5 token order keeps half of the first choices, choice order nine tenths;
+from 1.25 on there is little between them.
+
 What does not fit is dropped, or under `overflow: reroute` offered to the token's next choice: in rounds, in which the
 assignments still without a place compete by the same policy for the places left, until nobody asks or all are taken.
 Expert choice is the score policy with every token a candidate of every expert.
 
-Legend: T tokens, K top_k, N = T * K assignments in token order, E experts, W ranks that share the capacity.
+Legend: T tokens, K top_k, N = T * K assignments in token order, E experts, W ranks that share the capacity, U turns,
+M = U * E + 1 buckets.
 """
 
 from dataclasses import dataclass
@@ -28,26 +40,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config.model import CapacityFactor, MoEConfig
-from moe_dist.moe.router import Routing
+from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
-from moe_dist.step import StepContext
-
-
-@dataclass(frozen=True)
-class DispatchPlan:
-    """The decisions of one layer on this rank, none of them differentiable.
-
-    experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
-    rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
-    when nothing is dropped.
-    """
-
-    experts_TK: Tensor
-    kept_TK: Tensor
-    counts_WE: Tensor
-    kept_WE: Tensor
-    capacity: int | None
+from moe_dist.step import Site, StepContext
 
 
 def expert_capacity(
@@ -61,12 +57,16 @@ def expert_capacity(
 
 
 class Capacity:
-    """The capacity rule of one layer; `index` is its number among the MoE layers."""
+    """The capacity rule of one layer."""
 
-    def __init__(self, moe: MoEConfig, layer: int, world: Group, index: int = 0) -> None:
-        self.moe, self.layer, self.token_ranks, self.index = moe, layer, world, index
-        self.peers = world if moe.capacity_scope == "global" else Group()
+    def __init__(self, moe: MoEConfig, site: Site, token_ranks: Group) -> None:
+        self.moe = moe
+        self.site = site
+        self.index = (site.layer + 1) // moe.every - 1  # among the layers with experts
+        self.token_ranks = token_ranks
+        self.peers = token_ranks if moe.capacity_scope == "global" else Group()
         self.by_experts = moe.router == "expert_choice"
+        self.turns = moe.top_k if moe.drop_order == "choice" else 1
 
     def factor(self, step: StepContext) -> float | None:
         """The capacity factor in force: of the phase, the layer and the step."""
@@ -104,7 +104,7 @@ class Capacity:
             counts_WE = kept_WE  # nobody was refused: the experts chose
         plan = DispatchPlan(experts_TK, kept_TK, counts_WE, kept_WE, limit)
         if step.witness is not None:
-            step.witness.decided(self.layer, plan.experts_TK, plan.kept_TK)
+            step.witness.decided(self.site, plan.experts_TK, plan.kept_TK)
         return plan
 
     def _check_equal(self, counts_WE: Tensor, limit: int | None) -> None:
@@ -162,16 +162,39 @@ class Capacity:
         return kept_N.view_as(ask.experts_TK), kept_WE
 
     def _keep_first(self, ask: "_Round", room_WE: Tensor) -> tuple[Tensor, Tensor]:
-        """Global position of an assignment = its position among this rank's + what earlier ranks send."""
-        counts_WE, rank = ask.counts_WE, self.token_ranks.rank
-        before_WE = counts_WE.cumsum(0) - counts_WE if self.peers.size > 1 else torch.zeros_like(counts_WE)
-        kept_WE = (room_WE - before_WE).clamp(min=0).minimum(counts_WE)
-        bucket_N = ask.bucket_N(self.moe.num_experts)
-        position_N = _positions(bucket_N.argsort(stable=True), bucket_N.bincount(minlength=self.moe.num_experts + 1))
-        return position_N < F.pad(kept_WE[rank], (0, 1))[bucket_N], kept_WE
+        """Global position of an assignment = its position among this rank's of its turn + what is sent before: by
+        earlier ranks in its turn, and by all in earlier turns. There is one turn, or under drop_order `choice` top_k.
+
+        One expert has room for 3. Rank 0 sends it a first choice and a second, rank 1 the same:
+
+            one turn    [[2, 2]]           before [[0, 2]]           kept [[2, 1]]             rank 0's, and rank 1's
+                                                                                               earlier token
+            two turns   [[1, 1], [1, 1]]   before [[0, 1], [2, 3]]   kept [[1, 1], [1, 0]]     both first choices, and
+                                                                                               rank 0's second
+        """
+        bucket_N = ask.bucket_N(self.moe.num_experts, self.turns)
+        counts_M = bucket_N.bincount(minlength=self.turns * self.moe.num_experts + 1)
+        counts_UWE = self._counts_by_turn(ask, counts_M)
+        if self.peers.size > 1:
+            before_UWE = (counts_UWE.flatten(0, 1).cumsum(0) - counts_UWE.flatten(0, 1)).view_as(counts_UWE)
+        else:
+            before_UWE = counts_UWE.cumsum(0) - counts_UWE
+        kept_UWE = (room_WE - before_UWE).clamp(min=0).minimum(counts_UWE)
+        kept_M = F.pad(kept_UWE[:, self.token_ranks.rank].flatten(), (0, 1))
+        return _positions(bucket_N.argsort(stable=True), counts_M) < kept_M[bucket_N], kept_UWE.sum(0)
+
+    def _counts_by_turn(self, ask: "_Round", counts_M: Tensor) -> Tensor:
+        """[U, W, E], from this rank's counts of all buckets."""
+        if self.turns == 1:
+            return ask.counts_WE[None]
+        return all_gather(counts_M[:-1].view(1, self.turns, -1), self.token_ranks).transpose(0, 1)
 
     def _keep_best(self, ask: "_Round", room_WE: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
-        """Every rank sees all assignments that compete and takes the same decision for all of them."""
+        """Every rank sees all assignments that compete and takes the same decision for all of them.
+
+        Buckets [0, 1, 0, 0] with priorities [.6, .9, .8, .7]: sorted by priority they are assignments 1 2 3 0, then by
+        bucket, stably, 2 3 0 1. So positions are [2, 0, 0, 1], and with room for 2 each assignment 0 is dropped.
+        """
         num_experts, rank, local = self.moe.num_experts, self.peers.rank, ask.experts_TK.numel()
         bucket_N = all_gather(ask.bucket_N(num_experts), self.peers)
         priority_N = self._priority(ask, step, bucket_N.numel())
@@ -193,10 +216,10 @@ class Capacity:
         if self.moe.drop_policy == "random" and not self.by_experts:
             first = 0 if self.peers.size > 1 else self.token_ranks.rank * assignments
             index_N = torch.arange(first, first + assignments, device=ask.experts_TK.device)
-            return step.key.fold(ask.name, self.layer).uniform(index_N)
+            return step.key.fold(ask.name, self.site.number).uniform(index_N)
         scores_N = all_gather(ask.score_TK.flatten(), self.peers)
         if step.witness is not None and self.peers.size == self.token_ranks.size:
-            scores_N = step.witness.scores(self.layer, ask.name, scores_N)
+            scores_N = step.witness.scores(self.site, ask.name, scores_N)
         return scores_N
 
 
@@ -210,15 +233,18 @@ class _Round:
     score_TK: Tensor
     name: str
 
-    def bucket_N(self, num_experts: int) -> Tensor:
-        """The expert of each assignment; those that ask for none are in a bucket of their own, the last."""
-        if self.asks_TK is None:
-            return self.experts_TK.flatten()
-        return torch.where(self.asks_TK, self.experts_TK, num_experts).flatten()
+    def bucket_N(self, num_experts: int, turns: int = 1) -> Tensor:
+        """The expert of each assignment, with more turns than one (turn, expert); those that ask for none are in a
+        bucket of their own, the last. A second choice of expert 2 of 8 is in bucket 10 of 2 turns."""
+        bucket_TK = self.experts_TK
+        if turns > 1:
+            bucket_TK = bucket_TK + num_experts * torch.arange(turns, device=bucket_TK.device)
+        return (bucket_TK if self.asks_TK is None else bucket_TK.where(self.asks_TK, turns * num_experts)).flatten()
 
 
 def _positions(order_N: Tensor, counts_E: Tensor) -> Tensor:
-    """Position of each assignment in its expert's queue, given assignments sorted by expert."""
+    """Position of each assignment in its bucket's queue, given assignments sorted by bucket: with buckets [1, 0, 1],
+    order [1, 0, 2] and counts [1, 2], the sorted ones have positions [0, 0, 1], so the assignments [0, 0, 1]."""
     starts_E = counts_E.cumsum(0) - counts_E
     ramp_N = torch.arange(order_N.numel(), device=order_N.device) - starts_E.repeat_interleave(counts_E)
     return torch.empty_like(order_N).index_copy_(0, order_N, ramp_N)

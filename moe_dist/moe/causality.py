@@ -8,7 +8,8 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 def causality_notes(model: ModelConfig) -> Iterator[str]:
     """A line for each choice under which a token's output depends on tokens after it. Silent when none does.
 
-    Every limit on capacity lets tokens displace one another; only drop_policy `position` keeps to their order.
+    Every limit on capacity lets tokens displace one another; only drop_policy `position` with drop_order `token` keeps
+    to their order.
     """
     if model.moe.num_experts > 0:
         yield from _of_experts(model.moe)
@@ -30,6 +31,11 @@ def _of_experts(moe: MoEConfig) -> Iterator[str]:
         yield (
             f"drop_policy={moe.drop_policy} is not causal in training: a later token can take an earlier one's place; "
             "evaluation without eval_capacity_factor is"
+        )
+    elif limited and moe.drop_order == "choice" and moe.top_k > 1:
+        yield (
+            "drop_order=choice is not causal in training: a later token's first choice can take the place of an "
+            "earlier one's second; evaluation without eval_capacity_factor is"
         )
     elif limited and moe.overflow == "reroute":
         yield (

@@ -3,12 +3,13 @@
 Legend: X rows that arrived, R rows sorted by expert, D d_model, F expert hidden width, E experts, e experts here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm import cpu, reference
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
@@ -30,31 +31,49 @@ class Experts(nn.Module):
     the tp ranks then see different slices of the tokens, so their gradients are summed over tp here.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, out_std: float) -> None:
+    def __init__(
+        self,
+        moe: MoEConfig,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        mesh: Mesh,
+        kernels: str = "torch",
+        recompute: bool = False,
+        out_std: float | None = None,
+    ) -> None:
+        """d_ff: where `moe` gives no width. out_std: of the initial w_out, None: mean_width ** -0.5."""
         super().__init__()
-        moe, d_model, etp = model.moe, model.d_model, mesh.etp
-        widths = expert_widths(model)
-        if moe.num_experts % (mesh.ep.size // etp):
-            raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={mesh.ep.size // etp}")
-        self.activation, self.backend = model.activation, moe.experts
-        self.recompute = model.recompute == "activation"
-        self.permute = permutation(model.kernels)
+        etp, ep = mesh.etp, mesh.ep.size // mesh.etp
+        if moe.num_experts % ep:
+            raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={ep}")
+        self.d_model = d_model
+        self.activation = activation
+        self.backend = moe.experts
+        self.kernels = kernels
+        self.permute = permutation(kernels)
+        self.recompute = recompute
         self.slices = mesh.tp if mesh.ep.size == 1 else Group()
-        self.logical, self.uniform = widths, len(set(widths)) == 1
-        # This rank's narrower experts, e of them: which part of the logical hidden units they are.
+        self.shard: Shard = "expert" if mesh.ep.size > 1 else "replicated"
+        self.logical = expert_widths(moe, d_ff)
+        self.uniform = len(set(self.logical)) == 1
+        self.mean_width = sum(self.logical) // len(self.logical)
+        self.out_std = self.mean_width**-0.5 if out_std is None else out_std
+        # This rank's narrower experts, e of them: which part of the logical hidden units they are. With two experts of
+        # width 6 and 4, etp 2 makes four: 3, 3, 2, 2. On two ranks the second holds 2, 2, from hidden unit 6 on.
         local = moe.num_experts * etp // mesh.ep.size
         first = mesh.ep.rank * local
-        parts = [widths[index // etp] // etp for index in range(moe.num_experts * etp)]
-        self.widths, self.first_unit = tuple(parts[first : first + local]), sum(parts[:first])
-        self.shard: Shard = "expert" if mesh.ep.size > 1 else "replicated"
+        parts = [self.logical[index // etp] // etp for index in range(moe.num_experts * etp)]
+        self.widths = tuple(parts[first : first + local])
+        self.first_unit = sum(parts[:first])
 
-        has_gate, in_std = gated(model.activation), d_model**-0.5
+        has_gate, in_std = gated(activation), d_model**-0.5
         self.w_gate = self._units(d_model, in_std) if has_gate else None
         self.w_up = self._units(d_model, in_std)
-        self.w_out = self._units(d_model, out_std)
+        self.w_out = self._units(d_model, self.out_std)
         self.b_gate = self._units(None, 0.0) if has_gate and moe.expert_bias else None
         self.b_up = self._units(None, 0.0) if moe.expert_bias else None
-        spec = ParamSpec((len(widths), d_model), self.shard, first * d_model, 0.0, vector=True)
+        spec = ParamSpec((moe.num_experts, d_model), self.shard, first * d_model, 0.0, vector=True)
         self.b_out = parameter((local, d_model), spec) if moe.expert_bias else None
 
     def _units(self, columns: int | None, std: float) -> nn.Parameter:
@@ -76,9 +95,9 @@ class Experts(nn.Module):
         up, out = copy_to_group(self.w_up, self.slices), copy_to_group(self.w_out, self.slices)
         return ExpertWeights(summed(self.w_gate), up, out, summed(self.b_gate), summed(self.b_up), summed(self.b_out))
 
-    def parts(self, number: int) -> list[tuple[ExpertWeights, tuple[int, ...]]]:
-        """Weights and widths of consecutive parts of equally many experts. Each parameter is cut once: its gradient is
-        put together once, not summed from as many of its full size."""
+    def parts(self, number: int) -> list[Callable[[Tensor, Tensor | None, RowOrder], Tensor]]:
+        """`forward` of consecutive parts of equally many experts, each with an order over its own. Each parameter is
+        cut once: its gradient is put together once, not summed from as many of its full size."""
         each = len(self.widths) // number
         widths = [self.widths[first : first + each] for first in range(0, len(self.widths), each)]
         w = self.weights()
@@ -89,7 +108,8 @@ class Experts(nn.Module):
             else:
                 by_expert = self.uniform or field == "out_bias"
                 cut.append(p.split([each if by_expert else sum(part) for part in widths]))
-        return list(zip(map(ExpertWeights._make, zip(*cut, strict=True)), widths, strict=True))
+        weights = map(ExpertWeights._make, zip(*cut, strict=True))
+        return [partial(self, w=own, widths=wide) for own, wide in zip(weights, widths, strict=True)]
 
     def forward(
         self,
@@ -101,7 +121,7 @@ class Experts(nn.Module):
     ) -> Tensor:
         """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of the assignment: [X, D] -> [X, D].
 
-        `w` and `widths`: one of `parts`, with an order over its experts.
+        w, widths: of one of `parts`.
         """
         w = self.weights() if w is None else w
         widths = None if self.uniform else widths or self.widths
@@ -133,7 +153,7 @@ class Experts(nn.Module):
         )
 
 
-def expert_widths(model: ModelConfig) -> Sequence[int]:
-    """Hidden width of every expert: model.moe.d_ff for each, one number for all, or model.d_ff."""
-    d_ff = model.moe.d_ff or model.d_ff
-    return tuple(d_ff) if isinstance(d_ff, list) else (d_ff,) * model.moe.num_experts
+def expert_widths(moe: MoEConfig, d_ff: int) -> Sequence[int]:
+    """Hidden width of every expert: moe.d_ff for each, one number for all, or `d_ff`."""
+    width = moe.d_ff or d_ff
+    return tuple(width) if isinstance(width, list) else (width,) * moe.num_experts

@@ -1,32 +1,30 @@
-"""Auxiliary losses of the router and the statistics of one layer; pure functions, returned and never stored.
+"""The auxiliary losses of a router and the statistics of its layer; returned, never stored.
 
 Legend: T tokens on this rank, E experts, C chunks of tokens that are balanced each on its own, W ranks of the world.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moe_dist.config.model import MoEConfig
-from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.router import Router, Routing
+from moe_dist.moe.choice import Choice
+from moe_dist.moe.router import Router
 from moe_dist.parallel.collectives import all_reduce
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 
 
 @dataclass(frozen=True)
 class MoEStats:
-    """aux_loss carries the gradient, already weighted and divided by tp; the rest is for reporting.
+    """What one layer did with one micro-step; from here to the record of the run.
 
+    site: whose experts. aux_loss carries the gradient, already weighted and divided by tp; the rest is for reporting.
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
-    the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. sent_bytes: what
-    this rank sent to others in the forward pass. unserved: share of this rank's tokens that no expert took. kind: whose
-    experts; a block can have both.
+    the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. unserved: share
+    of this rank's tokens that no expert took. sent_bytes: what this rank sent to others in the forward pass.
     """
 
-    layer: int
+    site: Site
     aux_loss: Tensor
     balance_loss: Tensor
     z_loss: Tensor
@@ -35,7 +33,40 @@ class MoEStats:
     kept_E: Tensor
     unserved: Tensor
     sent_bytes: int = 0
-    kind: Literal["feed_forward", "attention"] = "feed_forward"
+
+    @staticmethod
+    def of(choice: Choice, router: Router, step: StepContext, sent_bytes: int) -> "MoEStats":
+        """Each tp rank adds the share of its slice of the tokens to the losses: 1 / tp.
+
+        With padding, ranks have unequal numbers of tokens; sums are divided by the mean over ranks of those numbers.
+        """
+        moe, routing, plan, real = router.moe, choice.routing, choice.plan, step.real
+        tokens = len(routing.experts_TK) if real is None else real.total / router.token_ranks.size
+        tokens = tokens or 1
+        counts_CE, prob_sums_CE = whole_chunks(choice, router, step), routing.stats.prob_sums_CE
+        if routing.open_e is not None:  # a closed expert has no share in the balance
+            prob_sums_CE, counts_CE = prob_sums_CE[:, routing.open_e], counts_CE[:, routing.open_e]
+        balance = balance_loss(prob_sums_CE, counts_CE, tokens)
+        # mean over tokens of logsumexp^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
+        z = routing.stats.z_sum / tokens
+        aux = torch.zeros_like(z)
+        if router.has_losses:
+            aux = moe.balance_loss_coef * balance + moe.z_loss_coef * z
+        if routing.extra_loss is not None:
+            aux = aux + routing.extra_loss
+        unserved_T = ~plan.kept_TK.any(1)
+        unserved = (unserved_T if real is None else unserved_T & real.mask_T).sum() / tokens
+        return MoEStats(
+            site=router.site,
+            aux_loss=aux / router.slices.size,
+            balance_loss=balance.detach(),
+            z_loss=z.detach(),
+            entropy=routing.stats.entropy_sum / tokens,
+            load_E=plan.counts_WE.sum(0),
+            kept_E=plan.kept_WE.sum(0),
+            unserved=unserved,
+            sent_bytes=sent_bytes,
+        )
 
 
 def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: float) -> Tensor:
@@ -45,60 +76,24 @@ def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: float) -> Tens
     the sums over this rank's tokens. Linear in P, so the mean of this over ranks is the loss of the micro-step when
     counts_CE are those of whole chunks. Perfect balance scores 1, collapse on one expert E.
     """
+    counts_CE = counts_CE.to(prob_sums_CE.dtype)  # integers would be divided in fp32
     share_CE = counts_CE / counts_CE.sum(1, keepdim=True).clamp(min=1)
-    return prob_sums_CE.shape[1] * (share_CE.to(prob_sums_CE.dtype) * prob_sums_CE).sum() / (tokens or 1)
+    return prob_sums_CE.shape[1] * (share_CE * prob_sums_CE).sum() / (tokens or 1)
 
 
-def whole_chunks(moe: MoEConfig, routing: Routing, plan: DispatchPlan, router: Router, step: StepContext) -> Tensor:
+def whole_chunks(choice: Choice, router: Router, step: StepContext) -> Tensor:
     """Assignments by chunk and expert, counting every token of a chunk on whatever rank it is.
 
     global: one chunk, the micro-step (global-batch balancing, arXiv 2501.11873). sequence: one a sequence, which tp may
     cut (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20). local: one a rank (what Megatron and DeepSpeed do).
     """
-    counts_CE = routing.stats.counts_CE
-    if moe.balance_scope == "global":
-        return plan.counts_WE.sum(0, keepdim=True)
-    if moe.balance_scope == "sequence" and step.seq_len and router.slices.size > 1:
-        tokens = len(routing.experts_TK)
+    counts_CE, scope = choice.routing.stats.counts_CE, router.moe.balance_scope
+    if scope == "global":
+        return choice.plan.counts_WE.sum(0, keepdim=True)
+    if scope == "sequence" and step.seq_len and router.slices.size > 1:
+        tokens = len(choice.routing.experts_TK)
         first = router.slices.rank * tokens // step.seq_len
         whole = counts_CE.new_zeros(-(-router.slices.size * tokens // step.seq_len), counts_CE.shape[1])
         whole[first : first + len(counts_CE)] = counts_CE
         return all_reduce(whole, router.slices)[first : first + len(counts_CE)]
     return counts_CE
-
-
-def moe_stats(
-    moe: MoEConfig, layer: int, routing: Routing, plan: DispatchPlan, router: Router, step: StepContext, sent_bytes: int
-) -> MoEStats:
-    """Losses and load of one layer. Each tp rank adds the share of its slice of the tokens: 1 / tp.
-
-    With padding, ranks have unequal numbers of tokens; sums are divided by the mean over ranks of those numbers.
-    """
-    stats, real = routing.stats, step.real
-    tokens = len(routing.experts_TK) if real is None else real.total / router.token_ranks.size
-    tokens = tokens or 1
-    counts_CE = whole_chunks(moe, routing, plan, router, step)
-    prob_sums_CE = stats.prob_sums_CE
-    if routing.open_e is not None:  # a closed expert has no share in the balance
-        prob_sums_CE, counts_CE = prob_sums_CE[:, routing.open_e], counts_CE[:, routing.open_e]
-    balance = balance_loss(prob_sums_CE, counts_CE, tokens)
-    # mean over tokens of logsumexp^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
-    z = stats.z_sum / tokens
-    aux = torch.zeros_like(z)
-    if router.has_losses:
-        aux = moe.balance_loss_coef * balance + moe.z_loss_coef * z
-    if routing.extra_loss is not None:
-        aux = aux + routing.extra_loss
-    unserved_T = ~plan.kept_TK.any(1)
-    unserved = (unserved_T if real is None else unserved_T & real.mask_T).sum() / tokens
-    return MoEStats(
-        layer,
-        aux / router.slices.size,
-        balance.detach(),
-        z.detach(),
-        stats.entropy_sum / tokens,
-        plan.counts_WE.sum(0),
-        plan.kept_WE.sum(0),
-        unserved,
-        sent_bytes,
-    )

@@ -1,11 +1,11 @@
-"""Who goes where, with which weight: what every router takes and gives. The routers themselves are in routers.py.
+"""What every router shares. The routers themselves are in routers.py; gate.py asks them.
 
 Legend: T tokens on this rank, r of them that are no padding, D d_model, E experts, e open experts, K assignments of a
 token: top_k, or E under expert choice.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -13,31 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moe_dist.config.model import ModelConfig
-from moe_dist.kernels.registry import route_kernel
-from moe_dist.kernels.route.reference import Routed, Score, best, scores_of
+from moe_dist.config.model import MoEConfig
+from moe_dist.kernels.registry import top_k_kernel
+from moe_dist.kernels.top_k.reference import Score, TopK, best, scores_of
+from moe_dist.moe.choice import Routing
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.step import StepContext
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router says of this rank's tokens.
-
-    experts_TK: int64, best first. weights_TK multiply the experts' outputs; fp32. preference_TE: by what experts were
-    chosen, larger is better, -inf for never, not differentiable; None where nobody asks. stats: sums over tokens for
-    the losses; chunks are those of the balancing scope. extra_loss: the router's own, already weighted. open_e: numbers
-    of the experts that take part, None: all. To the others no token goes; their logits are -inf.
-    """
-
-    experts_TK: Tensor
-    weights_TK: Tensor
-    logits_TE: Tensor
-    preference_TE: Tensor | None
-    stats: Routed
-    extra_loss: Tensor | None = None
-    open_e: Tensor | None = None
+from moe_dist.step import Site, StepContext
 
 
 class Router(nn.Module):
@@ -54,39 +36,20 @@ class Router(nn.Module):
     knows_padding = True
     """Whether StepContext.real is respected; not by routers that sum over tokens on their own."""
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
         super().__init__()
-        self.moe, self.layer = model.moe, layer
-        self.slices, self.token_ranks = mesh.tp, mesh.token_ranks
-        self.kernel = route_kernel(model.kernels)
+        self.moe = moe
+        self.site = site
+        self.slices = mesh.tp
+        self.token_ranks = mesh.token_ranks
+        self.top_k_experts = top_k_kernel(kernels)
         self.open_E: Tensor
-        self.register_buffer("open_E", torch.ones(self.moe.num_experts))
+        self.register_buffer("open_E", torch.ones(moe.num_experts))
         self._read: tuple[Tensor, int, Tensor | None] | None = None
 
     def reset_buffers(self) -> None:
         """As they were at first: all experts open."""
         self.open_E.fill_(1.0)
-
-    def route(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
-        """`forward` where closed experts do not exist: not for probabilities, noise, losses nor capacity.
-
-        So closing an expert is a logit of -inf, and to the bit what a layer without that expert does: the router of the
-        open experts is computed, and its results are numbered among all.
-        """
-        open_e = self.open_ids()
-        if open_e is None:
-            return self(x_TD, step, chosen_TK)
-        if chosen_TK is not None:
-            chosen_TK = self._place(open_e)[chosen_TK]
-        rows = {name: v.index_select(0, open_e) for name, v in chain(self.named_parameters(), self.named_buffers())}
-        whole = self.moe
-        groups = max(1, whole.num_groups * len(open_e) // whole.num_experts)  # groups are open or closed as a whole
-        self.moe = replace(whole, num_experts=len(open_e), num_groups=groups)
-        try:
-            routing = functional_call(self, rows, (x_TD, step, chosen_TK))
-        finally:
-            self.moe = whole
-        return among_all(routing, open_e, whole.num_experts)
 
     def open_ids(self) -> Tensor | None:
         """Numbers of the open experts, None when all are. Read again only after open_E was written to: reading waits
@@ -96,12 +59,6 @@ class Router(nn.Module):
             open_e = self.open_E.nonzero().flatten()
             self._read = (self.open_E, version, None if len(open_e) == len(self.open_E) else open_e)
         return self._read[2]
-
-    def _place(self, open_e: Tensor) -> Tensor:
-        """[E]: the place of an expert among the open ones."""
-        return torch.zeros_like(self.open_E, dtype=torch.int64).index_copy(
-            0, open_e, torch.arange(len(open_e), device=open_e.device)
-        )
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "Router":
         """Moves buffers, but never to less than fp32: in bf16 a small step of a bias would be lost."""
@@ -117,25 +74,32 @@ class Router(nn.Module):
         """Route x_TD. `chosen_TK` repeats an earlier choice (a recomputed block) instead of choosing again."""
         raise NotImplementedError
 
-    def routing(
+    def of_open(self, open_e: Tensor, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None) -> Routing:
+        """`forward` of a router that has these experts alone, numbered from 0."""
+        rows = {name: v.index_select(0, open_e) for name, v in chain(self.named_parameters(), self.named_buffers())}
+        whole = self.moe
+        groups = max(1, whole.num_groups * len(open_e) // whole.num_experts)  # groups are open or closed as a whole
+        self.moe = replace(whole, num_experts=len(open_e), num_groups=groups)
+        try:
+            routing: Routing = functional_call(self, rows, (x_TD, step, chosen_TK))
+        finally:
+            self.moe = whole
+        return routing
+
+    def choose(
         self, logits_TE: Tensor, step: StepContext, chosen_TK: Tensor | None, preference_TE: Tensor | None = None
     ) -> Routing:
         """The usual end of a router: the best top_k by preference (or by score), weighed by their scores."""
-        stats = self.count(logits_TE, step, chosen_TK, preference_TE)
-        return Routing(stats.experts_TK, self.weigh(stats.scores_TK), logits_TE, preference_TE, stats)
-
-    def count(
-        self, logits_TE: Tensor, step: StepContext, chosen_TK: Tensor | None, preference_TE: Tensor | None = None
-    ) -> Routed:
-        """Choose, and sum what the losses need, in one pass."""
         if chosen_TK is None and preference_TE is not None:
             chosen_TK = best(preference_TE, self.moe.top_k)
-        if step.real is not None:
-            return self._count_real(logits_TE, step.real.mask_T, chosen_TK)
-        chunk, first = self.chunk(len(logits_TE), step)
-        return self.kernel(logits_TE, self.moe.top_k, self.score, None, chosen_TK, chunk, first)
+        if step.real is None:
+            chunk, first = self.chunk(len(logits_TE), step)
+            stats = self.top_k_experts(logits_TE, self.moe.top_k, self.score, chosen_TK, chunk, first)
+        else:
+            stats = self._choose_for_real(logits_TE, step.real.mask_T, chosen_TK)
+        return Routing(stats.experts_TK, self.weigh(stats.scores_TK), logits_TE, preference_TE, stats)
 
-    def _count_real(self, logits_TE: Tensor, mask_T: Tensor, chosen_TK: Tensor | None) -> Routed:
+    def _choose_for_real(self, logits_TE: Tensor, mask_T: Tensor, chosen_TK: Tensor | None) -> TopK:
         """The same for the rows that are no padding. Padding gets expert 0 and score 1, which nobody reads: the
         capacity rule keeps none of its assignments."""
         if not self.knows_padding or self.moe.balance_scope == "sequence":
@@ -145,7 +109,7 @@ class Router(nn.Module):
             )
         real_r = mask_T.nonzero().flatten()
         chosen_rK = None if chosen_TK is None else chosen_TK[real_r]
-        stats = self.kernel(logits_TE[real_r], self.moe.top_k, self.score, None, chosen_rK, None, 0)
+        stats = self.top_k_experts(logits_TE[real_r], self.moe.top_k, self.score, chosen_rK)
         shape = (len(logits_TE), stats.experts_TK.shape[1])
         experts_TK = stats.experts_TK.new_zeros(shape).index_copy(0, real_r, stats.experts_TK)
         scores_TK = stats.scores_TK.new_ones(shape).index_copy(0, real_r, stats.scores_TK)
@@ -162,11 +126,8 @@ class Router(nn.Module):
     def scaled(self, weights_TK: Tensor) -> Tensor:
         return weights_TK * self.moe.routed_scale if self.moe.routed_scale != 1.0 else weights_TK
 
-    def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
-        """Weights of other experts than those first chosen: assignments that were rerouted."""
-        logits_TE = routing.logits_TE
-        if routing.open_e is not None:
-            logits_TE, experts_TK = logits_TE[:, routing.open_e], self._place(routing.open_e)[experts_TK]
+    def weigh_again(self, weights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Weights of other experts than those first chosen, whose weights are given: of rerouted assignments."""
         return self.weigh(scores_of(logits_TE, self.score).gather(1, experts_TK))
 
     def balance(self, load_E: Tensor) -> None:
@@ -179,7 +140,7 @@ class Router(nn.Module):
     def settle(self, scores_TE: Tensor, step: StepContext) -> Tensor:
         """Scores to decide by: a reference's where verify compares with one. Give them detached: a recomputed block
         does not come here, and must save the same tensors."""
-        return scores_TE if step.witness is None else step.witness.scores(self.layer, "router", scores_TE)
+        return scores_TE if step.witness is None else step.witness.scores(self.site, "router", scores_TE)
 
     def chunk(self, tokens: int, step: StepContext) -> tuple[int | None, int]:
         """(tokens of a chunk, place of this rank's first token in its chunk) of the balancing scope."""
@@ -193,29 +154,6 @@ class Router(nn.Module):
         """An index for each element of `like`, [T, width], by which to draw: a function of the global token index."""
         first = self.token_ranks.rank * like.numel()
         return torch.arange(first, first + like.numel(), device=like.device).view_as(like)
-
-
-def among_all(routing: Routing, open_e: Tensor, num_experts: int) -> Routing:
-    """From numbers among the open experts to numbers among all; closed ones have no tokens and logits of -inf."""
-
-    def widen(values_XE: Tensor, fill: float) -> Tensor:
-        return values_XE.new_full((len(values_XE), num_experts), fill).index_copy(1, open_e, values_XE)
-
-    preference_TE, experts_TK = routing.preference_TE, open_e[routing.experts_TK]
-    stats = replace(
-        routing.stats,
-        experts_TK=experts_TK,
-        counts_CE=widen(routing.stats.counts_CE, 0),
-        prob_sums_CE=widen(routing.stats.prob_sums_CE, 0.0),
-    )
-    return replace(
-        routing,
-        experts_TK=experts_TK,
-        logits_TE=widen(routing.logits_TE, -torch.inf),
-        preference_TE=None if preference_TE is None else widen(preference_TE, -torch.inf),
-        stats=stats,
-        open_e=open_e,
-    )
 
 
 def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group) -> Tensor:

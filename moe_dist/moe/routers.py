@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.route.reference import best, scores_of
-from moe_dist.moe.router import Router, Routing, fp32_logits
+from moe_dist.kernels.top_k.reference import best, scores_of
+from moe_dist.moe.choice import Routing
+from moe_dist.moe.router import Router, fp32_logits
 from moe_dist.parallel.collectives import all_gather, mean_over_group
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 
 _LEAST_NOISE = 1e-2
 
@@ -39,9 +40,9 @@ class SoftmaxRouter(Router):
     jitter: in training, x is multiplied by a uniform number in [1 - jitter, 1 + jitter] for routing (Switch, sec. 2.2).
     """
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
-        super().__init__(model, layer, mesh)
-        self.weight = router_weight(model)
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
+        self.weight = router_weight(moe.num_experts, d_model)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices)
@@ -49,14 +50,14 @@ class SoftmaxRouter(Router):
         if chosen_TK is None and (self.explicit(step) or self.moe.num_groups > 1):
             scores_TE = self.settle(scores_of(logits_TE.detach(), self.score), step)
             preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=1)
-        return self.routing(logits_TE, step, chosen_TK, preference_TE)
+        return self.choose(logits_TE, step, chosen_TK, preference_TE)
 
     def _jittered(self, x_TD: Tensor, step: StepContext) -> Tensor:
         if self.moe.jitter == 0.0 or step.phase != "train":
             return x_TD
         index_TD = self.draw_index(x_TD)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        factor_TD = 1 + self.moe.jitter * (2 * step.key.fold("jitter", self.layer).uniform(index_TD) - 1)
+        factor_TD = 1 + self.moe.jitter * (2 * step.key.fold("jitter", self.site.number).uniform(index_TD) - 1)
         return x_TD.to(wide) * factor_TD.to(wide)
 
 
@@ -70,11 +71,11 @@ class SigmoidRouter(Router):
 
     score = "sigmoid"
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
-        super().__init__(model, layer, mesh)
-        self.weight = router_weight(model)
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
+        self.weight = router_weight(moe.num_experts, d_model)
         self.bias_E: Tensor
-        self.register_buffer("bias_E", torch.zeros(self.moe.num_experts))
+        self.register_buffer("bias_E", torch.zeros(moe.num_experts))
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
@@ -86,7 +87,7 @@ class SigmoidRouter(Router):
         if chosen_TK is None:
             scores_TE = self.settle(logits_TE.detach().sigmoid() + self.bias_E, step)
             preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=2)
-        return self.routing(logits_TE, step, chosen_TK, preference_TE)
+        return self.choose(logits_TE, step, chosen_TK, preference_TE)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:
@@ -108,10 +109,10 @@ class NoisyRouter(Router):
 
     knows_padding = False
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
-        super().__init__(model, layer, mesh)
-        self.weight = router_weight(model)
-        self.noise_weight = router_weight(model, std=0.0)
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
+        self.weight = router_weight(moe.num_experts, d_model)
+        self.noise_weight = router_weight(moe.num_experts, d_model, std=0.0)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         clean_TE = fp32_logits(x_TD, self.weight, self.slices)
@@ -119,9 +120,9 @@ class NoisyRouter(Router):
         noisy_TE = clean_TE
         if step.phase == "train":
             index_TE = self.draw_index(clean_TE)
-            noisy_TE = clean_TE + step.key.fold("noise", self.layer).normal(index_TE).to(clean_TE.dtype) * std_TE
+            noisy_TE = clean_TE + step.key.fold("noise", self.site.number).normal(index_TE).to(clean_TE.dtype) * std_TE
         preference_TE = self.settle(noisy_TE.detach().softmax(-1), step) if chosen_TK is None else None
-        routing = self.routing(noisy_TE, step, chosen_TK, preference_TE)
+        routing = self.choose(noisy_TE, step, chosen_TK, preference_TE)
         importance_E = torch.zeros_like(clean_TE).scatter(1, routing.experts_TK, routing.weights_TK).sum(0)
         importance_E = importance_E / max(len(x_TD), 1)
         extra = self.moe.importance_loss_coef * cv_squared(mean_over_group(importance_E, self.token_ranks))
@@ -150,14 +151,14 @@ class ExpertChoiceRouter(Router):
     number of experts of a token. Not causal: who is taken depends on later tokens, in training and in evaluation.
     """
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
-        super().__init__(model, layer, mesh)
-        self.weight = router_weight(model)
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
+        self.weight = router_weight(moe.num_experts, d_model)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
         everyone_TE = torch.arange(self.moe.num_experts, device=x_TD.device).expand_as(logits_TE)
-        return self.routing(logits_TE, step, everyone_TE)
+        return self.choose(logits_TE, step, everyone_TE)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
         return self.scaled(scores_TK)
@@ -173,22 +174,22 @@ class SinkhornRouter(Router):
 
     knows_padding = False
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
-        super().__init__(model, layer, mesh)
-        self.score = "sigmoid" if self.moe.top_k == 1 else "softmax"
-        self.weight = router_weight(model)
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
+        self.score = "sigmoid" if moe.top_k == 1 else "softmax"
+        self.weight = router_weight(moe.num_experts, d_model)
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(x_TD, self.weight, self.slices)
         if chosen_TK is not None:
-            return self.routing(logits_TE, step, chosen_TK)
+            return self.choose(logits_TE, step, chosen_TK)
         preference_TE = logits_TE.detach()
         if step.phase == "train":
             self._check_equal(len(preference_TE))
             everyone = all_gather(preference_TE, self.token_ranks)
             first = self.token_ranks.rank * len(logits_TE)
             preference_TE = sinkhorn(everyone, self.moe.sinkhorn_iterations)[first : first + len(logits_TE)]
-        return self.routing(logits_TE, step, None, self.settle(preference_TE.softmax(-1), step))
+        return self.choose(logits_TE, step, None, self.settle(preference_TE.softmax(-1), step))
 
     def _check_equal(self, tokens: int) -> None:
         held = all_gather(torch.tensor([tokens], device=self.weight.device), self.token_ranks).tolist()
@@ -206,10 +207,10 @@ class HashRouter(Router):
 
     has_losses = False
 
-    def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
-        super().__init__(model, layer, mesh)
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
         self.names_E: Tensor
-        self.register_buffer("names_E", torch.arange(self.moe.num_experts))
+        self.register_buffer("names_E", torch.arange(moe.num_experts))
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
@@ -222,14 +223,14 @@ class HashRouter(Router):
             raise ValueError("router=hash needs the id of every token, an integer: give token_ids")
         # Far apart, so that a token's hash for an expert does not depend on how many experts there are.
         index_TE = (ids_T.long()[:, None] << 20) + self.names_E
-        hashed_TE = RandomKey.of("hash", self.layer).uniform(index_TE)
+        hashed_TE = RandomKey.of("hash", self.site.number).uniform(index_TE)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        routing = self.routing(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)
+        routing = self.choose(x_TD.new_zeros(len(x_TD), num_experts, dtype=wide), step, chosen_TK, hashed_TE)
         equal_TK = torch.full_like(routing.weights_TK, self.moe.routed_scale / self.moe.top_k)
         return replace(routing, weights_TK=equal_TK)
 
-    def weigh_again(self, routing: Routing, experts_TK: Tensor) -> Tensor:
-        return routing.weights_TK
+    def weigh_again(self, weights_TK: Tensor, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        return weights_TK
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -242,10 +243,10 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def router_weight(model: ModelConfig, std: float | None = None) -> nn.Parameter:
+def router_weight(num_experts: int, d_model: int, std: float | None = None) -> nn.Parameter:
     """[E, D], the same on every rank; logits start with a standard deviation of 1 for inputs of unit size, or `std`."""
-    shape = (model.moe.num_experts, model.d_model)
-    return parameter(shape, ParamSpec(shape, std=model.d_model**-0.5 if std is None else std))
+    shape = (num_experts, d_model)
+    return parameter(shape, ParamSpec(shape, std=d_model**-0.5 if std is None else std))
 
 
 def limit_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best_of: int) -> Tensor:

@@ -16,7 +16,7 @@ Tensors are cut and joined along dim 0, which is always the tokens (or the rows 
 (Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, arXiv 2205.05198, section 4.2.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,119 +106,67 @@ def start_exchange(
     return Pending(out, x, work)
 
 
-class _CopyToGroup(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.backward_of = backward
+        return forward(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.backward_of(grad), None, None
 
 
-class _MeanOverGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), group) / group.size
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+def with_gradient(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
+    """forward(x), a new tensor or a view of x, whose gradient is carried back by `backward`."""
+    return _WithGradient.apply(x, forward, backward)
 
 
-class _SplitToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return own_slice(x, group).clone()
+@dataclass(frozen=True)
+class _Pair:
+    """What a group does to a tensor on the way forward and to its gradient on the way back; a group of one, nothing."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group), None
+    forward: Callable[[Tensor, Group], Tensor]
+    backward: Callable[[Tensor, Group], Tensor]
 
-
-class _GatherFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return own_slice(grad, ctx.group), None
+    def __call__(self, x: Tensor, group: Group) -> Tensor:
+        if group.size == 1:
+            return x
+        return with_gradient(x, lambda x: self.forward(x, group), lambda grad: self.backward(grad, group))
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.group), None
+def _same(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)
 
 
-class _ScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group), None
+def _sum(x: Tensor, group: Group) -> Tensor:
+    return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
 
 
-def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """Identity; the gradient is summed over the group."""
-    return _CopyToGroup.apply(x, group) if group.size > 1 else x
+def _mean(x: Tensor, group: Group) -> Tensor:
+    return _sum(x, group) / group.size
 
 
-def reduce_from_group(x: Tensor, group: Group) -> Tensor:
-    """Sum over the group; the gradient passes unchanged."""
-    return _ReduceFromGroup.apply(x, group) if group.size > 1 else x
+def _own_copy(x: Tensor, group: Group) -> Tensor:
+    return own_slice(x, group).clone()
 
 
-def mean_over_group(x: Tensor, group: Group) -> Tensor:
-    """Mean over the group; the gradient passes unchanged. For a loss that is a function of a mean over all ranks and
-    whose own gradients are averaged over them: each rank then adds what its own term of the mean contributes."""
-    return _MeanOverGroup.apply(x, group) if group.size > 1 else x
-
-
-def split_to_group(x: Tensor, group: Group) -> Tensor:
-    """Replicated [n, ...] -> own slice [n / size, ...]; the gradient slices are gathered."""
-    return _SplitToGroup.apply(x, group) if group.size > 1 else x
-
-
-def gather_from_group(x: Tensor, group: Group) -> Tensor:
-    """Slices [n, ...] -> replicated [size * n, ...]; each rank takes its slice of the (replicated) gradient."""
-    return _GatherFromGroup.apply(x, group) if group.size > 1 else x
-
-
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
-    """Slices -> full; each rank's gradient is a partial sum, so it is reduce-scattered."""
-    return _GatherSequence.apply(x, group) if group.size > 1 else x
-
-
-def scatter_sequence(x: Tensor, group: Group) -> Tensor:
-    """Partial sums -> own slice of the sum; the gradient slices are gathered."""
-    return _ScatterSequence.apply(x, group) if group.size > 1 else x
+# The table above, as functions of (x, group).
+copy_to_group = _Pair(_same, _sum)
+"""Identity; the gradient is summed over the group."""
+reduce_from_group = _Pair(_sum, _same)
+"""Sum over the group; the gradient passes unchanged."""
+mean_over_group = _Pair(_mean, _same)
+"""Mean over the group; the gradient passes unchanged. For a loss that is a function of a mean over all ranks and whose
+own gradients are averaged over them: each rank then adds what its own term of the mean contributes."""
+split_to_group = _Pair(_own_copy, all_gather)
+"""Replicated [n, ...] -> own slice [n / size, ...]; the gradient slices are gathered."""
+gather_from_group = _Pair(all_gather, own_slice)
+"""Slices [n, ...] -> replicated [size * n, ...]; each rank takes its slice of the (replicated) gradient."""
+gather_sequence = _Pair(all_gather, reduce_scatter)
+"""Slices -> full; each rank's gradient is a partial sum, so it is reduce-scattered."""
+scatter_sequence = _Pair(reduce_scatter, all_gather)
+"""Partial sums -> own slice of the sum; the gradient slices are gathered."""

@@ -20,7 +20,7 @@ import torch.multiprocessing
 
 from moe_dist.parallel.rendezvous import LOOPBACK, TIMEOUT, Member, meet
 from moe_dist.parallel.share import gpu_of_rank, neighbours, places, refuse_shared_gpus, threads_of_rank
-from moe_dist.parallel.slurm import Variables, address_of, step_from_environment, tasks_of_step
+from moe_dist.parallel.slurm import Variables, address_of, refuse_other_tasks, step_from_environment, tasks_of_step
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank:
     told = Variables(environ)
     if "RANK" in environ:
         local_world = told.number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else 1
-        _refuse_separate_nodes(environ)
+        if environ.get("GROUP_WORLD_SIZE") == "1":
+            refuse_other_tasks(environ, nodes=1)
         return Rank(
             rank=told.number("RANK"),
             world=told.number("WORLD_SIZE"),
@@ -78,20 +79,6 @@ def rank_from_environment(environ: Mapping[str, str]) -> Rank:
             start=step.name,
         )
     return Rank()
-
-
-def _refuse_separate_nodes(environ: Mapping[str, str]) -> None:
-    """Raises ValueError in a Slurm step that has more tasks than torchrun has nodes: they would train side by side, and
-    when one ends, srun ends the others."""
-    if not environ.get("GROUP_WORLD_SIZE"):
-        return
-    tasks, nodes = tasks_of_step(environ), Variables(environ).number("GROUP_WORLD_SIZE")
-    if tasks > nodes:
-        raise ValueError(
-            f"each of the {tasks} tasks of this Slurm step has started a torchrun of {nodes} nodes: start one task "
-            "a node (srun --ntasks-per-node=1) with NNODES set, or leave torchrun out (srun moe-dist train ...); "
-            "for runs that are to be separate, unset SLURM_STEP_NUM_TASKS"
-        )
 
 
 def start(
@@ -152,13 +139,16 @@ def _store(rank: Rank) -> dist.Store:
 
 @contextmanager
 def said_once(rank: Rank) -> Iterator[None]:
-    """For mistakes that every rank sees: rank 0 says so."""
+    """For mistakes that every rank sees: rank 0 says so. One that it does not see is told by the first rank of each
+    machine that does, which may have other files."""
     try:
         yield
-    except ValueError:
+    except ValueError as error:
         if rank.rank == 0:
             raise
         time.sleep(1)  # a launcher stops all ranks when one has ended: let rank 0 speak first
+        if rank.local_rank == 0:
+            print(f"moe-dist: rank {rank.rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -9,7 +9,14 @@ region are cut over the same group.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.parallel.collectives import copy_to_group, gather_sequence, reduce_from_group, scatter_sequence
+from moe_dist.parallel.collectives import (
+    copy_to_group,
+    gather_from_group,
+    gather_sequence,
+    reduce_from_group,
+    scatter_sequence,
+    split_to_group,
+)
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
@@ -22,6 +29,20 @@ def enter(x_TD: Tensor, mesh: Mesh) -> Tensor:
 def leave(x_TD: Tensor, mesh: Mesh) -> Tensor:
     """Out of a tensor-parallel region: partial sums become sums, cut by tokens under sequence parallelism."""
     return scatter_sequence(x_TD, mesh.tp) if mesh.sequence_parallel else reduce_from_group(x_TD, mesh.tp)
+
+
+class TokenSlices:
+    """For layers that do other work on each tp rank's own slice of the tokens. Under sequence parallelism tokens are
+    cut already."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def own(self, x_TD: Tensor) -> Tensor:
+        return x_TD if self.mesh.sequence_parallel else split_to_group(x_TD, self.mesh.tp)
+
+    def all(self, y_TD: Tensor) -> Tensor:
+        return y_TD if self.mesh.sequence_parallel else gather_from_group(y_TD, self.mesh.tp)
 
 
 def _part(size: int, tp: Group, what: str) -> tuple[int, int]:

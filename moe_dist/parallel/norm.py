@@ -1,9 +1,10 @@
-"""The RMSNorm module of blocks, under any layout."""
+"""Norms under any layout: the RMSNorm module of blocks, and norms over a dim that is cut over tp."""
 
+import torch
 from torch import Tensor, nn
 
 from moe_dist.kernels.registry import norm_kernel
-from moe_dist.parallel.collectives import copy_to_group
+from moe_dist.parallel.collectives import copy_to_group, reduce_from_group
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 
@@ -24,3 +25,22 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = copy_to_group(self.weight, self.shared)
         return norm_kernel(self.kernels, x.device.type)(x, weight, self.eps)
+
+
+def norm_over_group(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group: Group) -> Tensor:
+    """The norm over all of the last dim of which each rank of `group` holds an equal slice; x, weight and bias are this
+    rank's. With a bias layer norm (arXiv 1607.06450), without RMSNorm (arXiv 1910.07467); in fp32 inside.
+
+    Every rank must call. The gradients of x, weight and bias are whole.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if bias is None:
+        return (wide * (_mean(wide.square(), group) + eps).rsqrt() * weight).to(x.dtype)
+    centred = wide - _mean(wide, group)
+    return (centred * (_mean(centred.square(), group) + eps).rsqrt() * weight + bias).to(x.dtype)
+
+
+def _mean(x: Tensor, group: Group) -> Tensor:
+    """Over the slices of all ranks. Every rank's part reads it, so its gradient is summed over them, too."""
+    total = reduce_from_group(x.sum(-1, keepdim=True), group)
+    return copy_to_group(total, group) / (x.shape[-1] * group.size)

@@ -3,12 +3,15 @@ whatever the sender likes.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moe_dist.parallel.trail import Trail
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -40,6 +43,27 @@ def rank_and_world() -> tuple[int, int]:
 
 class RankFailed(RuntimeError):
     """Something failed on one rank, and all of them know."""
+
+
+class RankLost(RankFailed):
+    """A rank that others were talking to has ended, or cannot be reached any more."""
+
+
+@contextmanager
+def lost_ranks_told(trail: Trail) -> Iterator[None]:
+    """Within, what the libraries for communication say of a peer that is gone is a RankLost, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost(error):
+            raise
+        doing = trail.describe()
+        raise RankLost(f"rank {rank_and_world()[0]} lost another rank, which has ended; last here: {doing}") from error
+
+
+def _lost(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError) or "gloo/transport" in text or "remote process exited" in text
 
 
 def together(work: Callable[[], Any], failure: str, group: dist.ProcessGroup | None = None) -> list[Any]:

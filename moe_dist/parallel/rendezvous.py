@@ -55,7 +55,7 @@ def meet(member: Member, host: str, port: int, served: bool, attempt: int = 0) -
     else:
         store = _reach(member, host, port)
     try:
-        _introduce(member, dist.PrefixStore(f"moe_dist/meet/{attempt}", store), f"{host}:{port}")
+        _introduce(member, dist.PrefixStore(_desk(member.kind, attempt), store), f"{host}:{port}")
     except RuntimeError as error:  # of the store: member 0 has ended, or another program listens there
         raise ValueError(f"{member} lost {host}:{port}, where all meet, before all had come: {error}") from None
     return dist.PrefixStore(f"moe_dist/{member.start}/{attempt}", store)
@@ -127,6 +127,11 @@ def _introduce(member: Member, desk: dist.Store, where: str) -> None:
     for _ in _looks(member, lambda: _absent(member, desk), aloud=member.number == 0):
         if desk.check(["all"]):
             return
+
+
+def _desk(kind: str, attempt: int) -> str:
+    """Ranks meet in the store in which torchrun's nodes have met."""
+    return f"moe_dist/{kind}s meet/{attempt}"
 
 
 def _named(start: str) -> str:

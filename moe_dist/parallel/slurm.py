@@ -68,6 +68,18 @@ def step_from_environment(environ: Mapping[str, str]) -> Step:
     )
 
 
+def refuse_other_tasks(environ: Mapping[str, str], nodes: int) -> None:
+    """For a torchrun that knows of `nodes` nodes. Raises ValueError where the tasks of a Slurm step are not one for
+    each: those that are too many would train side by side, and when one ends, srun ends the others."""
+    tasks = tasks_of_step(environ)
+    if tasks not in (1, nodes):
+        raise ValueError(
+            f"each of the {tasks} tasks of this Slurm step starts a torchrun, but NNODES={nodes}: start one task a "
+            f"node (srun --nodes={nodes} --ntasks={nodes}), or leave torchrun out (srun moe-dist train ...); for runs "
+            "that are to be separate, unset SLURM_STEP_NUM_TASKS"
+        )
+
+
 class Variables:
     """Those that a launcher sets. Raises ValueError for one that is missing or wrong."""
 

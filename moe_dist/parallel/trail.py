@@ -12,7 +12,8 @@ class Trail:
     signs of life besides, of work that takes long and is not the same on all ranks."""
 
     def __init__(self) -> None:
-        self.count, self.ticks = 0, 0
+        self.count = 0
+        self.ticks = 0
         self.step = 0
         self.phase = "start"
         self._collective = ""

@@ -9,7 +9,6 @@ from torch import nn
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.engine.base import compute_dtype
-from moe_dist.models.flops import ParameterCounts
 from moe_dist.parallel.mesh import Layout
 from moe_dist.parallel.sharding import logical_parameters
 
@@ -23,15 +22,11 @@ class Held:
 
     @staticmethod
     def by(model: nn.Module) -> "Held":
+        """What this rank holds of a model, which may be on the meta device."""
         count = {True: 0, False: 0}
         for _, param, spec in logical_parameters(model):
             count[spec.shard == "expert"] += getattr(param, "ds_numel", param.numel())  # whole ones, under ZeRO-3
         return Held(dense=count[False], expert=count[True])
-
-    @staticmethod
-    def of(counts: ParameterCounts, layout: Layout) -> "Held":
-        """About what a rank of this layout will hold of a model that is not built yet."""
-        return Held(dense=(counts.total - counts.expert) // layout.tp, expert=counts.expert // layout.ep)
 
     def bytes(self, each: int, layout: Layout, cut: bool) -> int:
         """each: of an element. cut: whether ZeRO cuts them."""

@@ -6,7 +6,8 @@ Legend: B batch, S sequence, C classes.
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.parse import parse_as
@@ -14,18 +15,18 @@ from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.task import encoder_rules
 from moe_dist.config.schema import ParallelConfig
-from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.standalone.counting import drawn_seed, runs_again, step_of
+from moe_dist.parallel.sharding import initialize
+from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, open_experts, remove_experts
 from moe_dist.surgery.models import change_experts
 
 
-class SwitchClassifier(nn.Module):
+class SwitchClassifier(Layer):
     """Token and position embedding, post-norm encoder blocks with a Switch layer each, mean over tokens, linear head.
 
     num_experts, embed_dim, ff_dim (hidden width of one expert), vocab_size, dropout_rate: as in the document this came
@@ -58,10 +59,11 @@ class SwitchClassifier(nn.Module):
         capacity_factor: float | None = 1.25,
         activation: Literal["gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu",
         seed: int | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(drawn_seed(seed))
+        device = device_of(device)
         if max_len < 1 or not 0 <= pad_id < vocab_size:
             raise ValueError(f"max_len={max_len} must be 1 or more, and pad_id={pad_id} below vocab_size={vocab_size}")
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
@@ -78,17 +80,24 @@ class SwitchClassifier(nn.Module):
             moe=parse_as(MoEConfig, options, "SwitchClassifier"),
         )
         _check(model)
-        self.seed = drawn_seed(seed)
-        self.step, self.max_len = 0, max_len
-        model = resolve_backends(model, 1, torch.device(device).type)
-        self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
+        self.max_len = max_len
+        model = resolve_backends(model, 1, device.type)
+        with device:
+            self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
         self._counts_LE: Tensor | None = None
+        self._since_balance_LE: Tensor | None = None
         self.to(device)
 
+    def reset_parameters(self) -> None:
+        initialize(self.core, self.seed)
+        reset_buffers(self)
+        self.step, self._counts_LE, self._since_balance_LE = 0, None, None
+
+    @torch._disable_dynamo  # as of `MixtureOfExperts`
     def forward(self, ids: Tensor, mask: Tensor | None = None, *, step: int | None = None) -> tuple[Tensor, Tensor]:
         """ids: [B, S], S <= max_len -> (logits [B, C], the weighted balancing and z-loss). mask: [B, S], true or 1
-        where a token is no padding; None: where it is not pad_id. step: to be given where a pass is run again
-        (activation checkpointing). Raises ValueError for other shapes, and for ids and masks of other values."""
+        where a token is no padding; None: where it is not pad_id. Raises ValueError for other shapes, and for ids and
+        masks of other values."""
         if ids.dim() != 2 or not 1 <= ids.shape[1] <= self.max_len or not len(ids):
             raise ValueError(f"ids have shape {tuple(ids.shape)}, but must be [B, S] with 1 <= S <= {self.max_len}")
         size = self.core.config.vocab_size
@@ -101,12 +110,15 @@ class SwitchClassifier(nn.Module):
         if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask must be bool, or hold 0 and 1 alone: 1 where a token is no padding")
         mask_BS = ids != self.core.pad_id if mask is None else mask.bool()
-        step = step_of(self, step)
+        step = self.pass_of(step)
         phase: Literal["train", "eval"] = "train" if self.training else "eval"
-        context = StepContext(RandomKey.of(self.seed, "classifier", step), phase, step=step)
+        context = StepContext(self.key_of("classifier", step), phase, step=step)
         logits_BC, stats = self.core.classify(ids, mask_BS, context)
         if not runs_again():
             self._counts_LE = torch.stack([layer.load_E for layer in stats])
+            if self.training:
+                earlier = self._since_balance_LE
+                self._since_balance_LE = self._counts_LE if earlier is None else earlier + self._counts_LE
         aux_loss = torch.stack([layer.aux_loss for layer in stats]).sum()
         return logits_BC, aux_loss
 
@@ -119,6 +131,15 @@ class SwitchClassifier(nn.Module):
             return self(ids, mask)[0].softmax(-1)
         finally:
             self.train(training)
+
+    def balance(self, group: dist.ProcessGroup | None = None) -> None:
+        """With router=sigmoid, once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
+        like_LE = torch.stack([layer.router.open_E for layer in self.moe_layers])
+        load_LE = self.load_of_all(self._since_balance_LE, like_LE, group)
+        if load_LE is not None:
+            for layer, load_E in zip(self.moe_layers, load_LE, strict=True):
+                layer.router.balance(load_E)
+        self._since_balance_LE = None
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -150,7 +171,7 @@ class SwitchClassifier(nn.Module):
             return add_experts(layer, n, init, **own)
 
         added: Any = change_experts(self.core, grown)
-        self._counts_LE = None
+        self._counts_LE = self._since_balance_LE = None
         return list(added[0])
 
     def open_experts(self, ids: list[int]) -> None:
@@ -167,7 +188,7 @@ class SwitchClassifier(nn.Module):
         """Take experts out of every layer; returns the former numbers of those that stay. Closed ones leave the outputs
         unchanged; one that is open but never chosen has a share of the router's softmax, which goes to the others."""
         stay: Any = change_experts(self.core, lambda layer: remove_experts(layer, ids))
-        self._counts_LE = None
+        self._counts_LE = self._since_balance_LE = None
         return list(stay[0])
 
     def get_extra_state(self) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.parse import parse_as
@@ -15,33 +16,34 @@ from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
-from moe_dist.kernels.random import RandomKey
+from moe_dist.kernels.random import dropout_by_index
 from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.layer import MoE
+from moe_dist.models.block import moe_layer
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.counting import drawn_seed, runs_again, step_of
+from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Layer):
     """y = dropout(sum over the top_k experts i of p_i(x) E_i(x)), E_i(x) = act(x W_up) W_out.
 
     d_ff: hidden width of one expert. expert_capacity_factor: in training an expert takes at most
     ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless. Evaluation drops
     nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too). device: where
-    the layer starts, and for which kernels are chosen. activation: gelu, as in the usual feed-forward; swiglu and geglu
-    have a third matrix. seed: of initial weights and of everything random; None draws one from torch's generator, so
-    that layers differ. mesh: process groups to cut the experts over; the input is then this rank's tokens, equally many
-    on every rank, and every rank must call. options: any other field of MoEConfig, such as router, expert_bias,
-    drop_policy, balance_loss_coef.
+    the layer starts, and for which kernels are chosen; None is torch's default device. activation: gelu, as in the
+    usual feed-forward; swiglu and geglu have a third matrix. seed: of initial weights and of everything random; None
+    draws one from torch's generator, so that layers differ. mesh: process groups to cut the experts over; the input is
+    then this rank's tokens, equally many on every rank, and every rank must call. options: any other field of
+    MoEConfig, such as router, expert_bias, drop_policy, balance_loss_coef.
 
-    Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index). `step`
-    counts forward passes in training; seed and step are part of the state dict. Where a pass is run again (activation
-    checkpointing), give `step` to `forward`, so that it is the same pass.
+    Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index), and
+    without a mesh of the rank of torch.distributed too. `step` counts forward passes in training; seed and step are
+    part of the state dict. A pass that torch.utils.checkpoint runs again is the same pass, and counts once. Inside
+    DistributedDataParallel with a mesh, call standalone.ddp.prepare_for_ddp first.
     """
 
     def __init__(
@@ -56,26 +58,33 @@ class MixtureOfExperts(nn.Module):
         activation: Activation = "gelu",
         seed: int | None = None,
         mesh: Mesh | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        given, mesh = mesh, mesh or single_process_mesh()
+        super().__init__(drawn_seed(seed, mesh.world.size), given)
         if "capacity_factor" in options:
             raise ValueError("capacity_factor is called expert_capacity_factor here: give that one")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
-        mesh = mesh or single_process_mesh()
-        seed = drawn_seed(seed, mesh.world.size)
+        device = device_of(device)
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
-        model = _model(d_model, d_ff, activation, options, mesh, torch.device(device).type)
-        self.d_model, self.dropout, self.seed, self.step = d_model, dropout, seed, 0
+        model = _model(d_model, d_ff, activation, options, mesh, device.type)
+        self.d_model, self.dropout = d_model, dropout
         self.dp = mesh.dp
-        self.moe = MoE(model, 0, mesh)
+        with device:
+            self.moe = moe_layer(model, 0, mesh)
         self._counts_E: Tensor | None = None
         self._since_balance: Tensor | None = None
-        initialize(self, seed)
+        initialize(self, self.seed)
         self.to(device)
 
+    def reset_parameters(self) -> None:
+        initialize(self, self.seed)
+        reset_buffers(self)
+        self.step, self._counts_E, self._since_balance = 0, None, None
+
+    @torch._disable_dynamo  # the kernels and what they ask the host do not go into a compiled graph
     def forward(
         self, x: Tensor, return_aux_loss: bool = False, *, token_ids: Tensor | None = None, step: int | None = None
     ) -> Any:
@@ -83,6 +92,7 @@ class MixtureOfExperts(nn.Module):
         evaluation. [B, S, D] has sequences of S for balance_scope=sequence. token_ids: [...], for router=hash."""
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be d_model={self.d_model}")
+        self.check_wrapping()
         x_TD = x.reshape(-1, self.d_model)
         context = self._context(x, token_ids, step)
         y_TD, stats = self.moe(x_TD, context)
@@ -103,10 +113,15 @@ class MixtureOfExperts(nn.Module):
         """[E]: assignments to each expert in the last forward pass, of all ranks, before dropping; zeros before one."""
         return torch.zeros(self.num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
 
-    def balance(self) -> None:
-        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since."""
-        if self._since_balance is not None:
-            self.moe.router.balance(self._since_balance)
+    def balance(self, group: dist.ProcessGroup | None = None) -> None:
+        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since.
+
+        Without a mesh every rank of `group` (None: of torch.distributed's default group, where there is one) must call:
+        the load is that of all of them, so that copies of the layer, as under DDP and FSDP, stay copies.
+        """
+        load_E = self.load_of_all(self._since_balance, self.moe.router.open_E, group)
+        if load_E is not None:
+            self.moe.router.balance(load_E)
         self._since_balance = None
 
     def add_experts(self, n: int, init: Literal["clone", "random", "split"] = "clone", **options: Any) -> list[int]:
@@ -151,9 +166,9 @@ class MixtureOfExperts(nn.Module):
         return f"num_experts={moe.num_experts}, top_k={moe.top_k}, router={moe.router}, dropout={self.dropout}"
 
     def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
-        step = step_of(self, step)
+        step = self.pass_of(step)
         return StepContext(
-            RandomKey.of(self.seed, "mixture", step),
+            self.key_of("mixture", step),
             "train" if self.training else "eval",
             step=step,
             seq_len=x.shape[-2] if x.dim() > 2 else None,
@@ -161,12 +176,8 @@ class MixtureOfExperts(nn.Module):
         )
 
     def _dropped_out(self, y_TD: Tensor, context: StepContext) -> Tensor:
-        if self.dropout == 0.0 or not self.training:
-            return y_TD
-        first = self.dp.rank * y_TD.numel()
-        index_TD = torch.arange(first, first + y_TD.numel(), device=y_TD.device).view_as(y_TD)
-        stays_TD = context.key.fold("dropout").uniform(index_TD) >= self.dropout
-        return y_TD * stays_TD / (1 - self.dropout)
+        rate = self.dropout if self.training else 0.0
+        return dropout_by_index(y_TD, rate, context.key.fold("dropout"), self.dp.rank * len(y_TD))
 
 
 def _model(

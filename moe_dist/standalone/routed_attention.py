@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.attention.routed import Rotary, RoutedAttention
-from moe_dist.config.model import RoutedAttentionConfig
+from moe_dist.config.model import HeadSizes, RoutedAttentionConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout
 from moe_dist.kernels.coordinate_descent.backend import coordinate_descent
@@ -15,9 +15,10 @@ from moe_dist.kernels.random import RandomKey
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import initialize
+from moe_dist.standalone.base import Layer, drawn_seed
 
 
-class MixtureOfAutoregressiveAttention(nn.Module):
+class MixtureOfAutoregressiveAttention(Layer):
     """Local attention of every token, plus `num_experts` attentions of a few chosen queries over a few chosen keys.
 
     Token t sees tokens t - local_attn_window_size to t. The sequence is cut into windows of routed_window_size (None:
@@ -55,7 +56,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         cosine_routing: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(drawn_seed(seed))
         sizes = dict(
             dim=dim,
             num_routed_queries=num_routed_queries,
@@ -85,9 +86,13 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         self.norm = RMSNorm(dim, 1e-5, single_process_mesh()) if prenorm else nn.Identity()
         attend = attention("flash" if flash_attn else "torch")
         descend = coordinate_descent("triton" if use_triton else "torch")
-        out_std = (heads * dim_head) ** -0.5
-        self.attention = RoutedAttention(dim, heads, heads, dim_head, routed, attend, descend, Group(), out_std)
-        initialize(self, int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed)
+        head_sizes = HeadSizes(dim, heads, heads, dim_head)
+        out_std = head_sizes.width**-0.5
+        self.attention = RoutedAttention(head_sizes, routed, attend, descend, Group(), out_std)
+        initialize(self, self.seed)
+
+    def reset_parameters(self) -> None:
+        initialize(self, self.seed)
 
     def forward(
         self,

@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
@@ -17,17 +18,16 @@ from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
 from moe_dist.config.schema import ParallelConfig
-from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.counting import drawn_seed, runs_again, step_of
+from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
 from moe_dist.standalone.masks import added_by
 from moe_dist.step import StepContext
 
 
-class SwitchMultiQueryAttention(nn.Module):
+class SwitchMultiQueryAttention(Layer):
     """Each token goes to top_k of num_experts attention experts, which have num_heads query heads each and an output
     projection; they share one key/value head over the whole causal sequence, with rotary positions (arXiv 2210.05144).
 
@@ -53,21 +53,28 @@ class SwitchMultiQueryAttention(nn.Module):
         rope_theta: float = 10000.0,
         seed: int | None = None,
         mesh: Mesh | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
-        mesh = mesh or single_process_mesh()
-        self.seed, self.step, self.d_model, self.rope_theta = drawn_seed(seed, mesh.world.size), 0, d_model, rope_theta
+        given, mesh, device = mesh, mesh or single_process_mesh(), device_of(device)
+        super().__init__(drawn_seed(seed, mesh.world.size), given)
+        self.d_model, self.rope_theta = d_model, rope_theta
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
         options |= dict(balance_loss_coef=load_loss_coef)
-        model = _model(d_model, num_heads, head_dim, dropout, options, mesh, torch.device(device).type)
-        self.attention = SwitchAttention(model, 0, mesh)
+        model = _model(d_model, num_heads, head_dim, dropout, options, mesh, device.type)
+        with device:
+            self.attention = SwitchAttention(model, 0, mesh)
         self._counts_E: Tensor | None = None
         self._since_balance: Tensor | None = None
         initialize(self, self.seed)
         self.to(device)
 
+    def reset_parameters(self) -> None:
+        initialize(self, self.seed)
+        reset_buffers(self)
+        self.step, self._counts_E, self._since_balance = 0, None, None
+
+    @torch._disable_dynamo  # as of `MixtureOfExperts`
     def forward(
         self,
         x: Tensor,
@@ -84,6 +91,7 @@ class SwitchMultiQueryAttention(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, d_model={self.d_model}]")
+        self.check_wrapping()
         again = runs_again()
         context = self._context(x, token_ids, step)
         positions_S = torch.arange(x.shape[1], device=x.device)[None]
@@ -108,10 +116,11 @@ class SwitchMultiQueryAttention(nn.Module):
         num_experts = self.attention.config.moe.num_experts
         return torch.zeros(num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
 
-    def balance(self) -> None:
-        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since."""
-        if self._since_balance is not None:
-            self.attention.router.balance(self._since_balance)
+    def balance(self, group: dist.ProcessGroup | None = None) -> None:
+        """With router=sigmoid, once an optimizer step: as `MixtureOfExperts.balance`."""
+        load_E = self.load_of_all(self._since_balance, self.attention.router.open_E, group)
+        if load_E is not None:
+            self.attention.router.balance(load_E)
         self._since_balance = None
 
     def get_extra_state(self) -> Tensor:
@@ -125,10 +134,10 @@ class SwitchMultiQueryAttention(nn.Module):
         return f"num_experts={moe.num_experts}, top_k={moe.top_k}, heads={self.attention.heads}, router={moe.router}"
 
     def _context(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> StepContext:
-        step = step_of(self, step)
+        step = self.pass_of(step)
         tp, ids_T = self.attention.tp, None if token_ids is None else token_ids.reshape(-1)
         return StepContext(
-            RandomKey.of(self.seed, "switch attention", step),
+            self.key_of("switch attention", step),
             "train" if self.training else "eval",
             step=step,
             seq_len=x.shape[1],

@@ -6,6 +6,7 @@ Legend: B batch, S sequence, T = B * S tokens, D d_model, V vocabulary.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,13 +15,13 @@ from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.standalone.counting import drawn_seed
+from moe_dist.standalone.base import Layer, device_of, drawn_seed
 from moe_dist.standalone.switch_attention import SwitchMultiQueryAttention
 
 _EPS = 1e-5
 
 
-class Block(nn.Module):
+class Block(Layer):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm with RMSNorm, attention experts, dense gelu.
 
     d_ff: hidden width of the feed-forward, 4 * d_model if None. The rest: as `SwitchMultiQueryAttention`.
@@ -39,23 +40,28 @@ class Block(nn.Module):
         d_ff: int | None = None,
         seed: int | None = None,
         mesh: Mesh | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
-        mesh, d_ff = mesh or single_process_mesh(), 4 * d_model if d_ff is None else d_ff
+        given, mesh, device = mesh, mesh or single_process_mesh(), device_of(device)
+        super().__init__(drawn_seed(seed, mesh.world.size), given)
+        d_ff = 4 * d_model if d_ff is None else d_ff
         if d_ff < 1:
             raise ValueError(f"d_ff={d_ff} is below 1")
-        seed = drawn_seed(seed, mesh.world.size)
         routed = (dropout, capacity_factor, top_k, load_loss_coef)
-        self.attention_norm = RMSNorm(d_model, _EPS, mesh)
-        self.attention = SwitchMultiQueryAttention(
-            d_model, num_heads, num_experts, *routed, seed=seed, mesh=mesh, device=device, **options
-        )
-        self.feed_forward_norm = RMSNorm(d_model, _EPS, mesh)
-        self.feed_forward = FeedForward(d_model, d_ff, "gelu", mesh, d_ff**-0.5)
-        initialize(self, seed)
+        with device:
+            self.attention_norm = RMSNorm(d_model, _EPS, mesh)
+            self.attention = SwitchMultiQueryAttention(
+                d_model, num_heads, num_experts, *routed, seed=self.seed, mesh=given, device=device, **options
+            )
+            self.feed_forward_norm = RMSNorm(d_model, _EPS, mesh)
+            self.feed_forward = FeedForward(d_model, d_ff, "gelu", mesh, d_ff**-0.5)
+        initialize(self, self.seed)
         self.to(device)
+
+    def reset_parameters(self) -> None:
+        self.attention.reset_parameters()
+        initialize(self, self.seed)
 
     def forward(
         self,
@@ -75,7 +81,7 @@ class Block(nn.Module):
         return (x, aux_loss) if return_aux_loss else x
 
 
-class Transformer(nn.Module):
+class Transformer(Layer):
     """Embedding, `num_layers` blocks, a last norm, and logits by the embedding matrix.
 
     Sequences of any length. The rest: as `Block`; with a mesh, each data-parallel rank takes its own sequences.
@@ -95,28 +101,33 @@ class Transformer(nn.Module):
         *,
         seed: int | None = None,
         mesh: Mesh | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
+        given, mesh, device = mesh, mesh or single_process_mesh(), device_of(device)
+        super().__init__(drawn_seed(seed, mesh.world.size), given)
         for name, size in dict(num_layers=num_layers, vocab_size=vocab_size).items():
             if size < 1:
                 raise ValueError(f"{name}={size} is below 1")
-        mesh = mesh or single_process_mesh()
-        seed = drawn_seed(seed, mesh.world.size)
         self.vocab_size = vocab_size
-        shape = (vocab_size, d_model)
-        self.embedding = parameter(shape, ParamSpec(shape, std=0.02))
         routed = (dropout, capacity_factor, top_k, load_loss_coef)
         # A seed for each block, because draws are by seed; the weights get theirs below.
-        seeds = [RandomKey.of(seed, "block", layer).value for layer in range(num_layers)]
-        self.blocks = nn.ModuleList(
-            Block(d_model, num_heads, num_experts, *routed, seed=own, mesh=mesh, device=device, **options)
-            for own in seeds
-        )
-        self.norm = RMSNorm(d_model, _EPS, mesh)
-        initialize(self, seed)
+        seeds = [RandomKey.of(self.seed, "block", layer).value for layer in range(num_layers)]
+        with device:
+            self.embedding = parameter((vocab_size, d_model), ParamSpec((vocab_size, d_model), std=0.02))
+            self.blocks = nn.ModuleList(
+                Block(d_model, num_heads, num_experts, *routed, seed=own, mesh=given, device=device, **options)
+                for own in seeds
+            )
+            self.norm = RMSNorm(d_model, _EPS, mesh)
+        initialize(self, self.seed)
         self.to(device)
+
+    def reset_parameters(self) -> None:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.reset_parameters()
+        initialize(self, self.seed)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, return_aux_loss: bool = False, *, step: int | None = None
@@ -135,8 +146,8 @@ class Transformer(nn.Module):
         logits = F.linear(self.norm(hidden), self.embedding)
         return (logits, aux_loss) if return_aux_loss else logits
 
-    def balance(self) -> None:
-        """With router=sigmoid, once an optimizer step: as `SwitchMultiQueryAttention.balance`."""
+    def balance(self, group: dist.ProcessGroup | None = None) -> None:
+        """With router=sigmoid, once an optimizer step: as `MixtureOfExperts.balance`."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.attention.balance()
+            block.attention.balance(group)

@@ -21,13 +21,13 @@ from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.counting import drawn_seed
+from moe_dist.standalone.base import Layer, device_of, drawn_seed
 from moe_dist.standalone.masks import added_by
 from moe_dist.standalone.mixture_of_experts import MixtureOfExperts
 from moe_dist.step import StepContext
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Layer):
     """y = x + dropout(attention(norm(x))); then y + dropout(feed_forward(norm(y))), causal, layer norm before each.
 
     use_moe: the feed-forward is a MixtureOfExperts with num_experts and top_k_experts; in training an expert takes at
@@ -55,30 +55,41 @@ class TransformerBlock(nn.Module):
         activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2"] = "gelu",
         expert_capacity_factor: float | None = 1.25,
         seed: int | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         **moe: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(drawn_seed(seed))
+        device = device_of(device)
         if moe and not use_moe:
             raise TypeError(f"options {sorted(moe)} are of experts, but use_moe=False")
         attention = AttentionConfig(backend=attn_impl, position=position, window=window)
         kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        self.model = _model(d_model, n_heads, kv_heads, d_ff, attention, torch.device(device).type)
+        self.model = _model(d_model, n_heads, kv_heads, d_ff, attention, device.type)
         self.rope_theta, self.moe = rope_theta, None
-        seed = drawn_seed(seed)
-        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.attention = CausalSelfAttention(self.model, 0, single_process_mesh())
-        initialize(self.attention, seed, "attention.")
-        self.dropout = nn.Dropout(dropout)
-        if use_moe:
-            options = dict(activation=activation, seed=seed, device=device) | moe
-            self.feed_forward: nn.Module = MixtureOfExperts(
-                d_model, d_ff, num_experts, top_k_experts, dropout, expert_capacity_factor, **options
-            )
-        else:
-            self.feed_forward = FeedForward(d_model, d_ff, activation, single_process_mesh(), d_ff**-0.5)
-            initialize(self.feed_forward, seed, "feed_forward.")
+        with device:
+            self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+            self.attention = CausalSelfAttention(self.model.head_sizes, self.model.attention, single_process_mesh())
+            self.dropout = nn.Dropout(dropout)
+            if use_moe:
+                options = dict(activation=activation, seed=self.seed, device=device) | moe
+                self.feed_forward: nn.Module = MixtureOfExperts(
+                    d_model, d_ff, num_experts, top_k_experts, dropout, expert_capacity_factor, **options
+                )
+            else:
+                self.feed_forward = FeedForward(d_model, d_ff, activation, single_process_mesh(), d_ff**-0.5)
+        self._initialize()
         self.to(device)
+
+    def _initialize(self) -> None:
+        initialize(self.attention, self.seed, "attention.")
+        if not isinstance(self.feed_forward, MixtureOfExperts):
+            initialize(self.feed_forward, self.seed, "feed_forward.")
+
+    def reset_parameters(self) -> None:
+        self._initialize()
+        for part in (self.attention_norm, self.feed_forward_norm, self.feed_forward):
+            if isinstance(part, nn.LayerNorm | MixtureOfExperts):
+                part.reset_parameters()
 
     def forward(
         self,
@@ -96,7 +107,7 @@ class TransformerBlock(nn.Module):
         mask: what may be seen, beside causality; bool or 0 and 1, of shape [B, L] for keys, or [S, L], [B, S, L] or
         [B, 1, S, L]. L counts the tokens in the cache. With use_cache, queries also see what is in kv_cache and are
         added to it; cache_position: continue there, forgetting what comes later. step: of the experts' random numbers,
-        to be given where a pass is run again (activation checkpointing). Raises ValueError for what does not fit, an
+        which pass this is; None counts. Raises ValueError for what does not fit, an
         overflow of the cache included, and for a mask of two dimensions that could be [B, L] as well as [S, L].
         """
         if x.dim() != 3 or x.shape[-1] != self.model.d_model:

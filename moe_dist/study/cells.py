@@ -16,6 +16,10 @@ class Cell:
     def values(self, name: str) -> list[float]:
         return [record[name] for record in self.records if record.get(name) is not None]
 
+    def by_seed(self, name: str, scale: float = 1.0) -> dict[int, float]:
+        """The same under their seeds, of which some may not have finished."""
+        return {each["seed"]: scale * each[name] for each in self.records if each.get(name) is not None}
+
 
 def cells(study: Study, latest: dict[str, dict[str, Any]]) -> list[Cell]:
     """The grid in order, without the seeds."""

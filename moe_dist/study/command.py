@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from moe_dist.config.flags import Parser
+from moe_dist.config.values import user_path
 from moe_dist.study.grid import Study, load_study
 from moe_dist.study.ledger import Ledger
 
@@ -46,13 +48,11 @@ def _list(chosen: Study, count: bool, point: int | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="moe-dist study", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("moe-dist study", _ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{run,list,report}")
     for name in ("run", "list", "report"):
-        command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("study", metavar="STUDY.yaml")
+        command = commands.add_parser(name, prog=f"moe-dist study {name}")
+        command.add_argument("study", type=user_path, metavar="STUDY.yaml")
         if name != "report":
             command.add_argument("--point", type=int, metavar="N", help="this point alone, from 0; for job arrays")
         if name == "list":

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart with any colour vision; and a marker each, for print in grey.
 _STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 
-Curve = list[tuple[float, list[float]]]
-"""(place on the x axis, a value for each seed), from left to right."""
+Curve = list[tuple[float, dict[int, float]]]
+"""(place on the x axis, seed -> value), from left to right."""
 
 _SETTINGS: Any = {
     "font.size": 9,
@@ -52,8 +52,8 @@ def draw(grid: Sequence["Cell"], x_axis: str, files: Sequence[Path]) -> None:
         figure = Figure(figsize=(3.7 * len(panels), 3.1), layout="constrained", dpi=160)
         for axes, (field, title, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for number, (name, cells) in enumerate(_series(grid, x_axis).items()):
-                known = [(places[cell.axes[x_axis]], [scale * each for each in cell.values(field)]) for cell in cells]
-                curve = sorted((x, values) for x, values in known if values)
+                known = [(places[cell.axes[x_axis]], cell.by_seed(field, scale)) for cell in cells]
+                curve = sorted(((x, values) for x, values in known if values), key=lambda point: point[0])
                 _line(axes, curve, places.get(None), _STYLES[number % len(_STYLES)], name)
             _label(axes, x_axis, places, title)
             if field == "drop_rate":
@@ -90,21 +90,20 @@ def _series(grid: Sequence["Cell"], x_axis: str) -> dict[str, list["Cell"]]:
 def _line(axes: Axes, curve: Curve, beyond: float | None, style: tuple[str, str], name: str) -> None:
     """Mean line, band and dots. The place `beyond` (no capacity at all) is reached by a dotted line, without a band."""
     color, marker = style
-    capped = [(x, values) for x, values in curve if x != beyond]
+    capped = [(x, list(values.values())) for x, values in curve if x != beyond]
     places = [x for x, _ in capped]
     axes.plot(places, [fmean(values) for _, values in capped], color=color, linewidth=1.6, label=name)
     low, high = [min(values) for _, values in capped], [max(values) for _, values in capped]
     axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
     if 0 < len(capped) < len(curve):
-        joint = [capped[-1], curve[-1]]
-        means = [fmean(values) for _, values in joint]
-        axes.plot([x for x, _ in joint], means, color=color, linewidth=1.2, linestyle=(0, (2, 2)))
-    if len({len(values) for _, values in curve}) == 1:
-        for seed in range(len(curve[0][1])):
-            axes.plot(
-                [x for x, _ in curve], [values[seed] for _, values in curve], color=color, linewidth=0.6, alpha=0.5
-            )
-    for x, values in curve:
+        (x, values), (end, without) = capped[-1], curve[-1]
+        means = [fmean(values), fmean(without.values())]
+        axes.plot([x, end], means, color=color, linewidth=1.2, linestyle=(0, (2, 2)))
+    xs = [x for x, _ in curve]
+    for seed in curve[0][1] if curve else ():
+        if all(seed in values for _, values in curve):
+            axes.plot(xs, [values[seed] for _, values in curve], color=color, linewidth=0.6, alpha=0.5)
+    for x, values in ((x, list(values.values())) for x, values in curve):
         axes.plot(x, fmean(values), color=color, marker="_", markersize=12, markeredgewidth=1.6)
         axes.plot(
             [x] * len(values), values, marker, color=color, markersize=4.5, markeredgecolor="white", markeredgewidth=0.6

@@ -13,16 +13,18 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from moe_dist.config import Config, validate
-from moe_dist.config.load import load_config
+from moe_dist.config.load import dump_config, load_config
 from moe_dist.config.model import STRICT
 from moe_dist.config.parse import parse_as, parse_dict
 from moe_dist.config.read import read_yaml
+from moe_dist.config.schema import RunConfig
+from moe_dist.config.values import user_path
 
 Scalar = bool | int | float | str | None
 
@@ -82,7 +84,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        return Path(self.file.root) / self.file.name
+        return user_path(self.file.root) / self.file.name
 
     @property
     def ledger(self) -> Path:
@@ -97,14 +99,15 @@ class Study:
 
 def load_study(path: str | Path) -> Study:
     """The study in the YAML file `path`. Raises one ValueError that lists every problem of the file and its points."""
-    path = Path(path)
+    path = user_path(str(path))
     file = parse_as(StudyFile, read_yaml(path), str(path))
     if problems := [f"{path}: {problem}" for problem in _rules(file)]:
         raise ValueError("\n".join(problems))
-    base = load_config(path.parent / file.base)
+    base = load_config(path.parent / user_path(file.base))
     points, wrong = [], defaultdict[str, list[str]](list)  # problem -> the points that have it
+    first: dict[str, str] = {}  # what makes a run, but where it lies -> the point that is it
     for index, (axes, seed, name) in enumerate(_grid(file)):
-        folder = Path(file.root) / file.name / name
+        folder = user_path(file.root) / file.name / name
         try:
             config = _configure(base, file.overrides | axes, seed, folder)
             validate(config, file.ranks)
@@ -113,6 +116,9 @@ def load_study(path: str | Path) -> Study:
                 wrong[line.removeprefix(_SOURCE)].append(name)
             continue
         points.append(Point(index, name, axes, seed, config, folder))
+        twin = first.setdefault(dump_config(replace(config, run=RunConfig())), name)
+        if twin != name:
+            wrong[f"is {twin} over again: values such as 1 and 1.0 are equal; keep one"].append(name)
     if wrong:
         total = sum(1 for _ in _grid(file))
         lines = (line if len(names) == total else f"{names[0]}: {line}" for line, names in wrong.items())

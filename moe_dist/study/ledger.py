@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moe_dist.study.lock import locked
+from moe_dist.disk import locked
 
 
 class Ledger:

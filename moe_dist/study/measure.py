@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_dist.config import Config
 from moe_dist.config.load import load_config
-from moe_dist.models.flops import ParameterCounts, classifier_parameter_counts, parameter_counts
+from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.study.grid import Point
 
 _LAST_STEPS = 20

@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from moe_dist.config import Config, ModelConfig
+from moe_dist.disk import replace_text
 from moe_dist.study.cells import Cell, cells
 from moe_dist.study.figure import draw
 from moe_dist.study.grid import Scalar, Study, axis_names, show
@@ -33,7 +34,7 @@ def write_report(study: Study, latest: dict[str, dict[str, Any]]) -> list[Path]:
     pictures = [study.folder / f"{study.file.name}.{kind}" for kind in ("png", "svg")]
     draw(grid, x_axis(study), pictures)
     page = study.folder / "report.md"
-    page.write_text(markdown(study, latest), encoding="utf-8", errors="backslashreplace")
+    replace_text(page, markdown(study, latest))
     return [page, *pictures]
 
 

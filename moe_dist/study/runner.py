@@ -21,10 +21,10 @@ from typing import Any
 
 from moe_dist.config import Config
 from moe_dist.config.load import dump_config, load_config
+from moe_dist.disk import locked, replace_text
 from moe_dist.parallel.slurm import leave_step
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.lock import locked
 from moe_dist.study.measure import identity, loss_unit, measure, started
 from moe_dist.train.record.status import describe_status, read_status
 
@@ -83,8 +83,7 @@ class Runner:
             if self.ledger.finished(point.name):  # meanwhile
                 return True
             if not (point.folder / "point.yaml").exists():
-                (point.folder / ".point.yaml").write_text(dump_config(point.config), encoding="utf-8")
-                os.replace(point.folder / ".point.yaml", point.folder / "point.yaml")
+                replace_text(point.folder / "point.yaml", dump_config(point.config))
             before = read_status(point.run)
             if before["state"] == "finished":  # trained, but its runner was killed before it could say so
                 self._record(point, measure(point))

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from moe_dist.checkpoint.background import Saver
-from moe_dist.checkpoint.find import run_config, whole_checkpoint
+from moe_dist.checkpoint.find import run_config, run_of, whole_checkpoint
 from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import Config, EngineConfig
 from moe_dist.config.load import dump_config
+from moe_dist.disk import lines_backwards, replace_text
 from moe_dist.engine.base import STATE_KINDS, Kind
 from moe_dist.engine.make import make_engine
 from moe_dist.models.backends import resolve_backends
@@ -36,39 +37,18 @@ from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.surgery.layers import add_experts, close_experts, open_experts, remove_experts
 from moe_dist.surgery.models import change_experts
 
-_DESCRIPTION = """Change the experts of a trained model, without training.
 
-  moe-dist experts RUN list
-  moe-dist experts RUN add 2 --output runs/more        closed copies: outputs stay the same, to the bit
-  moe-dist experts RUN open 8,9 --output runs/open     tokens may go to them from here on
-  moe-dist experts RUN close 3 --output runs/closed
-  moe-dist experts RUN remove 3 --output runs/fewer    closed ones: outputs stay the same, to the bit
-
-RUN is a run folder, whose newest whole checkpoint is taken, or one checkpoint in it. Nothing in it changes. --output
-becomes a run folder that `moe-dist train OUTPUT/config.yaml --resume --train.steps N` continues.
-"""
-
-
-def experts(args: list[str]) -> int:
-    """Returns the exit code. Raises ValueError for what a user got wrong."""
-    parser = argparse.ArgumentParser(
-        "moe-dist experts", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("action", choices=["list", "add", "open", "close", "remove"])
-    parser.add_argument("which", nargs="?", default="", help="how many to add, or numbers of experts: 3 or 0,4,5")
-    parser.add_argument("--init", choices=["clone", "random"], default="clone", help="what added experts start from")
-    parser.add_argument("--output", type=Path, help="the new run folder")
-    own = parser.parse_args(args)
+def experts(own: argparse.Namespace) -> int:
+    """own: of experts_arguments. Returns the exit code. Raises ValueError for what a user got wrong."""
     config, listing = run_config(own.run), own.action == "list"
     numbers = [] if listing else _numbers(own.which)
     if not listing and (own.output is None or own.output.exists()):
         raise ValueError(f"--output {own.output or ''} must name a folder that is not there yet")
     if own.action == "add" and len(numbers) != 1:
         raise ValueError(f"add takes how many experts, one number, got {own.which!r}")
-    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr)).resolve()
+    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr))
     if listing:
-        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), checkpoint.parents[1])))
+        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), run_of(checkpoint))))
         return 0
 
     def change(layer: MoE) -> object:
@@ -133,10 +113,8 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
     stop()
     moe = replace(config.model.moe, num_experts=changed.num_experts, d_ff=changed.d_ff, num_groups=changed.num_groups)
     where = replace(config.run, root=str(output.parent), name=output.name)
-    (output / "config.yaml").write_text(
-        dump_config(replace(config, model=replace(config.model, moe=moe), run=where)), encoding="utf-8"
-    )
-    tokenizer = checkpoint.parent.parent / "tokenizer.json"
+    replace_text(output / "config.yaml", dump_config(replace(config, model=replace(config.model, moe=moe), run=where)))
+    tokenizer = run_of(checkpoint) / "tokenizer.json"
     if tokenizer.is_file():
         shutil.copy(tokenizer, output / tokenizer.name)
 
@@ -160,9 +138,8 @@ def describe(model: Trainable, run: Path) -> list[str]:
 
 
 def _last_loads(run: Path) -> dict[int, list[int]]:
-    metrics = run / "metrics.jsonl"
-    written = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    record: dict[str, Any] = json.loads(written[-1]) if written else {}
+    line = next((line for _, line in lines_backwards(run / "metrics.jsonl")), b"{}")
+    record: dict[str, Any] = json.loads(line)
     return {row["layer"]: row["load"] for row in record.get("layers", [])}
 
 

@@ -1,7 +1,7 @@
-"""Changing the experts of a trained layer: add, open, close, split, remove, merge. Methods of every MoE layer.
+"""Changing the experts of a trained layer: add, open, close, split, remove, merge. Functions on one MoE layer.
 
 A *closed* expert takes no part: its router logit is -inf, and routing, noise, losses and capacity are to the bit those
-of a layer without it (Router.route). New experts come closed and are opened when wanted, so adding them changes
+of a layer without it (moe/gate.py). New experts come closed and are opened when wanted, so adding them changes
 nothing, and neither does removing closed ones. What else is preserved:
 
 | operation                | outputs                                                                             |

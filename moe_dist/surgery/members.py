@@ -69,7 +69,7 @@ def rebuild(layer: "MoE", members: list[Member], **changes: Any) -> None:
     for (name, new), (_, old) in zip(_per_expert(fresh), _per_expert(layer), strict=True):
         new.data = torch.stack([member.row[name] for member in members])
         new.requires_grad_(old.requires_grad)
-    for part in ("config", "model", "capacity", "dispatcher", "router", "experts"):
+    for part in ("config", "gate", "router", "dispatcher", "experts"):
         setattr(layer, part, getattr(fresh, part))
     layer.train(layer.training)
 
@@ -78,12 +78,24 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
     """A new layer with experts of these widths, otherwise as `layer`. Raises ValueError where a rule is broken."""
     moe = layer.config
     d_ff: int | list[int] | None = widths if len(set(widths)) > 1 or isinstance(moe.d_ff, list) else widths[0]
-    if moe.d_ff is None and d_ff == layer.model.d_ff:
+    if moe.d_ff is None and d_ff == layer.d_ff:
         d_ff = None
     moe = replace(moe, num_experts=len(widths), d_ff=d_ff, **changes)
-    model = replace(layer.model, moe=moe)
-    refuse(moe_rules(moe, ParallelConfig(), d_ff=model.d_ff, num_layers=model.num_layers))
-    return type(layer)(model, layer.layer, layer.mesh, layer.out_std)
+    # What counts the layers of a model is as it was.
+    alone = replace(moe, every=1, capacity_factor=1.0, eval_capacity_factor=None, capacity_schedule={})
+    refuse(moe_rules(alone, ParallelConfig(), d_ff=layer.d_ff, num_layers=1))
+    held = layer.experts
+    return type(layer)(
+        moe,
+        held.d_model,
+        layer.d_ff,
+        held.activation,
+        layer=layer.layer,
+        mesh=layer.mesh,
+        kernels=held.kernels,
+        recompute=held.recompute,
+        out_std=held.out_std,
+    )
 
 
 def random_members(layer: "MoE", members: list[Member], widths: list[int], seed: int, name: str) -> list[Member]:

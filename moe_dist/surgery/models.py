@@ -58,7 +58,7 @@ def upcycle_decoder(
 
 
 def change_experts(decoder: Trainable, change: Callable[[MoE], object]) -> list[object]:
-    """Does `change` to every MoE layer, `lambda layer: layer.add_experts(2)` say, and makes the config of the decoder,
+    """Does `change` to every MoE layer, `lambda layer: add_experts(layer, 2)` say, and makes the config of the decoder,
     or classifier, follow. Returns what it returned. All layers must end with the same config: a model has one. An
     engine that holds the model must be built again.
     """

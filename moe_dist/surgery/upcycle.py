@@ -28,7 +28,7 @@ from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.experts import expert_widths
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
@@ -57,7 +57,7 @@ def upcycle(
     check_rules(model)
     model = resolve_backends(upcycled_config(model) if preserve else model, ep=1)
     std = spec_of(dense.down.weight).std
-    moe = MoE(model, layer, single_process_mesh(), std).to(dense.up.weight)
+    moe = moe_layer(model, layer, single_process_mesh(), std).to(dense.up.weight)
     initialize(moe, seed, name)
     become(moe, dense, noise=noise, seed=seed, name=name, preserve=preserve)
     return moe
@@ -66,7 +66,7 @@ def upcycle(
 @torch.no_grad()
 def become(moe: MoE, dense: FeedForward, *, noise: float, seed: int, name: str, preserve: bool) -> None:
     """Make a newly initialised layer's experts copies of `dense`."""
-    _check_fit(dense, moe.model)
+    _check_fit(dense, moe)
     held = {"w_gate": dense.gate, "w_up": dense.up, "w_out": dense.down}
     for matrix, linear in held.items():
         if linear is not None:
@@ -118,19 +118,19 @@ def upcycled_config(model: ModelConfig) -> ModelConfig:
     return replace(model, moe=replace(moe, routed_scale=(2 if half else moe.num_experts) / moe.top_k))
 
 
-def _check_fit(dense: FeedForward, model: ModelConfig) -> None:
+def _check_fit(dense: FeedForward, moe: MoE) -> None:
     if dense.mesh.tp.size > 1:
         raise ValueError(
             f"the dense layer is cut over tp={dense.mesh.tp.size}: load its checkpoint on one process first"
         )
-    width, d_model = dense.up.weight.shape
-    if model.d_model != d_model or model.activation != dense.activation:
+    (width, d_model), held = dense.up.weight.shape, moe.experts
+    if held.d_model != d_model or held.activation != dense.activation:
         raise ValueError(
-            f"model has d_model={model.d_model}, activation={model.activation}, but the dense layer {d_model}, "
+            f"model has d_model={held.d_model}, activation={held.activation}, but the dense layer {d_model}, "
             f"{dense.activation}: upcycle with the config of the dense model"
         )
-    if set(expert_widths(model)) != {width}:
+    if set(held.logical) != {width}:
         raise ValueError(
-            f"experts of width {sorted(set(expert_widths(model)))} cannot be copies of a dense layer of d_ff={width}; "
+            f"experts of width {sorted(set(held.logical))} cannot be copies of a dense layer of d_ff={width}; "
             "leave moe.d_ff null"
         )

@@ -4,19 +4,21 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from moe_dist.checkpoint.lock import run_lock
 from moe_dist.config import Config, validate
+from moe_dist.config.rules.memory import machine_memory
 from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.launch import rank_from_environment, said_once, start, stop
+from moe_dist.parallel.objects import lost_ranks_told
 from moe_dist.parallel.trail import Trail
+from moe_dist.process import EarlySignals
+from moe_dist.train.agreement import require_one_start
 from moe_dist.train.exit_codes import DONE, SAVED, EndRun
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.watchdog import Watchdog
@@ -24,25 +26,35 @@ from moe_dist.train.loop import Outcome, Trainer
 from moe_dist.train.record.progress import duration, print_summary, short_number
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.resume import Resume
+from moe_dist.train.run_lock import run_lock
 
 _PROMPT = "def "
 
 
-def train(config: Config, resume: Resume, device: str | None, override: Sequence[str] = ()) -> int:
+def train(
+    config: Config,
+    resume: Resume,
+    device: str | None,
+    override: Sequence[str] = (),
+    early: EarlySignals | None = None,
+) -> int:
     """Run one rank from start to end. Returns the exit code, one of exit_codes.py.
 
-    override: names of what a resumed run may have changed, keys of resume.OVERRIDES.
+    override: names of what a resumed run may have changed, keys of resume.OVERRIDES. early: signals that have come
+    before.
 
     Raises ValueError for what a user got wrong.
     """
     rank = rank_from_environment(os.environ)
     with said_once(rank):
-        validate(config, rank.world)  # before anything starts
-    console, folder = Console(quiet=rank.rank != 0), RunFolder(Path(config.run.root) / config.run.name)
-    with StopGuard(config.run.time_limit) as guard, ExitStack() as held:
+        validate(config, rank.world, machine_memory())  # before anything starts
+    console, folder = Console(quiet=rank.rank != 0), RunFolder(config.run.folder)
+    with StopGuard(config.run.time_limit, early) as guard, ExitStack() as held:
         chosen, trail = start(rank, device, config.train.threads, config.train.deterministic), Trail()
         try:
-            with said_once(rank), folder.failures_noted(rank.rank, but=(ValueError, SystemExit)):
+            noted = folder.failures_noted(rank.rank, but=(ValueError, SystemExit))
+            with said_once(rank), noted, lost_ranks_told(trail):
+                require_one_start(config)
                 held.enter_context(run_lock(folder.path, console.print))
                 held.enter_context(Watchdog(folder.path, rank.rank, rank.world, trail, config.guard.stall_seconds))
                 trainer = Trainer(config, chosen, console, trail)
@@ -70,7 +82,7 @@ def _tell(trainer: Trainer, outcome: Outcome) -> None:
         text = sample(trainer, config.run.sample_tokens)
         console.print(Text(f"\nsample after {_PROMPT!r}:"))
         console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
-    console.print(Text(_next_steps(outcome)), soft_wrap=True)
+    console.print(Text(_next_steps(outcome, config.run.tensorboard)), soft_wrap=True)
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
@@ -86,6 +98,8 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
         rows["fullest expert"] = f"{last['load_max_over_mean']:.2f} times the mean load"
     if "tokens_per_second" in last:
         rows["throughput"] = f"{short_number(last['tokens_per_second'])} tokens/s, MFU {last['mfu']:.1%}"
+        if "mfu_executed" in last and "drop_rate" in last:  # records of earlier versions do not say
+            rows["throughput"] += f" ({last['mfu_executed']:.1%} without what was dropped)"
         rows["memory"] = f"{short_number(last['memory_bytes'])}B a rank at most"
     newest = outcome.folder.newest_checkpoint()
     rows["checkpoint"] = str(newest) if newest else f"none under {config.run.root}"
@@ -101,11 +115,12 @@ def sample(trainer: Trainer, tokens: int) -> str:
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))
 
 
-def _next_steps(outcome: Outcome) -> str:
+def _next_steps(outcome: Outcome, tensorboard: bool) -> str:
     folder = outcome.folder.path
-    return (
-        f"\nWhere to look next\n"
-        f"  {folder}/metrics.jsonl      every number of every step, expert loads included\n"
-        f"  tensorboard --logdir {folder}/tensorboard\n"
-        f"  moe-dist verify             the same losses, gradients and dropped tokens in every layout\n"
-    )
+    lines = [
+        "\nWhere to look next",
+        f"  {folder}/metrics.jsonl      every number of every step, expert loads included",
+        *([f"  tensorboard --logdir {folder}/tensorboard"] if tensorboard else []),
+        "  moe-dist verify             the same losses, gradients and dropped tokens in every layout",
+    ]
+    return "\n".join(lines) + "\n"

@@ -43,9 +43,9 @@ class Keeper:
         return manifest.step, manifest.skipped
 
     def save(self, step: int, health: Health, validation_loss: float | None) -> None:
-        """As `Saver.save`."""
+        """As `Saver.save`. After a step that was not finite older ones stay: the weights may be what is wrong."""
         self.engine.mesh.trail.enter("checkpoint", step)
-        self.saver.save(self.engine, step, validation_loss, health.skipped)
+        self.saver.save(self.engine, step, validation_loss, health.skipped, remove_older=health.finite)
         self.saved = step
         health.saved(step)
 

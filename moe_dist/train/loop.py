@@ -14,31 +14,35 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from moe_dist.checkpoint.finite import NotFinite
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import SequenceSampler, rank_starts
+from moe_dist.disk import remove_drafts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
+from moe_dist.models.flops import executed_flops
 from moe_dist.parallel.mesh import Mesh, create_mesh
-from moe_dist.parallel.objects import broadcast_json, require_same
+from moe_dist.parallel.objects import broadcast_json, lost_ranks_told, require_same
 from moe_dist.parallel.trail import Trail
 from moe_dist.plan.memory import Held, explained
 from moe_dist.step import StepContext
+from moe_dist.train.changes import changes
 from moe_dist.train.health.crash_loop import note_start, refuse_crash_loop, starts_from
 from moe_dist.train.health.replicas import check_replicas
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
 from moe_dist.train.opening import opening_lines
-from moe_dist.train.record.metrics import MetricsWriter, moe_record, recent_losses
+from moe_dist.train.record.history import recent_losses
+from moe_dist.train.record.metrics import MetricsWriter, moe_record
 from moe_dist.train.record.profile import matmul_peak, memory_bytes
 from moe_dist.train.record.progress import Progress
 from moe_dist.train.record.run_folder import RunFolder, write_together
 from moe_dist.train.record.statistics import gather_statistics
-from moe_dist.train.record.status import remove_drafts
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
 from moe_dist.train.schedule import learning_rate
 from moe_dist.train.task import Task, make_task
@@ -81,14 +85,15 @@ class Trainer:
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
         )
-        held = Held.of(self.task.parameter_counts(config.model), self.mesh.layout)
+        with torch.device("meta"):
+            held = Held.by(self.task.build(config.model, self.mesh))
         with explained(config, self.shape, self.mesh.layout, held):
             built = self.task.build(config.model, self.mesh).to(device)
             self.engine = make_engine(
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
             )
         self.key = RandomKey.of(config.train.seed, "train")
-        self.folder = RunFolder(Path(config.run.root) / config.run.name)
+        self.folder = RunFolder(config.run.folder)
         self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
         self.flops = self.task.flops_per_token(config.model)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
@@ -100,6 +105,10 @@ class Trainer:
         newest = checkpoint_to_continue(self.folder, resume, self.identity, override, self._say)
         if newest is not None and "model" not in override:
             refuse_other_parameters(newest, self.engine.model)  # before `run` replaces the config of the run
+        if newest is not None:
+            manifest = Manifest.load(newest)
+            for line in changes(manifest.config, self.config, manifest.step):
+                self._say(line)
         return newest
 
     def _say(self, line: str) -> None:
@@ -119,7 +128,7 @@ class Trainer:
         log = self._open()
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
         held = Held.by(self.engine.model)
-        with self.folder.failures_noted(self.mesh.rank, log):
+        with self.folder.failures_noted(self.mesh.rank, log), lost_ranks_told(self.mesh.trail):
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))
             with explained(self.config, self.shape, self.mesh.layout, held):
@@ -158,7 +167,7 @@ class Trainer:
         progress = Progress(self.console, run.log_every)
         keeper = Keeper(self.config, self.folder, self.engine, self.identity, progress.message)
         step, skipped = keeper.load(newest, "model" in self.override) if newest is not None else (0, 0)
-        writer = MetricsWriter(self.folder.path, run.tensorboard) if main else None
+        writer = MetricsWriter(self.folder.path, run.tensorboard, say=progress.message) if main else None
         if writer is not None:
             writer.rewind(step)
         health = Health(self.config.guard, skipped, self._recent_losses(), newest is not None)
@@ -174,13 +183,17 @@ class Trainer:
                 record, step = self._train_step(step, health), step + 1
                 keeper.raise_pending()
                 if health.trouble is None:
-                    record |= self._evaluate(step)
+                    evaluated = self._evaluate(step)
+                    health.evaluated(step, evaluated)
+                    record |= evaluated
                 if writer is not None:
                     writer.log(record)
                     progress.update(record, total)
                 due = step == total or (step % run.save_every == 0 and not health.in_a_row)
                 if self._should_compare(step, due):
                     check_replicas(self.engine, step)
+                if due and health.trouble is None:
+                    self._save(keeper, step, health, record, writer)
                 if health.trouble is not None:
                     line = f"step {step}  going back to the last checkpoint: {health.trouble}"
                     progress.message(line)
@@ -189,10 +202,10 @@ class Trainer:
                     if writer is not None:
                         writer.rewind(step)
                     health.compare_with(self._recent_losses())  # as after a restart from there
-                elif due:
-                    self._save(keeper, step, health, record, writer)
             if stopped_by and keeper.saved != step:
                 self._save(keeper, step, health, record, writer)
+                if health.trouble is not None:
+                    raise health.no_way_back(f"stopped by {stopped_by} there, and not saved")
         if writer is not None:
             writer.close()
         return Outcome(self.folder, record | {"step": step}, time.monotonic() - began, self.engine, stopped_by)
@@ -209,14 +222,20 @@ class Trainer:
         if not done and step % self.config.run.eval_every:
             return {}
         record = self.task.evaluate(self.engine, self.shape, step)
-        return record | (self.task.finish(self.engine, self.shape, step, self.folder) if done else {})
+        if done:
+            record |= self.task.finish(self.engine, self.shape, step, self.folder, self._say)
+        return record
 
     def _save(
         self, keeper: Keeper, step: int, health: Health, record: dict[str, Any], writer: MetricsWriter | None
     ) -> None:
+        """Or finds trouble, and then saves nothing."""
         if writer is not None:
             writer.sync()
-        keeper.save(step, health, record.get("validation_loss"))
+        try:
+            keeper.save(step, health, record.get("validation_loss"))
+        except NotFinite as error:
+            health.found(f"after step {step}, {error}")
 
     def _should_compare(self, step: int, due: bool) -> bool:
         """Before each checkpoint too: one with a flipped bit in it would keep it for ever."""
@@ -238,18 +257,22 @@ class Trainer:
         self.mesh.trail.enter("update")
         notes = self._update(step + 1, nll, aux, lr, health)
         seconds = time.monotonic() - began
-        rate = shape.tokens_per_step * self.task.real_share / seconds
-        achieved = rate * self.flops
+        tokens = shape.tokens_per_step * self.task.real_share
+        nominal = tokens * self.flops / seconds
+        executed = executed_flops(self.config.model, self.flops, tokens, layers) / seconds
+        peak = self.peak.flops_per_second * self.mesh.layout.world
         return {
             "step": step + 1,
             "loss": nll,
             "aux_loss": aux,
             "lr": lr,
             **notes,
-            "tokens_per_second": rate,
+            "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "tflops": achieved / 1e12,
-            "mfu": achieved / (self.peak.flops_per_second * self.mesh.layout.world),
+            "tflops": nominal / 1e12,
+            "mfu": nominal / peak,
+            "tflops_executed": executed / 1e12,
+            "mfu_executed": executed / peak,
             "memory_bytes": memory_bytes(self.device)["peak"],
             **moe_record(layers, self.row_bytes),
         }
@@ -260,9 +283,12 @@ class Trainer:
         reason, odd = health.look(step, loss, aux)
         if reason is not None:
             self.engine.discard()
+            finite = math.isfinite(loss + aux)
         else:
             notes["grad_norm"] = norm = self.engine.update(lr)
-            if not math.isfinite(norm):
-                reason = f"gradient norm {norm}"
-        health.settle(step, loss, reason)
+            finite = math.isfinite(norm)
+            reason = None if finite else f"gradient norm {norm}"
+        health.settle(step, loss, reason, finite)
+        if not finite and step == self.config.train.steps:  # no later one tells whether the weights are what is wrong
+            health.found(f"the last step, {step}, was left out: {reason}")
         return notes | ({"skipped": reason} if reason else {}) | ({"spike": odd} if odd else {})

@@ -7,6 +7,7 @@ from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Layout
 from moe_dist.train.record.profile import Peak
 from moe_dist.train.record.progress import short_number
+from moe_dist.train.schedule import schedule_notes
 from moe_dist.train.task import Task
 
 
@@ -26,5 +27,6 @@ def opening_lines(
         f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
         f"steps {first + 1} to {config.train.steps}",
         *(f"note      {note}" for note in task.notes(config.model)),
+        *(f"note      {note}" for note in schedule_notes(config.train.steps, config.optim)),
         f"peak      {peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({peak.source})",
     ]

@@ -29,6 +29,17 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     return optim.lr * (1 - (1 - optim.min_lr_ratio) * _decay(step, steps, warmup, optim))
 
 
+def schedule_notes(steps: int, optim: OptimConfig) -> list[str]:
+    """What a person should know of the learning rate."""
+    if optim.warmup_steps <= steps:
+        return []
+    reached = learning_rate(steps - 1, steps, optim)
+    return [
+        f"the run ends inside its warm-up, after steps={steps} of warmup_steps={optim.warmup_steps}: "
+        f"the learning rate reaches {reached:.1e} of lr={optim.lr:.1e}"
+    ]
+
+
 def _decay(step: int, steps: int, warmup: int, optim: OptimConfig) -> float:
     """How much of the way from the peak to the final learning rate is behind us, 0 to 1."""
     t = (step + 1 - warmup) / (steps - warmup)

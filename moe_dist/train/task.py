@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, Protocol
@@ -29,13 +30,8 @@ from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
-from moe_dist.models.flops import (
-    ParameterCounts,
-    classifier_flops_per_token,
-    classifier_parameter_counts,
-    parameter_counts,
-    train_flops_per_token,
-)
+from moe_dist.models.flops import classifier_flops_per_token, train_flops_per_token
+from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.collectives import all_reduce
@@ -72,8 +68,11 @@ class Task(Protocol):
     def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
         """On the validation split, for metrics.jsonl; every rank must call."""
 
-    def finish(self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder) -> dict[str, float]:
-        """The last step's extra, after `evaluate`; every rank must call."""
+    def finish(
+        self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
+    ) -> dict[str, float]:
+        """The last step's extra, after `evaluate`; every rank must call. say: takes a line for the person who
+        watches."""
 
     def prepare(self, folder: RunFolder) -> None:
         """What the run folder must hold of the data. Rank 0 alone."""
@@ -146,7 +145,9 @@ class LanguageModelling:
         total = all_reduce(total, mesh.dp)
         return float(total[0] / total[1])
 
-    def finish(self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder) -> dict[str, float]:
+    def finish(
+        self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
+    ) -> dict[str, float]:
         return {}
 
     def prepare(self, folder: RunFolder) -> None:
@@ -159,7 +160,8 @@ class LanguageModelling:
         return parameter_counts(model)
 
     def notes(self, model: ModelConfig) -> list[str]:
-        return list(causality_notes(model))
+        left_out = self.corpus.left_out.describe()
+        return [*([left_out] if left_out else []), *causality_notes(model)]
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}
@@ -175,7 +177,8 @@ class LanguageModelling:
         corpus = self.corpus
         return (
             f"{corpus.name}: {short_number(len(corpus.train))} train and "
-            f"{short_number(len(corpus.validation))} validation {corpus.unit}s of {corpus.num_files} files"
+            f"{short_number(len(corpus.validation))} validation {corpus.unit}s "
+            f"({corpus.validation_share:.1%}) of {corpus.num_files} {corpus.made_of}"
         )
 
 
@@ -209,11 +212,15 @@ class Classification:
         limit = self.config.run.eval_sequences
         return self._measure(engine, shape, step, "validation", self.corpus.validation, limit)[0]
 
-    def finish(self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder) -> dict[str, float]:
+    def finish(
+        self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
+    ) -> dict[str, float]:
         record, counts_CC = self._measure(engine, shape, step, "test", self.corpus.test, len(self.corpus.test.labels_N))
         if engine.mesh.rank == 0:
             title = f"{len(self.corpus.test.labels_N)} test texts, {accuracy(counts_CC):.1%} right"
-            write_confusion(folder.path, counts_CC, self.corpus.labels, title)
+            problem = write_confusion(folder.path, counts_CC, self.corpus.labels, title)
+            if problem is not None:
+                say(problem)
         return record
 
     def prepare(self, folder: RunFolder) -> None:
@@ -241,7 +248,8 @@ class Classification:
         corpus = self.corpus
         sizes = [len(part.labels_N) for part in (corpus.train, corpus.validation, corpus.test)]
         return (
-            f"{corpus.name}: {sizes[0]} train, {sizes[1]} validation and {sizes[2]} test texts of "
+            f"{corpus.name}: {sizes[0]} train, {sizes[1]} validation ({sizes[1] / sum(sizes):.1%}) and {sizes[2]} test "
+            f"({sizes[2] / sum(sizes):.1%}) texts of "
             f"{len(corpus.labels)} classes, {corpus.num_copies} copies left out; "
             f"{corpus.subwords.vocab_size} subwords, {1 - self.real_share:.0%} padding, "
             f"{corpus.num_truncated} texts cut at {self.config.train.seq_len}"

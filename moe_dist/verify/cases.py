@@ -19,7 +19,7 @@ LAYOUT_AXES: Axes = {
 }
 SETTING_AXES: Axes = {
     "top_k": ("1", "2"),
-    "drops": ("position", "score", "random", "dropless"),
+    "drops": ("position", "choice", "score", "random", "dropless"),
     "accumulation": ("1", "4"),
     "router": ("softmax", "jitter", "groups", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"),
     "overflow": ("drop", "reroute"),
@@ -100,12 +100,13 @@ _ROUTERS: dict[str, dict[str, object]] = {
 }
 
 
+_SWITCH_EXPERTS: dict[str, object] = {"num_experts": 4, "capacity_factor": 1.0}
 _ATTENTIONS: dict[str, dict[str, object]] = {
     "multi_query": {},
     "options": {"position": "alibi", "clip_qkv": 1.0, "qk_ln": True, "window": 9, "sinks": True},
     "dropout": {"dropout": 0.1, "backend": "torch"},
     "routed": {"kind": "routed", "routed": {"num_routed_queries": 2, "num_routed_key_values": 3, "local_window": 4}},
-    "switch": {"kind": "switch", "moe": {"num_experts": 4, "capacity_factor": 1.0}},
+    "switch": {"kind": "switch"},
 }
 
 
@@ -170,7 +171,8 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "d_ff": 48,
         "num_shared_experts": 1,
         "capacity_factor": None if dropless else 1.0,
-        "drop_policy": "position" if dropless else setting.drops,
+        "drop_policy": setting.drops if setting.drops in ("score", "random") else "position",
+        "drop_order": "choice" if setting.drops == "choice" else "token",
         "overflow": setting.overflow,
         "balance_scope": setting.balance,
         "dispatch": kind,
@@ -179,7 +181,10 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "experts": setting.experts,
     }
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
-    model |= {"attention": _ATTENTIONS[setting.attention]}
+    attention = _ATTENTIONS[setting.attention]
+    if setting.attention == "switch":
+        attention = attention | {"moe": _SWITCH_EXPERTS | {"drop_order": moe["drop_order"]}}
+    model |= {"attention": attention}
     engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
     # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
     # direction, and the comparison would measure how Adam amplifies noise.
@@ -191,7 +196,7 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
             "etp": int(layout.etp),
             "tp": int(layout.tp),
             "sequence_parallel": layout.sp == "on",
-            "node_size": 2,  # two nodes of two, so that hierarchical dispatch has something to cross
+            "node_size": 2 if kind == "hierarchical" else None,  # two nodes of two, so that there is something to cross
         },
         "engine": engine | {"grad_clip": 0.5},
         "optim": optim,

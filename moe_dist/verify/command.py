@@ -1,10 +1,8 @@
 """The command: ranks, table, verdict."""
 
-import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,67 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.parallel.launch import rank_from_environment, spawn, start, stop
-from moe_dist.verify.cases import (
-    LAYOUT_AXES,
-    QUICK_LAYOUTS,
-    QUICK_SETTINGS,
-    SETTING_AXES,
-    Axes,
-    Options,
-    Setting,
-    every_layout,
-    every_setting,
-    layouts_of,
-    parse_axes,
-    settings_of,
-)
+from moe_dist.verify.cases import Options, Setting
 from moe_dist.verify.compare import Meshes, Reference, Report, compare_layout, train_reference
 
 _AGREED = "agreed"
-_TEXT = """Prove that training means the same in every layout.
-
-Trains a tiny model once in a single process, then under each layout, and compares the losses, every gradient, the
-gradient norm and the set of dropped tokens of every step. Exits with 1 when anything differs by more than rounding.
-A routing decision that two equal scores could have taken either way is counted as a near tie, not as a difference.
-
-Starts its own ranks on this machine; with --device cuda they share its GPUs where these are fewer. Under torchrun it
-uses those ranks: torchrun --nproc_per_node 8 -m moe_dist.cli verify
-"""
 
 
-def verify(args: Sequence[str]) -> int:
-    """The exit code: 0 all agree, 1 a difference. Raises ValueError for axes and values that do not exist."""
-    parser = argparse.ArgumentParser(
-        prog="moe-dist verify", description=_TEXT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--layouts", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(LAYOUT_AXES))
-    add("--settings", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(SETTING_AXES))
-    add("--all", action="store_true", help="every layout and setting (4 ranks on 2 cores: hours)")
-    add("--ranks", type=int, default=4, help="processes to start (default 4)")
-    add("--steps", type=int, default=50, help="optimizer steps of each run (default 50)")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
-    given = parser.parse_args(args)
-    if given.steps < 1 or given.ranks < 1:
-        raise ValueError(f"--steps={given.steps} and --ranks={given.ranks} must be at least 1")
-    options = Options(
-        every_setting()
-        if given.all and not given.settings
-        else settings_of(parse_axes(given.settings, SETTING_AXES, QUICK_SETTINGS)),
-        every_layout()
-        if given.all and not given.layouts
-        else layouts_of(parse_axes(given.layouts, LAYOUT_AXES, QUICK_LAYOUTS)),
-        given.steps,
-    )
+def verify(options: Options, ranks: int, device: str) -> int:
+    """The exit code: 0 all agree, 1 a difference. ranks: to start, where this is none of several already."""
     rank = rank_from_environment(os.environ)
     if rank.world > 1:
-        device = start(rank, given.device, share_gpus=True)
-        agreed = run_cases(options, device)
+        agreed = run_cases(options, start(rank, device, share_gpus=True))
         stop()
         return 0 if agreed else 1
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         verdict = Path(folder) / "verdict"
-        spawn(_worker, given.ranks, options, given.device, str(verdict), device=given.device)
+        spawn(_worker, ranks, options, device, str(verdict), device=device)
         return 0 if verdict.read_text(encoding="utf-8") == _AGREED else 1
 
 
@@ -144,7 +97,3 @@ def _cells(report: Report) -> list[str]:
     same = report.routed == report.dropped == 0
     sets = "equal" if same else f"{report.routed} routed, {report.dropped} dropped otherwise"
     return [f"{report.loss:.1e}", f"{report.grad:.1e}", f"{report.norm:.1e}", sets, str(report.near_ties)]
-
-
-def _axes_help(axes: Axes) -> str:
-    return "; ".join(f"{name}={','.join(values)}" for name, values in axes.items())

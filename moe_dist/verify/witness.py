@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moe_dist.step import Site
+
 
 @dataclass
 class Tape:
-    """One run's decisions, by (step, micro-step, layer), in global token order."""
+    """One run's decisions, by (step, micro-step, site), in global token order."""
 
-    scores: dict[tuple[int, int, int, str], Tensor] = field(default_factory=dict)
-    experts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    kept: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    scores: dict[tuple[int, int, Site, str], Tensor] = field(default_factory=dict)
+    experts: dict[tuple[int, int, Site], Tensor] = field(default_factory=dict)
+    kept: dict[tuple[int, int, Site], Tensor] = field(default_factory=dict)
 
     def dropped(self) -> int:
         return sum(int((~kept).sum()) for kept in self.kept.values())
@@ -31,13 +33,13 @@ class Recorder:
     def __init__(self, tape: Tape, step: int, micro: int) -> None:
         self.tape, self.at = tape, (step, micro)
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
-        self.tape.scores[*self.at, layer, what] = scores.to("cpu", copy=True)
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
+        self.tape.scores[*self.at, site, what] = scores.to("cpu", copy=True)
         return scores
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        self.tape.experts[*self.at, layer] = experts_TK.cpu()
-        self.tape.kept[*self.at, layer] = kept_TK.cpu()
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        self.tape.experts[*self.at, site] = experts_TK.cpu()
+        self.tape.kept[*self.at, site] = kept_TK.cpu()
 
 
 @dataclass
@@ -58,8 +60,8 @@ class Comparer:
         self.tape, self.at, self.rank = tape, (step, micro), rank
         self.top_k, self.tolerance, self.found = top_k, tolerance, found
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
-        reference = self.tape.scores[*self.at, layer, what].to(scores.device)
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
+        reference = self.tape.scores[*self.at, site, what].to(scores.device)
         if what == "router":
             reference = self._own(reference, len(scores))
         close = (scores - reference).abs() <= self.tolerance
@@ -72,8 +74,8 @@ class Comparer:
             self.found.near_ties += int((own != other).sum())
         return settled
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        experts, kept = self.tape.experts[*self.at, layer], self.tape.kept[*self.at, layer]
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        experts, kept = self.tape.experts[*self.at, site], self.tape.kept[*self.at, site]
         size = len(experts_TK)
         self.found.routed += int((experts_TK.cpu() != self._own(experts, size)).sum())
         self.found.dropped += int((kept_TK.cpu() != self._own(kept, size)).sum())

@@ -32,14 +32,18 @@ def exit_code(*args: str) -> int | str | None:
     [
         (("train", "absent.yaml"), "absent.yaml: no such file"),
         (("train", "."), "is a folder"),
+        (("train",), "moe-dist train needs a configuration: moe-dist train CONFIG, for example configs/tiny.yaml"),
+        (("train", "--resume", "auto", "--device", "cpu"), "moe-dist train needs a configuration"),
+        (("chaos",), "moe-dist chaos needs a configuration"),
+        (("train", "--help", "model.mo"), "--help model.mo: no such section or key; did you mean model.moe?"),
         (("train", "--parallel.ep", "3", "--model.moe.num-experts", "6"), "ep=3 does not divide world size 1"),
         (("train", "--model.moe.top-k", "9"), "top_k=9 is larger than num_experts=8"),
         (("train", "--engine.zero-stage", "2"), "zero_stage=2 needs engine.name deepspeed"),
         (("train", "--run.name", "../elsewhere"), "is not a simple file name"),
         (("train", "--data.kind", "text"), "data.kind text needs paths"),
         (("train", "--data.kind", "text", "--data.paths", "absent.txt"), "absent.txt in data.paths is neither"),
-        (("train", "--model.moe.top-kk", "1"), "top-k"),
-        (("train", "--model.moe.top-k", "one"), "top-k"),
+        (("train", "--model.moe.top-kk", "1"), "model.moe.top_kk: unknown key; did you mean top_k?"),
+        (("train", "--model.moe.top-k", "one"), "model.moe.top_k: 'one' is not an integer"),
         (("train", "--device", "abacus"), "abacus"),
         (("verify", "--layouts", "pp=2"), "unknown axis 'pp'"),
         (("verify", "--layouts", "zero=4"), "'4' is no value of zero"),
@@ -78,5 +82,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("train", "--help") == 0
     shown = capsys.readouterr().out
     assert "--model.moe.top-k" in shown and "--resume" in shown
+    assert len(shown.splitlines()) < 50 and "  model.attention.routed  " in shown
+    assert exit_code("train", "--help", "model.moe") == 0
+    assert "--model.moe.drop-policy  position | score | random  (position)" in capsys.readouterr().out
     assert exit_code("verify", "--help") == 0
     assert "--layouts" in capsys.readouterr().out

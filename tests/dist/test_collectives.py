@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from moe_dist.attention.multi_query import CausalSelfAttention
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
-from moe_dist.config import ModelConfig
-from moe_dist.config.model import AttentionConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.parallel import collectives as c
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
@@ -213,8 +212,7 @@ def feed_forward(mesh: Mesh) -> Layer:
 
 def attention(kv_heads: int, mesh: Mesh) -> Layer:
     plain = AttentionConfig(backend="torch")
-    config = ModelConfig(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=plain)
-    layer = CausalSelfAttention(config, 0, mesh, 0.3)
+    layer = CausalSelfAttention(HeadSizes(D, 4, kv_heads, 4), plain, mesh, out_std=0.3)
     rotary = rotary_table(torch.arange(T // 2).double(), 4, 10000.0)
     return layer, lambda x_TD: layer(x_TD, (2, T // 2), Positions(rotary), StepContext(KEY))[0]
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from moe_dist.config import Config
 from moe_dist.models.decoder import DecoderOutput
+from moe_dist.process import STOP_SIGNALS
 from moe_dist.step import StepContext
 from moe_dist.train.exit_codes import DIVERGED, REPLICAS_DIFFER, EndRun
-from moe_dist.train.health.signals import SIGNALS, StopGuard
+from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from moe_dist.train.record.status import read_status
 from tests.dist.helpers import run_checks, tiny_config
@@ -154,10 +155,114 @@ def check_nans_in_a_row_go_back_once_and_end(folder: Path) -> None:
     assert nowhere.code == DIVERGED and "no checkpoint to go back to" in str(nowhere)
 
 
+def kept(config: Config) -> list[str]:
+    dist.barrier()
+    return sorted(path.name for path in (Path(config.run.root) / config.run.name / "checkpoints").iterdir())
+
+
+def check_a_poisoned_run_keeps_its_last_good_checkpoint(folder: Path) -> None:
+    """Under a learning rate that carries all weights to the end of the number range, each step saved, two kept."""
+    name = "poisoned"
+    train(config(folder, name, train__steps=4), healthy)
+    before = stored(config(folder, name), 4)
+    high = config(folder, name, train__steps=7, optim__lr=3e38, optim__weight_decay=0.0, run__save_every=1)
+    error = ends(replace(high, run=replace(high.run, keep_last=2)), healthy, "must")
+    assert error.code == DIVERGED and status(high) == {"state": "failed", "reason": str(error), "code": DIVERGED}
+    assert "step-000004" in kept(high) and stored(high, 4) == before
+    assert "step-000007" not in kept(high)
+
+
+def moment_at(step: int, times: int = 99) -> Fault:
+    """On rank 1, one of an expert's second moments is not finite after this step: no loss of this run shows it."""
+
+    def fault(trainer: Trainer) -> None:
+        update, calls = trainer.engine.update, [0, 0]
+
+        def faulty(lr: float) -> float:
+            norm = update(lr)
+            calls[0] += 1
+            at = calls[0] - calls[1] * 2  # each time it has gone back by two steps
+            if at == step and calls[1] < times:
+                calls[1] += 1
+                piece = [piece for piece in trainer.engine.held("exp_avg_sq") if "expert" in piece.name][-1]
+                if trainer.mesh.rank == 1:
+                    piece.values[-1] = math.inf
+            return norm
+
+        trainer.engine.update = faulty  # type: ignore[method-assign]
+
+    return fault
+
+
+def check_what_is_not_finite_is_not_saved(folder: Path) -> None:
+    zero1: dict[str, Any] = {"engine__name": "deepspeed", "engine__zero_stage": 1}
+    for number, changes in enumerate(({}, {"run__async_save": True}, zero1)):
+        name = f"moment-{number}"
+        always = config(folder, name, **changes)
+        error = ends(always, moment_at(4))
+        assert error.code == DIVERGED and status(always)["code"] == DIVERGED
+        said = str(error)
+        assert said.startswith("after step 4, exp_avg_sq of blocks.1.feed_forward.experts."), said
+        assert " on rank 1 is not finite; the run had gone back to a checkpoint at step 4 already" in said, said
+        assert kept(always) == ["step-000002"]
+    fine, once = config(folder, "moment-fine"), config(folder, "moment-once")
+    train(fine, healthy)
+    train(once, moment_at(4, times=1))
+    assert stored(once, 8) == stored(fine, 8)
+
+
+def check_a_last_step_left_out_is_no_end(folder: Path) -> None:
+    last = config(folder, "last")
+    error = ends(last, loss_at([8], math.nan))
+    assert error.code == DIVERGED and "the last step, 8, was left out: loss nan" in str(error)
+    assert kept(last) == ["step-000002", "step-000004", "step-000006"]
+    assert [line["step"] for line in records(last)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    spike = config(folder, "last-spike", guard__spike="skip", guard__spike_window=5, guard__spike_mads=20.0)
+    train(spike, loss_at([8], 200.0))  # left out because the user wants it, with nothing wrong in the weights
+    assert status(spike) == {"state": "finished", "step": 8}
+
+
+def check_a_validation_loss_that_is_not_finite_is_a_failure(folder: Path) -> None:
+    settings = config(folder, "validation", run__eval_every=4)
+
+    def fault(trainer: Trainer) -> None:
+        evaluate = trainer.task.evaluate
+
+        def faulty(*args: Any) -> dict[str, float]:
+            record = evaluate(*args)
+            return record | {"validation_loss": math.nan} if args[2] == 4 else record
+
+        trainer.task.evaluate = faulty  # type: ignore[method-assign]
+
+    error = ends(settings, fault)
+    assert error.code == DIVERGED and str(error).startswith("validation_loss after step 4 is nan; "), str(error)
+    assert kept(settings) == ["step-000002"]
+
+
+def check_a_stop_does_not_save_what_is_not_finite(folder: Path) -> None:
+    settings = config(folder, "stopped-poisoned", run__save_every=100)
+
+    def fault(trainer: Trainer) -> None:
+        moment_at(3)(trainer)
+        update, calls = trainer.engine.update, []
+
+        def faulty(lr: float) -> float:
+            calls.append(lr)
+            if len(calls) == 3:
+                os.kill(os.getpid(), STOP_SIGNALS[0])
+            return update(lr)
+
+        trainer.engine.update = faulty  # type: ignore[method-assign]
+
+    error = ends(settings, fault)
+    assert error.code == DIVERGED and "stopped by SIGUSR2 there, and not saved" in str(error), str(error)
+    assert not (folder / "stopped-poisoned" / "checkpoints").exists()
+
+
 def check_a_signal_saves_and_so_does_a_time_limit(folder: Path) -> None:
     settings = config(folder, "stopped", run__save_every=100)
     step = 0
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
 
         def signalled(trainer: Trainer) -> None:
             update = trainer.engine.update
@@ -286,6 +391,11 @@ def test_losses_that_go_off(tmp_path: Path) -> None:
         check_nans_in_a_row_go_back_once_and_help,
         check_nans_in_a_row_go_back_once_and_end,
         check_spikes,
+        check_a_poisoned_run_keeps_its_last_good_checkpoint,
+        check_what_is_not_finite_is_not_saved,
+        check_a_last_step_left_out_is_no_end,
+        check_a_validation_loss_that_is_not_finite_is_a_failure,
+        check_a_stop_does_not_save_what_is_not_finite,
         check_the_window_after_going_back_is_that_of_a_restart,
         check_other_experts_are_refused_before_anything_is_replaced,
         check_a_signal_saves_and_so_does_a_time_limit,

@@ -112,9 +112,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_newest_whole_checkpoint_is_taken(
     tiny_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By `generate` and `experts` alike; what is wrong with a newer one is said before."""
+    """By `generate` and `experts` alike; what is wrong with a newer one is said before. They lie on another disk."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
+    (run / "checkpoints").rename(tmp_path / "scratch")
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
     whole, newer = run / "checkpoints/step-000003", run / "checkpoints/step-000007"
     shutil.copytree(whole, newer)
     manifest = Manifest.load(whole)

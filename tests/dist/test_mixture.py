@@ -1,10 +1,14 @@
 """`MixtureOfExperts` over expert and tensor parallelism against one process with all tokens and all experts."""
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist import MixtureOfExperts
-from moe_dist.parallel.mesh import Mesh, create_mesh
+from moe_dist.parallel.collectives import all_gather
+from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
+from moe_dist.standalone.ddp import prepare_for_ddp
 from tests.dist.helpers import raised, run_checks
 
 T, D, E = 24, 8, 4
@@ -34,7 +38,7 @@ def check_layouts() -> None:
         mesh = create_mesh(ep, tp)
         own = slice(mesh.dp.rank * T // mesh.dp.size, (mesh.dp.rank + 1) * T // mesh.dp.size)
         for options in CASES:
-            part, whole = mixture(mesh, options), mixture(None, options)
+            part, whole = mixture(mesh, options), mixture(single_process_mesh(), options)
             for step in range(3):
                 if step == 2:
                     part.close_experts([1])
@@ -53,5 +57,62 @@ def check_mistakes() -> None:
     assert "gather the model on one process" in raised(ValueError, part.add_experts, 4)
 
 
+def check_copies() -> None:
+    """The whole layer on every rank, under DDP: the bias moves by the load of all, and ranks draw other numbers."""
+    rank = dist.get_rank()
+    plain = dict(router="sigmoid", bias_update_rate=0.1, dropout=0.0, expert_capacity_factor=None)
+    layer, whole = mixture(None, plain), mixture(None, plain)
+    wrapped = DistributedDataParallel(layer)
+    for step in range(2):
+        own_TD = draw(step).chunk(4)[rank]
+        wrapped(own_TD[: 1 + rank]).sum().backward()  # unequal loads
+        if rank == 3:
+            layer._since_balance = None  # this one saw nothing: it takes part all the same
+        layer.balance()
+        seen = [draw(step).chunk(4)[r][: 1 + r] for r in range(3)]
+        whole.moe.router.balance(sum(_load(whole, x_TD) for x_TD in seen))
+        assert torch.equal(layer.moe.router.bias_E, whole.moe.router.bias_E)
+        assert layer.moe.router.bias_E.any() or step == 1  # what the first moved, the second may move back
+    for options in (dict(dropout=0.5), dict(dropout=0.0, jitter=0.9, top_k=1), dict(dropout=0.0, router="noisy")):
+        ones_TD = torch.ones(T, D, dtype=torch.float64)
+        noisy = mixture(None, dict(expert_capacity_factor=None) | options)
+        if "router" in options:
+            noisy.moe.router.noise_weight.data.fill_(1.0)
+        y_TD = noisy(ones_TD).detach()
+        everyone = all_gather(y_TD[None].contiguous(), create_mesh(1, 1).world)
+        assert all(not torch.equal(everyone[i], everyone[j]) for i in range(4) for j in range(i)), options
+
+
+def _load(layer: MixtureOfExperts, x_TD: Tensor) -> Tensor:
+    """Assignments by hand."""
+    router = layer.moe.router
+    scores_TE = (x_TD @ router.weight.t()).sigmoid() + router.bias_E
+    return scores_TE.topk(2).indices.flatten().bincount(minlength=E)
+
+
+def check_cut_under_ddp() -> None:
+    """DDP writes rank 0's experts over the others' and is refused; prepared, it gives the gradients of one process."""
+    mesh, plain = create_mesh(2, 1), dict(dropout=0.0, expert_capacity_factor=None)
+
+    def model(mesh: Mesh | None) -> nn.Sequential:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(D, D).double(), mixture(mesh, plain), nn.Linear(D, 1).double())
+
+    own_TD = draw(9).chunk(4)[dist.get_rank()]
+    spoilt = DistributedDataParallel(model(mesh))
+    assert "prepare_for_ddp(model) before wrapping" in raised(ValueError, spoilt, own_TD)
+    part, whole = model(mesh), model(None)
+    prepare_for_ddp(part)
+    wrapped = DistributedDataParallel(part)
+    for _ in range(2):  # gradients add up
+        wrapped(own_TD).mean().backward()
+        whole(draw(9)).mean().backward()
+    for (name, ours), (_, theirs) in zip(part.named_parameters(), whole.named_parameters(), strict=True):
+        expected = theirs.grad
+        if ours.shape != theirs.shape:
+            expected = expected.chunk(2)[mesh.ep.rank]
+        torch.testing.assert_close(ours.grad, expected, rtol=1e-8, atol=1e-12, msg=name)
+
+
 def test_on_four_ranks() -> None:
-    run_checks(4, [check_layouts, check_mistakes])
+    run_checks(4, [check_layouts, check_mistakes, check_copies, check_cut_under_ddp])

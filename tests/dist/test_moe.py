@@ -13,18 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
-from moe_dist.kernels.route.reference import route
+from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.models.backends import resolve_backends
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.choice import Choice, Routing
 from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.layer import MoE
-from moe_dist.moe.router import Routing
 from moe_dist.parallel import collectives
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.dist.helpers import KEY, assert_same, raised, run_checks
 
 T, D, E = 32, 8, 8  # tokens of the whole micro-step, width, experts
@@ -80,7 +82,7 @@ class Case:
 
     def run(self, mesh: Mesh, moe: MoEConfig, own: slice) -> tuple[Outcome, MoE]:
         model = ModelConfig(d_model=D, num_heads=2, d_ff=12, activation=self.activation, moe=moe)
-        layer = MoE(resolve_backends(model, mesh.ep.size), 0, mesh, 0.3).to(self.dtype)
+        layer = moe_layer(resolve_backends(model, mesh.ep.size), 0, mesh, 0.3).to(self.dtype)
         initialize(layer, seed=1)
         held: list[Tensor] = []
         layer.router.register_forward_hook(lambda *call: call[2].weights_TK.retain_grad() or held.append(call[2]))
@@ -262,20 +264,24 @@ def check_sent_bytes() -> None:
     for how, node_size in CARRIERS:
         mesh = mesh_of(4, 1, 1, node_size)
         logits_TE = draw(mesh.rank, 6, E).float()
-        stats = route(logits_TE, 2)
-        plan = Capacity(MoEConfig(num_experts=E, capacity_factor=0.9), 0, mesh.token_ranks)(
-            Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats), StepContext(KEY)
+        stats = top_k_experts(logits_TE, 2)
+        routing = Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats)
+        plan = Capacity(MoEConfig(num_experts=E, capacity_factor=0.9), Site(0), mesh.token_ranks)(
+            routing, StepContext(KEY)
         )
+        choice = Choice(routing, plan, stats.scores_TK)
         if "overlap_chunks" in how:
             continue  # check_overlap_changes_no_bit: the same as without
         for wire_dtype in ("same", "bf16", "fp8"):
             dispatcher = make_dispatcher(MoEConfig(num_experts=E, **how, wire_dtype=wire_dtype), mesh)
             with counted_bytes() as sent:
-                arrival = dispatcher.dispatch(draw(5, 6, D).float(), stats.scores_TK, plan)
-                rows_RD = gather_rows(arrival.x_XD, arrival.order)
-                y_XD = combine_rows(rows_RD, arrival.weights_XK, arrival.order)
-                dispatcher.combine(y_XD, stats.scores_TK, arrival)
-            assert arrival.sent_bytes == sum(sent) > 0, (how, wire_dtype, node_size, sent)
+                _, said = dispatcher.carry(draw(5, 6, D).float(), choice, unchanged)
+            assert said == sum(sent) > 0, (how, wire_dtype, node_size, sent)
+
+
+def unchanged(x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+    """Experts that give back what they get."""
+    return combine_rows(gather_rows(x_XD, order), weights_XK, order)
 
 
 def check_nodes() -> None:
@@ -296,7 +302,7 @@ def check_unequal_tokens_under_capacity_are_refused() -> None:
     mesh = mesh_of(4)
     for router in ("softmax", "sinkhorn"):
         moe = MoEConfig(num_experts=E, capacity_factor=1.0, dispatch="all_to_all", experts="loop", router=router)
-        layer = MoE(ModelConfig(d_model=D, d_ff=12, kernels="torch", moe=moe), 0, mesh).double()
+        layer = moe_layer(ModelConfig(d_model=D, d_ff=12, kernels="torch", moe=moe), 0, mesh).double()
         message = raised(ValueError, layer, draw(0, 3 + mesh.rank, D), StepContext(KEY))
         assert "tokens" in message and "give" in message, message
 

@@ -52,8 +52,8 @@ def own(x: Tensor, tp: Group, cut: bool) -> Tensor:
 
 def assert_gradients(part: MultiQueryAttention, whole: MultiQueryAttention, tp: Group) -> None:
     """Every rank has the gradient of one process for what it holds."""
-    width = part.head_dim * part.mine.count
-    first = part.head_dim * part.mine.first
+    width = part.head_dim * len(part.mine.queries)
+    first = part.head_dim * part.mine.queries.start
     columns = Part.of(part.heads * part.head_dim, [(range(first, first + width),) * 2], dim=1)
     parts = {"Wqkv.weight": part.qkv, "Wqkv.bias": part.qkv, "out_proj.weight": columns}
     expected = dict(whole.named_parameters())
@@ -155,8 +155,8 @@ def check_training() -> None:
             optimizer.step()
     assert_same(part.state_dict(), whole.state_dict(), rtol=1e-7, atol=1e-9)
     assert_same(deepcopy(part).state_dict(), part.state_dict())
-    shared = part.Wqkv.weight.detach()[part.head_dim * part.mine.count :]
-    held = whole.Wqkv.weight.detach()[part.qkv.index_N[part.head_dim * part.mine.count :]]
+    shared = part.Wqkv.weight.detach()[part.head_dim * len(part.mine.queries) :]
+    held = whole.Wqkv.weight.detach()[part.qkv.index_N[part.head_dim * len(part.mine.queries) :]]
     torch.testing.assert_close(shared, held, rtol=1e-7, atol=1e-9)
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
-from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, RoutedAttentionConfig
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, logical_parameters
 from tests.dist.helpers import run_checks
-from tests.unit.helpers import context, tiny_model
+from tests.unit.helpers import context
 
 B, S, D = 4, 10, 8
 ROUTED = dict(num_routed_queries=2, num_routed_key_values=3, local_window=4)
@@ -29,8 +29,7 @@ def layer_of(mesh: Mesh, kv_heads: int, **routed: object) -> RoutedSelfAttention
     config = AttentionConfig(
         kind="routed", backend="torch", dropout=0.3, routed=RoutedAttentionConfig(**ROUTED, **routed)
     )
-    model = tiny_model(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=config)
-    layer = RoutedSelfAttention(model, 1, mesh, 0.3)
+    layer = RoutedSelfAttention(HeadSizes(D, 4, kv_heads, 4), config, mesh, 1, "torch", 0.3)
     initialize(layer, seed=0)
     return layer.double()
 

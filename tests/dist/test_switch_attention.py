@@ -14,12 +14,12 @@ from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.config.model import AttentionConfig
 from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.layer import Replay
+from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.dist.helpers import KEY, raised, run_checks
 
 B, S, D, H, P, E = 4, 6, 10, 2, 4, 4
@@ -49,11 +49,11 @@ class Witness:
     experts_TK: Tensor | None = None
     kept_TK: Tensor | None = None
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
         return scores
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
-        assert layer < 0, "a number of its own"
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        assert site.kind == "attention"
         self.experts_TK, self.kept_TK = experts_TK, kept_TK
 
 

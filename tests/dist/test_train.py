@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config
 from moe_dist.config.load import load_config
-from moe_dist.study.lock import locked
+from moe_dist.disk import locked
+from moe_dist.train.record.board import SYSTEM
 from tests.dist.helpers import TINY, forget_process_group
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
     *("step", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "tflops", "mfu"),
+    *("tflops_executed", "mfu_executed"),
     *("memory_bytes", "drop_rate", "unserved_rate", "load_max_over_mean", "balance_loss", "z_loss"),
     *("router_entropy", "layers"),
     *("dispatch_bytes", "dispatch_rows_bytes"),
@@ -67,10 +70,25 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(ranks: int, folder: Path, name: str, *flags: str, killed_at: int | None = None, works: bool = True) -> str:
-    """torchrun, as documented; or with a rank 0 that is killed after step `killed_at`. What it printed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+def start(
+    ranks: int,
+    folder: Path,
+    name: str,
+    *flags: str,
+    killed_at: int | None = None,
+    works: bool = True,
+    unlike: bool = False,
+) -> str:
+    """torchrun, as documented; or with a rank 0 that is killed after step `killed_at`; or with another optim.lr on rank
+    1. What it printed."""
+    torchrun = [sys.executable, "-m", "moe_dist.parallel.torchrun", "--nproc_per_node", str(ranks)]
     program = ["-m", "moe_dist.cli"]
+    if unlike:
+        program = [str(folder / "unlike.py")]
+        (folder / "unlike.py").write_text(
+            "import os, sys\nfrom moe_dist.cli import main\n"
+            "sys.exit(main([*sys.argv[1:], '--optim.lr', '0.5'] if os.environ['RANK'] == '1' else sys.argv[1:]))\n"
+        )
     if killed_at is not None:
         fault = Fault(kind="kill", rank=0, step=killed_at + 1, phase="data")
         plan = Plan(faults=[fault], journal=str(folder), checkpoints=str(folder / "runs" / name / "checkpoints"))
@@ -90,8 +108,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def deterministic(run: Path) -> list[dict[str, Any]]:
     """What must repeat bit by bit: everything but the speed of the machine."""
-    machine = {"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"}
-    return [{key: value for key, value in record.items() if key not in machine} for record in records(run)]
+    return [{key: value for key, value in record.items() if key not in SYSTEM} for record in records(run)]
 
 
 def stored(run: Path, step: int) -> dict[str, bytes]:
@@ -179,7 +196,9 @@ def check_second_starts(folder: Path, run: Path, capsys: pytest.CaptureFixture[s
 def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...]) -> None:
     """Rank 0 is killed three steps after its checkpoint, in the middle of a line; the run goes on from there."""
     run, whole = folder / "runs" / f"{name}-killed", folder / "runs" / name
-    start(2, folder, run.name, *flags, killed_at=KILLED_AT, works=False)
+    said = start(2, folder, run.name, *flags, killed_at=KILLED_AT, works=False)
+    assert f"moe-dist: rank 0 on {socket.gethostname()} died of signal 9 (SIGKILL): by the system for want of" in said
+    assert "Traceback" not in said
     assert [record["step"] for record in records(run)] == list(range(1, KILLED_AT + 1))
     assert json.loads((run / "status.json").read_text())["state"] != "finished"
     with (run / "metrics.jsonl").open("a") as file:
@@ -214,8 +233,11 @@ def test_one_rank_two_experts_groups_two_tensor_slices(tmp_path: Path, capsys: p
     start(2, tmp_path, "tp2", "--parallel.tp", "2", "--parallel.sequence-parallel")
     start(2, tmp_path, "ep2", "--parallel.ep", "2", *ZERO1)
     refusal = start(2, tmp_path, "tp2", "--parallel.tp", "2", works=False)
-    assert refusal.count("already holds a run") == 1, refusal  # said by one rank of two, in time
-    assert "Traceback" not in refusal.split("already holds a run")[0]
+    assert refusal.count("already holds a run") == 1 and refusal.count("\n") == 2, refusal  # said by one rank of two
+    assert f" on {socket.gethostname()} ended with exit code 2\n" in refusal
+    refusal = start(2, tmp_path, "unlike", unlike=True, works=False)
+    assert "moe-dist: ranks do not start the same run: optim.lr is 0.003 on rank 0, 0.5 on rank 1: give" in refusal
+    assert refusal.count("\n") == 2 and not (runs / "unlike").exists(), refusal
     one = records(runs / "one")
     for name in ("tp2", "ep2"):
         for record, reference in zip(records(runs / name), one, strict=True):

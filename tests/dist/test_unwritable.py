@@ -6,6 +6,9 @@ and what cannot be read is a link to itself, or a file where a folder should be.
 
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_dist import cli
 from moe_dist.cli import main
+from moe_dist.process import STOP_SIGNALS
 from moe_dist.train.record.status import read_status
 from tests.dist.helpers import TINY, forget_process_group
 from tests.dist.test_train import own_environment  # noqa: F401  (a fixture)
@@ -96,6 +101,75 @@ def test_checkpoints_that_cannot_be_looked_into(tmp_path: Path, capsys: pytest.C
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told once, whatever the number of saves; removed when it can be."""
+    config, run = write_config(tmp_path, save_every=1, keep_last=1), tmp_path / "runs/run"
+    true_rmtree, stuck = shutil.rmtree, run / "checkpoints/step-000001"
+
+    def rmtree(path: Path, *args: Any, **how: Any) -> None:
+        if path == stuck:
+            raise OSError(16, "Device or resource busy", str(path))
+        true_rmtree(path, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        assert main(["train", config, "--device", "cpu", "--train.steps", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"warning: {stuck} cannot be removed (Device or resource busy); trying again") == 1, printed
+    assert read_status(run) == {"state": "finished", "step": 4}
+    assert sorted(path.name for path in stuck.parent.iterdir()) == ["step-000001", "step-000004"]
+    forget_process_group()
+    assert main(["train", config, "--device", "cpu", "--resume", "--train.steps", "5"]) == 0
+    assert [path.name for path in stuck.parent.iterdir()] == ["step-000005"]
+
+
+@pytest.mark.parametrize("gone", ["reader", "room"])
+def test_output_that_goes_nowhere_ends_no_run(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor its save, its summary or its sample."""
+    config = write_config(tmp_path, sample_tokens=4, log_every=1)
+    if gone == "reader":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = open(writer, "w", buffering=1, encoding="utf-8")  # noqa: SIM115  (closing it would raise)
+    else:
+        stream = open("/dev/full", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError):
+        os.write(stream.fileno(), b"it fails")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    code = main(["train", config, "--device", "cpu"])
+    monkeypatch.undo()
+    assert code == 0 and read_status(tmp_path / "runs/run") == {"state": "finished", "step": 2}
+    assert (tmp_path / "runs/run/checkpoints/step-000002/manifest.json").is_file()
+    stream.close()  # what it still held has gone nowhere
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_before_the_imports_is_heard(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run is left before its first step, in order, and goes on from there."""
+    config, parsed = write_config(tmp_path), cli._run_arguments
+
+    def signalled(*args: Any) -> Any:
+        os.kill(os.getpid(), number)  # where a user's Ctrl-C falls into the imports
+        return parsed(*args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_run_arguments", signalled)
+        assert main(["train", config, "--device", "cpu"]) == 75  # what scripts know it by
+    assert read_status(tmp_path / "runs/run") == {"state": "preempted", "step": 0, "signal": number.name}
+    said = capfd.readouterr()
+    assert f"moe-dist: {number.name}: leaving before the first step" in said.err and "Traceback" not in said.err
+    assert f"stopped by {number.name} after step 0, saved" in said.out and signal.getsignal(number) == before
+    forget_process_group()
+    assert main(["train", config, "--device", "cpu", "--resume"]) == 0
+    assert read_status(tmp_path / "runs/run") == {"state": "finished", "step": 2}
+
+
 def test_every_rank_ends_when_one_cannot_write(tmp_path: Path) -> None:
     """The log of rank 1 is where its disk is full. Rank 0 says so, in one line, and the status too."""
     run = tmp_path / "runs/run"
@@ -110,8 +184,7 @@ def test_every_rank_ends_when_one_cannot_write(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     lines = [line for line in ended.stderr.splitlines() if line.startswith("moe-dist: ")]
-    assert len(lines) == 1 and f"{run} cannot be written to: rank 1: [Errno 21] Is a directory" in lines[0], (
-        ended.stderr
-    )
-    assert ended.stderr.count("Traceback") == 1  # the launcher's own
+    assert f"{run} cannot be written to: rank 1: [Errno 21] Is a directory" in lines[0], ended.stderr
+    assert len(lines) == 2 and ended.stderr.count("\n") == 2, ended.stderr
+    assert lines[1].endswith(f" on {socket.gethostname()} ended with exit code 1")
     assert "rank 1: [Errno 21]" in read_status(run)["reason"] and not (run / "metrics.jsonl").exists()

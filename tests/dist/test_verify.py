@@ -63,6 +63,8 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     (Setting(attention="options"), (LayoutCase(ep="2", tp="2", sp="on", zero="1"),)),
     (Setting(attention="dropout"), (LayoutCase(ep="4", tp="2", sp="on"),)),
     (Setting(attention="switch", recompute="block"), (LayoutCase(ep="4", tp="2", zero="3"),)),
+    (Setting(attention="switch", drops="choice"), (LayoutCase(ep="2", tp="2", sp="on"),)),
+    (Setting(drops="choice", overflow="reroute"), (LayoutCase(ep="4", dispatch="overlap"),)),
     (Setting(attention="routed"), (LayoutCase(ep="2", tp="2", sp="on"),)),
 ]
 

@@ -148,7 +148,7 @@ def test_cached_decoding(kind: str) -> None:
 
 LAYERS = {
     "MixtureOfExperts": lambda: MixtureOfExperts(D, 48, 4, 2, dropout=0.0),
-    "MultiQueryAttention": lambda: MultiQueryAttention(D, 4),
+    "MultiQueryAttention": lambda: MultiQueryAttention(D, 4, attn_impl="torch", device="cpu"),
     "SwitchMultiQueryAttention": lambda: SwitchMultiQueryAttention(D, 4, num_experts=4),
     "TransformerBlock": lambda: TransformerBlock(D, 4, 48, dropout=0.0),
     "MixtureOfAutoregressiveAttention": lambda: MixtureOfAutoregressiveAttention(

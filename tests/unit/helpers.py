@@ -11,9 +11,9 @@ from moe_dist.models.backends import resolve_backends
 from moe_dist.step import StepContext
 
 
-def tiny_model(**changes: object) -> ModelConfig:
+def tiny_model(device: str = "cpu", **changes: object) -> ModelConfig:
     """Two blocks, 4 query heads on 2 key/value heads, 4 experts; fields of MoEConfig go to its `moe`. attention: the
-    name of a backend, or an AttentionConfig."""
+    name of a backend, or an AttentionConfig. device: for which `auto` is resolved."""
     of_moe = {name: value for name, value in changes.items() if name in MoEConfig.__slots__ and name != "d_ff"}
     of_model = {name: value for name, value in changes.items() if name not in of_moe}
     moe = replace(MoEConfig(num_experts=4, top_k=2, capacity_factor=None), **of_moe)
@@ -21,7 +21,7 @@ def tiny_model(**changes: object) -> ModelConfig:
     settings |= of_model
     if isinstance(settings["attention"], str):
         settings["attention"] = AttentionConfig(backend=settings["attention"])
-    return resolve_backends(ModelConfig(**settings, moe=moe), ep=1)
+    return resolve_backends(ModelConfig(**settings, moe=moe), ep=1, device_type=device)
 
 
 def context(*parts: int, phase: str = "train", witness: object = None) -> StepContext:

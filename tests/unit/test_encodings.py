@@ -120,9 +120,9 @@ def test_a_terminal_that_lacks_a_character_shows_its_number(monkeypatch: pytest.
 
 def test_files_are_utf_8_where_the_locale_is_not(tmp_path: Path) -> None:
     """A process of its own: the locale is read when Python starts."""
-    work = "import sys, pathlib; from moe_dist.train.record.status import replace_text\n"
+    work = "import sys, pathlib; from moe_dist.disk import replace_text\n"
     work += "assert sys.getfilesystemencoding() == 'ascii', 'the locale is UTF-8 all the same'\n"
-    work += "replace_text(pathlib.Path(sys.argv[1]), 'tokenizer.json', chr(0xe9))"
+    work += "replace_text(pathlib.Path(sys.argv[1]) / 'tokenizer.json', chr(0xe9))"
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", work, str(tmp_path)], env=os.environ | ascii_locale, check=True)
     assert (tmp_path / "tokenizer.json").read_bytes() == "\u00e9".encode()

@@ -2,14 +2,25 @@
 
 from collections.abc import Iterator
 
-from moe_dist.config.model import AttentionConfig
-from moe_dist.config.rules.parts import above_zero, at_least, key, share
+from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
+from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, share, unused
+
+_USES: Uses = {
+    "rope_scaling": ("position", "rotary"),
+    "rope_factor": ("rope_scaling", "linear ntk yarn"),
+    "rope_original_len": ("rope_scaling", "yarn"),
+}
 
 
 def attention_rules(attention: AttentionConfig, section: str = "model.attention") -> Iterator[str]:
     """A line for each broken rule: the values, the rule, what to change."""
     yield from at_least(1, attention, section, "window rope_original_len")
-    yield from above_zero(attention, section, "clip_qkv", "null clamps nothing")
+    yield from at_most(attention, section, window=MANY, rope_original_len=MANY, rope_factor=1e6)
+    yield from between(attention, section, "clip_qkv", 1e-3, 1e6)  # null clamps nothing
+    yield from unused(attention, section, _USES)
+    if attention.kind != "routed" and attention.routed != RoutedAttentionConfig():
+        routed = key(section, "routed")
+        yield f"{routed} is of kind=routed, not {attention.kind}; set {key(section, 'kind')} or clear {routed}"
     yield from share(attention, section, "dropout")
     yield from _rotary_rules(attention, section)
     if 0 < attention.dropout < 1 and attention.backend not in ("torch", "triton"):
@@ -26,11 +37,14 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
     routed, inner = attention.routed, key(section, "routed")
     yield from at_least(1, routed, inner, "num_experts num_routed_queries num_routed_key_values")
     yield from at_least(1, routed, inner, "local_window routed_window")
-    window = routed.local_window if routed.routed_window is None else routed.routed_window
+    yield from at_most(routed, inner, num_experts=1024, num_routed_queries=MANY, num_routed_key_values=MANY)
+    yield from at_most(routed, inner, local_window=MANY, routed_window=MANY)
+    name = "local_window" if routed.routed_window is None else "routed_window"
+    window = getattr(routed, name)
     if 1 <= seq_len <= window:
         yield (
-            f"seq_len={seq_len} is not above routed_window={window}, so nothing would be routed; "
-            f"lower {key(inner, 'routed_window')}, or set {key(section, 'kind')} to multi_query"
+            f"seq_len={seq_len} is not above {name}={window}, so nothing would be routed; "
+            f"lower {key(inner, name)}, or set {key(section, 'kind')} to multi_query"
         )
     if attention.position == "alibi":
         yield f"kind=routed has no ALiBi; set {key(section, 'position')} to rotary or none"
@@ -46,23 +60,10 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
 
 
 def _rotary_rules(attention: AttentionConfig, section: str) -> Iterator[str]:
-    scaling, factor, length = attention.rope_scaling, attention.rope_factor, attention.rope_original_len
-    if scaling != "none" and attention.position != "rotary":
+    if attention.rope_factor < 1:
         yield (
-            f"rope_scaling={scaling} needs position=rotary, not {attention.position}; "
-            f"set {key(section, 'rope_scaling')} to none"
+            f"rope_factor={attention.rope_factor} is below 1, but sequences become longer: "
+            f"raise {key(section, 'rope_factor')}"
         )
-    if factor < 1:
-        yield f"rope_factor={factor} is below 1, but sequences become longer: raise {key(section, 'rope_factor')}"
-    if scaling == "none" and factor != 1:
-        yield (
-            f"rope_factor={factor} does nothing with rope_scaling=none; "
-            f"set {key(section, 'rope_scaling')} to linear, ntk or yarn"
-        )
-    if scaling == "yarn" and length is None:
+    if attention.rope_scaling == "yarn" and attention.rope_original_len is None:
         yield f"rope_scaling=yarn needs the length first trained on; set {key(section, 'rope_original_len')}"
-    if scaling != "yarn" and length is not None:
-        yield (
-            f"rope_original_len={length} is of rope_scaling=yarn, not {scaling}; "
-            f"set {key(section, 'rope_original_len')} to null"
-        )

@@ -3,12 +3,31 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import ModelConfig
-from moe_dist.config.rules.parts import above_zero, at_least, multiple
+from moe_dist.config.rules.parts import above_zero, at_least, at_most, between, multiple
+
+_LARGEST: dict[str, float] = dict(
+    vocab_size=2**24,
+    d_model=2**20,
+    num_layers=10_000,
+    num_heads=2**16,
+    num_kv_heads=2**16,
+    head_dim=2**16,
+    d_ff=2**24,
+    num_classes=2**24,
+    norm_eps=0.1,  # the mean square of what is normalised is about 1
+)
 
 
 def model_rules(model: ModelConfig) -> Iterator[str]:
     yield from at_least(1, model, "model", "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff")
-    yield from above_zero(model, "model", "rope_theta norm_eps")
+    yield from above_zero(model, "model", "norm_eps")
+    yield from between(model, "model", "rope_theta", 1.0, 1e12)
+    yield from at_most(model, "model", **_LARGEST)
+    if model.rope_theta != ModelConfig().rope_theta and model.attention.position != "rotary":
+        yield (
+            f"rope_theta={model.rope_theta} is of attention.position=rotary, not {model.attention.position}; "
+            f"set model.rope_theta to {ModelConfig().rope_theta}"
+        )
     yield from multiple(
         "num_heads",
         model.num_heads,

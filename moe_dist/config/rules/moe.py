@@ -3,8 +3,34 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.config.rules.parts import above_zero, at_least, key, multiple
+from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, unused
 from moe_dist.config.schema import ParallelConfig
+
+_LARGEST: dict[str, float] = dict(
+    num_experts=2**20,
+    num_shared_experts=1024,
+    min_capacity=MANY,
+    sinkhorn_iterations=1000,
+    bias_update_rate=1.0,  # the scores that it is added to lie between 0 and 1
+    balance_loss_coef=1000.0,
+    z_loss_coef=1000.0,
+    importance_loss_coef=1000.0,
+    load_loss_coef=1000.0,
+)
+_WIDEST = 2**24  # an expert
+_LARGEST_FACTOR = 1e6  # at num_experts / top_k already nothing is dropped
+_USES: Uses = {
+    "jitter": ("router", "softmax"),
+    "num_groups": ("router", "softmax sigmoid"),
+    "top_k_groups": ("router", "softmax sigmoid"),
+    "bias_update_rate": ("router", "sigmoid"),
+    "importance_loss_coef": ("router", "noisy"),
+    "load_loss_coef": ("router", "noisy"),
+    "sinkhorn_iterations": ("router", "sinkhorn"),
+    "drop_order": ("drop_policy", "position"),
+    "wire": ("dispatch", "auto all_to_all"),
+    "overlap_chunks": ("dispatch", "auto all_to_all"),
+}
 
 
 def moe_rules(
@@ -14,7 +40,9 @@ def moe_rules(
     yield from at_least(1, moe, section, "top_k every num_groups top_k_groups sinkhorn_iterations overlap_chunks")
     yield from at_least(0, moe, section, "num_experts num_shared_experts min_capacity jitter bias_update_rate")
     yield from at_least(0, moe, section, "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
-    yield from above_zero(moe, section, "routed_scale")
+    yield from between(moe, section, "routed_scale", 1e-4, 1e4)
+    yield from at_most(moe, section, **_LARGEST)
+    yield from unused(moe, section, _USES)
     if moe.num_experts == 0:
         if moe.num_shared_experts > 0:
             yield (
@@ -48,6 +76,8 @@ def _width_rules(moe: MoEConfig, etp: int, d_ff: int, section: str) -> Iterator[
     for width in widths:
         if width < 1 and moe.d_ff is not None:
             yield f"d_ff={width} is below 1; set {key(section, 'd_ff')} to 1 or more"
+        if width > _WIDEST and moe.d_ff is not None:
+            yield f"d_ff={width} is above {_WIDEST}; lower {key(section, 'd_ff')}"
         yield from multiple(
             "d_ff", width, "etp", etp, "each rank takes an equal part of an expert; change parallel.etp"
         )
@@ -77,13 +107,16 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
         for value in factor if isinstance(factor, list) else [factor]:
             if value is not None and not value > 0:
                 yield f"{name}={value} is not above 0; raise {where} (null is dropless)"
+            if value is not None and value > _LARGEST_FACTOR:
+                yield f"{name}={value} is above {_LARGEST_FACTOR:g}; lower {where} (null is dropless)"
+    schedule = key(section, "capacity_schedule")
     for step, value in moe.capacity_schedule.items():
-        if step < 0:
-            yield f"capacity_schedule has step {step}; steps count from 0: change {key(section, 'capacity_schedule')}"
-        if value is not None and not value > 0:
+        if not 0 <= step <= MANY:
+            yield f"capacity_schedule has step {step}, outside 0 to {MANY}; steps count from 0: change {schedule}"
+        if value is not None and not 0 < value <= _LARGEST_FACTOR:
             yield (
-                f"capacity_schedule has factor {value} at step {step}, not above 0; "
-                f"raise it in {key(section, 'capacity_schedule')} (null is dropless)"
+                f"capacity_schedule has factor {value} at step {step}, outside 0 < factor <= {_LARGEST_FACTOR:g}; "
+                f"change it in {schedule} (null is dropless)"
             )
     if moe.capacity_schedule and isinstance(moe.capacity_factor, list):
         yield (
@@ -98,6 +131,11 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
                 "router=expert_choice needs a capacity_factor, how many tokens an expert takes; "
                 f"set {key(section, 'capacity_factor')} to 1.0"
             )
+        if moe.drop_order != "token":
+            yield (
+                f"drop_order={moe.drop_order} has no meaning for router=expert_choice, whose experts choose by score; "
+                f"set {key(section, 'drop_order')} to token"
+            )
         if moe.overflow == "reroute":
             yield (
                 "overflow=reroute has no meaning for router=expert_choice, which refuses nobody; "
@@ -108,12 +146,8 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
 def _router_rules(moe: MoEConfig, section: str) -> Iterator[str]:
     if moe.jitter >= 1:
         yield (f"jitter={moe.jitter} is not below 1; Switch Transformers uses 0.01: lower {key(section, 'jitter')}")
-    if moe.jitter > 0 and moe.router != "softmax":
-        yield f"jitter={moe.jitter} is of router=softmax, not {moe.router}; set {key(section, 'jitter')} to 0"
     if moe.num_groups > 1:
         where = key(section, "num_groups")
-        if moe.router not in ("softmax", "sigmoid"):
-            yield f"num_groups={moe.num_groups} is of router=softmax or sigmoid, not {moe.router}; set {where} to 1"
         yield from multiple("num_experts", moe.num_experts, "num_groups", moe.num_groups, f"change {where}")
         if moe.top_k_groups * (moe.num_experts // moe.num_groups) < moe.top_k:
             yield (
@@ -148,9 +182,3 @@ def _dispatch_rules(moe: MoEConfig, parallel: ParallelConfig, section: str) -> I
             moe.overlap_chunks,
             f"lower {key(section, 'overlap_chunks')}",
         )
-    for field, plain in (("wire", "ragged"), ("overlap_chunks", 1)):
-        value = getattr(moe, field)
-        if value != plain and moe.dispatch not in ("auto", "all_to_all"):
-            yield (
-                f"{field}={value} is of dispatch=all_to_all, not {moe.dispatch}; set {key(section, field)} to {plain}"
-            )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import ModelConfig
-from moe_dist.config.rules.parts import at_least, multiple
+from moe_dist.config.rules.parts import at_least, at_most, multiple
 from moe_dist.config.schema import ParallelConfig
 
 
@@ -19,6 +19,14 @@ def parallel_rules(parallel: ParallelConfig, model: ModelConfig, seq_len: int, w
                 yield f"{name}={size} does not divide world size {world_size}; change parallel.{name} or the ranks"
     if moe.num_experts == 0 and ep > 1 and model.attention.kind != "switch":  # attention experts are cut over ep too
         yield f"ep={ep} needs num_experts > 0; set parallel.ep to 1, or model.moe.num_experts to a multiple of {ep}"
+    yield from at_most(parallel, "parallel", node_size=2**20)
+    if parallel.node_size is not None and moe.dispatch != "hierarchical":
+        hierarchical = model.attention.kind == "switch" and model.attention.moe.dispatch == "hierarchical"
+        if not hierarchical:
+            yield (
+                f"node_size={parallel.node_size} is of model.moe.dispatch=hierarchical, not {moe.dispatch}; "
+                "set parallel.node_size to null"
+            )
     node, ranks = parallel.node_size, parallel.expert_ranks
     across = node is not None and world_size > node >= 1 and ranks >= 1
     if moe.dispatch == "hierarchical" and across and node and ranks % node and node % ranks:

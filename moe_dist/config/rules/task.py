@@ -3,15 +3,20 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import AttentionConfig, ModelConfig
-from moe_dist.config.rules.parts import at_least, key, share
+from moe_dist.config.rules.parts import at_least, at_most, key, share, shown, unused
 from moe_dist.config.schema import Config, DataConfig, ParallelConfig
 
 _BYTES = 256
+_MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
 _LABELLED = ("jsonl", "csv")
 
 
 def task_rules(config: Config) -> Iterator[str]:
     yield from _paths_rules(config.data)
+    yield from at_least(1, config.data, "data", "block_lines")
+    yield from at_most(config.data, "data", block_lines=1_000_000)
+    yield from unused(config.data, "data", {"text_key": ("kind", "jsonl csv"), "label_key": ("kind", "jsonl csv")})
+    yield from unused(config.data, "data", {"block_lines": ("kind", "stdlib")})
     yield from (_classification if config.task == "classification" else _language_modelling)(config)
 
 
@@ -26,8 +31,7 @@ def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "
     for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "window", "sinks", "dropout"):
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
-            shown = "null" if only is None else str(only).lower()
-            yield f"attention.{name}={value} is of language models; set model.attention.{name} to {shown}"
+            yield f"attention.{name}={shown(value)} is of language models; set model.attention.{name} to {shown(only)}"
     if model.recompute == "block":
         yield "recompute=block is of language models; set model.recompute to none or activation"
     if parallel.sequence_parallel:
@@ -49,8 +53,8 @@ def _classification(config: Config) -> Iterator[str]:
         yield f"data.kind {data.kind} has no labels for task=classification; set data.kind to jsonl, csv or stdlib"
     if config.run.sample_tokens > 0:
         yield f"sample_tokens={config.run.sample_tokens} needs a language model; set run.sample_tokens to 0"
-    yield from at_least(1, data, "data", "block_lines")
     yield from at_least(3, config.model, "model", "vocab_size")
+    yield from at_most(config.model, "model", vocab_size=_MOST_SUBWORDS)
     held_out = data.validation_fraction + data.test_fraction
     if not 0 < data.test_fraction < 1 or held_out >= 1:
         yield (
@@ -66,13 +70,15 @@ def _language_modelling(config: Config) -> Iterator[str]:
             yield f"sample_tokens={config.run.sample_tokens} needs bytes as tokens, not data.kind indexed; set it to 0"
     elif 1 <= model.vocab_size < _BYTES:
         yield f"vocab_size={model.vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
-    if data.kind in _LABELLED:
-        yield f"data.kind {data.kind} is for task=classification; set data.kind to text, or task to classification"
     if model.num_classes is not None:
         yield f"num_classes={model.num_classes} is of task=classification; set model.num_classes to null"
     for name in ("dropout", "token_dropout"):
         if getattr(model, name) != 0.0:
             yield f"{name}={getattr(model, name)} is of task=classification; set model.{name} to 0"
+    for name in ("test_fraction", "block_lines", "label_key"):
+        value, default = getattr(data, name), getattr(DataConfig(), name)
+        if value != default:
+            yield f"{name}={value} is of task=classification; set data.{name} to {default}"
 
 
 def _paths_rules(data: DataConfig) -> Iterator[str]:

@@ -1,18 +1,31 @@
 """Fused attention: the flash-attn package when it is installed and the tensors are on a GPU, else torch's SDPA.
 
+Of SDPA's kernels, cuDNN's comes first from Hopper on, where it can do what is asked and may: it took 4.2 ms where flash
+took 7.3 (H100, 4 x 4096 tokens, 32 heads of 128, bf16, forward and backward; benchmarks/RESULTS.md). It is not
+deterministic, so train.deterministic leaves it out.
+
 Legend: B batch, H query heads, G key/value heads, Q queries, K keys, P width of a head.
 """
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_dist.kernels.attention.pattern import Pattern
 
+_HOPPER = 9  # compute capability
+_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 _FEW = 64  # queries of a key/value head up to which they become rows of one product: decoding
 
 
@@ -83,9 +96,20 @@ def _sdpa(
         # The backward pass has one task for each key/value head: too few for the threads.
         each = q_BHQP.shape[1] // k_BGKP.shape[1]
         k_BGKP, v_BGKP, grouped = k_BGKP.repeat_interleave(each, 1), v_BGKP.repeat_interleave(each, 1), False
-    return F.scaled_dot_product_attention(
-        q_BHQP, k_BGKP, v_BGKP, mask, dropout_p=rate, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    with _preferred(q_BHQP.device):
+        return F.scaled_dot_product_attention(
+            q_BHQP, k_BGKP, v_BGKP, mask, dropout_p=rate, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+
+def _preferred(device: torch.device) -> AbstractContextManager[None]:
+    """The order in which SDPA asks its kernels whether they can."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    hopper = there and torch.cuda.get_device_capability(device)[0] >= _HOPPER
+    if not hopper or torch.are_deterministic_algorithms_enabled():
+        return nullcontext()
+    order: AbstractContextManager[None] = sdpa_kernel(_ORDER, set_priority=True)
+    return order
 
 
 def _mask(q_BHQP: Tensor, keys: int, pattern: Pattern) -> tuple[Tensor | None, Tensor | None]:

@@ -1,6 +1,7 @@
-"""Which keys a query sees, and what is added to its scores: what every attention backend takes beside q, k and v.
+"""Which keys a query sees, what is added to its scores, where packed sequences begin: what every attention backend
+takes beside q, k and v.
 
-Legend: B batch, H query heads, S sequence of keys, Q queries, K keys.
+Legend: B batch, H query heads, S sequence of keys, Q queries, K keys, N packed sequences.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Dropout:
         head_H = torch.arange(self.first_head, self.first_head + heads, device=query_BQ.device)
         pair_BH = row_B[:, None] * (self.heads or heads) + head_H
         index = (pair_BH << 2 * _POSITION_BITS)[:, :, None, None] + (query_BQ << _POSITION_BITS)[:, None, :, None]
-        return self.key.uniform(index + torch.arange(keys, device=query_BQ.device)) >= self.rate
+        return self.key.keeps(index + torch.arange(keys, device=query_BQ.device), self.rate)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,27 @@ class Pattern:
         far_BHQK = self.distances(queries, keys, device)[:, None].abs()
         alibi = -self.slopes_H[:, None, None] * far_BHQK
         return alibi if self.bias is None else alibi + self.bias
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """N sequences of several lengths, one after the other without padding between them.
+
+    Sequence n has the queries from cu_q[n] to cu_q[n + 1] and the keys from cu_k[n] to cu_k[n + 1]; cu_q and cu_k are
+    int32 [N + 1], from 0 to all queries and all keys. max_q and max_k: of the longest sequence.
+
+        lengths 3, 0 and 2:    cu_q = 0 3 3 5    max_q = 3
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @staticmethod
+    def same(cu_seqlens: Tensor, longest: int) -> "PackedSequences":
+        """Queries and keys are those of the same tokens."""
+        return PackedSequences(cu_seqlens, cu_seqlens, longest, longest)
 
 
 def check_packed(pattern: Pattern) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.kernels.attention.pattern import Pattern, check_packed
+from moe_dist.kernels.attention.pattern import PackedSequences, Pattern, check_packed
 from moe_dist.kernels.attention.triton_backward import run_key_value_gradient, run_query_gradient
-from moe_dist.kernels.attention.triton_call import AttentionTiling, Call, Packed, choose_attention_tiling
+from moe_dist.kernels.attention.triton_call import AttentionTiling, Call, choose_attention_tiling
 from moe_dist.kernels.attention.triton_decode import decode, decode_splits
 from moe_dist.kernels.attention.triton_forward import forward, run_forward
 from moe_dist.kernels.attention.triton_parts import LOG2E
@@ -50,10 +50,7 @@ def attend_varlen(
     q_THP: Tensor,
     k_TGP: Tensor,
     v_TGP: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
+    packed: PackedSequences,
     pattern: Pattern | None = None,
     scale: float | None = None,
     *,
@@ -61,11 +58,12 @@ def attend_varlen(
 ) -> Tensor:
     """As varlen.one_by_one, in one launch that does not wait for the lengths.
 
-    What cu_q and cu_k say is not checked: they end at T, and no sequence is longer than max_q and max_k.
+    What `packed` says is not checked: it ends at T, and no sequence is longer than it says.
     """
     pattern = pattern or Pattern()
     check_packed(pattern)
-    packed = Packed(cu_q.to(torch.int32).contiguous(), cu_k.to(torch.int32).contiguous(), max_q, max_k)
+    cu_q, cu_k = (cu.to(torch.int32).contiguous() for cu in (packed.cu_q, packed.cu_k))
+    packed = replace(packed, cu_q=cu_q, cu_k=cu_k)
     q_BHTP, k_BGTP, v_BGTP = (t.transpose(0, 1)[None] for t in (q_THP, k_TGP, v_TGP))
     return _attend(q_BHTP, k_BGTP, v_BGTP, pattern, scale, tiling, packed)[0].transpose(0, 1)
 
@@ -77,7 +75,7 @@ def _attend(
     pattern: Pattern,
     scale: float | None,
     tiling: AttentionTiling | None,
-    packed: Packed | None,
+    packed: PackedSequences | None,
 ) -> Tensor:
     _check(q_BHQP, k_BGKP, v_BGKP, pattern)
     q_BHQP, k_BGKP, v_BGKP = (_dense(t) for t in (q_BHQP, k_BGKP, v_BGKP))

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_dist.kernels.attention.pattern import Pattern
+from moe_dist.kernels.attention.pattern import PackedSequences, Pattern
 
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 
@@ -79,23 +79,13 @@ def choose_splits(programs: int, steps: int, least: int) -> int:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Sequences one after the other: where they begin and the last one ends, int32 [N + 1], and the longest."""
-
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-
-
-@dataclass(frozen=True)
 class Call:
     """One attention call; its bias and sinks stand beside it, because they may have gradients."""
 
     pattern: Pattern
     scale: float
     tiling: AttentionTiling
-    packed: Packed | None = None
+    packed: PackedSequences | None = None
 
     def pairs(self, k_BGKP: Tensor) -> int:
         """Sequences times key/value heads."""

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from moe_dist.kernels.attention.backend import Attend, attention
 from moe_dist.kernels.attention.flash import flash_options, flash_provider
-from moe_dist.kernels.attention.pattern import Pattern, check_packed
+from moe_dist.kernels.attention.pattern import PackedSequences, Pattern, check_packed
 
-AttendVarlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Pattern | None, float | None], Tensor]
-"""(q [T, H, P], k [T', G, P], v [T', G, P], cu_q, cu_k, max_q, max_k, pattern, scale) -> [T, H, P].
+AttendVarlen = Callable[[Tensor, Tensor, Tensor, PackedSequences, Pattern | None, float | None], Tensor]
+"""(q [T, H, P], k [T', G, P], v [T', G, P], packed, pattern, scale) -> [T, H, P].
 
-Sequence n has the queries from cu_q[n] to cu_q[n + 1] and the keys from cu_k[n] to cu_k[n + 1]; cu_q and cu_k are int32
-[N + 1], from 0 to T and T'. max_q and max_k: the longest. The pattern is that of each sequence on its own, its last
-query at its last key; dropout counts sequences as rows.
+The pattern is that of each sequence on its own, its last query at its last key; dropout counts sequences as rows.
 """
 
 
@@ -32,8 +30,16 @@ def varlen(backend: str) -> AttendVarlen:
     if backend != "flash":
         return alone
 
-    def flash(q_THP: Tensor, *rest: Tensor | int | Pattern | float | None) -> Tensor:
-        return (flash_attn if flash_provider(q_THP.device.type) == "flash-attn" else alone)(q_THP, *rest)  # type: ignore[arg-type]
+    def flash(
+        q_THP: Tensor,
+        k_TGP: Tensor,
+        v_TGP: Tensor,
+        packed: PackedSequences,
+        pattern: Pattern | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        attend = flash_attn_varlen if flash_provider(q_THP.device.type) == "flash-attn" else alone
+        return attend(q_THP, k_TGP, v_TGP, packed, pattern, scale)
 
     return flash
 
@@ -45,16 +51,13 @@ def one_by_one(attend: Attend) -> AttendVarlen:
         q_THP: Tensor,
         k_TGP: Tensor,
         v_TGP: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
+        packed: PackedSequences,
         pattern: Pattern | None = None,
         scale: float | None = None,
     ) -> Tensor:
         pattern = pattern or Pattern()
         check_packed(pattern)
-        lengths_q, lengths_k = cu_q.diff().tolist(), cu_k.diff().tolist()
+        lengths_q, lengths_k = packed.cu_q.diff().tolist(), packed.cu_k.diff().tolist()
         outs = []
         pieces = zip(q_THP.split(lengths_q), k_TGP.split(lengths_k), v_TGP.split(lengths_k), strict=True)
         for n, piece in enumerate(pieces):
@@ -65,14 +68,11 @@ def one_by_one(attend: Attend) -> AttendVarlen:
     return each
 
 
-def flash_attn(
+def flash_attn_varlen(
     q_THP: Tensor,
     k_TGP: Tensor,
     v_TGP: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
+    packed: PackedSequences,
     pattern: Pattern | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -81,9 +81,8 @@ def flash_attn(
 
     pattern = pattern or Pattern()
     check_packed(pattern)
-    return flash_attn_varlen_func(
-        q_THP, k_TGP, v_TGP, cu_q, cu_k, max_q, max_k, softmax_scale=scale, **flash_options(pattern)
-    )
+    sizes = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
+    return flash_attn_varlen_func(q_THP, k_TGP, v_TGP, *sizes, softmax_scale=scale, **flash_options(pattern))
 
 
 def _of_row(pattern: Pattern, n: int) -> Pattern:

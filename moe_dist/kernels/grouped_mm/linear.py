@@ -11,7 +11,6 @@ Experts without rows get zero gradients, never none.
 Legend: R rows sorted by expert, N inputs, M outputs, e experts.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from torch.autograd.function import once_differentiable
 from moe_dist.kernels.grouped_mm.cpu import replaces
 from moe_dist.kernels.grouped_mm.onednn import rows_computed
 from moe_dist.kernels.grouped_mm.reference import GROUPED_MM
+from moe_dist.kernels.permute.order import RowOrder
 
 
-def linear(rows_RN: Tensor, weight: Tensor, rows_per_expert: Sequence[int], backend: str, out_first: bool) -> Tensor:
+def linear(rows_RN: Tensor, weight: Tensor, order: RowOrder, backend: str, out_first: bool) -> Tensor:
     """y[r] = W[i] rows[r], i the expert of row r: [R, N] -> [R, M].
 
     out_first: weight is [e, M, N], as torch keeps linear maps; otherwise [e, N, M]. Raises ValueError for a backend
@@ -32,13 +32,14 @@ def linear(rows_RN: Tensor, weight: Tensor, rows_per_expert: Sequence[int], back
     """
     if backend not in GROUPED_MM:
         raise ValueError(f"experts={backend} has no linear map of its own: use {', '.join(GROUPED_MM)}")
-    assert rows_RN.shape[0] == sum(rows_per_expert), f"{rows_RN.shape[0]} rows, but {rows_per_expert} of the experts"
+    rows = order.slots_R.numel()
+    assert rows_RN.shape[0] == rows, f"{rows_RN.shape[0]} rows, but the experts have {rows}"
     if replaces(backend, rows_RN.device.type):
-        return _Linear.apply(rows_RN.contiguous(), weight, tuple(rows_per_expert), out_first)
+        return _Linear.apply(rows_RN.contiguous(), weight, order.rows_per_expert, out_first)
     weight_eNM = weight.transpose(1, 2) if out_first else weight
-    if rows_RN.shape[0] == 0:
+    if rows == 0:
         return rows_RN @ weight_eNM[0]  # no rows, but in the graph: idle experts get zero gradients
-    return GROUPED_MM[backend](rows_RN, weight_eNM, rows_per_expert)
+    return GROUPED_MM[backend](rows_RN, weight_eNM, order)
 
 
 class _Linear(torch.autograd.Function):

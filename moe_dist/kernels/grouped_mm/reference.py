@@ -20,7 +20,10 @@ from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
 
-Matmul = Callable[[Tensor, Sequence[Tensor] | Tensor, Sequence[int]], Tensor]
+Matmul = Callable[[Tensor, Tensor, RowOrder], Tensor]
+"""(rows [R, N], weight [e, N, M], whose rows are whose) -> [R, M]."""
+
+_ALIGNED = 16  # bytes that torch's grouped GEMM wants from one row to the next
 
 
 def feed_forward(
@@ -45,54 +48,67 @@ def feed_forward(
         # Nothing arrived: stay in the graph, so that idle experts get zero gradients and no exchange is skipped.
         idle = sum(p.sum() for p in w if p is not None) * 0.0
         return permute.combine_rows(rows_RD + idle, weights_XK, order)
-    counts = order.rows_per_expert
     if widths is None:
         matmul = GROUPED_MM[backend]
-        gate_RF = None if w.gate is None else _add(matmul(rows_RD, w.gate.transpose(1, 2), counts), w.gate_bias, counts)
-        up_RF = _add(matmul(rows_RD, w.up.transpose(1, 2), counts), w.up_bias, counts)
+        gate_RF = None if w.gate is None else _add(matmul(rows_RD, w.gate.transpose(1, 2), order), w.gate_bias, order)
+        up_RF = _add(matmul(rows_RD, w.up.transpose(1, 2), order), w.up_bias, order)
 
         def out(gate_RF: Tensor | None, up_RF: Tensor) -> Tensor:
-            return _add(matmul(activate(up_RF, activation, gate_RF), w.out, counts), w.out_bias, counts)
+            return _add(matmul(activate(up_RF, activation, gate_RF), w.out, order), w.out_bias, order)
 
         # The recomputation stops before the product: its output is not needed again.
         rows_RD = checkpoint(out, gate_RF, up_RF, use_reentrant=False) if recompute else out(gate_RF, up_RF)
     else:
-        rows_RD = _different_widths(rows_RD, counts, w, activation, widths)
+        rows_RD = _different_widths(rows_RD, order.rows_per_expert, w, activation, widths)
     return permute.combine_rows(rows_RD, weights_XK, order)
 
 
-def loop(rows_RN: Tensor, weight_eNM: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+def loop(rows_RN: Tensor, weight_eNM: Tensor, order: RowOrder) -> Tensor:
     """Expert after expert. `unbind`, because indexing would make a full-size zero gradient for every expert."""
-    parts = zip(rows_RN.split(list(rows_per_expert)), weight_eNM.unbind(0), strict=True)
+    parts = zip(rows_RN.split(list(order.rows_per_expert)), weight_eNM.unbind(0), strict=True)
     return torch.cat([rows @ weight for rows, weight in parts])
 
 
-def bmm(rows_RN: Tensor, weight_eNM: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
+def bmm(rows_RN: Tensor, weight_eNM: Tensor, order: RowOrder) -> Tensor:
     """Pad to [e, C, N], multiply once, take the rows out again."""
-    experts, fullest = len(rows_per_expert), max(rows_per_expert)
-    counts_e = torch.tensor(rows_per_expert, device=rows_RN.device)
+    counts_e, fullest = order.counts_e, max(order.rows_per_expert)
+    experts, rows = len(counts_e), len(rows_RN)
     starts_e = counts_e.cumsum(0) - counts_e
     shift_e = torch.arange(experts, device=rows_RN.device) * fullest - starts_e
-    slots_R = torch.arange(rows_RN.shape[0], device=rows_RN.device) + shift_e.repeat_interleave(counts_e)
+    slots_R = torch.arange(rows, device=rows_RN.device) + shift_e.repeat_interleave(counts_e, output_size=rows)
     padded = rows_RN.new_zeros(experts * fullest, rows_RN.shape[1]).index_copy(0, slots_R, rows_RN)
     out = torch.bmm(padded.view(experts, fullest, -1), weight_eNM)
     return out.flatten(0, 1).index_select(0, slots_R)
 
 
-def grouped_mm(rows_RN: Tensor, weight_eNM: Tensor, rows_per_expert: Sequence[int]) -> Tensor:
-    """torch.nn.functional.grouped_mm: offsets int32, contiguous rows; fp32, bf16 and fp16 only."""
-    offsets_e = torch.tensor(rows_per_expert, device=rows_RN.device).cumsum(0, dtype=torch.int32)
+def grouped_mm(rows_RN: Tensor, weight_eNM: Tensor, order: RowOrder) -> Tensor:
+    """torch.nn.functional.grouped_mm: offsets int32, contiguous rows; fp32, bf16 and fp16 only.
+
+    It wants rows of a multiple of 16 bytes: other widths are filled up with zeros, which add nothing to a product.
+    """
+    offsets_e = order.counts_e.cumsum(0, dtype=torch.int32)
+    step, (deep, wide) = _ALIGNED // rows_RN.element_size(), weight_eNM.shape[1:]
+    more_deep, more_wide = -deep % step, -wide % step
+    if more_deep or more_wide:
+        rows_RN, weight_eNM = F.pad(rows_RN, (0, more_deep)), _padded(weight_eNM, more_deep, more_wide)
+        return F.grouped_mm(rows_RN, weight_eNM, offs=offsets_e)[:, :wide].contiguous()
     return F.grouped_mm(rows_RN, weight_eNM, offs=offsets_e)
+
+
+def _padded(weight_eNM: Tensor, more_n: int, more_m: int) -> Tensor:
+    """With zeros at the end of both widths, in the memory order that it has: a transposed view stays one."""
+    if weight_eNM.stride(-1) == 1:
+        return F.pad(weight_eNM, (0, more_m, 0, more_n))
+    return F.pad(weight_eNM.mT, (0, more_n, 0, more_m)).mT
 
 
 GROUPED_MM = {"loop": loop, "bmm": bmm, "grouped_mm": grouped_mm}
 
 
-def _add(rows_RM: Tensor, bias_eM: Tensor | None, rows_per_expert: Sequence[int]) -> Tensor:
+def _add(rows_RM: Tensor, bias_eM: Tensor | None, order: RowOrder) -> Tensor:
     if bias_eM is None:
         return rows_RM
-    counts_e = torch.tensor(rows_per_expert, device=rows_RM.device)
-    return rows_RM + bias_eM.repeat_interleave(counts_e, dim=0, output_size=rows_RM.shape[0])
+    return rows_RM + bias_eM.repeat_interleave(order.counts_e, dim=0, output_size=rows_RM.shape[0])
 
 
 def _different_widths(

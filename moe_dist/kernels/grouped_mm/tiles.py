@@ -44,11 +44,11 @@ class ExpertTiling:
 _HALF = ExpertTiling(
     rows=128,
     grad_rows=128,
-    up=ProductBlock(128, 64, 8, 3, halves=True),
+    up=ProductBlock(128, 64, 8, 4, halves=True),
     down=ProductBlock(256, 64, 8, 3),
     hidden_grad=ProductBlock(128, 64, 8, 4, halves=True),
     input_grad=ProductBlock(256, 64, 8, 3),
-    up_grad=ProductBlock(128, 64, 8, 3),
+    up_grad=ProductBlock(64, 64, 4, 3),
     out_grad=ProductBlock(256, 64, 8, 3),
 )
 # Few rows for each expert: most of a tile of 128 would be empty.
@@ -85,9 +85,10 @@ _FULL = ExpertTiling(
 
 
 def choose_expert_tiling(dtype: torch.dtype, rows: int, experts: int, d_model: int, d_ff: int) -> ExpertTiling:
-    """ProductBlock sizes for an H100 or H200; no kernel spills there (tests/unit/kernels/test_grouped_mm_compiles.py).
+    """Sizes for an H100 or H200; no kernel spills there (tests/unit/kernels/test_grouped_mm_compiles.py).
 
-    Taken from the shapes that wgmma and its pipelines like, not from timings. Blocks shrink to small matrices.
+    Those of _HALF are the best of what benchmarks/gpu_tune.py tried on an H200, kernel by kernel; the others follow the
+    shapes that wgmma and its pipelines like, untimed. Blocks shrink to small matrices.
     """
     if dtype == torch.float32:
         tiling = _FULL

@@ -108,10 +108,14 @@ def hidden_gradient(
 @triton.jit
 def weight_gradient(
     a_ptr, a2_ptr, b_ptr, source_ptr, counts_ptr, ends_ptr, out_ptr, out2_ptr, height, columns,
-    M_BLOCKS, N_BLOCKS, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    M_BLOCKS, N_BLOCKS, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, INSIDE: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out_i = a^T b[source] over the rows of expert i, and out2_i = a2^T b[source] unless a2 is None: b loaded once."""
+    """out_i = a^T b[source] over the rows of expert i, and out2_i = a2^T b[source] unless a2 is None: b loaded once.
+
+    INSIDE: blocks of columns end with the columns. Then whole steps of K rows need no mask; what is left of an expert's
+    rows takes one step more.
+    """
     per_expert = M_BLOCKS * N_BLOCKS
     expert = (tl.program_id(0) // per_expert).to(tl.int64)
     inside = tl.program_id(0) % per_expert
@@ -120,11 +124,20 @@ def weight_gradient(
     inside = inside % (GROUP * N_BLOCKS)
     col_M = (first + inside % size) * M + tl.arange(0, M)
     col_N = inside // size * N + tl.arange(0, N)
-    end = tl.load(ends_ptr + expert)
+    end, count = tl.load(ends_ptr + expert), tl.load(counts_ptr + expert)
     acc_MN = tl.zeros((M, N), tl.float32)
     acc2_MN = tl.zeros((M, N), tl.float32)
-    for row in range(end - tl.load(counts_ptr + expert), end, K):
+    rest = end - count % K if INSIDE else end - count  # the first row that is not in a whole step
+    for row in range(end - count, rest, K):
         row_K = (row + tl.arange(0, K)).to(tl.int64)  # the interpreter's loops count in int32
+        source_K = tl.load(source_ptr + row_K)
+        b_KN = tl.load(b_ptr + source_K[:, None] * columns + col_N[None, :])
+        a_KM = row_K[:, None] * height + col_M[None, :]
+        acc_MN = add_product(acc_MN, tl.trans(tl.load(a_ptr + a_KM)), b_KN, PRECISION)
+        if a2_ptr is not None:
+            acc2_MN = add_product(acc2_MN, tl.trans(tl.load(a2_ptr + a_KM)), b_KN, PRECISION)
+    for row in range(rest, end, K):
+        row_K = (row + tl.arange(0, K)).to(tl.int64)
         inside_K = row_K < end
         source_K = tl.load(source_ptr + row_K, mask=inside_K, other=0)
         # Rows past the end are another expert's: zeros on both sides, because 0 * inf is not 0.
@@ -248,11 +261,12 @@ def run_weights(
     two = len(lefts) == 2
     block = tiling.up_grad if two else tiling.out_grad
     rows, columns = triton.cdiv(d_ff, tiling.grad_rows), triton.cdiv(d_model, block.n)
+    inside = d_ff % tiling.grad_rows == 0 and d_model % block.n == 0
     grads: list[Tensor | None] = [torch.empty(w_eFD.shape, dtype=w_eFD.dtype, device=w_eFD.device) for _ in lefts]
     weight_gradient[(experts * rows * columns,)](
         lefts[0], lefts[1] if two else None, right_XD, order.source_R, order.counts_e, ends_e,
         grads[0], grads[1] if two else None, d_ff, d_model, rows, columns,
-        tiling.grad_rows, block.n, block.k, GROUP, tiling.precision,
+        tiling.grad_rows, block.n, block.k, inside, GROUP, tiling.precision,
         num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
     return grads

@@ -1,4 +1,4 @@
-"""What the experts of one rank are made of."""
+"""What the experts at hand are made of."""
 
 from typing import NamedTuple
 

@@ -96,10 +96,11 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_XD = grad_XD.contiguous()
-        if len(ctx.saved_tensors) == 2:
-            slots_R, rows_XK = ctx.saved_tensors
+        saved = ctx.saved_tensors  # read once: under a recomputed block, reading unpacks
+        if len(saved) == 2:
+            slots_R, rows_XK = saved
             return _gather_into(grad_XD, slots_R, rows_XK.shape[1]), None, None, None, None
-        rows_RD, weights_XK, rows_XK, kept_XK = ctx.saved_tensors
+        rows_RD, weights_XK, rows_XK, kept_XK = saved
         (length, top_k), width = rows_XK.shape, rows_RD.shape[1]
         grad_rows_RD, grad_weights_XK = torch.empty_like(rows_RD), torch.empty_like(weights_XK)
         block, columns = permute_tile(width)

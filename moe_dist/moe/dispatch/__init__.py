@@ -4,11 +4,12 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.permute.backend import permutation
 from moe_dist.moe.dispatch.all_gather import AllGatherDispatcher
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
-from moe_dist.moe.dispatch.base import Arrival, Dispatcher, LocalDispatcher, split_over_etp
+from moe_dist.moe.dispatch.base import Dispatcher, EtpDispatcher, LocalDispatcher
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.overlap import OverlappedDispatcher
 from moe_dist.parallel.mesh import Mesh
 
-__all__ = ["Arrival", "Dispatcher", "make_dispatcher", "split_over_etp"]
+__all__ = ["Dispatcher", "make_dispatcher"]
 
 
 def make_dispatcher(moe: MoEConfig, mesh: Mesh, kernels: str = "torch") -> Dispatcher:
@@ -17,12 +18,18 @@ def make_dispatcher(moe: MoEConfig, mesh: Mesh, kernels: str = "torch") -> Dispa
         raise ValueError(
             f"overlap_chunks={moe.overlap_chunks} is of dispatch=all_to_all, not {moe.dispatch}: set it to 1"
         )
+    dispatcher = _by_name(moe, mesh, kernels)
+    return EtpDispatcher(dispatcher, mesh.etp) if mesh.etp > 1 else dispatcher
+
+
+def _by_name(moe: MoEConfig, mesh: Mesh, kernels: str) -> Dispatcher:
     permute = permutation(kernels)
     match moe.dispatch:
         case "local":
             return LocalDispatcher(mesh, permute)
         case "all_to_all":
-            return AllToAllDispatcher(mesh, permute, moe.wire, moe.wire_dtype)
+            direct = AllToAllDispatcher(mesh, permute, moe.wire, moe.wire_dtype)
+            return OverlappedDispatcher(direct, moe.overlap_chunks) if moe.overlap_chunks > 1 else direct
         case "hierarchical":
             return HierarchicalDispatcher(mesh, permute, moe.wire_dtype)
         case "all_gather":

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
-from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.dispatch.base import Arrival
+from moe_dist.moe.choice import Choice
+from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import all_gather, exchange_rows, gather_sequence, reduce_scatter
 from moe_dist.parallel.mesh import Group, Mesh
@@ -23,38 +23,37 @@ from moe_dist.parallel.mesh import Group, Mesh
 
 class AllGatherDispatcher:
     def __init__(self, mesh: Mesh, permute: Permutation, wire_dtype: Format = "same") -> None:
-        self.ep, self.permute, self.wire = mesh.ep, permute, Wire.of(wire_dtype)
+        self.ep = mesh.ep
+        self.permute = permute
+        self.wire = Wire.of(wire_dtype)
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
         # 1. Ranks may hold unequal numbers of tokens; only they know how many.
-        own = len(x_TD)
+        plan, own = choice.plan, len(x_TD)
         missing = self._most_tokens(own, x_TD.device) - own
-        x_TD, weights_TK = _pad(x_TD, missing), _pad(weights_TK, missing)
+        x_TD, weights_TK = _pad(x_TD, missing), _pad(choice.weights_TK, missing)
         # 2. One message says where each assignment goes; dropped ones and those of padding go nowhere.
         num_experts = plan.kept_WE.shape[1]
         target_TK = torch.where(plan.kept_TK, plan.experts_TK, num_experts).to(torch.int32)
         target_XK = all_gather(_pad(target_TK, missing, num_experts), self.ep)
         # 3. Tokens and weights; a weight's gradient comes from the rank of its expert.
-        route = GatherRoute(self.ep, len(x_TD))
-        x_XD, weights_XK = carry_out(x_TD, route, self.wire), gather_sequence(weights_TK, self.ep)
+        trip = GatherTrip(self.ep, len(x_TD))
+        x_XD, weights_XK = carry_out(x_TD, trip, self.wire), gather_sequence(weights_TK, self.ep)
         # 4. Assignments of this rank's experts.
         local = num_experts // self.ep.size
         target_XK = target_XK - self.ep.rank * local
         order = self.permute.sort_rows(target_XK, (target_XK >= 0) & (target_XK < local), local)
+        # 5. Through them, and the sums back.
+        y_TD = carry_home(experts(x_XD, weights_XK, order), trip, self.wire)
         decided = (self.ep.size - 1) * weights_TK.numel() * (weights_TK.itemsize + target_TK.itemsize)
-        return Arrival(x_XD, weights_XK, order, (own, route), self.wire.sent_bytes(route, x_TD) + decided)
-
-    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
-        own, route = arrival.trip
-        y_TD = carry_home(y_XD, route, self.wire)
-        return y_TD if len(y_TD) == own else y_TD[:own]
+        return y_TD if len(y_TD) == own else y_TD[:own], self.wire.sent_bytes(trip, x_TD) + decided
 
     def _most_tokens(self, own: int, device: torch.device) -> int:
         return int(all_gather(torch.tensor([own], device=device), self.ep).max())
 
 
 @dataclass(frozen=True)
-class GatherRoute:
+class GatherTrip:
     """`tokens` of each rank to all of them, and the sums back."""
 
     ep: Group

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.dispatch.base import Arrival
+from moe_dist.moe.choice import Choice
+from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, sent_rows
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import start_exchange
@@ -28,29 +28,29 @@ class AllToAllDispatcher:
     def __init__(
         self, mesh: Mesh, permute: Permutation, wire: Literal["ragged", "padded"], wire_dtype: Format = "same"
     ) -> None:
-        self.ep, self.permute, self.padded, self.wire = mesh.ep, permute, wire == "padded", Wire.of(wire_dtype)
+        self.ep = mesh.ep
+        self.permute = permute
+        self.padded = wire == "padded"
+        self.wire = Wire.of(wire_dtype)
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
         # 1. Gather kept assignments, sorted by expert, hence by the rank that holds it.
-        home = order_of(plan, self.permute)
+        home = order_of(choice.plan, self.permute)
         rows_SD = self.permute.gather_rows(x_TD, home)
         # 2. Who sends how much to whom.
-        route, order = self.route(sent_rows(plan, self.ep), x_TD.device)
-        # 3. Exchange.
-        x_XD = carry_out(rows_SD, route, self.wire)
-        return Arrival(x_XD, None, order, (home, route), self.wire.sent_bytes(route, x_TD))
+        trip, order = self.trip(sent_rows(choice.plan, self.ep), x_TD.device)
+        # 3. There, through the experts, and back.
+        y_XD = experts(carry_out(rows_SD, trip, self.wire), None, order)
+        y_SD = carry_home(y_XD, trip, self.wire)
+        return self.permute.combine_rows(y_SD, choice.weights_TK, home), self.wire.sent_bytes(trip, x_TD)
 
-    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
-        home, route = arrival.trip
-        return self.permute.combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
-
-    def route(self, sent_PPe: Tensor, device: torch.device) -> tuple["DirectRoute", RowOrder]:
+    def trip(self, sent_PPe: Tensor, device: torch.device) -> tuple["DirectTrip", RowOrder]:
         """How rows travel, and the experts they arrive for. Rows leave as (rank, its expert)."""
         return (_padded if self.padded else _ragged)(sent_PPe, self.ep, device)
 
 
 @dataclass(frozen=True)
-class DirectRoute:
+class DirectTrip:
     """send, receive: rows exchanged with each rank of the group. packed_S: the place of each row in the padded message,
     None on a ragged wire."""
 
@@ -94,17 +94,17 @@ class DirectRoute:
         return take
 
 
-def _ragged(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectRoute, RowOrder]:
+def _ragged(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectTrip, RowOrder]:
     """Rows arrive as (source rank, local expert); the order lists them as (local expert, source rank)."""
     send, held_Pe = sent_PPe[ep.rank].sum(1), sent_PPe[:, ep.rank]
-    route = DirectRoute(ep, tuple(send.tolist()), tuple(held_Pe.sum(1).tolist()))
-    return route, dense_arrival(held_Pe, device)
+    trip = DirectTrip(ep, tuple(send.tolist()), tuple(held_Pe.sum(1).tolist()))
+    return trip, dense_arrival(held_Pe, device)
 
 
-def _padded(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectRoute, RowOrder]:
+def _padded(sent_PPe: Tensor, ep: Group, device: torch.device) -> tuple[DirectTrip, RowOrder]:
     """Every (source rank, expert) has a block of the same size, the largest that any pair of the group needs."""
     block, local, held_Pe = max(int(sent_PPe.max()), 1), sent_PPe.shape[2], sent_PPe[:, ep.rank]
     cell_Pe = torch.arange(ep.size * local).view(ep.size, local) * block
     packed_S = ranges(cell_Pe, sent_PPe[ep.rank]).to(device)
     slots_R, sizes = ranges(cell_Pe.t(), held_Pe.t()), (local * block,) * ep.size
-    return DirectRoute(ep, sizes, sizes, packed_S), arrival_order(slots_R, held_Pe.sum(0), sum(sizes), device)
+    return DirectTrip(ep, sizes, sizes, packed_S), arrival_order(slots_R, held_Pe.sum(0), sum(sizes), device)

@@ -1,45 +1,41 @@
-"""Taking tokens to their experts and bringing the results back.
+"""What a dispatcher is: it takes tokens to their experts and brings the results back.
 
-A dispatcher carries rows between ranks; the experts sort what arrived, compute, and put every result where its row was,
-so the way back is the way there reversed. Every rank enters every exchange, also with zero rows.
+The experts sort what arrived, compute, and put every result where its row was, so the way back is the way there
+reversed. Every rank enters every exchange, also with zero rows.
 
-Legend: T tokens on this rank, K top_k, D d_model, X rows that arrived at this rank, E experts, e experts held here.
+Legend: T tokens on this rank, K assignments of a token, D d_model, X rows that arrived at this rank.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.choice import Choice
 from moe_dist.moe.dispatch.counts import order_of
 from moe_dist.parallel.mesh import Mesh
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """x_XD: rows as they arrived. order: which of this rank's experts each goes to. weights_XK: what to multiply
-    results by before adding them up, or None where that happens at home. trip: for `combine` alone.
+class RowExperts(Protocol):
+    """The experts that this rank holds, on rows: y[x] = sum over kept k of weights[x, k] * E_i(x).
 
-    sent_bytes: what this rank sends to other ranks in the forward pass, there and back; backward sends as much again.
+    x_XD: rows as they arrived. order: which of the experts each goes to. weights_XK: None where results are weighed at
+    home.
     """
 
-    x_XD: Tensor
-    weights_XK: Tensor | None
-    order: RowOrder
-    trip: Any
-    sent_bytes: int = 0
+    def __call__(self, x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder, /) -> Tensor: ...
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
-        """Tokens to the ranks of their experts."""
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
+        """There, through the experts, and back: (y_TD, sent_bytes).
 
-    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
-        """y_TD: the weighted sum of the results of each token's kept assignments."""
+        y_TD: the weighted sum of the results of each token's kept assignments. sent_bytes: what this rank sends to
+        other ranks in the forward pass, there and back, of rows as wide as x_TD; backward sends as much again.
+        """
 
 
 class LocalDispatcher:
@@ -50,23 +46,38 @@ class LocalDispatcher:
         if mesh.ep.size > 1:
             raise ValueError(f"dispatch=local needs all experts on every rank, but ep={mesh.ep.size}: use all_to_all")
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
-        return Arrival(x_TD, weights_TK, order_of(plan, self.permute), trip=None)
-
-    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
-        return y_XD
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
+        return experts(x_TD, choice.weights_TK, order_of(choice.plan, self.permute)), 0
 
 
-def split_over_etp(plan: DispatchPlan, weights_TK: Tensor, parts: int) -> tuple[DispatchPlan, Tensor]:
-    """Expert tensor parallelism as a finer dispatch: expert i is the sum of the narrower experts i * parts, ...,
-    i * parts + parts - 1, and a token of expert i goes to all of them with the same weight."""
-    if parts == 1:
-        return plan, weights_TK
-    offsets = torch.arange(parts, device=weights_TK.device)
-    experts_TK = (plan.experts_TK[..., None] * parts + offsets).flatten(1)
+class EtpDispatcher:
+    """Expert tensor parallelism: another dispatcher, between the `parts` narrower experts that make one each."""
+
+    def __init__(self, inner: Dispatcher, parts: int) -> None:
+        self.inner = inner
+        self.parts = parts
+
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
+        return self.inner.carry(x_TD, in_parts(choice, self.parts), experts)
+
+
+def in_parts(choice: Choice, parts: int) -> Choice:
+    """A finer choice: expert i is the sum of the narrower experts i * parts, ..., i * parts + parts - 1, and a token of
+    expert i goes to all of them with the same weight.
+
+    With 2 parts, a token of experts [3, 0] with weights [.7, .3] is one of [6, 7, 0, 1] with [.7, .7, .3, .3].
+    """
+    plan = choice.plan
+    offsets = torch.arange(parts, device=plan.experts_TK.device)
 
     def each(values: Tensor) -> Tensor:
         return values[..., None].expand(*values.shape, parts).flatten(1)
 
-    finer = DispatchPlan(experts_TK, each(plan.kept_TK), each(plan.counts_WE), each(plan.kept_WE), plan.capacity)
-    return finer, each(weights_TK)
+    finer = replace(
+        plan,
+        experts_TK=(plan.experts_TK[..., None] * parts + offsets).flatten(1),
+        kept_TK=each(plan.kept_TK),
+        counts_WE=each(plan.counts_WE),
+        kept_WE=each(plan.kept_WE),
+    )
+    return replace(choice, plan=finer, weights_TK=each(choice.weights_TK))

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.capacity import DispatchPlan
+from moe_dist.moe.choice import DispatchPlan
 from moe_dist.parallel.mesh import Group
 
 
 def sent_rows(plan: DispatchPlan, ep: Group) -> Tensor:
-    """sent_PPe. Known already: the counts travelled with the capacity rule."""
+    """sent_PPe. Known already: the counts travelled with the capacity rule.
+
+    With ep = 2 and four experts, rank 0's row of kept_WE [5, 0, 2, 1] says: 5 and 0 rows to rank 0, 2 and 1 to rank 1.
+    """
     first = ep.ranks[0]  # an ep group is consecutive ranks of the world
     return plan.kept_WE[first : first + ep.size].cpu().view(ep.size, ep.size, -1)
 
@@ -26,7 +29,11 @@ def order_of(plan: DispatchPlan, permute: Permutation, place_E: Tensor | None = 
 
 
 def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch.device) -> RowOrder:
-    """Rows that go to one expert each, slots_R listing them expert after expert; rows not listed are padding."""
+    """Rows that go to one expert each, slots_R listing them expert after expert; rows not listed are padding.
+
+    slots_R [2, 0, 3] of 4 rows with counts [1, 2]: row 2 is for expert 0, rows 0 and 3 for expert 1. So rows_X, where
+    each row is when sorted, is [1, -, 0, 2], and row 1 is not kept.
+    """
     rows_per_expert, slots_R = tuple(counts_e.tolist()), slots_R.to(device)
     rows_X = torch.zeros(arrived, dtype=torch.int64, device=device)
     kept_X = torch.zeros(arrived, dtype=torch.bool, device=device)
@@ -38,7 +45,11 @@ def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch
 
 
 def dense_arrival(held_Pe: Tensor, device: torch.device) -> RowOrder:
-    """The order of rows that arrive as (source rank, local expert), held_Pe of each, without padding."""
+    """The order of rows that arrive as (source rank, local expert), held_Pe of each, without padding.
+
+    Rank 0 sends 2 rows for expert 0 and 1 for expert 1, rank 1 sends 0 and 3: held_Pe [[2, 1], [0, 3]]. Rows 0 1 are
+    for expert 0, row 2 and rows 3 4 5 for expert 1, so slots_R is as they lie; with [[1, 2], [3, 0]] it is 0 3 4 5 1 2.
+    """
     slots_R = transposed(held_Pe)
     return arrival_order(slots_R, held_Pe.sum(0), slots_R.numel(), device)
 
@@ -51,7 +62,8 @@ def transposed(cells_IJ: Tensor) -> Tensor:
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Concatenated [start, start + length) of every cell, in row-major order."""
+    """Concatenated [start, start + length) of every cell, in row-major order: starts [5, 0, 9] and lengths [2, 0, 3]
+    give 5 6 9 10 11."""
     starts, lengths = starts.flatten(), lengths.flatten()
     shift = starts - (lengths.cumsum(0) - lengths)
     total = int(lengths.sum())

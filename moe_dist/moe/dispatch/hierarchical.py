@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
-from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.dispatch.base import Arrival
+from moe_dist.moe.choice import Choice
+from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.counts import dense_arrival, order_of, sent_rows, transposed
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import exchange_rows
@@ -27,32 +27,32 @@ class HierarchicalDispatcher:
     """Raises ValueError when the nodes of an ep group hold unequal numbers of its ranks."""
 
     def __init__(self, mesh: Mesh, permute: Permutation, wire_dtype: Format = "same") -> None:
+        self.ep = mesh.ep
+        self.node = mesh.ep_node
+        self.across = mesh.ep_across
         self.permute = permute
-        self.ep, self.node, self.across, self.wire = mesh.ep, mesh.ep_node, mesh.ep_across, Wire.of(wire_dtype)
+        self.wire = Wire.of(wire_dtype)
         local = mesh.layout.ep_local
         assert (self.node.size, self.across.size) == (local, mesh.ep.size // local), "groups of another layout"
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Arrival:
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
         # 1. Gather kept assignments, sorted by the place of their rank on its node, then by node, then by expert.
-        sent_PPe = sent_rows(plan, self.ep)
-        home = order_of(plan, self.permute, self._departure(sent_PPe.shape[2]).to(x_TD.device))
+        sent_PPe = sent_rows(choice.plan, self.ep)
+        home = order_of(choice.plan, self.permute, self._departure(sent_PPe.shape[2]).to(x_TD.device))
         rows_SD = self.permute.gather_rows(x_TD, home)
-        # 2. Two exchanges. Rows arrive as over one: by source rank, then by expert.
-        route = self._route(sent_PPe, x_TD.device)
-        x_XD = carry_out(rows_SD, route, self.wire)
+        # 2. There in two exchanges, through the experts, and back. Rows arrive as over one: by source rank, by expert.
+        trip = self.trip(sent_PPe, x_TD.device)
         order = dense_arrival(sent_PPe[:, self.ep.rank], x_TD.device)
-        return Arrival(x_XD, None, order, (home, route), self.wire.sent_bytes(route, x_TD))
-
-    def combine(self, y_XD: Tensor, weights_TK: Tensor, arrival: Arrival) -> Tensor:
-        home, route = arrival.trip
-        return self.permute.combine_rows(carry_home(y_XD, route, self.wire), weights_TK, home)
+        y_XD = experts(carry_out(rows_SD, trip, self.wire), None, order)
+        y_SD = carry_home(y_XD, trip, self.wire)
+        return self.permute.combine_rows(y_SD, choice.weights_TK, home), self.wire.sent_bytes(trip, x_TD)
 
     def _departure(self, local_experts: int) -> Tensor:
         """place_E: where rows of each expert stand among those that leave."""
         places = torch.arange(self.ep.size * local_experts).view(self.node.size, self.across.size, local_experts)
         return places.transpose(0, 1).flatten()
 
-    def _route(self, sent_PPe: Tensor, device: torch.device) -> "TwoStepRoute":
+    def trip(self, sent_PPe: Tensor, device: torch.device) -> "TwoStepTrip":
         nodes, places = self.across.size, self.node.size
         # [from node, from place, to node, to place]
         sent_NLNL = sent_PPe.sum(2).view(nodes, places, nodes, places)
@@ -60,7 +60,7 @@ class HierarchicalDispatcher:
         # Halfway, this rank holds what its node sends to its place on every node: as (from place, to node).
         half_LN = sent_NLNL[node, :, :, place]
         forth_M = transposed(half_LN).to(device) if nodes > 1 and places > 1 else None
-        return TwoStepRoute(
+        return TwoStepTrip(
             self.node,
             self.across,
             node_send=_listed(sent_NLNL[node, place].sum(0)),
@@ -73,7 +73,7 @@ class HierarchicalDispatcher:
 
 
 @dataclass(frozen=True)
-class TwoStepRoute:
+class TwoStepTrip:
     """Rows exchanged with each rank of both groups. forth_M: halfway, the row that comes at each place when sorted by
     the node they go on to; back_M its inverse; None where they are sorted as they come."""
 

@@ -16,51 +16,64 @@ group, e experts of each, n parts. sent_PPe[i, j, k]: rows that rank i sends to 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.moe.capacity import DispatchPlan
-from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectRoute
-from moe_dist.moe.dispatch.base import Dispatcher
+from moe_dist.moe.choice import Choice
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectTrip
+from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.counts import order_of, sent_rows
 from moe_dist.moe.dispatch.wire import Wire
-from moe_dist.moe.experts import Experts
 
 
-def overlapped(
-    dispatcher: Dispatcher, experts: Experts, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, parts: int
-) -> tuple[Tensor, int]:
-    """What dispatch, experts and combine give together, in `parts` parts: (y_TD, sent_bytes)."""
-    assert isinstance(dispatcher, AllToAllDispatcher), "make_dispatcher refuses to overlap others"
-    # 1. Gather kept assignments sorted by part, then by rank, then by expert.
-    sent_PPe = sent_rows(plan, dispatcher.ep)
-    home = order_of(plan, dispatcher.permute, _departure(sent_PPe, parts).to(x_TD.device))
-    rows_SD = dispatcher.permute.gather_rows(x_TD, home)
-    # 2. Each part travels like a dispatch of its own.
-    sent_nPPe = sent_PPe.unflatten(2, (parts, -1)).permute(2, 0, 1, 3)
-    routes, orders = zip(*(dispatcher.route(sent, x_TD.device) for sent in sent_nPPe), strict=True)
-    sizes = sent_nPPe[:, dispatcher.ep.rank].sum((1, 2)).tolist()
-    voyage = _Voyage(list(routes), sizes, dispatcher.wire)
-    # 3. There, compute, back.
-    tokens = voyage.load(rows_SD)
-    on_the_way, sent_home = voyage.start(0, tokens[0]), []
-    for i, (w, widths) in enumerate(experts.parts(parts)):
-        x_XD = voyage.arrive(i, on_the_way)
-        if i + 1 < parts:
-            on_the_way = voyage.start(i + 1, tokens[i + 1])
-        y_XD = experts(x_XD, None, orders[i], w, widths)
-        sent_home.append(voyage.start_home(i, y_XD))
-    y_SD = voyage.unload(sent_home)
-    return dispatcher.permute.combine_rows(y_SD, weights_TK, home), sum(
-        dispatcher.wire.sent_bytes(route, x_TD) for route in routes
-    )
+@runtime_checkable
+class PartedExperts(Protocol):
+    """Experts that can be had in parts."""
+
+    def parts(self, number: int) -> list[RowExperts]:
+        """Consecutive ones, equally many in each part."""
 
 
-def _departure(sent_PPe: Tensor, parts: int) -> Tensor:
-    """place_E: where rows of each expert stand among those that leave."""
+class OverlappedDispatcher:
+    """What `direct` does, in `parts` parts."""
+
+    def __init__(self, direct: AllToAllDispatcher, parts: int) -> None:
+        self.direct = direct
+        self.parts = parts
+
+    def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
+        assert isinstance(experts, PartedExperts), "only feed-forward experts are overlapped"
+        ep, permute, wire = self.direct.ep, self.direct.permute, self.direct.wire
+        # 1. Gather kept assignments sorted by part, then by rank, then by expert.
+        sent_PPe = sent_rows(choice.plan, ep)
+        home = order_of(choice.plan, permute, departure(sent_PPe, self.parts).to(x_TD.device))
+        rows_SD = permute.gather_rows(x_TD, home)
+        # 2. Each part travels like a dispatch of its own.
+        sent_nPPe = sent_PPe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
+        trips, orders = zip(*(self.direct.trip(sent, x_TD.device) for sent in sent_nPPe), strict=True)
+        sizes = sent_nPPe[:, ep.rank].sum((1, 2)).tolist()
+        voyage = _Voyage(list(trips), sizes, wire)
+        # 3. There, compute, back.
+        tokens = voyage.load(rows_SD)
+        on_the_way, sent_home = voyage.start(0, tokens[0]), []
+        for i, part in enumerate(experts.parts(self.parts)):
+            x_XD = voyage.arrive(i, on_the_way)
+            if i + 1 < self.parts:
+                on_the_way = voyage.start(i + 1, tokens[i + 1])
+            sent_home.append(voyage.start_home(i, part(x_XD, None, orders[i])))
+        y_TD = permute.combine_rows(voyage.unload(sent_home), choice.weights_TK, home)
+        return y_TD, sum(wire.sent_bytes(trip, x_TD) for trip in trips)
+
+
+def departure(sent_PPe: Tensor, parts: int) -> Tensor:
+    """place_E: where rows of each expert stand among those that leave.
+
+    Two ranks with four experts each, 0 to 3 and 4 to 7, in 2 parts: rows for 0 1 4 5 leave first, then those for
+    2 3 6 7, so the places of experts 0 to 7 are 0 1 4 5 2 3 6 7.
+    """
     ranks, local = sent_PPe.shape[1:]
     places = torch.arange(ranks * local).view(parts, ranks, local // parts)
     return places.transpose(0, 1).flatten()
@@ -70,8 +83,10 @@ class _Voyage:
     """Buffers and exchanges of all parts. Each public method is one node of autograd's graph, with what it does forward
     and what it does backward; tokens tie the nodes together and carry no numbers."""
 
-    def __init__(self, routes: list[DirectRoute], sizes: list[int], wire: Wire) -> None:
-        self.routes, self.sizes, self.wire = routes, sizes, wire
+    def __init__(self, trips: list[DirectTrip], sizes: list[int], wire: Wire) -> None:
+        self.trips = trips
+        self.sizes = sizes
+        self.wire = wire
         # Rows or gradients of all parts at home, and exchanges that were started: `there` goes from home to experts.
         self.home: dict[str, tuple[Tensor, ...]] = {}
         self.whole: dict[str, Tensor] = {}
@@ -90,7 +105,7 @@ class _Voyage:
 
     def start(self, i: int, token: Tensor) -> Tensor:
         def forward(token: Tensor) -> Tensor:
-            self.there[i] = self.routes[i].start_there(self.home["rows"][i], self.wire.out)
+            self.there[i] = self.trips[i].start_there(self.home["rows"][i], self.wire.out)
             if i + 1 == len(self.sizes):
                 self._drop("rows")
             return token.clone()
@@ -108,7 +123,7 @@ class _Voyage:
         def backward(grad_XD: Tensor) -> tuple[Tensor]:
             if "grads" not in self.home:
                 self._keep("grads", grad_XD.new_empty(sum(self.sizes), grad_XD.shape[1]))
-            self.back[i] = self.routes[i].start_back(grad_XD, self.wire.rest, self.home["grads"][i])
+            self.back[i] = self.trips[i].start_back(grad_XD, self.wire.rest, self.home["grads"][i])
             return (grad_XD.new_zeros(()),)
 
         return _node(forward, backward, token)
@@ -117,7 +132,7 @@ class _Voyage:
         def forward(y_XD: Tensor) -> Tensor:
             if "results" not in self.home:
                 self._keep("results", y_XD.new_empty(sum(self.sizes), y_XD.shape[1]))
-            self.back[i] = self.routes[i].start_back(y_XD, self.wire.rest, self.home["results"][i])
+            self.back[i] = self.trips[i].start_back(y_XD, self.wire.rest, self.home["results"][i])
             return y_XD.new_zeros(())
 
         def backward(_: Tensor) -> tuple[Tensor]:
@@ -135,7 +150,7 @@ class _Voyage:
             # All of them now: there is nothing to compute before the last part's gradients are with its experts.
             parts = grad_SD.split(self.sizes)
             for i in reversed(range(len(parts))):
-                self.there[i] = self.routes[i].start_there(parts[i], self.wire.rest)
+                self.there[i] = self.trips[i].start_there(parts[i], self.wire.rest)
             return tuple(grad_SD.new_zeros(()) for _ in parts)
 
         return _node(forward, backward, *tokens)

@@ -32,14 +32,14 @@ class Wire(NamedTuple):
     def of(wire_dtype: Format) -> "Wire":
         return Wire(wire_dtype, "same" if wire_dtype == "same" else "bf16")
 
-    def sent_bytes(self, route: "Route", like: Tensor) -> int:
+    def sent_bytes(self, trip: "Trip", like: Tensor) -> int:
         """Of rows like `like`, there and back."""
-        there, back = route.away
+        there, back = trip.away
         width, dtype = like.shape[1], like.dtype
         return there * row_bytes(width, dtype, self.out) + back * row_bytes(width, dtype, self.rest)
 
 
-class Route(Protocol):
+class Trip(Protocol):
     """Rows to the ranks of their experts, and results the other way. Not differentiable; every rank enters both.
 
     away: rows this rank sends to other ranks, (there, back); padding counts.
@@ -53,14 +53,14 @@ class Route(Protocol):
     def back(self, rows_XD: Tensor, form: Format) -> Tensor: ...
 
 
-def carry_out(rows_SD: Tensor, route: Route, wire: Wire) -> Tensor:
+def carry_out(rows_SD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Rows to their experts; their gradients come back the same way."""
-    return _Carry.apply(rows_SD, route.there, wire.out, route.back, wire.rest)
+    return _Carry.apply(rows_SD, trip.there, wire.out, trip.back, wire.rest)
 
 
-def carry_home(rows_XD: Tensor, route: Route, wire: Wire) -> Tensor:
+def carry_home(rows_XD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Results to where their rows came from."""
-    return _Carry.apply(rows_XD, route.back, wire.rest, route.there, wire.rest)
+    return _Carry.apply(rows_XD, trip.back, wire.rest, trip.there, wire.rest)
 
 
 class _Carry(torch.autograd.Function):

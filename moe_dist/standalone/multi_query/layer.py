@@ -16,7 +16,7 @@ from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.rotary import apply_rotary, rotary_table
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.flash import flash_provider
-from moe_dist.kernels.attention.pattern import Dropout, Pattern
+from moe_dist.kernels.attention.pattern import Dropout, PackedSequences, Pattern
 from moe_dist.kernels.attention.reference import attend_with_weights
 from moe_dist.kernels.random import RandomKey
 from moe_dist.parallel.collectives import (
@@ -27,15 +27,16 @@ from moe_dist.parallel.collectives import (
     reduce_from_group,
     scatter_sequence,
 )
+from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group
-from moe_dist.standalone.counting import drawn_seed
+from moe_dist.standalone.base import Layer, device_of, drawn_seed
 from moe_dist.standalone.multi_query.inputs import Past, check_bias, check_lengths, check_mask, check_past, extend
 from moe_dist.standalone.multi_query.norms import Norm
 from moe_dist.standalone.multi_query.options import check_options, check_sizes
-from moe_dist.standalone.multi_query.parts import Heads, Part, initialize, logical_state, qkv_part, sum_shared
+from moe_dist.standalone.multi_query.parts import Part, initialize_part, logical_state, qkv_part, sum_shared
 
 
-class MultiQueryAttention(nn.Module):
+class MultiQueryAttention(Layer):
     """softmax(scale * q k^T + bias) v for every query head, all of them on num_kv_heads heads of keys and values.
 
     attn_impl: `triton` (ours), `flash` (the flash-attn package on GPU where it is installed, else torch's fused
@@ -84,41 +85,61 @@ class MultiQueryAttention(nn.Module):
         sequence_parallel: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        self.tp, self.sequence_parallel = tp or Group(), sequence_parallel
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tp = tp or Group()
+        super().__init__(drawn_seed(seed, tp.size))
+        self.tp = tp
+        self.sequence_parallel = sequence_parallel
+        if device is None and torch.get_default_device().type == "cpu" and torch.cuda.is_available():
+            device = "cuda"
+        device = device_of(device)
         check_sizes(d_model, heads, num_kv_heads, head_dim, self.tp.size)
         check_options(attn_impl, clip_qkv, attn_pdrop, norm_type, fc_type, window, device.type)
-        self.d_model, self.heads, self.num_kv_heads = d_model, heads, num_kv_heads
+        self.d_model = d_model
+        self.heads = heads
+        self.num_kv_heads = num_kv_heads
         self.head_dim = d_model // heads if head_dim is None else head_dim
         if rotary and self.head_dim % 2:
             raise ValueError(f"rotary turns pairs of numbers, but head_dim={self.head_dim} is odd")
-        self.attn_impl, self.clip_qkv, self.qk_ln, self.attn_pdrop = attn_impl, clip_qkv, qk_ln, attn_pdrop
+        self.attn_impl = attn_impl
+        self.clip_qkv = clip_qkv
+        self.qk_ln = qk_ln
+        self.attn_pdrop = attn_pdrop
         self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.rope_theta = rope_theta if rotary else None
-        self.alibi, self.window = alibi, window
+        self.alibi = alibi
+        self.window = window
         self.attend = attention(attn_impl)
-        self.seed, self.step = drawn_seed(seed, self.tp.size), 0
 
-        self.mine = Heads.of(heads, num_kv_heads, self.tp)
+        self.mine = HeadAssignment.of(heads, num_kv_heads, self.tp)
         self.qkv = qkv_part(self.mine, heads, num_kv_heads, self.head_dim)
-        width, first = self.mine.count * self.head_dim, self.mine.first * self.head_dim
+        width, first = len(self.mine.queries) * self.head_dim, self.mine.queries.start * self.head_dim
         own = range(first, first + width)
-        out = Part.of(heads * self.head_dim, [(own, own)], dim=1)
+        self.out = Part.of(heads * self.head_dim, [(own, own)], dim=1)
         self.Wqkv = nn.Linear(d_model, len(self.qkv.index_N), use_bias, device)
         self.out_proj = nn.Linear(width, d_model, use_bias, device)
-        for name, linear, part in (("Wqkv", self.Wqkv, self.qkv), ("out_proj", self.out_proj, out)):
-            initialize(linear, part, RandomKey.of(self.seed, name))
         width = heads * self.head_dim
         self.q_ln = Norm(width, norm_type, device, self.tp, cut=True) if qk_ln else None
         self.k_ln = Norm(self.head_dim, norm_type, device, self.tp) if qk_ln else None
         self.sinks = nn.Parameter(torch.zeros(heads, device=device)) if sinks else None
         if self.tp.size > 1:
             logical_state(self.Wqkv, self.tp, weight=self.qkv, **(dict(bias=self.qkv) if use_bias else {}))
-            logical_state(self.out_proj, self.tp, weight=out)
+            logical_state(self.out_proj, self.tp, weight=self.out)
+        if device.type != "meta":
+            self.reset_parameters()
         if verbose:
             runs = flash_provider(device.type) if attn_impl == "flash" else attn_impl
             print(f"MultiQueryAttention({self.extra_repr()}) on {device}: attention by {runs}")
+
+    def reset_parameters(self) -> None:
+        self.step = 0
+        with torch.no_grad():
+            for name, linear, part in (("Wqkv", self.Wqkv, self.qkv), ("out_proj", self.out_proj, self.out)):
+                initialize_part(linear, part, RandomKey.of(self.seed, name))
+            for norm in (self.q_ln, self.k_ln):
+                if norm is not None:
+                    norm.reset_parameters()
+            if self.sinks is not None:
+                self.sinks.zero_()
 
     def forward(
         self,
@@ -173,7 +194,7 @@ class MultiQueryAttention(nn.Module):
     @property
     def held_kv_heads(self) -> int:
         """Key/value heads of this rank's caches."""
-        return len(self.mine.held)
+        return len(self.mine.kv_held)
 
     def extra_repr(self) -> str:
         names = "d_model heads num_kv_heads head_dim attn_impl".split()
@@ -202,8 +223,8 @@ class MultiQueryAttention(nn.Module):
         k_BGSP, v_BGSP = self._read(k_BGSP), self._read(v_BGSP)
         q_THP, k_TGP, v_TGP = (t[0].transpose(0, 1) for t in (q_BHSP, k_BGSP, v_BGSP))
         if tokens:
-            sizes = (starts_N, starts_N, longest, longest)
-            q_THP = varlen(self.attn_impl)(q_THP, k_TGP, v_TGP, *sizes, pattern, self.softmax_scale)
+            packed = PackedSequences.same(starts_N, longest)
+            q_THP = varlen(self.attn_impl)(q_THP, k_TGP, v_TGP, packed, pattern, self.softmax_scale)
         return self._leave(q_THP.flatten(1)[None])[0]
 
     def _check(self, x: Tensor, needs_weights: bool, dims: int) -> None:
@@ -231,7 +252,7 @@ class MultiQueryAttention(nn.Module):
         bias = check_bias(bias, x.shape[0], self.heads, queries, keys, starts_B is not None)
         if bias is not None:
             bias = copy_to_group(bias, self.tp)
-            bias = bias if bias.shape[1] == 1 else bias[:, self.mine.first : self.mine.first + self.mine.count]
+            bias = bias if bias.shape[1] == 1 else bias[:, self.mine.queries.start : self.mine.queries.stop]
         if starts_B is not None and not causal:  # what lies past a row's end in the cache has no meaning
             filled_BS = torch.arange(keys, device=x.device) < starts_B[:, None] + queries
             keys_BS = filled_BS if keys_BS is None else keys_BS & filled_BS
@@ -246,16 +267,11 @@ class MultiQueryAttention(nn.Module):
     def _dropout(self, step: int | None, first_row: int) -> Dropout | None:
         if not self.training or self.attn_pdrop == 0.0:
             return None
-        if step is None:
-            if self.attn_impl != "flash" and torch._C._current_graph_task_id() != -1:
-                raise ValueError(
-                    "this forward pass is run again inside a backward pass (activation checkpointing), and would draw "
-                    "other random numbers: give forward the same `step` both times"
-                )
-            step = self.step
-            self.step += 1
-        key = RandomKey.of(self.seed, "attention", step)
-        return Dropout(self.attn_pdrop, key, first_row, self.mine.first, self.heads)
+        step = self.pass_of(step)
+        # Whoever cuts heads over tp or names the first row says themselves which rows these are.
+        told = self.tp.size > 1 or first_row > 0
+        key = RandomKey.of(self.seed, "attention", step) if told else self.key_of("attention", step)
+        return Dropout(self.attn_pdrop, key, first_row, self.mine.queries.start, self.heads)
 
     def _enter(self, x: Tensor) -> Tensor:
         if self.sequence_parallel:
@@ -277,7 +293,7 @@ class MultiQueryAttention(nn.Module):
 
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> [B, H, S, P] and twice [B, G, S, P], of one dtype: that of the projection."""
-        queries, width = self.mine.count * self.head_dim, self.held_kv_heads * self.head_dim
+        queries, width = len(self.mine.queries) * self.head_dim, self.held_kv_heads * self.head_dim
         if self.tp.size > 1 and self.mine.shared:
             shared = partial(sum_shared, part=self.qkv, first=queries, tp=self.tp)
             bias = None if self.Wqkv.bias is None else shared(self.Wqkv.bias)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.parallel.collectives import copy_to_group, own_slice, reduce_from_group
+from moe_dist.parallel.collectives import copy_to_group, own_slice
 from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.norm import norm_over_group
 
 NormType = Literal["layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"]
 _EPS = 1e-5
@@ -30,10 +31,18 @@ class Norm(nn.Module):
     ) -> None:
         super().__init__()
         assert norm_type in get_args(NormType)
-        self.width, self.tp, self.cut = width, tp or Group(), cut and tp is not None and tp.size > 1
-        self.low_precision, self.centred = norm_type.startswith("low_precision"), norm_type.endswith("layernorm")
+        self.width = width
+        self.tp = tp or Group()
+        self.cut = cut and tp is not None and tp.size > 1
+        self.low_precision = norm_type.startswith("low_precision")
+        self.centred = norm_type.endswith("layernorm")
         self.weight = nn.Parameter(torch.ones(width, device=device))
         self.bias = nn.Parameter(torch.zeros(width, device=device)) if self.centred else None
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]; [..., c] -> [..., c] where cut."""
@@ -45,7 +54,7 @@ class Norm(nn.Module):
         bias = None if self.bias is None else self._own(self.bias).to(dtype)
         with torch.autocast(kind, enabled=False):
             if self.cut:
-                return self._over_ranks(x.to(dtype), weight, bias)
+                return norm_over_group(x.to(dtype), weight, bias, _EPS, self.tp)
             if self.centred:
                 return F.layer_norm(x.to(dtype), (self.width,), weight, bias, _EPS)
             return F.rms_norm(x.to(dtype), (self.width,), weight, _EPS)
@@ -57,15 +66,3 @@ class Norm(nn.Module):
     def _own(self, param: Tensor) -> Tensor:
         param = copy_to_group(param, self.tp)
         return own_slice(param, self.tp) if self.cut else param
-
-    def _over_ranks(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as torch's own norms compute inside
-        if bias is None:
-            return (wide * (self._mean(wide.square()) + _EPS).rsqrt() * weight).to(x.dtype)
-        centred = wide - self._mean(wide)
-        return (centred * (self._mean(centred.square()) + _EPS).rsqrt() * weight + bias).to(x.dtype)
-
-    def _mean(self, x: Tensor) -> Tensor:
-        """Over all C. Every rank's part reads it, so its gradient is summed over them, too."""
-        total = reduce_from_group(x.sum(-1, keepdim=True), self.tp)
-        return copy_to_group(total, self.tp) / self.width

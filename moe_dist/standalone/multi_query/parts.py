@@ -12,37 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.random import RandomKey
-from moe_dist.parallel.collectives import all_reduce
+from moe_dist.parallel.collectives import all_reduce, with_gradient
+from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Query head h of the whole layer reads key/value head h * G // H. held: key/value heads that this rank's query
-    heads read; owned: those of them that no earlier rank holds. reads: for each query head here, which of the held
-    ones; None where it is a plain repetition."""
-
-    first: int
-    count: int
-    held: range
-    owned: range
-    shared: bool
-    reads: tuple[int, ...] | None
-
-    @staticmethod
-    def of(heads: int, num_kv_heads: int, tp: Group) -> "Heads":
-        count, each = heads // tp.size, heads // num_kv_heads
-        first = tp.rank * count
-        readers = [head // each for head in range(first, first + count)]
-        held = range(readers[0], readers[-1] + 1)
-        owned = range(-(-first // each), held.stop)  # its first reader is here
-        local = tuple(reader - held.start for reader in readers)
-        repeats = count // len(held)
-        regular = local == tuple(head // repeats for head in range(count))
-        return Heads(first, count, held, owned, num_kv_heads % tp.size != 0, None if regular else local)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,21 +51,21 @@ class Part:
         return all_reduce(whole, tp)
 
 
-def qkv_part(heads: Heads, num_heads: int, num_kv_heads: int, head_dim: int) -> Part:
+def qkv_part(heads: HeadAssignment, num_heads: int, num_kv_heads: int, head_dim: int) -> Part:
     """Rows of the fused weight [H * P + 2 * G * P, D]: queries, keys, values, head after head."""
 
     def rows(first: int, of: range) -> range:
         return range(first + of.start * head_dim, first + of.stop * head_dim)
 
     keys, values = num_heads * head_dim, (num_heads + num_kv_heads) * head_dim
-    queries = rows(0, range(heads.first, heads.first + heads.count))
+    queries = rows(0, heads.queries)
     blocks = [(queries, queries)]
-    blocks += [(rows(first, heads.held), rows(first, heads.owned)) for first in (keys, values)]
+    blocks += [(rows(first, heads.kv_held), rows(first, heads.kv_owned)) for first in (keys, values)]
     return Part.of(values + num_kv_heads * head_dim, blocks)
 
 
 @torch.no_grad()
-def initialize(linear: nn.Linear, part: Part, key: RandomKey) -> None:
+def initialize_part(linear: nn.Linear, part: Part, key: RandomKey) -> None:
     """Normal with a standard deviation of (numbers summed)^-0.5, bias zero: the same logical weight in any layout."""
     shape = list(linear.weight.shape)
     shape[part.dim] = part.size
@@ -135,20 +109,12 @@ def _cut(
 def sum_shared(x: Tensor, part: Part, first: int, tp: Group) -> Tensor:
     """Identity on a rank's fused weight or bias; the gradient of its entries from `first` on (keys and values), which
     other ranks may hold too, is summed over all that hold them."""
-    return _SumShared.apply(x, part, first, tp)
 
+    def summed(grad: Tensor) -> Tensor:
+        start = tp.size * first  # every rank has as many rows of queries
+        index = part.index_N[first:].to(grad.device) - start
+        whole = grad.new_zeros(part.size - start, *grad.shape[1:])
+        whole = all_reduce(whole.index_copy_(0, index, grad[first:]), tp)
+        return torch.cat((grad[:first], whole[index]))
 
-class _SumShared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part, first: int, tp: Group) -> Tensor:
-        ctx.part, ctx.first, ctx.tp = part, first, tp
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        start = ctx.tp.size * ctx.first  # every rank has as many rows of queries
-        index = ctx.part.index_N[ctx.first :].to(grad.device) - start
-        whole = grad.new_zeros(ctx.part.size - start, *grad.shape[1:])
-        whole = all_reduce(whole.index_copy_(0, index, grad[ctx.first :]), ctx.tp)
-        return torch.cat((grad[: ctx.first], whole[index])), None, None, None
+    return with_gradient(x, lambda x: x.view_as(x), summed)

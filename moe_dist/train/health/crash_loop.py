@@ -7,9 +7,9 @@ run that is killed now and then goes on, one that dies at the same step each tim
 import json
 from pathlib import Path
 
+from moe_dist.disk import replace_text
 from moe_dist.train.exit_codes import CRASH_LOOP, EndRun
-from moe_dist.train.record.metrics import last_logged_step
-from moe_dist.train.record.status import replace_text
+from moe_dist.train.record.history import last_logged_step
 
 FILE = "restarts.json"
 
@@ -40,4 +40,4 @@ def refuse_crash_loop(folder: Path, checkpoint: int | None, starts: int, max_res
 
 def note_start(folder: Path, checkpoint: int | None, starts: int, furthest: int) -> None:
     """Rank 0 alone. starts: this one included."""
-    replace_text(folder, FILE, json.dumps({"checkpoint": checkpoint, "starts": starts, "furthest": furthest}))
+    replace_text(folder / FILE, json.dumps({"checkpoint": checkpoint, "starts": starts, "furthest": furthest}))

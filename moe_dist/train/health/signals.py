@@ -15,30 +15,32 @@ import torch.distributed as dist
 
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Group
+from moe_dist.process import ECHO_SECONDS, STOP_SIGNALS, EarlySignals
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 TIME_LIMIT = "time limit"
 
-_OUT_OF_TIME = 1  # below the numbers of all SIGNALS, so that a signal that came too is the one that is told
-_ECHO_SECONDS = 1.0  # a terminal's Ctrl-C reaches ranks at once, and again through torchrun
+_OUT_OF_TIME = 1  # below the numbers of all STOP_SIGNALS, so that a signal that came too is the one that is told
 
 
 class StopGuard:
     """Within `with StopGuard() as guard:` the signals above are noted; afterwards the old handlers are back.
 
     Enter on the main thread: Python handles signals on no other. minutes: after which the run shall stop, from now.
-    A second SIGINT, a second or more after the first, raises KeyboardInterrupt.
+    early: what was heard before. A second SIGINT, a second or more after the first, raises KeyboardInterrupt.
     """
 
-    def __init__(self, minutes: float | None = None) -> None:
+    def __init__(self, minutes: float | None = None, early: EarlySignals | None = None) -> None:
         self._heard = 0
+        self._early = early
         self._interrupted: float | None = None
         self._deadline = None if minutes is None else time.monotonic() + minutes * 60
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopGuard":
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        if self._early is not None:  # now that it hears no more
+            self._heard = self._heard or self._early.heard
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -49,7 +51,7 @@ class StopGuard:
         self._heard = number
         if number == signal.SIGINT:
             now = time.monotonic()
-            if self._interrupted is not None and now - self._interrupted >= _ECHO_SECONDS:
+            if self._interrupted is not None and now - self._interrupted >= ECHO_SECONDS:
                 raise KeyboardInterrupt
             self._interrupted = self._interrupted or now
 

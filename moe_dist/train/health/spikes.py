@@ -8,9 +8,10 @@ median, times 1.4826 is the standard deviation of normal noise, and a few wild v
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from moe_dist.config.schema import GuardConfig
 from moe_dist.train.exit_codes import DIVERGED, EndRun
@@ -51,6 +52,7 @@ class Health:
         self, guard: GuardConfig, skipped: int = 0, recent: Iterable[float] = (), checkpoint: bool = False
     ) -> None:
         self.guard, self.skipped, self.in_a_row = guard, skipped, 0
+        self.finite = True  # loss and gradients of the last step
         self.trouble: str | None = None  # why the run should go back to its last checkpoint now
         self._spiked = False  # the trouble is a spike
         self._checkpoint = checkpoint
@@ -85,8 +87,9 @@ class Health:
             self.trouble, self._spiked = f"step {step}: {spike}", True
         return spike, None
 
-    def settle(self, step: int, loss: float, reason: str | None) -> None:
-        """After the step was applied, or left out for `reason`."""
+    def settle(self, step: int, loss: float, reason: str | None, finite: bool = True) -> None:
+        """After the step was applied, or left out for `reason`. finite: its loss and its gradients."""
+        self.finite = finite
         if reason is None:
             self.in_a_row = 0
             self._detector.add(loss)
@@ -94,8 +97,17 @@ class Health:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.guard.max_skipped:
-            self._spiked = False
-            self.trouble = f"{self.in_a_row} steps in a row were left out, up to step {step}: {reason}"
+            self.found(f"{self.in_a_row} steps in a row were left out, up to step {step}: {reason}")
+
+    def found(self, trouble: str) -> None:
+        """Something, no spike, for which the run should go back."""
+        self.trouble, self._spiked = trouble, False
+
+    def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
+        """After step `step` was evaluated, with this outcome."""
+        for name, value in record.items():
+            if "loss" in name and not math.isfinite(value):
+                self.found(f"{name} after step {step} is {value}")
 
     def saved(self, step: int) -> None:
         """A checkpoint past the trouble: the run may go back once more, if it must."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_dist.disk import replace_text
+
 _INK, _FAINT = "#1b1f24", "#6a737d"
 
 
@@ -28,8 +30,16 @@ def macro_f1(counts_CC: np.ndarray) -> float:
     return float(np.nanmean(f1_scores(counts_CC)))
 
 
-def write_confusion(folder: Path, counts_CC: np.ndarray, labels: Sequence[str], title: str) -> None:
-    """confusion.json and confusion.png."""
+def write_confusion(folder: Path, counts_CC: np.ndarray, labels: Sequence[str], title: str) -> str | None:
+    """confusion.json and confusion.png. Why they could not be written, if so: nobody ends a run for a picture."""
+    try:
+        _write_confusion(folder, counts_CC, labels, title)
+    except Exception as error:  # the drawing library has many of its own
+        return f"warning: confusion.json and confusion.png are not in {folder}: {error}"
+    return None
+
+
+def _write_confusion(folder: Path, counts_CC: np.ndarray, labels: Sequence[str], title: str) -> None:
     scores = f1_scores(counts_CC)
     record = {
         "labels": list(labels),
@@ -38,7 +48,7 @@ def write_confusion(folder: Path, counts_CC: np.ndarray, labels: Sequence[str], 
         "macro_f1": macro_f1(counts_CC),
         "f1": {label: None if np.isnan(score) else float(score) for label, score in zip(labels, scores, strict=True)},
     }
-    (folder / "confusion.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    replace_text(folder / "confusion.json", json.dumps(record, indent=1))
     draw_confusion(folder / "confusion.png", counts_CC, labels, title)
 
 

@@ -7,45 +7,23 @@ killed anywhere ends with exactly one line for each step. TensorBoard is a view 
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-SYSTEM = frozenset({"tokens_per_second", "step_seconds", "tflops", "mfu", "memory_bytes"})
-_MOE = frozenset(
-    "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
-    "dispatch_rows_bytes dispatch_bytes".split()
-)
+from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """What one MoE layer did with one whole global batch."""
-
-    layer: int
-    load_E: list[int]
-    """Assignments to each expert before dropping."""
-    kept_E: list[int]
-    """Assignments that each expert computed."""
-    entropy: float
-    """Of the router's probabilities, mean over tokens, in nats."""
-    balance_loss: float
-    z_loss: float
-    unserved: float
-    """Share of tokens that no expert took."""
-    sent_bytes: int
-    """Between ranks in the forward pass."""
-    kind: Literal["feed_forward", "attention"] = "feed_forward"
-    """Whose experts."""
+from moe_dist.disk import lines_backwards
+from moe_dist.moe.losses import MoEStats
+from moe_dist.train.record.board import Board
 
 
-def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
+def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
     """The MoE part of a step's record; empty for a model without MoE layers.
 
-    drop_rate = 1 - sum(kept) / sum(load) over all layers; load_max_over_mean is that of the worst layer;
-    balance_loss, z_loss and router_entropy are means over layers. `layers` has the same for each layer.
+    layers: of a whole step, over all ranks. drop_rate = 1 - sum(kept) / sum(load) over all layers; load_max_over_mean
+    is that of the worst layer; balance_loss, z_loss and router_entropy are means over layers. `layers` has the same for
+    each layer. Where all tokens were padding, nothing is dropped, and all loads are equal.
 
     With `row_bytes`, the bytes of one token's activation (d_model * element size), over all ranks, layers and
     micro-steps: dispatch_rows_bytes is what the experts receive (of attention experts, what becomes queries), kept *
@@ -58,24 +36,24 @@ def moe_record(layers: Sequence[LayerLoad], row_bytes: int) -> dict[str, Any]:
         return {}
     rows: list[dict[str, Any]] = [
         {
-            "layer": layer.layer,
-            "kind": layer.kind,
+            "layer": layer.site.layer,
+            "kind": layer.site.kind,
             "drop_rate": _drop_rate([layer]),
-            "unserved_rate": layer.unserved,
-            "load_max_over_mean": max(layer.load_E) * len(layer.load_E) / sum(layer.load_E),
-            "entropy": layer.entropy,
-            "load": list(layer.load_E),
+            "unserved_rate": float(layer.unserved),
+            "load_max_over_mean": _max_over_mean(layer.load_E.tolist()),
+            "entropy": float(layer.entropy),
+            "load": layer.load_E.tolist(),
         }
         for layer in layers
     ]
     return {
         "drop_rate": _drop_rate(layers),
-        "unserved_rate": sum(layer.unserved for layer in layers) / len(layers),
+        "unserved_rate": _mean(layer.unserved for layer in layers),
         "load_max_over_mean": max(row["load_max_over_mean"] for row in rows),
-        "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
-        "z_loss": sum(layer.z_loss for layer in layers) / len(layers),
-        "router_entropy": sum(layer.entropy for layer in layers) / len(layers),
-        "dispatch_rows_bytes": sum(sum(layer.kept_E) for layer in layers) * row_bytes,
+        "balance_loss": _mean(layer.balance_loss for layer in layers),
+        "z_loss": _mean(layer.z_loss for layer in layers),
+        "router_entropy": _mean(layer.entropy for layer in layers),
+        "dispatch_rows_bytes": sum(int(layer.kept_E.sum()) for layer in layers) * row_bytes,
         "dispatch_bytes": sum(layer.sent_bytes for layer in layers),
         "layers": rows,
     }
@@ -86,13 +64,14 @@ class MetricsWriter:
 
     A last line torn by a kill is removed on opening. Use `rewind` before logging when a run resumes.
     `histogram_every`: steps between TensorBoard histograms of the experts' load; metrics.jsonl has it every step.
+    say: takes a line for the person who watches.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool, *, histogram_every: int = 10) -> None:
-        self._run_dir = run_dir
+    def __init__(
+        self, run_dir: Path, tensorboard: bool, *, histogram_every: int = 10, say: Callable[[str], None] = print
+    ) -> None:
         self._path = run_dir / "metrics.jsonl"
-        self._tensorboard = tensorboard
-        self._histogram_every = histogram_every
+        self._board = Board(run_dir / "tensorboard", histogram_every, say) if tensorboard else None
         run_dir.mkdir(parents=True, exist_ok=True)
         self._open(last_step=math.inf)
 
@@ -110,7 +89,7 @@ class MetricsWriter:
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
-            self._log_board(record)
+            self._board.log(record)
 
     def sync(self) -> None:
         """Force everything logged onto the disk. Call it before a checkpoint of the same step is committed."""
@@ -131,82 +110,24 @@ class MetricsWriter:
     def _open(self, last_step: float) -> None:
         _trim(self._path, last_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = None
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here: the import takes seconds
-
-            purge_step = None if last_step == math.inf else int(last_step) + 1  # the first step to hide
-            self._board = SummaryWriter(self._run_dir / "tensorboard", purge_step=purge_step, flush_secs=10)
-
-    def _log_board(self, record: dict[str, Any]) -> None:
-        assert self._board is not None
-        step = record["step"]
-        for tag, value in board_scalars(record):
-            self._board.add_scalar(tag, value, step)
-        if step % self._histogram_every == 0:
-            for layer in record.get("layers", []):
-                self._log_load(f"{_tag(layer)}/load", layer["load"], step)
-
-    def _log_load(self, tag: str, load_E: list[int], step: int) -> None:
-        """A bar for each expert, as high as its load."""
-        assert self._board is not None
-        self._board.add_histogram_raw(
-            tag,
-            min=0,
-            max=len(load_E),
-            num=sum(load_E),
-            sum=sum(expert * load for expert, load in enumerate(load_E)),
-            sum_squares=sum(expert**2 * load for expert, load in enumerate(load_E)),
-            bucket_limits=list(range(1, len(load_E) + 1)),
-            bucket_counts=load_E,
-            global_step=step,
-        )
+        if self._board is not None:
+            self._board.begin(None if last_step == math.inf else int(last_step))
 
 
-def last_logged_step(run_dir: Path) -> int:
-    """The last step that metrics.jsonl has whole; 0 for none."""
-    path = run_dir / "metrics.jsonl"
-    for line in reversed(path.read_bytes().split(b"\n")) if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a torn last line
-            return int(json.loads(line)["step"])
-    return 0
+def _mean(values: Iterator[Tensor]) -> float:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers)
 
 
-def recent_losses(run_dir: Path, count: int) -> list[float]:
-    """Losses of the last `count` steps in metrics.jsonl that were applied."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    applied = (record for record in map(json.loads, lines) if "skipped" not in record)
-    return [record["loss"] for record in applied if record.get("loss") is not None][-count:]
+def _max_over_mean(load_E: list[int]) -> float:
+    return max(load_E) * len(load_E) / sum(load_E) if any(load_E) else 1.0
 
 
-def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The TensorBoard tag and value of each number in a record."""
-    for name, value in record.items():
-        if name == "step" or not isinstance(value, int | float):
-            continue
-        split, _, what = name.partition("_")
-        if split in ("validation", "test"):
-            yield f"{split}/{what}", value
-        elif name in SYSTEM:
-            yield f"system/{name}", value
-        else:
-            yield f"{'moe' if name in _MOE else 'train'}/{name}", value
-    for layer in record.get("layers", []):
-        for name in ("drop_rate", "load_max_over_mean", "entropy"):
-            yield f"{_tag(layer)}/{name}", layer[name]
-
-
-def _tag(row: dict[str, Any]) -> str:
-    """Of a row of `layers`: a block can have experts in its feed-forward and in its attention."""
-    return f"moe/{'attention' if row['kind'] == 'attention' else 'layer'}_{row['layer']}"
-
-
-def _drop_rate(layers: Sequence[LayerLoad]) -> float:
-    load = sum(sum(layer.load_E) for layer in layers)
-    kept = sum(sum(layer.kept_E) for layer in layers)
-    assert 0 <= kept <= load and load > 0, f"{kept} assignments kept of {load}"
-    return (load - kept) / load
+def _drop_rate(layers: Sequence[MoEStats]) -> float:
+    load = sum(int(layer.load_E.sum()) for layer in layers)
+    kept = sum(int(layer.kept_E.sum()) for layer in layers)
+    assert 0 <= kept <= load, f"{kept} assignments kept of {load}"
+    return (load - kept) / load if load else 0.0
 
 
 def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:
@@ -222,27 +143,26 @@ def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:
 
 
 def _trim(path: Path, last_step: float) -> None:
-    """Remove the lines with a later step, and a torn last line, in one atomic replacement."""
+    """Cut off the lines with a later step, and a torn last line. Reads no more of the file than these, and one."""
     if not path.exists():
         return
-    before = path.read_bytes()
-    lines = before.removesuffix(b"\n").split(b"\n") if before else []
-    kept = []
-    for number, line in enumerate(lines, start=1):
+    size, end, torn = path.stat().st_size, 0, True  # end: of what stays
+    for start, line in lines_backwards(path):
         try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # the process died while writing it
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            if not torn:  # only the last line can be what a process died over
+                raise ValueError(f"{path}, byte {start}: not a JSON record: {line[:80]!r}") from None
+        else:
+            if step <= last_step:
+                end = start + len(line)
                 break
-            raise ValueError(f"{path}, line {number}: not a JSON record: {line[:80]!r}") from None
-        if record["step"] <= last_step:
-            kept.append(line + b"\n")
-    after = b"".join(kept)
-    if after == before:
+        torn = False
+    if end + 1 == size or end == size == 0:
         return
-    temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("wb") as file:
-        file.write(after)
+    with path.open("rb+") as file:
+        file.truncate(end + 1 if end else 0)  # in one move: a kill leaves all of the old lines or all of the new ones
+        file.seek(end)
+        file.write(b"\n" if end else b"")  # already there, but of a last line that was torn just before it
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -25,12 +25,13 @@ import torch
 from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config
 from moe_dist.config.load import dump_config
+from moe_dist.disk import replace_text
 from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
 from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.record.status import FILE as STATUS
-from moe_dist.train.record.status import read_status, replace_text, write_status
+from moe_dist.train.record.status import read_status, write_status
 
 _PACKAGES = (
     "torch",
@@ -66,12 +67,12 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, "config.yaml", dump_config(config))
+        replace_text(self.path / "config.yaml", dump_config(config))
 
     def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
         layout = mesh.layout
         record = {
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": package_versions(),
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "threads_per_rank": torch.get_num_threads(),
@@ -79,10 +80,10 @@ class RunFolder:
             "layout": {"world": layout.world, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep, "edp": layout.edp},
             "revision": _git_revision(),
         }
-        replace_text(self.path, "environment.json", json.dumps(record, indent=1))
+        replace_text(self.path / "environment.json", json.dumps(record, indent=1))
 
     def write_text(self, name: str, text: str) -> None:
-        replace_text(self.path, name, text)
+        replace_text(self.path / name, text)
 
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)
@@ -143,6 +144,11 @@ def write_together(folder: Path, work: Callable[[], None]) -> None:
         together(work, f"{folder} cannot be written to")
     except RankFailed as error:
         raise EndRun(FAILED, f"{error}; make room or give rights there, or choose another --run.root") from None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of what decides the numbers of a run; None for one that is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

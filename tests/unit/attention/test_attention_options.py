@@ -28,9 +28,8 @@ OPTIONS = {
 
 def layer_of(backend: str, groups: int, options: dict[str, object]) -> CausalSelfAttention:
     config = AttentionConfig(backend=backend, **({"position": "none"} | options))
-    layer = CausalSelfAttention(
-        tiny_model(num_heads=H, num_kv_heads=groups, attention=config), 0, single_process_mesh()
-    )
+    model = tiny_model(num_heads=H, num_kv_heads=groups, attention=config)
+    layer = CausalSelfAttention(model.head_sizes, model.attention, single_process_mesh())
     initialize(layer, seed=0)
     for name, param in layer.named_parameters():
         if "qk_norm" in name or "sinks" in name:

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_dist.attention.multi_query import CausalSelfAttention, KeyValueHeads
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
+from moe_dist.config.model import HeadSizes
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize, spec_of
 from tests.unit.helpers import context, tiny_model
@@ -18,7 +19,7 @@ D = 16
 
 def attention_of(num_heads: int, num_kv_heads: int, **changes: object) -> CausalSelfAttention:
     model = tiny_model(num_heads=num_heads, num_kv_heads=num_kv_heads, **changes)
-    layer = CausalSelfAttention(model, 0, single_process_mesh(), out_std=0.25)
+    layer = CausalSelfAttention(model.head_sizes, model.attention, single_process_mesh(), out_std=0.25)
     initialize(layer, seed=0)
     return layer.double()
 
@@ -99,12 +100,12 @@ SIZES = [
 def test_every_query_head_reads_its_own_key_value_head(heads: int, kv_heads: int, tp: int) -> None:
     """Query head h of the whole model reads key/value head h // (H / G), on whatever rank it is."""
     width, shape, x_TD = 2, (2, 3), torch.randn(6, D)
-    whole = KeyValueHeads(D, heads, kv_heads, width, Group())
+    whole = KeyValueHeads(HeadSizes(D, heads, kv_heads, width), Group())
     initialize(whole, seed=0)
     all_k_BSGP, all_v_BSGP = whole(x_TD, shape)
     assert all_k_BSGP.shape == (*shape, kv_heads, width)
     for rank in range(tp):
-        part = KeyValueHeads(D, heads, kv_heads, width, Group(tuple(range(tp)), rank))
+        part = KeyValueHeads(HeadSizes(D, heads, kv_heads, width), Group(tuple(range(tp)), rank))
         start = spec_of(part.weight).flat_start // D
         with torch.no_grad():
             part.weight.copy_(whole.weight[start : start + len(part.weight)])
@@ -130,6 +131,6 @@ def test_every_query_head_reads_its_own_key_value_head(heads: int, kv_heads: int
 )
 def test_what_a_middle_rank_holds_and_computes(heads: int, kv_heads: int, tp: int, rows: int, computed: int) -> None:
     """With P = 2 a key/value head has 4 rows, 2 of the key and 2 of the value."""
-    part = KeyValueHeads(D, heads, kv_heads, 2, Group(tuple(range(tp)), 1))
+    part = KeyValueHeads(HeadSizes(D, heads, kv_heads, 2), Group(tuple(range(tp)), 1))
     assert part.weight.shape == (rows, D)
     assert part.rows.stop - part.rows.start == 4 * computed

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.attention.rotary import apply_rotary, rotary_table
-from moe_dist.config.model import AttentionConfig
+from moe_dist.attention.rotary import RotaryScaling, apply_rotary, rotary_table
 
 
 def test_table_by_hand() -> None:
@@ -65,7 +64,7 @@ def test_scaling_is_that_of_transformers(kind: str, head_dim: int, theta: float,
         hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=length, rope_parameters=rope
     )
     frequency, size = utils.ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    scaling = AttentionConfig(rope_scaling=kind, rope_factor=factor, rope_original_len=length)
+    scaling = RotaryScaling(kind, factor, length)
     cos, sin = rotary_table(torch.arange(50).double(), head_dim, theta, scaling)
     angles = torch.arange(50)[:, None] * frequency.double()
     torch.testing.assert_close(cos, angles.cos() * size, rtol=0, atol=1e-5)
@@ -73,7 +72,7 @@ def test_scaling_is_that_of_transformers(kind: str, head_dim: int, theta: float,
 
 
 def test_ntk_keeps_the_fastest_and_divides_the_slowest() -> None:
-    scaling, one = AttentionConfig(rope_scaling="ntk", rope_factor=4.0), torch.tensor([1.0], dtype=torch.float64)
+    scaling, one = RotaryScaling("ntk", 4.0), torch.tensor([1.0], dtype=torch.float64)
     found, plain = (rotary_table(one, 16, 1e4, s)[1].asin()[0] for s in (scaling, None))
     assert found[0] == plain[0]
     torch.testing.assert_close(found[-1], plain[-1] / 4)

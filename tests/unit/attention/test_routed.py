@@ -11,7 +11,7 @@ from moe_dist.attention.local import local_attention
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
-from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, RoutedAttentionConfig
 from moe_dist.config.validate import validate
 from moe_dist.kernels.attention import reference
 from moe_dist.kernels.attention.pattern import Pattern
@@ -19,7 +19,7 @@ from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from tests.dist.helpers import tiny_config
 from tests.unit.attention.routed_by_hand import routed_by_hand
-from tests.unit.helpers import context, gradients, tiny_model
+from tests.unit.helpers import context, gradients
 
 D, W = 12, 4
 
@@ -210,8 +210,7 @@ def test_local_attention_is_a_window_of_one_more(window: int, length: int) -> No
 def trainer_layer(kv_heads: int, backend: str = "torch", **routed: object) -> RoutedSelfAttention:
     settings = dict(num_routed_queries=2, num_routed_key_values=3, local_window=W) | routed
     config = AttentionConfig(kind="routed", backend=backend, routed=RoutedAttentionConfig(**settings))
-    model = tiny_model(d_model=D, num_heads=4, num_kv_heads=kv_heads, head_dim=4, attention=config)
-    layer = RoutedSelfAttention(model, 0, single_process_mesh(), 0.3)
+    layer = RoutedSelfAttention(HeadSizes(D, 4, kv_heads, 4), config, single_process_mesh(), 0, "torch", 0.3)
     initialize(layer, seed=0)
     return layer.double()
 
@@ -253,8 +252,8 @@ def test_rules() -> None:
 
     assert problems() == ""
     assert "num_routed_queries=0" in problems(routed={"num_routed_queries": 0})
-    assert "seq_len=256 is not above routed_window=256" in problems(routed={"local_window": 256})
+    assert "seq_len=256 is not above local_window=256" in problems(routed={"local_window": 256})
     assert "ALiBi" in problems(position="alibi")
     for name, value in (("window", 4), ("sinks", True), ("qk_ln", True), ("clip_qkv", 1.0)):
         assert f"model.attention.{name} to" in problems(**{name: value})
-    assert "routed" not in problems(kind="multi_query", routed={"num_experts": 0})
+    assert "is of kind=routed, not multi_query" in problems(kind="multi_query", routed={"num_experts": 0})

@@ -14,13 +14,13 @@ from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.models.backends import resolve_backends
-from moe_dist.models.block import BlockReplay
-from moe_dist.models.flops import parameter_counts, train_flops_per_token
-from moe_dist.moe.layer import MoE
+from moe_dist.models.block import BlockReplay, moe_layer
+from moe_dist.models.flops import train_flops_per_token
+from moe_dist.models.parameters import parameter_counts
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.step import StepContext
+from moe_dist.step import RealTokens, Site, StepContext
 from tests.unit.helpers import context, gradients
 
 B, S, D, H, P, E = 3, 7, 10, 2, 4, 4
@@ -170,7 +170,7 @@ def test_the_balancing_loss_is_real(top_k: int) -> None:
     collapsed = run(layer, eye[:1].repeat(1, 8, 1))[1]
     assert float(collapsed.balance_loss) == pytest.approx(E)
     assert float(collapsed.aux_loss.detach()) == pytest.approx(0.5 * E)
-    assert (balanced[1].layer, balanced[1].kind) == (0, "attention")
+    assert balanced[1].site == Site(0, "attention")
 
     layer = layer_of(top_k=top_k, capacity_factor=0.5)
     for phase in ("train", "eval"):
@@ -266,7 +266,7 @@ def test_a_recomputed_block_repeats_its_decisions(overflow: str) -> None:
     """A router that changes its mind in between is not asked again; the feed-forward's decisions are others."""
     layer = layer_of(capacity_factor=0.5, overflow=overflow)
     model = replace(model_of(), moe=MoEConfig(num_experts=E, top_k=1, experts="loop", dispatch="local"))
-    moe = MoE(model, 0, single_process_mesh())
+    moe = moe_layer(model, 0, single_process_mesh())
     initialize(moe, seed=1)
     moe.double()
     x_BSD, replay, kept = drawn(B, S, D).requires_grad_(), BlockReplay(), []
@@ -288,11 +288,11 @@ def test_routers_of_one_block_draw_different_numbers() -> None:
     """The attention's jitter is not the feed-forward's."""
     model = model_of(jitter=0.5)
     attention = SwitchAttention(model, 3, single_process_mesh())
-    moe = MoE(replace(model, moe=model.attention.moe), 3, single_process_mesh())
+    moe = moe_layer(replace(model, moe=model.attention.moe), 3, single_process_mesh())
     initialize(attention.router, seed=0)
     initialize(moe.router, seed=0)
     x_TD = drawn(B * S, D)
-    ours, theirs = (router.route(x_TD, context()).logits_TE for router in (attention.router, moe.router))
+    ours, theirs = (layer.gate.routing(x_TD, context()).logits_TE for layer in (attention, moe))
     assert not torch.allclose(ours, theirs)
     assert attention.layer == 3
 
@@ -330,3 +330,28 @@ def test_counting_parameters_and_flops() -> None:
     assert (counts.expert, counts.total - counts.active) == (4 * E * expert, 4 * (E - 3) * expert)
     more = 4 * (2 * (2 * expert + E * D) + 2 * 2 * 2 * H * P * 4)  # two more experts a token, a router, their heads
     assert train_flops_per_token(model, S) - train_flops_per_token(dense, S) == 3 * more
+
+
+@pytest.mark.parametrize("changes", [{}, dict(drop_order="choice"), dict(overflow="reroute"), dict(router="sigmoid")])
+def test_a_step_of_padding_alone_is_a_step(changes: dict[str, Any]) -> None:
+    layer, x_BSD = layer_of(capacity_factor=0.5, **changes), drawn(B, S, D).requires_grad_()
+    real = RealTokens(torch.zeros(B * S, dtype=torch.bool), 0)
+    y_BSD, stats = run(layer, x_BSD, replace(context(), real=real))
+    (y_BSD.sum() + stats.aux_loss).backward()
+    assert (y_BSD == 0).all() and float(stats.aux_loss.detach()) == 0.0 and not stats.load_E.any()
+    assert all(grad.isfinite().all() for grad in [x_BSD.grad, *gradients(layer).values()])
+
+
+def test_attention_experts_serve_in_either_order() -> None:
+    """Assignments ask one after another, token after token or choice after choice."""
+    kept, x_TD = {}, drawn(B * S, D)
+    for order in ("token", "choice"):
+        plan = layer_of(top_k=2, capacity_factor=0.5, drop_order=order).gate(x_TD, context()).plan
+        queue = [(t, k) for t in range(B * S) for k in range(2)]
+        taken, kept[order] = [0] * E, torch.zeros(B * S, 2, dtype=torch.bool)
+        for t, k in sorted(queue, key=lambda at: at[1]) if order == "choice" else queue:
+            expert = int(plan.experts_TK[t, k])
+            kept[order][t, k] = taken[expert] < plan.capacity
+            taken[expert] += 1
+        assert torch.equal(plan.kept_TK, kept[order])
+    assert kept["choice"][:, 0].sum() > kept["token"][:, 0].sum()

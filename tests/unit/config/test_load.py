@@ -1,14 +1,16 @@
 """Strict loading: what is accepted, and what every refusal says."""
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from moe_dist.config import Config
-from moe_dist.config.load import dump_config, load_config, override_config
-from moe_dist.config.parse import parse_dict
+from moe_dist.config.flags import Parser, override_config
+from moe_dist.config.load import dump_config, load_config
+
+# Each would be read as something else if it were not quoted, by YAML 1.2 or by 1.1.
+WORDS = "no off 1e5 2024-01-01 010 0o17 4:00:00 ~ 1_0 0b1 +.inf 5. << = null".split() + [""]
 
 
 def write(folder: Path, text: str) -> Path:
@@ -60,6 +62,42 @@ def test_scientific_notation_and_integers_are_numbers(tmp_path: Path, text: str,
     lr = load_config(write(tmp_path, f"optim: {{lr: {text}}}")).optim.lr
     assert lr == value
     assert isinstance(lr, float)
+
+
+# Each of these is something else in YAML 1.1: 8, 64, 61, 123, 3 and false.
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("0100", 100), ("-007", -7), ("0o17", 15), ("0x1F", 31), ("+5", 5)]
+)
+def test_integers_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: int) -> None:
+    assert load_config(write(tmp_path, f"train: {{steps: {text}}}")).train.steps == value
+
+
+@pytest.mark.parametrize("text", ["1:01", "4:00:00", "1_000", "0b11", "0b_", "nan", "inf", "on", "yes", "1e", "=", "-"])
+def test_what_yaml_1_2_does_not_call_a_number_is_refused_as_text(tmp_path: Path, text: str) -> None:
+    assert refusal(tmp_path, f"train: {{steps: {text}}}") == f"train.steps: {text!r} is not an integer"
+
+
+def test_off_and_yes_are_words(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "guard: {spike: off}\nrun: {name: no}\ndata: {paths: [on, yes, y, n, =]}\n"))
+    assert (config.guard.spike, config.run.name, config.data.paths) == ("off", "no", ["on", "yes", "y", "n", "="])
+    assert refusal(tmp_path, "run: {tensorboard: off}") == "run.tensorboard: 'off' is not true or false"
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("4:00:00", 240.0), ("1:30:00", 90.0), ("1-00:00:30", 1440.5), ("4h", 240.0), ("90m", 90.0), ("1h30m", 90.0)]
+    + [("45s", 0.75), ("1.5h", 90.0), ("2d", 2880.0), ("90", 90.0), ("0.5", 0.5), ("null", None)],
+)
+def test_a_time_limit_means_the_same_in_a_file_and_as_a_flag(tmp_path: Path, text: str, minutes: float | None) -> None:
+    config = load_config(write(tmp_path, f"run: {{time_limit: {text}}}"))
+    assert config.run.time_limit == minutes
+    assert load_config(None, ["--run.time-limit", text]) == config
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize("text", ["1:30", "h", "4 hours", "1:60:00", "-4h", "30m1h", "''"])
+def test_no_time(tmp_path: Path, text: str) -> None:
+    assert "is no time: write 4h, 90m" in refusal(tmp_path, f"run: {{time_limit: {text}}}")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +178,10 @@ def test_files_that_cannot_be_read_are_value_errors_with_the_path(tmp_path: Path
 def test_dump_has_every_field_and_loads_back_equal(tmp_path: Path) -> None:
     config = Config()
     config.optim.lr, config.optim.eps, config.engine.grad_clip = 3e-4, 1e-12, None
-    config.data.paths, config.run.name = ["ünï code.txt", "no", "1e5", "2024-01-01"], "1e3"
+    config.data.paths, config.run.name = (
+        ["ünï code.txt", "no", "1e5", "2024-01-01", "010", "0o17", "4:00:00", "off", "~", "", "1_0", "0b1", "+.inf"],
+        "1e3",
+    )
     text = dump_config(config)
     assert load_config(write(tmp_path, text)) == config
     assert dump_config(load_config(write(tmp_path, text))) == text
@@ -153,7 +194,7 @@ def test_dump_has_every_field_and_loads_back_equal(tmp_path: Path) -> None:
 
 def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {d_model: 64, moe: {top_k: 2}}\ntrain: {steps: 7}\n")
-    flags = "--model.moe.top-k 1 --model.moe.capacity-factor None --data.kind text --data.paths a b".split()
+    flags = "--model.moe.top-k 1 --model.moe.capacity-factor null --data.kind text --data.paths a b".split()
     config = load_config(path, [*flags, "--parallel.sequence-parallel", "--run.no-tensorboard"])
     assert (config.model.moe.top_k, config.model.moe.capacity_factor) == (1, None)
     assert config.data.paths == ["a", "b"]
@@ -167,24 +208,59 @@ def test_overrides_do_not_change_the_config_given() -> None:
     assert before == Config()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_overrides_are_checked_like_the_file(value: float) -> None:
-    with pytest.raises(ValueError, match=f"command line: optim.lr: {value} is not a finite number"):
-        load_config(None, ["--optim.lr", str(value)])
+@pytest.mark.parametrize(
+    ("flags", "yaml"),
+    [
+        ("--model.moe.capacity-factor null", "model: {moe: {capacity_factor: null}}"),
+        ("--model.moe.capacity_factor=None", "model: {moe: {capacity_factor: null}}"),
+        ("--model.moe.capacity-factor 1.0 null 2", "model: {moe: {capacity_factor: [1.0, null, 2]}}"),
+        ("--model.moe.capacity-schedule 0 2.0 100 null", "model: {moe: {capacity_schedule: {0: 2.0, 100: null}}}"),
+        ("--model.moe.d-ff 8 16", "model: {moe: {d_ff: [8, 16]}}"),
+        ("--run.tensorboard=false", "run: {tensorboard: false}"),
+        ("--run.tensorboard false", "run: {tensorboard: false}"),
+        ("--run.no-tensorboard", "run: {tensorboard: false}"),
+        ("--run.async-save", "run: {async_save: true}"),
+        ("--run.async-save=true --run.name 7", "run: {async_save: true, name: '7'}"),
+        ("--train.steps 0100 --train.seed=0x10", "train: {steps: 0100, seed: 0x10}"),
+        ("--guard.spike off --run.time-limit 4h", "guard: {spike: off}\nrun: {time_limit: 4h}"),
+        ("--data.paths 2024 null true", "data: {paths: ['2024', 'null', 'true']}"),
+        ("--data.paths", "data: {paths: []}"),
+        ("--optim.lr 1e-3 --optim.weight-decay -1e-3", "optim: {lr: 1e-3, weight_decay: -1e-3}"),
+        ("--train.steps 1 --train.steps 2", "train: {steps: 2}"),
+    ],
+)
+def test_a_flag_means_what_the_file_means(tmp_path: Path, flags: str, yaml: str) -> None:
+    assert load_config(None, flags.split()) == load_config(write(tmp_path, yaml))
 
 
-def test_unknown_flags_end_the_program_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_config(None, ["--model.moe.topk", "1"])
-    assert caught.value.code == 2
-    assert "--model.moe.top-k" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--optim.lr .nan", "optim.lr: nan is not a finite number"),
+        ("--train.steps four", "train.steps: 'four' is not an integer"),
+        ("--train.steps null", "train.steps: None is not an integer"),
+        ("--run.tensorboard=off", "run.tensorboard: 'off' is not true or false"),
+        ("--model.moe.topk 1", "model.moe.topk: unknown key; did you mean top_k?"),
+        ("--top-k 1", "--top-k: unknown flag"),
+        ("--resum", "--resum: unknown flag; did you mean --resume?"),
+        ("--train.steps", "--train.steps needs a value: write --train.steps VALUE"),
+        ("--train.steps 1 2", "--train.steps takes one value, got 1 2"),
+        ("--model.moe 3", "model.moe: ['3'] is not a section (key: value lines)"),
+        ("--train.steps.x 3", "train.steps.x: steps is a value, not a section"),
+        ("--model.moe.capacity-schedule 1 2.0 3", "takes pairs of a key and its value, got 3 words"),
+        ("--optim.lr [1", "--optim.lr: '[1' cannot be read"),
+        ("1e-3 --optim.lr", "'1e-3' belongs to no flag"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_in_the_words_of_a_file(flags: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        override_config(Config(), flags.split(), own=["--resume"])
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("command line: ") and said in line
 
 
-def test_help_shows_program_description_docstrings_and_present_values(capsys: pytest.CaptureFixture[str]) -> None:
-    config = parse_dict({"train": {"steps": 4321}}, "test")
-    with pytest.raises(SystemExit) as caught:
-        override_config(config, ["--help"], prog="moe-dist train CONFIG", description="Train a model.")
-    assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for piece in ("moe-dist train CONFIG", "Train a model.", "--model.moe.top-k", "Optimizer steps.", "4321"):
-        assert piece in text
+def test_flags_of_a_command_are_one_line_too() -> None:
+    parser = Parser("moe-dist train")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    with pytest.raises(ValueError, match=r"^command line: argument --device: invalid choice: 'tpu' .*--help lists"):
+        parser.parse_args(["--device", "tpu"])

@@ -1,9 +1,15 @@
 """Every rule between fields: what it lets through, and the words it refuses with."""
 
+from pathlib import Path
+
 import pytest
 
 from moe_dist.config import BatchShape, Config, TrainConfig, batch_shape, validate
+from moe_dist.config.load import load_config
 from moe_dist.config.parse import parse_dict
+from moe_dist.study.grid import load_study
+
+ROOT = Path(__file__).parents[3]
 
 
 def config(**values: object) -> Config:
@@ -102,7 +108,53 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__moe__num_shared_experts": 1, "model__moe__num_experts": 0},
         ),
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
-        ("warmup_steps=100 is larger than steps=50", {"train__steps": 50}),
+        ("weight_decay=1001.0 is above 1/lr=1000", {"optim__weight_decay": 1001.0}),
+        (
+            "drop_order=choice is of drop_policy=position, not score",
+            {"model__moe__drop_order": "choice", "model__moe__drop_policy": "score"},
+        ),
+        (
+            "drop_order=choice has no meaning for router=expert_choice",
+            {"model__moe__drop_order": "choice", "model__moe__router": "expert_choice"},
+        ),
+        ("jitter=0.1 is of router=softmax, not hash", {"model__moe__router": "hash", "model__moe__jitter": 0.1}),
+        (
+            "num_groups=2 is of router=softmax or sigmoid, not noisy; set model.moe.num_groups",
+            {"model__moe__router": "noisy", "model__moe__num_groups": 2, "model__moe__top_k": 1},
+        ),
+        ("sinkhorn_iterations=9 is of router=sinkhorn, not softmax", {"model__moe__sinkhorn_iterations": 9}),
+        ("bias_update_rate=0.1 is of router=sigmoid, not softmax", {"model__moe__bias_update_rate": 0.1}),
+        ("load_loss_coef=0.1 is of router=noisy, not softmax", {"model__moe__load_loss_coef": 0.1}),
+        (
+            "wire=padded is of dispatch=auto or all_to_all, not all_gather",
+            {"model__moe__wire": "padded", "model__moe__dispatch": "all_gather", "parallel__ep": 2},
+        ),
+        (
+            "model.attention.routed is of kind=routed, not multi_query",
+            {"model__attention__routed__local_window": 64},
+        ),
+        ("rope_factor=2.0 is of rope_scaling=linear or ntk or yarn", {"model__attention__rope_factor": 2.0}),
+        (
+            "rope_theta=500.0 is of attention.position=rotary, not alibi",
+            {"model__rope_theta": 500.0, "model__attention__position": "alibi"},
+        ),
+        ("decay_fraction=0.5 is of schedule=wsd, not cosine; set optim.decay_fraction", {"optim__decay_fraction": 0.5}),
+        (
+            "min_lr_ratio=0.5 is of schedule=cosine or linear or wsd, not constant",
+            {"optim__min_lr_ratio": 0.5, "optim__schedule": "constant"},
+        ),
+        (
+            "spike_window=10 is of spike=log or skip or roll_back, not off",
+            {"guard__spike": "off", "guard__spike_window": 10},
+        ),
+        ("text_key=words is of kind=jsonl or csv, not stdlib", {"data__text_key": "words"}),
+        (
+            "label_key=mood is of task=classification",
+            {"data__kind": "jsonl", "data__paths": ["a.jsonl"], "data__label_key": "mood"},
+        ),
+        ("block_lines=9 is of task=classification", {"data__block_lines": 9}),
+        ("test_fraction=0.2 is of task=classification", {"data__test_fraction": 0.2}),
+        ("node_size=4 is of model.moe.dispatch=hierarchical, not auto", {"parallel__node_size": 4}),
         ("vocab_size=255 is below 256", {"model__vocab_size": 255}),
         ("data.kind text needs paths", {"data__kind": "text"}),
         ("data.kind stdlib takes no paths", {"data__paths": ["a"]}),
@@ -112,7 +164,7 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"data__kind": "indexed", "data__paths": ["a"], "run__sample_tokens": 5},
         ),
         ("data.kind indexed has no labels", {"task": "classification", "data__kind": "indexed", "data__paths": ["a"]}),
-        ("decay_fraction=1.5 is above 1", {"optim__decay_fraction": 1.5}),
+        ("decay_fraction=1.5 is above 1", {"optim__decay_fraction": 1.5, "optim__schedule": "wsd"}),
         ("keep_every=750 is not a multiple of save_every=500", {"run__keep_every": 750}),
         (
             "keep_best=true needs a validation loss for each checkpoint, but save_every=500 is not a multiple of "
@@ -164,12 +216,13 @@ def test_zero_is_allowed_and_less_is_not(path: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["model__moe__capacity_factor", "model__moe__eval_capacity_factor", "engine__grad_clip", "optim__lr", "optim__eps"]
-    + ["model__norm_eps", "model__rope_theta", "optim__decay_fraction"],
+    + ["model__norm_eps", "optim__decay_fraction"],
 )
 def test_these_are_above_zero(path: str) -> None:
-    name = path.rpartition("__")[2]
-    assert problems(1, **{path: 0.0})[0].startswith(f"{name}=0.0 is not above 0; raise {path.replace('__', '.')}")
-    validate(config(**{path: 0.5}), 1)
+    name, more = path.rpartition("__")[2], {"optim__schedule": "wsd"}
+    found = problems(1, **{path: 0.0}, **more)[0]
+    assert found.startswith(f"{name}=0.0 is not above 0; raise {path.replace('__', '.')}")
+    validate(config(**{path: 0.05}, **more), 1)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +240,11 @@ def test_these_may_be_null(path: str) -> None:
         ("optim__min_lr_ratio", [0.0, 1.0], [-0.1, 1.1]),
         ("data__validation_fraction", [0.01, 0.99], [0.0, 1.0]),
         ("train__seed", [0, 2**63 - 1], [-1, 2**63]),
-        ("optim__warmup_steps", [0, 1000], [-1, 1001]),
+        ("optim__warmup_steps", [0, 1001], [-1, 2**31]),
+        ("model__norm_eps", [1e-12, 0.1], [1.5]),
+        ("model__rope_theta", [1.0, 1e7], [1e-30, 0.0, 1e30]),
+        ("model__attention__clip_qkv", [None, 8.0], [1e-30, 1e30]),
+        ("optim__eps", [1e-15, 1.0], [1e30]),
     ],
 )
 def test_ranges(path: str, inside: list, outside: list) -> None:
@@ -300,3 +357,14 @@ def test_batch_shape_refuses_by_itself() -> None:
 def test_validate_returns_the_shape_for_dp_not_for_the_world() -> None:
     shape = validate(config(parallel__tp=2, train__micro_batch=1), 8)
     assert (shape.dp, shape.accumulation, shape.micro_step_sequences) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    shipped = load_config(path)
+    validate(shipped, shipped.parallel.ep * shipped.parallel.tp)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    assert load_study(path).points

@@ -1,13 +1,20 @@
 """What is read, in which order, how it is split, and how it is refused."""
 
+import bz2
+import codecs
+import gzip
 import hashlib
+import json
+import lzma
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moe_dist.config import Config, validate
 from moe_dist.config.schema import DataConfig
 from moe_dist.data.corpus import Corpus, load_corpus
 
@@ -85,7 +92,15 @@ def test_folders_skip_what_is_no_text_and_count_it(tmp_path: Path) -> None:
     write(tmp_path, files)
     corpus = load(tmp_path, fraction=0.5)
     assert corpus.train.tobytes() + corpus.validation.tobytes() == files["only.txt"]
-    assert (corpus.num_files, corpus.num_skipped) == (1, 3)
+    assert corpus.num_files == 1 and len(corpus.left_out) == 5
+    names = {reason: sorted(Path(name).name for name in found) for reason, found in corpus.left_out.names.items()}
+    assert names == {
+        "hidden": [".git", ".hidden"],
+        "empty": ["empty.txt"],
+        "binary": ["binary"],
+        "a copy": ["only.txt"],
+    }
+    assert corpus.left_out.describe().startswith("5 left out: 2 hidden (")
 
 
 def test_a_nul_beyond_the_first_8_kib_is_text(tmp_path: Path) -> None:
@@ -93,9 +108,100 @@ def test_a_nul_beyond_the_first_8_kib_is_text(tmp_path: Path) -> None:
     assert load(tmp_path).num_files == 1
 
 
-def test_a_file_that_is_named_is_taken_as_it_is(tmp_path: Path) -> None:
-    write(tmp_path, {".a": b"\0\1\2\3"})
-    assert load(tmp_path / ".a", fraction=0.5).train.tolist() == [0, 1]
+def test_a_hidden_file_that_is_named_is_taken(tmp_path: Path) -> None:
+    write(tmp_path, {".a": b"\1\2\3\4"})
+    assert load(tmp_path / ".a", fraction=0.5).train.tolist() == [1, 2]
+
+
+TEXT = "d\u00e9j\u00e0 vu \u2026 " * 40
+PACKED = {
+    "gz": gzip.compress(TEXT.encode()),
+    "xz": lzma.compress(TEXT.encode()),
+    "bz2": bz2.compress(TEXT.encode()),
+    "utf-8-sig": TEXT.encode("utf-8-sig"),
+    "utf-16": TEXT.encode("utf-16"),
+    "utf-16-be": codecs.BOM_UTF16_BE + TEXT.encode("utf-16-be"),
+    "utf-32": TEXT.encode("utf-32"),
+    "both": gzip.compress(TEXT.encode("utf-16")),
+}
+
+
+@pytest.mark.parametrize("how", PACKED)
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_packed_or_marked_is_read_as_its_text(tmp_path: Path, how: str, named: bool) -> None:
+    write(tmp_path, {"any": PACKED[how]})
+    corpus = load(tmp_path / "any" if named else tmp_path, fraction=0.5)
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == TEXT.encode()
+    assert len(corpus.left_out) == 0 and corpus.validation_share == 0.5
+
+
+NO_TEXT = {
+    "binary": b"\x7fELF\0\1",
+    "a PDF": b"%PDF-1.7 stream",
+    "a zip archive": b"PK\x03\x04abc",
+    "a Parquet file": b"PAR1abc",
+    "compressed with zstd, which Python does not unpack": b"\x28\xb5\x2f\xfdabc",
+    "a Megatron index": b"MMIDIDX\0\0",
+    "not the UTF-16 that its byte-order mark says": b"\xff\xfea\0b",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("reason", NO_TEXT)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_what_is_no_text_is_refused_by_name_or_left_out(tmp_path: Path, reason: str, pack: Callable) -> None:
+    write(tmp_path, {"odd": pack(NO_TEXT[reason]), "text": b"abcdef"})
+    with pytest.raises(ValueError, match=f"odd in data.paths has no text, it is {reason}: remove it"):
+        load(tmp_path / "text", tmp_path / "odd")
+    corpus = load(tmp_path, fraction=0.5)
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == b"abcdef"
+    assert corpus.left_out.names == {reason: [str(tmp_path / "odd")]}
+
+
+@pytest.mark.parametrize("how", ["gz", "xz", "bz2"])
+def test_an_archive_that_was_cut_short(tmp_path: Path, how: str) -> None:
+    write(tmp_path, {"in/a": PACKED[how][:-9]})
+    for path in (tmp_path / "in", tmp_path / "in/a"):
+        with pytest.raises(ValueError, match=r"in data.paths cannot be read: .*ended before"):
+            load(path)
+
+
+def test_files_of_one_name_can_be_in_both_splits(tmp_path: Path) -> None:
+    paths = [f"{folder}/{name}" for folder in "abcdefgh" for name in ("train.txt", "own.txt")][::2] + ["a/own.txt"]
+    write(tmp_path, {path: path.encode() * 3 for path in paths})
+    expected = {path: bucket("own.txt" if path == "a/own.txt" else path) for path in paths}
+    cut = sorted(expected.values())[4]
+    both = [load(*[tmp_path / path for path in paths], fraction=cut / 10_000)]
+    folders = sorted({path.partition("/")[0] for path in paths})
+    both.append(load(*[tmp_path / folder for folder in folders], fraction=cut / 10_000))
+    for corpus in both:
+        held_out = {text.decode() for text in corpus.validation.tobytes().split(b"\0") if text}
+        assert held_out == {path * 3 for path in paths if expected[path] < cut}
+
+
+def test_a_path_given_twice_is_a_copy(tmp_path: Path) -> None:
+    write(tmp_path, {"a": b"abcdef"})
+    corpus = load(tmp_path / "a", tmp_path / "a", fraction=0.5)
+    assert corpus.num_files == 1 and len(corpus.left_out) == 1
+
+
+def test_a_language_model_reads_the_texts_of_records(tmp_path: Path) -> None:
+    texts = [f"text {i}, \u00e9" for i in range(40)]
+    rows = [json.dumps({"words": text, "other": [1]}, ensure_ascii=False) for text in [*texts, texts[0], ""]]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode("utf-8-sig")))
+    (tmp_path / "a.csv").write_text("words,n\n" + "".join(f'"{text}",1\n' for text in texts[::-1]), "utf-8")
+    found = []
+    for kind, name in (("jsonl", "a.jsonl.gz"), ("csv", "a.csv")):
+        data = DataConfig(kind=kind, paths=[str(tmp_path / name)], text_key="words", validation_fraction=0.3)
+        validate(Config(data=data), 1)
+        corpus = load_corpus(data, 256, 1)
+        parts = [sorted(part.tobytes().decode().split("\0")[:-1]) for part in (corpus.train, corpus.validation)]
+        assert sorted(parts[0] + parts[1]) == sorted(texts) and len(parts[1]) > 3
+        assert (corpus.num_files, corpus.made_of) == (40, "records")
+        found.append((parts, corpus.left_out.names))
+    assert found[0][0] == found[1][0]  # a text's split depends on the text alone
+    path = tmp_path / "a.jsonl.gz"
+    assert found[0][1] == {"empty": [f"{path}, line 42"], "a copy": [f"{path}, line 41"]} and not found[1][1]
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -106,7 +212,10 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     cut = max(bucket("link/b"), bucket("sub/a"))
     corpus = load(tmp_path / "inside", fraction=cut / 10_000)
     assert {corpus.train.tobytes(), corpus.validation.tobytes()} == {b"abcd\0", b"efgh\0"}
-    assert corpus.num_skipped == 0  # not one copy of sub/a per turn around the loop
+    assert set(corpus.left_out.names) == {
+        "a link to a folder above",
+        "no regular file",
+    }  # not one copy of sub/a per turn around the loop
 
 
 @pytest.mark.parametrize(
@@ -114,8 +223,8 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     [
         ([], "data.paths, which is empty"),
         (["nowhere"], "nowhere in data.paths is neither a file nor a folder"),
-        (["empty.txt"], r"empty.txt in data.paths has no text \(1 files"),
-        (["void"], r"void in data.paths has no text \(1 files"),
+        (["empty.txt"], "empty.txt in data.paths has no text, it is empty"),
+        (["void"], r"void in data.paths has no text \(1 left out: 1 binary"),
     ],
 )
 def test_paths_without_text_are_refused(tmp_path: Path, paths: list[str], message: str) -> None:
@@ -180,7 +289,7 @@ def test_stdlib_takes_sources_once_and_leaves_tests_out(tmp_path: Path, monkeypa
     corpus = load_corpus(DataConfig(validation_fraction=0.5), 256, 1)
     texts = (corpus.train.tobytes() + corpus.validation.tobytes()).split(b"\0")
     assert sorted(texts) == sorted([b"", *sources.values()])
-    assert (corpus.num_files, corpus.num_skipped) == (20, 2)
+    assert (corpus.num_files, corpus.left_out.names) == (20, {"empty": ["empty.py"], "a copy": ["m5_again.py"]})
 
 
 def test_the_real_stdlib_is_there() -> None:

@@ -1,6 +1,8 @@
 """Megatron's indexed corpora: read as Megatron wrote them, cut by documents, and every lie in them refused."""
 
+import os
 import random
+import resource
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -14,8 +16,9 @@ from moe_dist.config import Config, validate
 from moe_dist.config.schema import DataConfig
 from moe_dist.data import indexed
 from moe_dist.data.corpus import Corpus, load_corpus
-from moe_dist.data.indexed import TokenStream, check_index, read_indexed
+from moe_dist.data.indexed import check_index, read_indexed
 from moe_dist.data.sampler import micro_batch
+from moe_dist.data.stream import TokenStream
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [], [[11, 12, 13, 14]], [[15]]]
 
@@ -258,6 +261,44 @@ def test_windows_of_a_file_are_read_as_they_are_and_no_further(tmp_path: Path, m
     for stream, offset in ((train, len(train) - 1), (validation, 0)):
         with pytest.raises(OSError, match=r"c\.bin has become shorter since the run began"):
             stream[np.array([offset])]
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    number = 40
+    prefixes = [tmp_path / f"{i:02d}" for i in range(number)]
+    for i, prefix in enumerate(prefixes):
+        prefix.with_suffix(".bin").write_bytes(np.array([2 * i, 2 * i + 1], "<u2").tobytes())
+        prefix.with_suffix(".idx").write_bytes(idx(lengths=[1, 1], pointers=[0, 2], documents=[0, 1, 2]))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = max(map(int, os.listdir("/proc/self/fd"))) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + number // 2, before[1]))
+    try:
+        train, validation, _ = read_indexed([str(prefix) for prefix in prefixes], 1000, 0.5)
+        assert len(os.listdir("/proc/self/fd")) <= held  # none stays open for files that nobody has read from
+        for part in (*train.parts, *validation.parts):
+            part.files.most = 7
+        assert tokens(train) == list(range(0, 2 * number, 2)) and tokens(validation) == list(range(1, 2 * number, 2))
+        anyhow = np.random.default_rng(0).integers(0, number, (50, 3))
+        assert np.array_equal(train[anyhow], 2 * anyhow) and np.array_equal(validation[anyhow], 2 * anyhow + 1)
+        assert len(train.parts[0].files._files) == 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_file_that_is_replaced_while_it_is_not_open(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", DOCUMENTS)
+    train, _, _ = read_indexed([str(one), str(other)], 1000, 0.3)
+    train.parts[0].files.most = 1
+    assert tokens(train) == [*range(5, 15)] * 2  # b is open now, a is not
+    for name in "ab":
+        (tmp_path / "new").write_bytes((tmp_path / f"{name}.bin").read_bytes())
+        (tmp_path / "new").rename(tmp_path / f"{name}.bin")
+    assert train[np.array([10])].tolist() == [5]  # the open file is the old one
+    with pytest.raises(OSError, match=r"a\.bin has changed since the run began: put it back as it was"):
+        train[np.array([0])]
+    (tmp_path / "a.bin").unlink()
+    with pytest.raises(OSError, match="No such file"):
+        train[np.array([0])]
 
 
 EDGES = [0, 1, -1, 2**31 - 1, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63)]

@@ -1,13 +1,23 @@
 """Labelled texts: what is read, in which split it is, and what is refused."""
 
+import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moe_dist.config.schema import DataConfig
-from moe_dist.data.labelled import PACKAGES, Example, LabelledCorpus, load_labelled, split, stdlib_examples
+from moe_dist.data.labelled import (
+    PACKAGES,
+    Example,
+    LabelledCorpus,
+    load_labelled,
+    read_examples,
+    split,
+    stdlib_examples,
+)
 from moe_dist.data.subwords import Subwords
 
 
@@ -90,15 +100,51 @@ def test_csv_and_other_keys(tmp_path: Path) -> None:
     assert sum(len(part.labels_N) for part in (corpus.train, corpus.validation, corpus.test)) == 60
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, encoding: str) -> None:
+    """A byte-order mark, a blank after the comma, a text longer than the csv module reads by itself."""
+    path, before = tmp_path / "a.csv", csv.field_size_limit()
+    rows = [f'"{i} d\u00e9j\u00e0, ""vu"" {"x " * 70_000 if i == 7 else ""}", {"ab"[i % 2]} \r\n' for i in range(60)]
+    path.write_bytes(("text, label\r\n\r\n" + "".join(rows)).encode(encoding))
+    examples = list(read_examples(DataConfig(kind="csv", paths=[str(path)])))
+    assert [example.text[:14] for example in examples[:2]] == ['0 d\u00e9j\u00e0, "vu" ', '1 d\u00e9j\u00e0, "vu" ']
+    assert len(examples[7].text) > 131_072 and csv.field_size_limit() == before
+    assert load(str(path), kind="csv").labels == ("a", "b")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("text,label\na,1\nwell, then,1\n", "line 3: 3 fields, but the header names 2: put a text that holds a comma"),
+        ("text,label\na,1\nb\n", "line 3: 1 fields, but the header names 2"),
+        ('text,label\n"a\nb",1\n"",1\n', "line 4: 'text' is empty: fill it, or take the line out"),
+        ("text,label\na,1\nb,  \n", "line 3: 'label' is empty"),
+        ('text,label\na,1\n"b" c,1\n', "line 3: no CSV: ',' expected after '\"'; put a text with quotes"),
+        ('text,label\na,1\n"b,1\nc,1\n', "line 3: no CSV: unexpected end of data"),
+        ("text,label,text\na,1,b\n", "line 1: the header names text twice"),
+        ("text,kind\na,1\n", "line 2: no text or whole number at 'label', but text, kind: set data.label_key"),
+        ("text,label\n\0", "a.csv in data.paths is binary: give text"),
+    ],
+)
+def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(str(tmp_path / "a.csv"), kind="csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"text": "a\\ud800", "label": 1}\n', "line 1: the text at 'text' holds half of a surrogate pair"),
         ('{"text": "a"}\n', "line 1: no text or whole number at 'label', but text: set data.label_key"),
         ('{"text": "a", "label": 1}\n{"text"\n', "line 2: not JSON"),
         ("[1]\n", "line 1: not a JSON object"),
         ('{"text": "a", "label": 1}\n', "has 1 labels .*at least two"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 2}\n', "none of 2 texts fell into the .* split"),
-        ('{"text": " ", "label": 1}\n' + "".join(f'{{"text": "b{i}", "label": {i}}}\n' for i in range(99)), "no token"),
+        (
+            '{"text": " ", "label": 1}\n' + "".join(f'{{"text": "b{i}", "label": {i}}}\n' for i in range(99)),
+            "line 1: 'text' is empty: fill",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, words: str) -> None:

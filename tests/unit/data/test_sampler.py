@@ -1,5 +1,6 @@
 """Every window once, in an order that depends on seed and step only."""
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -50,6 +51,42 @@ def test_the_order_is_this_one() -> None:
         [12, 62, 52, 2, 32, 22, 42, 41],
         [11, 21, 31, 61, 1, 51, 68, 38],
     ]
+
+
+FAR = {
+    0: [150879965130, 966414282, 14468026314, 27694477258, 219980582858, 283581882314, 276644904906, 165168025546],
+    1: [203919081418, 177591001034, 242381074378, 23299633098, 297066516426, 173103218634, 175813992394, 121728798666],
+    9155273: [
+        *(181944946634, 88901001162),
+        *(147166654543, 8843079759, 283928174671, 179653050447, 286686703695, 31367102543),
+    ],
+}
+
+
+def test_a_long_order_is_computed_where_it_is_asked_for() -> None:
+    """3e11 tokens: no list of 73 million windows. Frozen like the one above."""
+    tracemalloc.start()
+    sampler = SequenceSampler(num_tokens=300_000_000_000, seq_len=4096, global_batch=8, seed=1234)
+    far = sampler.windows_per_epoch // 8  # this step ends in the second epoch
+    steps = {step: sampler.indices(step).tolist() for step in (0, 1, far)}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20, f"{peak} bytes"
+    assert sampler.windows_per_epoch == 73_242_186
+    assert steps == FAR
+    assert SequenceSampler(300_000_000_000, 4096, 8, seed=1234).indices(far).tolist() == steps[far]
+
+
+@pytest.mark.parametrize("listed", [0, 10**6])
+def test_both_orders_visit_each_window_once(listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_dist.data.sampler.LISTED", listed)
+    sampler = SequenceSampler(num_tokens=3_001, seq_len=3, global_batch=7, seed=5)
+    assert sampler.windows_per_epoch == 999
+    visits = np.concatenate([sampler.indices(step) for step in range(999)]).reshape(7, 999)  # seven epochs
+    phases = visits.min(axis=1)
+    assert set(phases) == {0, 1, 2}
+    assert (np.sort(visits, axis=1) == phases[:, None] + 3 * np.arange(999)).all()
+    assert len({tuple(order) for order in (visits - phases[:, None]).tolist()}) == 7
 
 
 def test_seed_and_epoch_change_the_order() -> None:

@@ -67,6 +67,14 @@ def test_a_row_that_is_full_goes_on_with_its_last_half() -> None:
     assert [rows[0] for rows in model.shown] == [[2, 3, 4, 5], [5, 6], [5, 6, 7], [5, 6, 7, 8], [8, 9]]
 
 
+def test_a_model_that_has_diverged_writes_nothing() -> None:
+    model = decoder()
+    with torch.no_grad():
+        model.embedding.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="scores for the next token are not finite: its weights have diverged"):
+        texts(CachedDecoder(model, torch.device("cpu")), [[1, 2]], 3)
+
+
 def test_rows_are_made_up_for_tp() -> None:
     model = Counting(tp=4)
     assert texts(model, [[1], [5]], 2) == [[2, 3], [6, 7]]

@@ -56,3 +56,31 @@ def test_an_impossible_token_is_never_chosen() -> None:
 def test_mistakes(options: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-30])
+def test_hardly_any_temperature_is_none(temperature: float) -> None:
+    logits_BV, draw_B = torch.randn(50, 9) * 40, torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    chosen_B = Sampling(temperature=temperature).choose(logits_BV, draw_B)
+    assert chosen_B.equal(logits_BV.argmax(-1))
+    tied_BV = torch.tensor([7.0, -1.0, 7.0]).expand(50, 3)
+    assert Sampling(temperature=temperature).choose(tied_BV, draw_B).tolist() == [0] * 25 + [2] * 25
+
+
+def test_the_highest_temperature_is_even() -> None:
+    chosen_B = Sampling(temperature=1.7e308).choose(
+        torch.tensor([[-80.0, 80.0]]).expand(2, 2), torch.tensor([0.4, 0.6])
+    )
+    assert chosen_B.tolist() == [0, 1]
+
+
+def test_the_smallest_top_p_leaves_the_best() -> None:
+    assert shares(Sampling(temperature=1.0, top_k=1, top_p=5e-324)).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_choose_nothing(temperature: float, wrong: float) -> None:
+    logits_BV = torch.tensor([[1.0, 2.0, -torch.inf], [1.0, wrong, 0.0], [-torch.inf] * 3])
+    chosen_B = Sampling(temperature=temperature).choose(logits_BV, torch.full((3,), 0.9, dtype=torch.float64))
+    assert chosen_B.tolist() == [1, -1, -1]

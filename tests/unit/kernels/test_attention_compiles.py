@@ -7,7 +7,7 @@ import torch
 
 from moe_dist.kernels.attention.pattern import Pattern
 from moe_dist.kernels.attention.triton_call import Tile, choose_attention_tiling
-from tests.unit.kernels.compiling import SHARED_LIMIT, Kernel, resources, table
+from tests.unit.kernels.compiling import SHARED_LIMIT, SPILL_LIMIT, Kernel, resources, table
 
 MODULE = "moe_dist.kernels.attention.triton"
 KINDS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,7 +71,7 @@ def combine(width: int) -> Kernel:
     return Kernel(f"{MODULE}_decode:combine", signature, dict(S=32, WIDTH=width, P=width), label=f"combine P={width}")
 
 
-def check(todo: list[Kernel], capsys: pytest.CaptureFixture[str], spill_bytes: int = 0) -> None:
+def check(todo: list[Kernel], capsys: pytest.CaptureFixture[str], spill_bytes: int = SPILL_LIMIT) -> None:
     found = resources(todo)
     with capsys.disabled():
         print("\n" + table(found))

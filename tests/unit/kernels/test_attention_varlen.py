@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.kernels.attention import reference
-from moe_dist.kernels.attention.pattern import Dropout, Pattern
+from moe_dist.kernels.attention.pattern import Dropout, PackedSequences, Pattern
 from moe_dist.kernels.attention.triton import attend_varlen
 from moe_dist.kernels.attention.triton_call import AttentionTiling, Tile
 from moe_dist.kernels.attention.varlen import one_by_one, varlen
@@ -18,8 +18,9 @@ QUERIES, KEYS = [5, 0, 19, 1], [5, 3, 33, 0]  # also nothing to ask, nothing to 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def ends(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+def packed(queries: list[int], keys: list[int]) -> PackedSequences:
+    cu_q, cu_k = (torch.tensor([0, *each], device=DEVICE).cumsum(0).to(torch.int32) for each in (queries, keys))
+    return PackedSequences(cu_q, cu_k, max(queries), max(keys))
 
 
 def inputs(groups: int, queries: list[int] = QUERIES, keys: list[int] = KEYS) -> list[Tensor]:
@@ -55,7 +56,7 @@ def with_gradients(
 @pytest.mark.parametrize("name, groups", [*((name, 1) for name in patterns()), ("everything", 2)])
 def test_triton_is_the_plain_loop(name: str, groups: int) -> None:
     tensors, pattern = inputs(groups), patterns()[name]
-    lengths = (ends(QUERIES), ends(KEYS), max(QUERIES), max(KEYS), pattern, 0.3)
+    lengths = (packed(QUERIES, KEYS), pattern, 0.3)
     weight = torch.randn_like(tensors[0])
     found = with_gradients(
         lambda *args: attend_varlen(*args, tiling=SMALL), tensors, *lengths, weight=weight, sinks=pattern.sinks_H
@@ -70,7 +71,7 @@ def test_generation_from_a_packed_cache_is_split() -> None:
     """Without gradients, and through the choices that ship."""
     queries, keys = [1, 1], [700, 40]
     tensors = [t.detach() for t in inputs(1, queries, keys)]
-    lengths = (ends(queries), ends(keys), 1, 700, Pattern(), None)
+    lengths = (packed(queries, keys), Pattern(), None)
     found = attend_varlen(*tensors, *lengths)
     expected = one_by_one(reference.attend)(*(t.double() for t in tensors), *lengths)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
@@ -81,7 +82,7 @@ def test_a_sequence_is_on_its_own(backend: str) -> None:
     """Each is what attention gives without its neighbours."""
     lengths = [3, 7]
     q, k, v = inputs(2, lengths, lengths)
-    found = varlen(backend)(q, k, v, ends(lengths), ends(lengths), 7, 7, None, None)
+    found = varlen(backend)(q, k, v, packed(lengths, lengths), None, None)
     alone = [
         reference.attend(*(t[part].transpose(0, 1)[None] for t in (q, k, v)))[0].transpose(0, 1)
         for part in (slice(0, 3), slice(3, 10))
@@ -90,9 +91,10 @@ def test_a_sequence_is_on_its_own(backend: str) -> None:
 
 
 def test_refusals() -> None:
-    tensors, lengths = inputs(1), (ends(QUERIES), ends(KEYS), max(QUERIES), max(KEYS))
+    tensors = inputs(1)
     for backend in ("torch", "triton"):
+        pattern = Pattern(keys_BS=torch.ones(1), bias=torch.ones(1))
         with pytest.raises(ValueError, match="packed sequences take no keys_BS, bias: pad them"):
-            varlen(backend)(*tensors, *lengths, Pattern(keys_BS=torch.ones(1), bias=torch.ones(1)), None)
+            varlen(backend)(*tensors, packed(QUERIES, KEYS), pattern, None)
     with pytest.raises(ValueError, match="unknown attention backend"):
         varlen("none")

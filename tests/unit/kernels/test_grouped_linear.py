@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.kernels.grouped_mm.linear import linear
-from tests.unit.kernels.test_grouped_mm import COUNTS
+from tests.unit.kernels.test_grouped_mm import COUNTS, order_of
 
 CASES = COUNTS | {"no rows": (0, 0, 0)}
 BACKENDS = ["loop", "bmm", "grouped_mm"]
@@ -28,7 +28,7 @@ def test_row_after_row(backend: str, counts: tuple[int, ...], out_first: bool) -
     expert_R = [i for i, count in enumerate(counts) for _ in range(count)]
     weight = (weight_eMN if out_first else weight_eMN.transpose(1, 2)).contiguous().requires_grad_()
     rows_RN.requires_grad_()
-    y_RM = linear(rows_RN, weight, counts, backend, out_first)
+    y_RM = linear(rows_RN, weight, order_of(counts), backend, out_first)
     assert y_RM.shape == grad_RM.shape
     expected_y, expected_x = torch.zeros_like(y_RM), torch.zeros_like(rows_RN)
     expected_w = torch.zeros_like(weight_eMN)
@@ -50,11 +50,11 @@ def test_gradients_of_columns_that_lie_apart(dtype: torch.dtype) -> None:
     rows, weight = drawn(9, 8, seed=0).to(dtype), drawn(2, 8, 4, seed=1).to(dtype).requires_grad_()
     grads = []
     for backend in ("grouped_mm", "loop"):
-        y = linear(rows.t().contiguous().t(), weight, (6, 3), backend, out_first=False)
+        y = linear(rows.t().contiguous().t(), weight, order_of((6, 3)), backend, out_first=False)
         grads.append(torch.autograd.grad(y, weight, drawn(4, 9, seed=2).to(dtype).t())[0])
     torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_triton_is_refused() -> None:
     with pytest.raises(ValueError, match="experts=triton has no linear map of its own: use loop, bmm, grouped_mm"):
-        linear(torch.zeros(0, 2), torch.zeros(1, 2, 2), (0,), "triton", out_first=True)
+        linear(torch.zeros(0, 2), torch.zeros(1, 2, 2), order_of((0,)), "triton", out_first=True)

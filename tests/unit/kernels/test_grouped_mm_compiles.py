@@ -61,7 +61,7 @@ def kernels(label: str, tiling: ExpertTiling, even: bool = True) -> list[Kernel]
         sign = "" if two else "-"
         arguments = f"a {sign}a2 b source counts ends out {sign}out2 height columns M_BLOCKS N_BLOCKS"
         return kernel(f"{MODULE}_backward:weight_gradient", f"{label} {name}", arguments, kind, block,
-                      M=tiling.grad_rows, N=block.n, K=block.k, **fixed)  # fmt: skip
+                      M=tiling.grad_rows, N=block.n, K=block.k, INSIDE=even, **fixed)  # fmt: skip
 
     up = "x source tiles gate up {}gate_bias {}up_bias pre_gate pre_up act num_tiles columns depth N_BLOCKS"
     hidden = (

@@ -239,7 +239,8 @@ def test_only_one_gradient_is_wanted(wanted: str) -> None:
         leaf.requires_grad_(name == wanted)
     y_XD = feed_forward(case.x_XD, case.weights_XK, case.order, case.w, "swiglu", tiling=small())
     (leaf,) = (leaf for leaf in case.leaves() if leaf.requires_grad)
-    assert torch.equal(torch.autograd.grad(y_XD, leaf, case.grad_XD)[0], expected)
+    found = torch.autograd.grad(y_XD, leaf, case.grad_XD)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # other blocks, so other last digits
 
 
 def test_tensors_may_come_strided() -> None:

@@ -9,6 +9,7 @@ from moe_dist.models.decoder import Decoder
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.step import Site
 from tests.unit.helpers import context, gradients, random_ids, tiny_model
 
 
@@ -63,7 +64,7 @@ def test_loss_is_cross_entropy_plus_auxiliary_losses() -> None:
     torch.testing.assert_close(model(ids, targets, context(), "token_losses"), each.detach())
     torch.testing.assert_close(output.nll, each.mean().detach())
     aux = [0.1 * float(layer.balance_loss) + 0.01 * float(layer.z_loss) for layer in output.stats]
-    assert [layer.layer for layer in output.stats] == [0, 1]
+    assert [stats.site.layer for stats in output.stats] == [0, 1]
     torch.testing.assert_close(output.loss.item(), output.nll.item() + sum(aux))
     output.loss.backward()
     gradients(model)
@@ -90,10 +91,10 @@ class CountingWitness:
     def __init__(self) -> None:
         self.decisions = 0
 
-    def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
         return scores if self.decisions < 2 else -scores
 
-    def decided(self, layer: int, experts_TK: Tensor, kept_TK: Tensor) -> None:
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
         self.decisions += 1
 
 
@@ -142,7 +143,7 @@ def test_a_dense_model() -> None:
 def test_moe_on_every_second_layer() -> None:
     model, ids = decoder(num_layers=5, every=2), random_ids(1, 8)
     assert [type(block.feed_forward) for block in model.blocks] == [FeedForward, MoE, FeedForward, MoE, FeedForward]
-    assert [layer.layer for layer in model(ids, ids, context()).stats] == [1, 3]
+    assert [stats.site.layer for stats in model(ids, ids, context()).stats] == [1, 3]
 
 
 def test_load_counts_every_assignment() -> None:

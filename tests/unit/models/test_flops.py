@@ -1,12 +1,15 @@
 """Parameter and FLOP counts, against numbers worked out by hand."""
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig, RoutedAttentionConfig
 from moe_dist.models.backends import resolve_backends
-from moe_dist.models.decoder import Decoder
-from moe_dist.models.flops import parameter_counts, train_flops_per_token
+from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.models.flops import executed_flops, train_flops_per_token
+from moe_dist.models.parameters import parameter_counts
 from moe_dist.parallel.mesh import single_process_mesh
+from tests.unit.helpers import context, random_ids
 
 # D=4, H=2, P=2, G=1: attention = q 4*4 + kv 2*1*2*4 + out 4*4 = 16 + 16 + 16 = 48.
 ATTENTION = 48
@@ -75,6 +78,40 @@ def test_counts_are_those_of_the_model(kind: str) -> None:
     model = resolve_backends(tiny(attention=attention), 1)
     built = Decoder(model, single_process_mesh())
     assert parameter_counts(model).total == sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize(("factor", "met"), [(0.5, 1.0), (1.0, 2.0), (1.25, 2.5), (2.0, 3.0)])
+def test_under_expert_choice_the_capacity_says_what_a_token_meets(factor: float, met: float) -> None:
+    """Three experts take factor * 2 / 3 of the tokens each, never more than all."""
+    moe = MoEConfig(num_experts=3, top_k=2, d_ff=5, every=2, router="expert_choice", capacity_factor=factor)
+    counts = parameter_counts(tiny(moe=moe))
+    assert counts.total - counts.active == (3 - met) * 60
+    # as in test_train_flops_by_hand, but for the experts
+    assert train_flops_per_token(tiny(moe=moe), seq_len=3) == pytest.approx(3 * (2 * (220 + met * 60) + 64))
+
+
+@pytest.mark.parametrize("router", ["softmax", "expert_choice"])
+@pytest.mark.parametrize("kind", ["multi_query", "switch"])
+def test_executed_flops_are_those_that_torch_counts(kind: str, router: str) -> None:
+    """What training costs more at one capacity than at another, counted product by product by torch."""
+    measured, told, nominal = [], [], []
+    for factor in (0.5, 2.0):
+        own = MoEConfig(num_experts=3, top_k=2, capacity_factor=factor, experts="loop")
+        moe = MoEConfig(num_experts=4, top_k=2, d_ff=5, router=router, capacity_factor=factor, experts="loop")
+        attention = AttentionConfig(kind=kind, backend="torch", moe=own)
+        model = resolve_backends(tiny(attention=attention, moe=moe), 1, "cpu")
+        built, tokens = Decoder(model, single_process_mesh(), seed=3), random_ids(4, 8, vocab=10)
+        with FlopCounterMode(display=False) as counter:
+            output = built(tokens, tokens.roll(1, 1), context())
+            output.loss.backward()
+        assert isinstance(output, DecoderOutput)
+        measured.append(counter.get_total_flops())
+        nominal.append(train_flops_per_token(model, 8))
+        told.append(executed_flops(model, nominal[-1], tokens.numel(), output.stats))
+    assert measured[1] > measured[0]
+    assert told[1] - told[0] == pytest.approx(measured[1] - measured[0])
+    if router == "expert_choice" and kind == "multi_query":  # nothing is dropped, so nominal is executed
+        assert told == pytest.approx([32 * each for each in nominal])
 
 
 def test_routed_attention_costs_what_it_chooses() -> None:

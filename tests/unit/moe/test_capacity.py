@@ -10,15 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.kernels.route.reference import route
+from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.moe import capacity
-from moe_dist.moe.capacity import Capacity, DispatchPlan, expert_capacity
-from moe_dist.moe.router import Routing
+from moe_dist.moe.capacity import Capacity, expert_capacity
+from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.mesh import Group
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.unit.helpers import context
 
-POLICIES = ("position", "score", "random")
+POLICIES = ("position", "choice", "score", "random")
+
+
+def queue(policy: str) -> dict[str, str]:
+    """The fields of a policy; `choice` is `position` where first choices go first."""
+    return dict(drop_policy="position", drop_order="choice") if policy == "choice" else dict(drop_policy=policy)
 
 
 def routing_of(experts_TK: list[list[int]] | Tensor, scores_TK: list[list[float]], num_experts: int) -> Routing:
@@ -30,7 +35,7 @@ def routing_of(experts_TK: list[list[int]] | Tensor, scores_TK: list[list[float]
 def as_routing(probs_TE: Tensor, experts_TK: Tensor, mine: slice = slice(None)) -> Routing:
     """The `mine` part of a routing: weights and preferences are the probabilities."""
     probs_TE, experts_TK = probs_TE[mine], experts_TK[mine]
-    stats = route(probs_TE.log(), experts_TK.shape[1], chosen_TK=experts_TK)
+    stats = top_k_experts(probs_TE.log(), experts_TK.shape[1], chosen_TK=experts_TK)
     return Routing(experts_TK, probs_TE.gather(1, experts_TK), probs_TE.log(), probs_TE, stats)
 
 
@@ -44,7 +49,7 @@ def random_routing(tokens: int, num_experts: int, top_k: int, seed: int) -> Rout
 
 def plan_of(routing: Routing, step: StepContext | None = None, layer: int = 0, **moe: object) -> DispatchPlan:
     tokens_experts = dict(num_experts=routing.logits_TE.shape[1], top_k=routing.experts_TK.shape[1])
-    return Capacity(MoEConfig(**(tokens_experts | moe)), layer, Group())(routing, step or context())
+    return Capacity(MoEConfig(**(tokens_experts | moe)), Site(layer), Group())(routing, step or context())
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,42 @@ def test_second_choices_queue_in_token_order_by_hand() -> None:
     assert best.kept_TK.tolist() == [[True, False], [True, False], [True, False]]
 
 
+def test_first_choices_go_first_by_hand() -> None:
+    """The same with C = 1: expert 0 takes token 0's first choice, 1 token 1's, 2 token 2's; no second choice is left
+    a place. With C = 2, expert 0 has one left for token 2's second, 1 for token 0's and 2 for token 1's."""
+    routing = routing_of([[0, 1], [1, 2], [2, 0]], [[0.6, 0.1], [0.8, 0.1], [0.5, 0.4]], num_experts=3)
+    tight = plan_of(routing, capacity_factor=0.5, drop_order="choice")
+    assert tight.kept_TK.tolist() == [[True, False]] * 3
+    assert tight.kept_WE.tolist() == [[1, 1, 1]] and tight.counts_WE.tolist() == [[2, 2, 2]]
+    assert plan_of(routing, capacity_factor=1.0, drop_order="choice").kept_TK.all()
+
+
+def test_how_many_first_choices_each_order_keeps() -> None:
+    """At top-2 and half the places; from a factor of 1.25 on the orders keep about the same."""
+    logits_TE = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs_TE = logits_TE.softmax(-1)
+    routing = as_routing(probs_TE, probs_TE.topk(2).indices)
+
+    def shares(order: str, factor: float) -> tuple[float, float]:
+        kept_TK = plan_of(routing, capacity_factor=factor, drop_order=order).kept_TK
+        return float(kept_TK[:, 0].double().mean()), float((~kept_TK.any(1)).double().mean())
+
+    (token, alone), (choice, unserved) = shares("token", 0.5), shares("choice", 0.5)
+    assert 0.47 < token < 0.53 and 0.87 < choice <= 1.0
+    assert alone > 0.4 and unserved < 0.13
+    assert shares("token", 1.25)[0] > 0.98 and shares("choice", 1.25)[0] == 1.0
+
+
+def test_by_choice_each_rank_alone_under_local_scope(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = MoEConfig(num_experts=4, top_k=2, capacity_factor=0.75, capacity_scope="local", drop_order="choice")
+    routing = random_routing(16, 4, 2, seed=3)
+    for rank, plan in enumerate(plans_on_ranks(monkeypatch, 2, routing, context(), moe)):
+        mine = as_routing(routing.preference_TE, routing.experts_TK, slice(8 * rank, 8 * rank + 8))
+        alone = Capacity(moe, Site(1), Group())(mine, context())
+        assert torch.equal(plan.kept_TK, alone.kept_TK) and not plan.kept_TK.all()
+        assert torch.equal(plan.kept_WE[rank], alone.kept_WE[0])
+
+
 def test_equal_scores_fall_back_on_position() -> None:
     routing = routing_of([[0]] * 4, [[0.5]] * 4, num_experts=2)
     plan = plan_of(routing, capacity_factor=1.0, drop_policy="score")
@@ -98,9 +139,10 @@ def kept_by_loop(routing: Routing, limit: int, policy: str, step: StepContext, l
     experts = routing.experts_TK.flatten().tolist()
     scores = routing.weights_TK.flatten().tolist()
     draws = step.key.fold("drop", layer).uniform(torch.arange(len(experts))).tolist()
-    priority = {"position": [0.0] * len(experts), "score": scores, "random": draws}[policy]
+    priority = {"position": [0.0] * len(experts), "score": scores, "random": draws}
+    priority["choice"] = [-float(n % routing.experts_TK.shape[1]) for n in range(len(experts))]
     kept, taken = [False] * len(experts), dict.fromkeys(experts, 0)
-    for n in sorted(range(len(experts)), key=lambda n: -priority[n]):
+    for n in sorted(range(len(experts)), key=lambda n: -priority[policy][n]):
         kept[n] = taken[experts[n]] < limit
         taken[experts[n]] += kept[n]
     return kept
@@ -118,7 +160,7 @@ def kept_by_loop(routing: Routing, limit: int, policy: str, step: StepContext, l
 def test_against_a_loop(tokens: int, sizes: tuple[int, int], factor: float, least: int, policy: str, seed: int) -> None:
     num_experts, top_k = sizes
     routing, step = random_routing(tokens, num_experts, top_k, seed), context(seed)
-    plan = plan_of(routing, step, layer=3, capacity_factor=factor, min_capacity=least, drop_policy=policy)
+    plan = plan_of(routing, step, layer=3, capacity_factor=factor, min_capacity=least, **queue(policy))
     kept = kept_by_loop(routing, plan.capacity, policy, step, layer=3)
     assert plan.kept_TK.flatten().tolist() == kept
     chosen, stayed = plan.counts_WE[0], plan.kept_WE[0]
@@ -148,7 +190,7 @@ def test_phases(policy: str) -> None:
 
     def kept(phase: str, eval_factor: float | None) -> int:
         factors = dict(capacity_factor=0.5, eval_capacity_factor=eval_factor)
-        plan = plan_of(routing, context(phase=phase), drop_policy=policy, **factors)
+        plan = plan_of(routing, context(phase=phase), **queue(policy), **factors)
         assert plan.kept_WE.sum() == plan.kept_TK.sum()
         return int(plan.kept_TK.sum())
 
@@ -211,7 +253,7 @@ def plans_on_ranks(
 
     def work(group: Group) -> DispatchPlan:
         mine = slice(group.rank * size, (group.rank + 1) * size)
-        return Capacity(moe, 1, group)(as_routing(routing.preference_TE, routing.experts_TK, mine), step)
+        return Capacity(moe, Site(1), group)(as_routing(routing.preference_TE, routing.experts_TK, mine), step)
 
     with monkeypatch.context() as patch:
         patch.setattr(capacity, "all_gather", ranks.all_gather)
@@ -223,10 +265,10 @@ def plans_on_ranks(
 def test_global_scope_drops_the_same_on_any_number_of_ranks(
     policy: str, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moe = MoEConfig(num_experts=4, top_k=2, capacity_factor=0.75, drop_policy=policy)
+    moe = MoEConfig(num_experts=4, top_k=2, capacity_factor=0.75, **queue(policy))
     for seed in range(5):
         routing, step = random_routing(16, 4, 2, seed), context(seed)
-        alone = Capacity(moe, 1, Group())(routing, step)
+        alone = Capacity(moe, Site(1), Group())(routing, step)
         plans = plans_on_ranks(monkeypatch, world, routing, step, moe)
         assert (~alone.kept_TK).sum() >= 8  # C = ceil(0.75 * 2 * 16 / 4) = 6: at most 24 of 32 stay
         assert torch.equal(torch.cat([plan.kept_TK for plan in plans]), alone.kept_TK)
@@ -241,7 +283,7 @@ def test_global_scope_drops_the_same_on_any_number_of_ranks(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_local_scope_caps_each_rank_by_its_own_tokens(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """8 tokens all on expert 0, 4 on each of 2 ranks: C = ceil(1 * 1 * 4 / 2) = 2 on each, not 4 together."""
-    moe = MoEConfig(num_experts=2, top_k=1, capacity_factor=1.0, capacity_scope="local", drop_policy=policy)
+    moe = MoEConfig(num_experts=2, top_k=1, capacity_factor=1.0, capacity_scope="local", **queue(policy))
     routing = routing_of([[0]] * 8, [[0.1], [0.2], [0.3], [0.4]] * 2, num_experts=2)
     plans = plans_on_ranks(monkeypatch, 2, routing, context(), moe)
     expected = {"position": [True, True, False, False], "score": [False, False, True, True]}
@@ -268,6 +310,7 @@ def rerouted_by_loop(routing: Routing, limit: int, policy: str, step: StepContex
         name = f"reroute {number}" if number else "drop"
         draws = step.key.fold(name, layer).uniform(torch.arange(len(tokens) * top_k)).tolist()
         priority = {"position": dict.fromkeys(asks, 0.0)}
+        priority["choice"] = {(t, k): -float(k) for t, k in asks}
         priority["random"] = {(t, k): draws[t * top_k + k] for t, k in asks}
         priority["score"] = {(t, k): preference[t][e] for (t, k), e in asks.items()}
         rank = priority[policy]
@@ -294,7 +337,7 @@ def rerouted_by_loop(routing: Routing, limit: int, policy: str, step: StepContex
 def test_rerouting_against_a_loop(tokens: int, sizes: tuple[int, int], factor: float, policy: str, seed: int) -> None:
     num_experts, top_k = sizes
     routing, step = random_routing(tokens, num_experts, top_k, seed), context(seed)
-    plan = plan_of(routing, step, 3, capacity_factor=factor, drop_policy=policy, overflow="reroute")
+    plan = plan_of(routing, step, 3, capacity_factor=factor, **queue(policy), overflow="reroute")
     expected = torch.tensor(rerouted_by_loop(routing, plan.capacity, policy, step, layer=3))
     assert torch.equal(torch.where(plan.kept_TK, plan.experts_TK, -1), expected)
     assert torch.equal(plan.kept_WE[0], plan.experts_TK[plan.kept_TK].bincount(minlength=num_experts))
@@ -306,13 +349,13 @@ def test_rerouting_against_a_loop(tokens: int, sizes: tuple[int, int], factor: f
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rerouting_on_ranks(policy: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = MoEConfig(
-        num_experts=4, top_k=2, capacity_factor=0.75, drop_policy=policy, overflow="reroute", capacity_scope=scope
+        num_experts=4, top_k=2, capacity_factor=0.75, **queue(policy), overflow="reroute", capacity_scope=scope
     )
     for seed in range(5):
         routing, step = random_routing(16, 4, 2, seed), context(seed)
         plans = plans_on_ranks(monkeypatch, 4, routing, step, moe)
         if scope == "global":
-            alone = Capacity(moe, 1, Group())(routing, step)
+            alone = Capacity(moe, Site(1), Group())(routing, step)
             assert torch.equal(torch.cat([plan.kept_TK for plan in plans]), alone.kept_TK)
             assert torch.equal(torch.cat([plan.experts_TK for plan in plans]), alone.experts_TK)
         for rank, plan in enumerate(plans):
@@ -327,7 +370,7 @@ def test_factors_of_layers_and_steps() -> None:
     routing = routing_of([[0]] * 8, [[0.5]] * 8, num_experts=2)
 
     def limit(index: int = 0, step: int = 0, phase: str = "train", **moe: object) -> int | None:
-        rule = Capacity(MoEConfig(num_experts=2, top_k=1, **moe), 5, Group(), index)
+        rule = Capacity(MoEConfig(num_experts=2, top_k=1, **moe), Site(index), Group())
         return rule(routing, StepContext(context().key, phase, step=step)).capacity
 
     factors = dict(capacity_factor=[0.25, None, 1.5], eval_capacity_factor=[1.0, 2.0, None])
@@ -344,6 +387,6 @@ def test_experts_choose_their_tokens() -> None:
     routing = as_routing(probs_TE, torch.arange(3).expand(4, 3))
     moe = MoEConfig(num_experts=3, top_k=1, router="expert_choice", capacity_factor=1.0)
     for phase in ("train", "eval", "dropless"):
-        plan = Capacity(moe, 0, Group())(routing, context(phase=phase))
+        plan = Capacity(moe, Site(0), Group())(routing, context(phase=phase))
         assert plan.kept_TK.T.tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
         assert plan.counts_WE.tolist() == plan.kept_WE.tolist() == [[2, 2, 2]]

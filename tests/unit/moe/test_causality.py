@@ -9,6 +9,7 @@ from moe_dist.moe.causality import causality_notes
 from moe_dist.moe.routers import ROUTERS
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize
+from moe_dist.step import Site
 from tests.unit.helpers import context
 
 CAUSAL = [
@@ -16,6 +17,8 @@ CAUSAL = [
     {"capacity_factor": None, "drop_policy": "score"},
     {"router": "sigmoid"},
     {"router": "sinkhorn", "capacity_factor": None},
+    {"drop_order": "choice"},
+    {"drop_order": "choice", "top_k": 1},
     {"drop_policy": "score"},
     {"drop_policy": "random"},
     {"overflow": "reroute"},
@@ -27,9 +30,9 @@ CAUSAL = [
 def test_a_note_is_given_exactly_where_a_later_token_matters(changes: dict) -> None:
     """C is held fixed while a token after position t changes: does anything up to t?"""
     moe = MoEConfig(**({"num_experts": 4, "top_k": 2, "capacity_factor": 0.6} | changes))
-    router = ROUTERS[moe.router](ModelConfig(d_model=8, moe=moe, kernels="torch"), 0, single_process_mesh())
+    router = ROUTERS[moe.router](moe, 8, Site(0), single_process_mesh())
     initialize(router, 0)
-    rule, changed = Capacity(moe, 0, Group()), False
+    rule, changed = Capacity(moe, Site(0), Group()), False
     for seed in range(30):
         x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed))
         other_TD = x_TD.clone()

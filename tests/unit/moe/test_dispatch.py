@@ -9,15 +9,19 @@ from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.permute.backend import Permutation
+from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import combine_rows, gather_rows
-from moe_dist.kernels.route.reference import route
-from moe_dist.moe.capacity import Capacity, DispatchPlan
-from moe_dist.moe.dispatch import Arrival, Dispatcher, make_dispatcher, split_over_etp
+from moe_dist.kernels.top_k.reference import top_k_experts
+from moe_dist.moe.capacity import Capacity
+from moe_dist.moe.choice import Choice, DispatchPlan, Routing
+from moe_dist.moe.dispatch import Dispatcher, make_dispatcher
+from moe_dist.moe.dispatch.base import EtpDispatcher, RowExperts
 from moe_dist.moe.dispatch.counts import order_of, ranges, sent_rows, transposed
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
+from moe_dist.moe.dispatch.overlap import departure
 from moe_dist.moe.dispatch.wire import Wire, pack, row_bytes, unpack
-from moe_dist.moe.router import Routing
 from moe_dist.parallel.mesh import Group, Layout, mesh_without_processes, single_process_mesh
+from moe_dist.step import Site
 from tests.unit.helpers import context
 
 KINDS = [dict(dispatch=kind) for kind in ("local", "all_to_all", "hierarchical", "all_gather")]
@@ -31,55 +35,64 @@ def dispatcher(request: pytest.FixtureRequest) -> Dispatcher:
     return make_dispatcher(MoEConfig(**request.param), single_process_mesh())
 
 
-def planned(tokens: int, top_k: int, factor: float | None, seed: int = 0) -> tuple[Tensor, Tensor, DispatchPlan]:
-    """Random tokens and weights in float64, and a plan; expert 1 is never chosen."""
+def chosen(tokens: int, top_k: int, factor: float | None, seed: int = 0) -> tuple[Tensor, Choice]:
+    """Random tokens, and a choice with random weights, in float64; expert 1 is never chosen."""
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(tokens, E, generator=generator, dtype=torch.float64)
     logits_TE[:, 1] = -100
-    stats = route(logits_TE, top_k)
+    stats = top_k_experts(logits_TE, top_k)
     weights_TK = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
     moe = MoEConfig(num_experts=E, top_k=top_k, capacity_factor=factor)
-    plan = Capacity(moe, 0, Group())(Routing(stats.experts_TK, weights_TK, logits_TE, None, stats), context())
-    return torch.randn(tokens, 3, generator=generator, dtype=torch.float64), weights_TK, plan
+    routing = Routing(stats.experts_TK, weights_TK, logits_TE, None, stats)
+    choice = Choice(routing, Capacity(moe, Site(0), Group())(routing, context()), weights_TK)
+    return torch.randn(tokens, 3, generator=generator, dtype=torch.float64), choice
 
 
-def scaled(arrival: Arrival, scale_E: Tensor) -> Tensor:
+def scaled(scale_E: Tensor) -> RowExperts:
     """Expert i multiplies by scale_E[i]."""
-    scale_R = scale_E.repeat_interleave(torch.tensor(arrival.order.rows_per_expert))
-    rows_RD = gather_rows(arrival.x_XD, arrival.order) * scale_R[:, None]
-    return combine_rows(rows_RD, arrival.weights_XK, arrival.order)
+
+    def experts(x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+        scale_R = scale_E.repeat_interleave(torch.tensor(order.rows_per_expert))
+        return combine_rows(gather_rows(x_XD, order) * scale_R[:, None], weights_XK, order)
+
+    return experts
 
 
 @pytest.mark.parametrize("factor", [None, 0.3, 0.8])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_identity_experts(dispatcher: Dispatcher, top_k: int, factor: float | None) -> None:
-    x_TD, weights_TK, plan = planned(11, top_k, factor)
-    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
-    y_TD = dispatcher.combine(scaled(arrival, torch.ones(E)), weights_TK, arrival)
-    torch.testing.assert_close(y_TD, (weights_TK * plan.kept_TK).sum(-1, keepdim=True) * x_TD)
-    assert plan.kept_TK.all() == (factor is None)
-    assert arrival.sent_bytes == 0
+    x_TD, choice = chosen(11, top_k, factor)
+    y_TD, sent_bytes = dispatcher.carry(x_TD, choice, scaled(torch.ones(E)))
+    kept_TK = choice.plan.kept_TK
+    torch.testing.assert_close(y_TD, (choice.weights_TK * kept_TK).sum(-1, keepdim=True) * x_TD)
+    assert kept_TK.all() == (factor is None)
+    assert sent_bytes == 0
 
 
 @pytest.mark.parametrize("factor", [None, 0.3])
 def test_rows_in_order_lie_expert_after_expert(dispatcher: Dispatcher, factor: float | None) -> None:
-    x_TD, weights_TK, plan = planned(11, 2, factor)
-    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
+    x_TD, choice = chosen(11, 2, factor)
+    plan, met = choice.plan, []
+
+    def experts(x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+        met.append((gather_rows(x_XD, order), list(order.rows_per_expert)))
+        return x_XD
+
+    dispatcher.carry(x_TD, choice, experts)
+    [(rows_RD, counts)] = met
     expected = [x_TD[t] for e in range(E) for t in range(11) if (plan.kept_TK[t] & (plan.experts_TK[t] == e)).any()]
-    assert torch.equal(gather_rows(arrival.x_XD, arrival.order), torch.stack(expected))
-    counts = arrival.order.rows_per_expert
-    assert list(counts) == plan.experts_TK[plan.kept_TK].bincount(minlength=E).tolist()
+    assert torch.equal(rows_RD, torch.stack(expected))
+    assert counts == plan.experts_TK[plan.kept_TK].bincount(minlength=E).tolist()
     assert counts[1] == 0
 
 
 @pytest.mark.parametrize("factor", [None, 0.3])
 def test_distinct_experts_and_gradients(dispatcher: Dispatcher, factor: float | None) -> None:
     """Expert i multiplies by i + 2; the reference is a masked sum that never moves a row."""
-    x_TD, weights_TK, plan = planned(7, 2, factor)
+    x_TD, choice = chosen(7, 2, factor)
+    plan, weights_TK = choice.plan, choice.weights_TK.requires_grad_()
     x_TD.requires_grad_()
-    weights_TK.requires_grad_()
-    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
-    y_TD = dispatcher.combine(scaled(arrival, torch.arange(E) + 2.0), weights_TK, arrival)
+    y_TD, _ = dispatcher.carry(x_TD, choice, scaled(torch.arange(E) + 2.0))
     expected = ((plan.experts_TK + 2) * plan.kept_TK * weights_TK).sum(-1, keepdim=True) * x_TD
     torch.testing.assert_close(y_TD, expected)
     weight_TD = torch.randn_like(y_TD)
@@ -88,24 +101,27 @@ def test_distinct_experts_and_gradients(dispatcher: Dispatcher, factor: float | 
 
 
 def test_dropped_tokens_come_back_as_zero(dispatcher: Dispatcher) -> None:
-    x_TD, weights_TK, plan = planned(12, 1, 0.3)
-    arrival = dispatcher.dispatch(x_TD, weights_TK, plan)
-    y_TD = dispatcher.combine(scaled(arrival, torch.ones(E)), weights_TK, arrival)
-    dropped_T = ~plan.kept_TK[:, 0]
+    x_TD, choice = chosen(12, 1, 0.3)
+    y_TD, _ = dispatcher.carry(x_TD, choice, scaled(torch.ones(E)))
+    dropped_T = ~choice.plan.kept_TK[:, 0]
     assert dropped_T.sum() >= 8  # C = ceil(0.3 * 12 / 5) = 1: at most 4 used experts keep one each
     assert torch.equal(y_TD[dropped_T], torch.zeros_like(y_TD[dropped_T]))
     assert y_TD[~dropped_T].abs().min() > 0
 
 
 def test_nothing_kept(dispatcher: Dispatcher) -> None:
-    x_TD, weights_TK, plan = planned(6, 2, 1.0)
+    x_TD, choice = chosen(6, 2, 1.0)
     x_TD.requires_grad_()
-    weights_TK.requires_grad_()
+    weights_TK = choice.weights_TK.requires_grad_()
+    plan = choice.plan
     nothing = replace(plan, kept_TK=torch.zeros_like(plan.kept_TK), kept_WE=torch.zeros_like(plan.kept_WE))
-    arrival = dispatcher.dispatch(x_TD, weights_TK, nothing)
-    assert arrival.order.slots_R.numel() == 0
-    assert arrival.order.rows_per_expert == (0,) * E
-    y_TD = dispatcher.combine(scaled(arrival, torch.ones(E)), weights_TK, arrival)
+
+    def experts(x_XD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Tensor:
+        assert order.slots_R.numel() == 0
+        assert order.rows_per_expert == (0,) * E
+        return scaled(torch.ones(E))(x_XD, weights_XK, order)
+
+    y_TD, _ = dispatcher.carry(x_TD, replace(choice, plan=nothing), experts)
     assert torch.equal(y_TD, torch.zeros(6, 3, dtype=torch.float64))
     y_TD.sum().backward()
     assert torch.equal(x_TD.grad, torch.zeros_like(x_TD))
@@ -114,11 +130,9 @@ def test_nothing_kept(dispatcher: Dispatcher) -> None:
 
 def test_an_expert_in_parts_is_their_sum(dispatcher: Dispatcher) -> None:
     """Part p of expert i multiplies by 3 i + p: together by 9 i + 3."""
-    x_TD, weights_TK, plan = planned(7, 2, 0.8)
-    finer, finer_weights = split_over_etp(plan, weights_TK, 3)
-    arrival = dispatcher.dispatch(x_TD, finer_weights, finer)
-    y_TD = dispatcher.combine(scaled(arrival, torch.arange(3.0 * E)), finer_weights, arrival)
-    factor_TK = (9 * plan.experts_TK + 3) * plan.kept_TK * weights_TK
+    x_TD, choice = chosen(7, 2, 0.8)
+    y_TD, _ = EtpDispatcher(dispatcher, 3).carry(x_TD, choice, scaled(torch.arange(3.0 * E)))
+    factor_TK = (9 * choice.plan.experts_TK + 3) * choice.plan.kept_TK * choice.weights_TK
     torch.testing.assert_close(y_TD, factor_TK.sum(-1, keepdim=True) * x_TD)
 
 
@@ -164,24 +178,24 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
     ranks, local = 12, 2
     sent_PPe = torch.randint(0, 4, (ranks, ranks, local), generator=torch.Generator().manual_seed(node_size))
     layout = Layout(ranks, ranks, node_size=node_size)
-    routes, rows = [], []
+    trips, rows = [], []
     for rank in range(ranks):
         dispatcher = HierarchicalDispatcher(mesh_without_processes(layout, rank), Permutation())
-        routes.append(dispatcher._route(sent_PPe, torch.device("cpu")))
+        trips.append(dispatcher.trip(sent_PPe, torch.device("cpu")))
         place_E, sent_E = dispatcher._departure(local), sent_PPe[rank].flatten()
         by_place = place_E.argsort()
         expert_S = by_place.repeat_interleave(sent_E[by_place])
         rows.append(torch.stack([torch.full_like(expert_S, rank), expert_S], 1))
     nodes = [list(layout.ranks("ep_node", rank)) for rank in range(0, ranks, node_size)]
     across = [list(layout.ranks("ep_across", rank)) for rank in range(node_size)]
-    halfway = exchanged(rows, lambda rank: routes[rank].node_send, nodes)
-    for rank, route_ in enumerate(routes):
-        assert len(halfway[rank]) == sum(route_.node_receive)
-        if route_.forth_M is not None:
-            halfway[rank] = halfway[rank][route_.forth_M]
-            assert torch.equal(route_.forth_M[route_.back_M], torch.arange(len(route_.forth_M)))
-    arrived = exchanged(halfway, lambda rank: routes[rank].across_send, across)
-    for rank, route_ in enumerate(routes):
+    halfway = exchanged(rows, lambda rank: trips[rank].node_send, nodes)
+    for rank, trip in enumerate(trips):
+        assert len(halfway[rank]) == sum(trip.node_receive)
+        if trip.forth_M is not None:
+            halfway[rank] = halfway[rank][trip.forth_M]
+            assert torch.equal(trip.forth_M[trip.back_M], torch.arange(len(trip.forth_M)))
+    arrived = exchanged(halfway, lambda rank: trips[rank].across_send, across)
+    for rank, trip in enumerate(trips):
         held_Pe = sent_PPe[:, rank]
         expected = [
             [source, rank * local + k]
@@ -190,7 +204,7 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
             for _ in range(held_Pe[source, k])
         ]
         assert arrived[rank].tolist() == expected
-        assert sum(route_.across_receive) == len(expected)
+        assert sum(trip.across_receive) == len(expected)
 
 
 def test_counts_are_those_of_the_ranks_of_the_group() -> None:
@@ -246,3 +260,8 @@ def test_no_rows_to_pack() -> None:
 
 def test_only_the_way_out_is_fp8() -> None:
     assert (Wire.of("same"), Wire.of("bf16"), Wire.of("fp8")) == (("same",) * 2, ("bf16",) * 2, ("fp8", "bf16"))
+
+
+def test_departure_in_parts_by_hand() -> None:
+    """Two ranks of four experts in 2 parts: 0 1 4 5 leave first, then 2 3 6 7."""
+    assert departure(torch.zeros(2, 2, 4), 2).argsort().tolist() == [0, 1, 4, 5, 2, 3, 6, 7]

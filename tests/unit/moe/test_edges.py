@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist import MixtureOfExperts
 from moe_dist.config.model import MoEConfig
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.routers import ROUTERS
 from moe_dist.parallel.mesh import single_process_mesh
@@ -25,7 +26,7 @@ def mixture(**options: Any) -> MixtureOfExperts:
 
 
 def layer_of(**changes: object) -> MoE:
-    layer = MoE(tiny_model(**changes), 0, single_process_mesh())
+    layer = moe_layer(tiny_model(**changes), 0, single_process_mesh())
     initialize(layer, 0)
     return layer
 
@@ -146,8 +147,8 @@ def test_who_was_asked_in_vain_changes_no_weight() -> None:
     kept = {}
     for name, layer in (("drop", drop), ("reroute", reroute)):
         routing = layer.router(x_TD, context())
-        plan = layer.capacity(routing, context())
-        weights_TK = layer.router.weigh_again(routing, plan.experts_TK)
+        plan = layer.gate.capacity(routing, context())
+        weights_TK = layer.router.weigh_again(routing.weights_TK, routing.logits_TE, plan.experts_TK)
         kept[name] = torch.where(plan.kept_TK & (plan.experts_TK == routing.experts_TK), weights_TK, -1.0)
         lost_TK = ~plan.kept_TK
         assert torch.equal(plan.experts_TK[lost_TK], routing.experts_TK[lost_TK])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.experts import Experts, expert_widths
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize, logical_parameters
@@ -19,7 +20,7 @@ BEND = {"relu": F.relu, "gelu": F.gelu, "relu2": lambda h: F.relu(h) ** 2, "swig
 
 
 def experts_of(**changes: object) -> Experts:
-    made = Experts(tiny_model(**changes), single_process_mesh(), out_std=0.2)
+    made = moe_layer(tiny_model(**changes), 0, single_process_mesh(), out_std=0.2).experts
     initialize(made, seed=0)
     generator = torch.Generator().manual_seed(5)
     for name, param in made.named_parameters():
@@ -98,8 +99,8 @@ def test_recomputed_activations(backend: str) -> None:
 def test_different_widths(backend: str, activation: str, bias: bool) -> None:
     model = tiny_model(experts=backend, activation=activation, expert_bias=bias)
     model.moe.d_ff = [3, 24, 8, 1]
-    assert expert_widths(model) == (3, 24, 8, 1)
-    held = Experts(model, single_process_mesh(), out_std=0.2)
+    assert expert_widths(model.moe, model.d_ff) == (3, 24, 8, 1)
+    held = moe_layer(model, 0, single_process_mesh(), out_std=0.2).experts
     initialize(held, seed=0)
     assert held.w_up.shape == (36, D)
     compare(held)

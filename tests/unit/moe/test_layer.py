@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.layer import MoE, Replay
+from moe_dist.models.block import moe_layer
+from moe_dist.moe.gate import Replay
+from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from tests.unit.helpers import context, gradients, tiny_model
@@ -16,7 +18,7 @@ D, WIDTH, E = 16, 24, 4
 
 
 def layer_of(**changes: object) -> MoE:
-    layer = MoE(tiny_model(**changes), layer=0, mesh=single_process_mesh(), out_std=WIDTH**-0.5)
+    layer = moe_layer(tiny_model(**changes), layer=0, mesh=single_process_mesh(), out_std=WIDTH**-0.5)
     initialize(layer, seed=0)
     return layer
 

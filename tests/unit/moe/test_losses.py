@@ -5,25 +5,26 @@ from math import log
 import pytest
 import torch
 
-from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.losses import MoEStats, balance_loss, moe_stats
-from moe_dist.moe.router import Router, Routing
+from moe_dist.moe.choice import Choice, Routing
+from moe_dist.moe.losses import MoEStats, balance_loss
+from moe_dist.moe.router import Router
 from moe_dist.parallel.mesh import Group, single_process_mesh
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.unit.helpers import context
 
 
 def router_of(moe: MoEConfig, tp: int = 1) -> Router:
     """A router that only knows its config and its tp rank."""
-    router = Router(ModelConfig(moe=moe, kernels="torch"), 7, single_process_mesh())
+    router = Router(moe, 8, Site(7), single_process_mesh())
     router.slices = Group(tuple(range(tp)), tp - 1)
     return router
 
 
 def routing_of(logits_TE: torch.Tensor, top_k: int = 1, router: Router | None = None, **step: object) -> Routing:
     router = router or router_of(MoEConfig(num_experts=logits_TE.shape[1], top_k=top_k))
-    return router.routing(logits_TE, StepContext(context().key, **step), None)
+    return router.choose(logits_TE, StepContext(context().key, **step), None)
 
 
 def balance(routing: Routing) -> torch.Tensor:
@@ -48,6 +49,12 @@ def test_balance_loss_by_hand() -> None:
     torch.testing.assert_close(balance_loss(sums_CE, torch.tensor([[3, 1]]), 2), torch.tensor(1.1))
 
 
+def test_balance_loss_is_exact_in_float64() -> None:
+    """f = (1/3, 2/3), P = (0.9, 0.1): 2 * (0.3 + 0.2 / 3) = 11 / 15. Thirds are not what fp32 divides to."""
+    sums_CE = torch.tensor([[2.7, 0.3]], dtype=torch.float64)
+    assert float(balance_loss(sums_CE, torch.tensor([[1, 2]]), 3)) == pytest.approx(11 / 15, rel=1e-15)
+
+
 def test_balance_loss_pushes_away_from_the_full_expert() -> None:
     """d loss / d logits is E * p * (f - <f, p>) / T: positive for an expert that has more than its share."""
     logits_TE = torch.tensor([[1.0, 0.0, -1.0]] * 4, requires_grad=True)
@@ -60,9 +67,9 @@ def test_balance_loss_pushes_away_from_the_full_expert() -> None:
 
 def stats_of(moe: MoEConfig, logits_TE: torch.Tensor, tp: int = 1, **step: object) -> MoEStats:
     router, where = router_of(moe, tp), StepContext(context().key, **step)
-    routing = router.routing(logits_TE, where, None)
-    plan = Capacity(moe, 7, Group())(routing, where)
-    return moe_stats(moe, 7, routing, plan, router, where, sent_bytes=11)
+    routing = router.choose(logits_TE, where, None)
+    plan = Capacity(moe, Site(7), Group())(routing, where)
+    return MoEStats.of(Choice(routing, plan, routing.weights_TK), router, where, sent_bytes=11)
 
 
 def test_z_loss_and_entropy_by_hand() -> None:
@@ -80,7 +87,7 @@ def test_statistics_of_a_layer(tp: int) -> None:
     logits_TE = torch.tensor([[2.0, 0.0]] * 5 + [[0.0, 1.0]], requires_grad=True)
     moe = MoEConfig(num_experts=2, top_k=1, capacity_factor=0.5, balance_loss_coef=0.5, z_loss_coef=0.25)
     stats = stats_of(moe, logits_TE, tp)
-    assert stats.layer == 7
+    assert stats.site == Site(7)
     assert stats.load_E.tolist() == [5, 1]  # before dropping
     assert stats.kept_E.tolist() == [2, 1]
     assert stats.sent_bytes == 11

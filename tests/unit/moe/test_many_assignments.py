@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.kernels.route.reference import route
+from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.moe.capacity import Capacity
-from moe_dist.moe.router import Routing
+from moe_dist.moe.choice import Routing
 from moe_dist.parallel.mesh import Group
+from moe_dist.step import Site
 from tests.unit.helpers import context
 
 T, K, E = 500_000, 2, 64
@@ -18,7 +19,7 @@ def crowded_routing() -> Routing:
     """Distinct experts for each token; some are wanted far more often than others."""
     generator = torch.Generator().manual_seed(0)
     logits_TE = torch.randn(T, E, generator=generator) + torch.linspace(-1, 1, E)
-    stats = route(logits_TE, K)
+    stats = top_k_experts(logits_TE, K)
     return Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats)
 
 
@@ -39,7 +40,7 @@ def who_stays(policy: str, expert: int, capacity: int, kept_N: Tensor) -> Tensor
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_each_expert_keeps_the_smaller_of_its_load_and_c(factor: float, policy: str) -> None:
     moe = MoEConfig(num_experts=E, top_k=K, capacity_factor=factor, drop_policy=policy)
-    plan = Capacity(moe, 0, Group())(ROUTING, context())
+    plan = Capacity(moe, Site(0), Group())(ROUTING, context())
     load_E = ROUTING.experts_TK.flatten().bincount(minlength=E)
     assert plan.capacity == {1.0: 15_625, 0.5: 7_813}[factor]  # ceil(factor * 1,000,000 / 64)
     assert torch.equal(plan.counts_WE[0], load_E)
@@ -53,7 +54,7 @@ def test_each_expert_keeps_the_smaller_of_its_load_and_c(factor: float, policy: 
         mine_N = ROUTING.experts_TK.flatten() == expert
         assert torch.equal(kept_N & mine_N, who_stays(policy, expert, plan.capacity, kept_N))
     if policy == "random":
-        again = Capacity(moe, 0, Group())(ROUTING, context(1)).kept_TK
+        again = Capacity(moe, Site(0), Group())(ROUTING, context(1)).kept_TK
         assert not torch.equal(again, plan.kept_TK)
         # Of the fullest expert both halves of the tokens lose about as many.
         full_N = ROUTING.experts_TK.flatten() == int(load_E.argmax())
@@ -62,6 +63,6 @@ def test_each_expert_keeps_the_smaller_of_its_load_and_c(factor: float, policy: 
 
 
 def test_dropless_keeps_a_million() -> None:
-    plan = Capacity(MoEConfig(num_experts=E, top_k=K, capacity_factor=None), 0, Group())(ROUTING, context())
+    plan = Capacity(MoEConfig(num_experts=E, top_k=K, capacity_factor=None), Site(0), Group())(ROUTING, context())
     assert plan.capacity is None
     assert int(plan.kept_TK.sum()) == int(plan.kept_WE.sum()) == 1_000_000

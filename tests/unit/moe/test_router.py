@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.model import ModelConfig, MoEConfig
-from moe_dist.moe.router import Router, Routing
+from moe_dist.config.model import MoEConfig
+from moe_dist.moe.choice import Routing
+from moe_dist.moe.router import Router
 from moe_dist.moe.routers import ROUTERS, SoftmaxRouter
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.step import StepContext
+from moe_dist.step import Site, StepContext
 from tests.unit.helpers import context
 
 T, D, E = 16, 8, 4
@@ -17,7 +18,7 @@ T, D, E = 16, 8, 4
 
 def router(kind: str = "softmax", top_k: int = 2, num_experts: int = E, d_model: int = D, **moe: object) -> Router:
     settings = MoEConfig(router=kind, top_k=top_k, num_experts=num_experts, **moe)
-    made = ROUTERS[kind](ModelConfig(d_model=d_model, moe=settings, kernels="torch"), 0, single_process_mesh())
+    made = ROUTERS[kind](settings, d_model, Site(0), single_process_mesh())
     initialize(made, seed=0)
     return made
 
@@ -119,8 +120,8 @@ def test_statistics_are_sums_over_tokens(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_a_witness_sees_the_scores_and_may_settle_them(kind: str) -> None:
     class Reversing:
-        def scores(self, layer: int, what: str, scores: Tensor) -> Tensor:
-            assert (layer, what) == (0, "router")
+        def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
+            assert (site, what) == (Site(0), "router")
             return -scores
 
     made = router(kind)

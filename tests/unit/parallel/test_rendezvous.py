@@ -58,10 +58,13 @@ def test_one_number_is_taken_once() -> None:
         lambda: meet(Member(0, 3), LOOPBACK, port, served=False),
         lambda: meet(Member(1, 3), LOOPBACK, port, served=False),
     ) as (first, second):
-        store = dist.TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False)
-        store.wait(["moe_dist/meet/0/member 1"], timedelta(seconds=60))
-        seated = store.get("moe_dist/meet/0/member 1").decode()
-        store.set("moe_dist/meet/0/member 1", f"{seated} elsewhere")  # else it is this process itself
+        store, seat = (
+            dist.TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False),
+            "moe_dist/ranks meet/0/member 1",
+        )
+        store.wait([seat], timedelta(seconds=60))
+        seated = store.get(seat).decode()
+        store.set(seat, f"{seated} elsewhere")  # else it is this process itself
         with pytest.raises(ValueError, match=r"rank 1 .*, but rank 1 .* elsewhere is there already"):
             meet(Member(1, 3), LOOPBACK, port, served=False)
         meet(Member(2, 3), LOOPBACK, port, served=False)
@@ -77,6 +80,18 @@ def test_ranks_that_torchrun_starts_again_meet_anew() -> None:
             for store in came:
                 assert store.result(60).add("started", 1) in (1, 2)
     del server
+
+
+def test_ranks_meet_where_their_nodes_have_met() -> None:
+    """torchrun's nodes keep the store; their ranks go by another name of the start."""
+    port = free_port()
+    nodes = [partial(meet, Member(number, 2, "train x", "node"), LOOPBACK, port, False) for number in range(2)]
+    ranks = [partial(meet, Member(number, 4, "torchrun train-x"), LOOPBACK, port, True) for number in range(4)]
+    with at_once(*nodes) as came:
+        kept = [store.result(60) for store in came]
+    with at_once(*ranks) as came:
+        assert sorted(store.result(60).add("come", 1) for store in came) == [1, 2, 3, 4]
+    del kept
 
 
 def test_who_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

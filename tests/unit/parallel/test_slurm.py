@@ -36,7 +36,7 @@ def test_tasks_of_nodes() -> None:
         ("node[1-3]", ["node1", "node2", "node3"]),
         ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
         ("n[099-101]", ["n099", "n100", "n101"]),
-        ("rack[1-2]n[3-4]-ib", ["rack1n3-ib", "rack1n4-ib", "rack2n3-ib", "rack2n4-ib"]),
+        ("rack[1-2]n[3-4]", ["rack1n3", "rack1n4", "rack2n3", "rack2n4"]),
         ("a.b-c,d[1]", ["a.b-c", "d1"]),
     ],
 )

@@ -4,8 +4,8 @@ import torch
 from moe_dist.config import Config, EngineConfig, ParallelConfig, TrainConfig, batch_shape
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
-from moe_dist.models.flops import parameter_counts
-from moe_dist.parallel.mesh import Layout, single_process_mesh
+from moe_dist.models.parameters import parameter_counts
+from moe_dist.parallel.mesh import Layout, mesh_without_processes
 from moe_dist.plan.memory import Held, advice, explained
 
 TRAIN = TrainConfig(global_batch=32, accumulation=1)
@@ -53,12 +53,17 @@ def test_zero_cuts_experts_over_edp() -> None:
 
 
 def test_what_a_model_will_hold_is_what_it_holds() -> None:
-    config = Config()
-    model = resolve_backends(config.model, 1)
-    built = Held.by(Decoder(model, single_process_mesh(), 0))
-    told = Held.of(parameter_counts(model), Layout())
-    assert built.dense + built.expert == told.dense + told.expert  # at ep 1 experts are cut like all others
-    assert Held.of(parameter_counts(model), Layout(4, ep=4)).expert == told.expert // 4 > 0
+    """Before there is memory for it, on every rank of a layout; together the ranks hold each expert once."""
+    model, layout = resolve_backends(Config().model, 4), Layout(4, ep=4, tp=2)
+    told = []
+    for rank in range(layout.world):
+        mesh = mesh_without_processes(layout, rank)
+        with torch.device("meta"):
+            told.append(Held.by(Decoder(model, mesh)))
+        sizes = {name: param.numel() for name, param in Decoder(model, mesh).named_parameters()}
+        assert told[-1].expert == sum(size for name, size in sizes.items() if ".experts." in name)
+        assert told[-1].dense + told[-1].expert == sum(sizes.values())
+    assert sum(held.expert for held in told) == parameter_counts(model).expert > 0
 
 
 def test_the_error_of_torch_itself() -> None:

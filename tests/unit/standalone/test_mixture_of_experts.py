@@ -78,8 +78,8 @@ def test_identity_experts_return_the_weight_times_x(options: dict) -> None:
     """Neither weight^2 * x nor x: the sum of the weights of the kept assignments."""
     layer, x_TD = identity(mixture(d_ff=2 * D, activation="relu", **options)), tokens(30)
     context = layer._context(x_TD, None, step=0)
-    routing = layer.moe.router.route(x_TD, context)
-    plan = layer.moe.capacity(routing, context)
+    routing = layer.moe.gate.routing(x_TD, context)
+    plan = layer.moe.gate.capacity(routing, context)
     weight_T1 = (routing.weights_TK * plan.kept_TK).sum(1, keepdim=True)
     torch.testing.assert_close(layer(x_TD), weight_T1 * x_TD)
     assert plan.kept_TK.all() == ("expert_capacity_factor" not in options)
@@ -230,7 +230,7 @@ def test_a_token_changes_only_those_it_displaces_when_some_are_dropped(policy: s
 
     def kept(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         context = layer._context(x_TD, None, step=0)
-        plan = layer.moe.capacity(layer.moe.router.route(x_TD, context), context)
+        plan = layer.moe.gate.capacity(layer.moe.gate.routing(x_TD, context), context)
         return plan.kept_TK, layer(x_TD, step=0)
 
     before_TK, y_TD = kept(x_TD)

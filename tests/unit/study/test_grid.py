@@ -51,6 +51,11 @@ def test_names_of_axes_are_as_short_as_they_can_be() -> None:
         ("seeds: [0, 1]", "ranks: 0", "ranks=0 is below 1"),
         ("name: toy", "name: ../toy", "name='../toy' is not a simple file name"),
         ("capacity_factor:", "capacty_factor:", "moe.capacty_factor: unknown key; did you mean capacity_factor?"),
+        (
+            "[0.5, null]",
+            "[1, 1.0]",
+            "capacity_factor=1.0-seed=0: is capacity_factor=1-seed=0 over again: values such as 1 and 1.0 are equal",
+        ),
         ("[0.5, null]", "[0.5, none]", "capacity_factor: 'none' is not a number or a list; write null for none"),
         ("[0.5, null]", "[0.5, -1]", "capacity_factor=-1-seed=0: capacity_factor=-1.0 is not above 0"),
         ("train.steps: 8", "train.steps: 0", "study.yaml: steps=0 is below 1"),
@@ -72,3 +77,12 @@ def test_mistakes_are_named_once(tmp_path: Path, old: str, new: str, message: st
 def test_a_point_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="point 4 is not one of 0 to 3"):
         toy_study(tmp_path).point(4)
+
+
+def test_a_tilde_is_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_study(tmp_path, STUDY.replace("base: base.yaml", "base: ~/base.yaml"))
+    path.write_text(path.read_text().replace(f"root: {tmp_path}/root", "root: ~/studies"))
+    study = load_study("~/study.yaml")
+    assert study.folder == tmp_path / "studies/toy"
+    assert study.points[0].run.is_relative_to(tmp_path / "studies/toy")

@@ -1,15 +1,19 @@
 """The report: numbers that can be checked by hand, and files that do not change."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
 
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.study.cells import cells
+from moe_dist.study.cells import Cell, cells
 from moe_dist.study.command import study as command_line
-from moe_dist.study.figure import x_places
+from moe_dist.study.figure import draw, x_places
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.report import markdown, spread, table, write_report
+from moe_dist.study.report import CAPACITY, markdown, spread, table, write_report
 from moe_dist.study.runner import Runner
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
@@ -39,6 +43,36 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert row(dropless)["capacity_factor"] == "dropless"
     assert row(dropless)["validation loss"] == "2.5000 ± 0.7071"
     assert row(dropless)["minus dropless"] == "–"
+
+
+def test_runs_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Seed 0 failed under the limit, seed 1 without one: by position 3.5 and 4.5 would stand against 2 and 4."""
+    study = toy_study(tmp_path, STUDY.replace("seeds: [0, 1]", "seeds: [0, 1, 2]"))
+    trouble = "if (factor, seed) in ((0.5, 0), (None, 1)): sys.exit('no luck')"
+    assert Runner(study, Pretend(tmp_path, trouble)).run(study.points) == 1
+    grid = cells(study, Ledger(study.ledger).latest())
+    assert [cell.values("validation_loss") for cell in grid] == [[3.5, 4.5], [2.0, 4.0]]
+    head, _, half, _ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(study, grid))
+    assert half[head.index("minus dropless")] == "+0.5000"  # of seed 2 alone
+    assert half[head.index("seeds")] == "2"
+
+
+def test_a_thin_line_joins_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = [
+        Cell({CAPACITY: x}, [{"seed": s, "validation_loss": 10 * s + x, "drop_rate": 0.0} for s in seeds])
+        for x, seeds in ((0.5, (1, 2, 3)), (1.0, (0, 2, 3)), (2.0, (0, 1, 2, 3)))
+    ]
+    drawn: list[tuple[list[float], list[float]]] = []
+    plot = Axes.plot
+
+    def note(axes: Axes, x: Any, y: Any, *args: Any, **how: Any) -> Any:
+        if how.get("alpha") == 0.5 and axes.get_ylabel() == "" and y[0] > 1:
+            drawn.append((list(x), list(y)))
+        return plot(axes, x, y, *args, **how)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    draw(grid, CAPACITY, [])
+    assert drawn == [([0.5, 1.0, 2.0], [20.5, 21.0, 22.0]), ([0.5, 1.0, 2.0], [30.5, 31.0, 32.0])]
 
 
 def test_what_was_measured_is_told_by_its_own_name(tmp_path: Path) -> None:

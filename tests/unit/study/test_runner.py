@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.disk import locked
 from moe_dist.study.grid import load_study
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.lock import locked
 from moe_dist.study.runner import Runner, lock_of, state, train_command
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 

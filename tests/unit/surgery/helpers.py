@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
@@ -22,7 +23,7 @@ def layer_of(mesh: Mesh | None = None, seed: int = 0, d_ff: list[int] | None = N
     model: ModelConfig = tiny_model(**(dict(num_experts=E) | changes))
     if d_ff is not None:
         model = replace(model, moe=replace(model.moe, d_ff=d_ff))
-    layer = MoE(model, layer=0, mesh=mesh or single_process_mesh())
+    layer = moe_layer(model, layer=0, mesh=mesh or single_process_mesh())
     initialize(layer, seed)
     if hasattr(layer.router, "bias_E"):
         layer.router.bias_E.copy_(torch.linspace(-0.1, 0.1, layer.config.num_experts))

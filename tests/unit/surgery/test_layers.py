@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_dist.models.block import moe_layer
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Layout, mesh_without_processes
 from moe_dist.parallel.sharding import logical_parameters
@@ -32,6 +33,7 @@ ROUTERS = [
 LIMITS = [
     dict(),
     dict(capacity_factor=0.75),
+    dict(capacity_factor=0.75, drop_order="choice"),
     dict(capacity_factor=0.75, drop_policy="score"),
     dict(capacity_factor=0.75, drop_policy="random"),
     dict(capacity_factor=0.75, overflow="reroute"),
@@ -43,8 +45,8 @@ LIMITS = [
 @pytest.mark.parametrize("init", ["clone", "random"])
 def test_added_experts_change_no_bit_until_opened(init: str, router: dict, limit: dict) -> None:
     """Outputs, losses, counts and gradients, in training and evaluation; and removing them again is the way back."""
-    if router["router"] == "expert_choice" and limit.get("overflow") == "reroute":
-        pytest.skip("expert choice refuses nobody")
+    if router["router"] == "expert_choice" and limit.keys() & {"overflow", "drop_order"}:
+        pytest.skip("expert choice refuses nobody, and has no queue")
     layer = layer_of(**(limit | router))
     before = bits(layer)
     ids = add_experts(layer, 4, init)
@@ -78,7 +80,7 @@ def test_a_layer_with_closed_experts_is_the_layer_without_them(router: dict) -> 
     gone = [2, 3]
     close_experts(layer, gone)
     closed = bits(layer)
-    routing = layer.router.route(tokens(), replace(context(), token_ids_T=torch.arange(T)))
+    routing = layer.gate.routing(tokens(), replace(context(), token_ids_T=torch.arange(T)))
     assert routing.logits_TE[:, gone].isneginf().all()
     stay = remove_experts(layer, gone)
     assert stay == [0, 1, 4, 5]
@@ -92,7 +94,7 @@ def test_logits_of_closed_experts_by_hand() -> None:
     logits_TE = tokens() @ layer.router.weight.t()
     logits_TE[:, 1] = -torch.inf
     probs_TE = logits_TE.softmax(-1)
-    routing = layer.router.route(tokens(), context())
+    routing = layer.gate.routing(tokens(), context())
     assert torch.equal(routing.experts_TK[:, 0], probs_TE.argmax(-1))
     torch.testing.assert_close(routing.weights_TK[:, 0], probs_TE.max(-1).values)
     torch.testing.assert_close(routing.logits_TE, logits_TE)
@@ -163,9 +165,9 @@ def test_opening_a_clone_at_top_1() -> None:
     torch.testing.assert_close(run(layer)[0], before, rtol=1e-6, atol=1e-6)
 
     layer = layer_of(top_k=1)
-    before, routing = run(layer)[0], layer.router.route(tokens(), context())
+    before, routing = run(layer)[0], layer.gate.routing(tokens(), context())
     open_experts(layer, add_experts(layer, E, noise=0.0))
-    after = layer.router.route(tokens(), context())
+    after = layer.gate.routing(tokens(), context())
     assert torch.equal(after.experts_TK % E, routing.experts_TK)
     torch.testing.assert_close(after.weights_TK, routing.weights_TK / 2)  # all are cloned: every p is halved
     torch.testing.assert_close(run(layer)[0], before / 2)
@@ -174,20 +176,20 @@ def test_opening_a_clone_at_top_1() -> None:
 def test_opening_clones_at_top_2_does_not_preserve_outputs() -> None:
     """Both places go to the best expert and its clone: y = E_best(x)."""
     layer = layer_of()
-    best_T = layer.router.route(tokens(), context()).experts_TK[:, 0]
+    best_T = layer.gate.routing(tokens(), context()).experts_TK[:, 0]
     before = run(layer)[0]
     open_experts(layer, add_experts(layer, E, noise=0.0))
-    after = layer.router.route(tokens(), context())
+    after = layer.gate.routing(tokens(), context())
     assert torch.equal(after.experts_TK.sort(1).values, torch.stack([best_T, best_T + E], 1))
     assert (run(layer)[0] - before).abs().max() > 0.1
 
 
 def test_clones_with_noise_share_their_sources_tokens() -> None:
     layer = layer_of(top_k=1)
-    of_source = layer.router.route(tokens(400), context()).experts_TK[:, 0] == 3
+    of_source = layer.gate.routing(tokens(400), context()).experts_TK[:, 0] == 3
     (clone,) = add_experts(layer, 1, sources=[3])
     open_experts(layer, [clone])
-    now = layer.router.route(tokens(400), context()).experts_TK[:, 0]
+    now = layer.gate.routing(tokens(400), context()).experts_TK[:, 0]
     kept, taken = int((now[of_source] == 3).sum()), int((now[of_source] == clone).sum())
     assert kept + taken == int(of_source.sum())
     assert min(kept, taken) > 5
@@ -199,11 +201,11 @@ def test_opening_a_hashed_expert_moves_only_the_tokens_that_are_its_now() -> Non
     (new,) = add_experts(layer, 1)
     open_experts(layer, [new])
     where = replace(context(), token_ids_T=torch.arange(T) % 29)
-    moved_T = layer.router.route(tokens(), where).experts_TK[:, 0] == new
+    moved_T = layer.gate.routing(tokens(), where).experts_TK[:, 0] == new
     assert 0 < moved_T.sum() < T // 2
     torch.testing.assert_close(run(layer)[0][~moved_T], before[~moved_T], rtol=1e-6, atol=1e-6)
     remove_experts(layer, [2])  # 3 becomes 2, and keeps its tokens
-    was_2_T = layer_of(router="hash", top_k=1).router.route(tokens(), where).experts_TK[:, 0] == 2
+    was_2_T = layer_of(router="hash", top_k=1).gate.routing(tokens(), where).experts_TK[:, 0] == 2
     same_T = ~moved_T & ~was_2_T
     torch.testing.assert_close(run(layer)[0][same_T], before[same_T], rtol=1e-6, atol=1e-6)
 
@@ -240,7 +242,7 @@ def test_removing_an_expert_that_nobody_chooses(router: dict) -> None:
 
 def test_removing_a_chosen_expert_changes_its_tokens_alone() -> None:
     layer = layer_of()
-    routing = layer.router.route(tokens(), context())
+    routing = layer.gate.routing(tokens(), context())
     had_T = (routing.experts_TK == 3).any(1)
     before = run(layer)[0]
     remove_experts(layer, [3])
@@ -336,10 +338,16 @@ def test_the_last_top_k_open_experts_stay() -> None:
 
 
 def test_experts_on_other_ranks_and_in_zero_are_refused() -> None:
-    spread = MoE(tiny_model(num_experts=E, dispatch="all_to_all"), 0, mesh_without_processes(Layout(2, 2, 1), 0))
+    spread = moe_layer(tiny_model(num_experts=E, dispatch="all_to_all"), 0, mesh_without_processes(Layout(2, 2, 1), 0))
     with pytest.raises(ValueError, match=r"w_gate holds 1152 of 2304 numbers.*ep=2.*gather"):
         add_experts(spread, 1)
     layer = layer_of()
     layer.experts.w_up._hp_mapping = None  # what DeepSpeed's ZeRO 1 and 2 leave on parameters
     with pytest.raises(ValueError, match="ZeRO optimizer"):
         remove_experts(layer, [0])
+
+
+def test_factors_of_a_models_layers_are_not_the_layers_to_refuse() -> None:
+    layer = layer_of(every=1, capacity_factor=[0.5] * 9)
+    assert add_experts(layer, 2) == [E, E + 1]
+    assert layer.config.capacity_factor == [0.5] * 9

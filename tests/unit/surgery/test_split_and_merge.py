@@ -82,7 +82,7 @@ def test_merging_exact_clones_gives_the_source_to_the_bit() -> None:
 def test_merging_clones_preserves_tokens_that_chose_at_most_one_of_them() -> None:
     layer = layer_of()
     open_experts(layer, add_experts(layer, 1, sources=[3], noise=0.0))
-    before, experts_TK = run(layer)[0], layer.router.route(tokens(), context()).experts_TK
+    before, experts_TK = run(layer)[0], layer.gate.routing(tokens(), context()).experts_TK
     both_T = ((experts_TK == 3) | (experts_TK == E)).sum(1) == 2
     one_T = ((experts_TK == 3) | (experts_TK == E)).sum(1) == 1
     assert both_T.any() and one_T.any()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
+from moe_dist.models.block import moe_layer
 from moe_dist.models.decoder import Decoder
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
@@ -76,7 +77,7 @@ def test_routed_scale_and_experts() -> None:
         for expert in range(4):
             assert torch.equal(layer.experts.w_up[expert], dense.up.weight)
             assert torch.equal(layer.experts.w_out[expert], dense.down.weight)
-        fresh = MoE(tiny_model(**changes), 0, single_process_mesh(), out_std=WIDTH**-0.5)
+        fresh = moe_layer(tiny_model(**changes), 0, single_process_mesh(), out_std=WIDTH**-0.5)
         specs = [(name, spec) for name, _, spec in logical_parameters(fresh)]
         assert [(name, spec) for name, _, spec in logical_parameters(layer)] == specs
 

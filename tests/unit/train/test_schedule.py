@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.config.schema import OptimConfig
-from moe_dist.train.schedule import learning_rate
+from moe_dist.train.schedule import learning_rate, schedule_notes
 
 SCHEDULES = ["constant", "cosine", "linear", "wsd"]
 
@@ -52,6 +52,9 @@ def test_wsd_decay_is_cut_to_what_the_warm_up_leaves() -> None:
 
 def test_run_shorter_than_its_warm_up() -> None:
     assert curve(2, schedule="cosine", warmup_steps=4) == pytest.approx([2, 4])
+    (note,) = schedule_notes(2, OptimConfig(lr=8.0, warmup_steps=4))
+    assert "after steps=2 of warmup_steps=4: the learning rate reaches 4.0e+00 of lr=8.0e+00" in note
+    assert schedule_notes(4, OptimConfig(warmup_steps=4)) == []
 
 
 @pytest.mark.parametrize("step", [-1, 10])

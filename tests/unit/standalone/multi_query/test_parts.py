@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group
-from moe_dist.standalone.multi_query.parts import Heads, qkv_part
+from moe_dist.standalone.multi_query.parts import qkv_part
 
 SIZES = [
     (heads, kv_heads, tp)
@@ -21,16 +22,16 @@ def test_rows_of_all_ranks(heads: int, kv_heads: int, tp: int) -> None:
     width, total = 2, (heads + 2 * kv_heads) * 2
     whole, owned, holders = torch.arange(total), torch.zeros(total), torch.zeros(total)
     for rank in range(tp):
-        mine = Heads.of(heads, kv_heads, Group(tuple(range(tp)), rank))
+        mine = HeadAssignment.of(heads, kv_heads, Group(tuple(range(tp)), rank))
         part = qkv_part(mine, heads, kv_heads, width)
         rows = part.take(whole)
         owned[rows[part.owned_N]] += 1
         holders[rows] += 1
         queries, keys, values = (
             block.view(-1, width)
-            for block in rows.split([mine.count * width, len(mine.held) * width, len(mine.held) * width])
+            for block in rows.split([width * len(held) for held in (mine.queries, mine.kv_held, mine.kv_held)])
         )
-        each = mine.count // len(mine.held)
+        each = len(mine.queries) // len(mine.kv_held)
         for local, query in enumerate(queries.tolist()):
             head = query[0] // width
             assert head == rank * heads // tp + local
@@ -40,13 +41,3 @@ def test_rows_of_all_ranks(heads: int, kv_heads: int, tp: int) -> None:
             assert values[read].tolist() == [(expected + kv_heads) * width, (expected + kv_heads) * width + 1]
     assert owned.eq(1).all()
     assert mine.shared or holders.eq(1).all()  # what is not summed over ranks is on one rank
-
-
-def test_a_rank_whose_queries_straddle_two_heads() -> None:
-    """Rank 1 of 3 has heads 2 and 3 of six; they read the first and the second of two, which rank 0 owns first."""
-    mine = Heads.of(6, 2, Group((0, 1, 2), 1))
-    assert (mine.held, mine.owned, mine.shared, mine.reads) == (range(0, 2), range(1, 2), True, None)
-    uneven = Heads.of(6, 2, Group((0, 1), 0))
-    assert (uneven.held, uneven.owned, uneven.shared, uneven.reads) == (range(0, 1), range(0, 1), False, None)
-    uneven = Heads.of(6, 3, Group((0, 1), 0))
-    assert (uneven.held, uneven.owned, uneven.shared, uneven.reads) == (range(0, 2), range(0, 2), True, (0, 0, 1))

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from moe_dist.parallel.mesh import Group
+from moe_dist.process import STOP_SIGNALS
 from moe_dist.train.health import signals as module
-from moe_dist.train.health.signals import SIGNALS, TIME_LIMIT, StopGuard
+from moe_dist.train.health.signals import TIME_LIMIT, StopGuard
 
 ALONE, CPU = Group(), torch.device("cpu")
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
     with StopGuard() as guard:
         assert guard.agreed(ALONE, CPU) is None
@@ -21,10 +22,10 @@ def test_a_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> N
 
 
 def test_the_old_handlers_come_back() -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(RuntimeError), StopGuard():
         raise RuntimeError
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from moe_dist.cli import main
 from moe_dist.config import Config
 from moe_dist.config.load import dump_config
 from moe_dist.config.schema import DataConfig, EngineConfig
-from moe_dist.train.record.status import describe_status, is_finished, read_status, remove_drafts, write_status
+from moe_dist.disk import locked, remove_drafts
+from moe_dist.train.record.status import LOCK, describe_status, is_finished, read_status, write_status
 from moe_dist.train.resume import as_configured
 
 
@@ -57,13 +59,33 @@ def test_finished_means_all_steps_of_this_configuration(tmp_path: Path) -> None:
     assert not is_finished(tmp_path, 80), "the user has asked for more"
 
 
-def test_the_command_finds_the_run_as_train_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def said(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> str:
+    assert main(["status", *args]) == code
+    printed = capsys.readouterr()
+    return printed.err if code else printed.out
+
+
+def test_the_command_tells_how_far_a_run_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its configuration as `train` finds it, or by its folder; while it lives, and when it is gone."""
     run = tmp_path / "mine"
     run.mkdir()
-    write_status(run, "running")
     flags = ["--run.root", str(tmp_path), "--run.name", "mine", "--resume", "auto", "--device", "cpu"]
-    assert main(["status", *flags]) == 0
-    assert capsys.readouterr().out == "running\n"
+    assert said(capsys, *flags) == "none\n"
+    write_status(run, "running")
+    with locked(run / LOCK):
+        assert said(capsys, *flags) == "running\n"
+        lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.34567}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+        assert said(capsys, *flags) == "running step=2 loss=2.3457\n"
+    (run / "config.yaml").touch()
+    for args in (flags, [str(run)]):  # no process holds the lock: whoever wrote `running` has ended
+        assert said(capsys, *args).startswith("interrupted step=2 loss=2.3457 reason=its process is gone")
+    write_status(run, "failed", reason="went off", code=76)
+    assert said(capsys, str(run)) == "failed step=2 loss=2.3457 reason=went off code=76\n"
+    write_status(run, "finished", step=2)
+    assert said(capsys, str(run)) == "finished step=2\n"
+    assert "holds no config.yaml, so no run" in said(capsys, str(tmp_path), code=2)
+    assert "takes no --run.name" in said(capsys, str(run), "--run.name", "x", code=2)
 
 
 def test_auto_leaves_a_finished_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The routing kernel against the plain reference in float64: every output, every gradient."""
+"""The kernel that chooses experts against the plain reference in float64: every output, every gradient."""
 
 from dataclasses import fields
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.kernels.route import reference
-from moe_dist.kernels.route.reference import Routed, Score
-from moe_dist.kernels.route.triton import route
+from moe_dist.kernels.top_k import reference
+from moe_dist.kernels.top_k.reference import Score, TopK
+from moe_dist.kernels.top_k.triton import top_k_experts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -18,19 +18,17 @@ def check(
     logits_TE: Tensor,
     top_k: int,
     score: Score = "softmax",
-    bias_E: Tensor | None = None,
     chosen_TK: Tensor | None = None,
     chunk: int | None = None,
     first: int = 0,
-) -> Routed:
+) -> TopK:
     """All outputs, then the gradient of random sums of the differentiable ones, twice: the same bits."""
     logits_TE = logits_TE.to(DEVICE).requires_grad_()
     wide_TE = logits_TE.detach().double().requires_grad_()
-    wide_bias = None if bias_E is None else bias_E.double()
-    actual = route(logits_TE, top_k, score, bias_E, chosen_TK, chunk, first)
-    again = route(logits_TE, top_k, score, bias_E, chosen_TK, chunk, first)
-    wanted = reference.route(wide_TE, top_k, score, wide_bias, chosen_TK, chunk, first)
-    for name in (field.name for field in fields(Routed)):
+    actual = top_k_experts(logits_TE, top_k, score, chosen_TK, chunk, first)
+    again = top_k_experts(logits_TE, top_k, score, chosen_TK, chunk, first)
+    wanted = reference.top_k_experts(wide_TE, top_k, score, chosen_TK, chunk, first)
+    for name in (field.name for field in fields(TopK)):
         ours, theirs = getattr(actual, name), getattr(wanted, name)
         assert ours.dtype == (torch.float32 if theirs.is_floating_point() else theirs.dtype), name
         torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
@@ -67,53 +65,36 @@ def test_bfloat16(score: Score) -> None:
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_bias_only_chooses(score: Score) -> None:
-    logits_TE, bias_E = torch.randn(67, 8, device=DEVICE), torch.randn(8, device=DEVICE)
-    bias_E[3] = -2.0
-    routed = check(logits_TE, 2, score, bias_E, chunk=16, first=5)
-    assert routed.counts_CE[:, 3].sum() == 0
-    assert not torch.equal(routed.experts_TK, route(logits_TE, 2, score).experts_TK)
-
-
-@pytest.mark.parametrize("experts", [5, 8])
-def test_negative_keys_are_in_order_too(experts: int) -> None:
-    """All below the 0 of experts that only pad the block."""
-    check(torch.randn(67, experts), 3, bias_E=-1.5 - torch.rand(experts, device=DEVICE))
-    check(torch.randn(67, experts), experts, "sigmoid", bias_E=torch.randn(experts, device=DEVICE))
-
-
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_given_experts(score: Score) -> None:
     chosen_TK = torch.rand(67, 8, device=DEVICE).argsort(-1)[:, :3]
-    routed = check(torch.randn(67, 8), 3, score, chosen_TK=chosen_TK, chunk=16, first=5)
-    assert torch.equal(routed.experts_TK, chosen_TK)
+    found = check(torch.randn(67, 8), 3, score, chosen_TK=chosen_TK, chunk=16, first=5)
+    assert torch.equal(found.experts_TK, chosen_TK)
     columns_TK = torch.stack([chosen_TK, chosen_TK], -1)[..., 0]
     assert not columns_TK.is_contiguous()
     check(torch.randn(67, 8), 3, score, chosen_TK=columns_TK)
 
 
 def test_equal_scores_go_to_the_lower_expert() -> None:
-    routed = check(torch.zeros(67, 60), 3)
-    assert torch.equal(routed.experts_TK, torch.arange(3, device=DEVICE).expand(67, 3))
+    found = check(torch.zeros(67, 60), 3)
+    assert torch.equal(found.experts_TK, torch.arange(3, device=DEVICE).expand(67, 3))
     check(torch.randint(-1, 2, (67, 60)).float(), 8, "sigmoid", chunk=16)
-    check(torch.randint(-1, 2, (67, 60)).float(), 4, bias_E=torch.randint(-1, 2, (60,), device=DEVICE).float())
 
 
 def test_all_on_one_expert() -> None:
     logits_TE = torch.zeros(67, 8)
     logits_TE[:, 5] = 30.0
-    routed = check(logits_TE, 1, chunk=16, first=5)
-    assert routed.counts_CE[:, 5].tolist() == [11, 16, 16, 16, 8]
-    assert routed.counts_CE.sum() == 67
+    found = check(logits_TE, 1, chunk=16, first=5)
+    assert found.counts_CE[:, 5].tolist() == [11, 16, 16, 16, 8]
+    assert found.counts_CE.sum() == 67
 
 
 def test_large_logits_stay_finite() -> None:
     logits_TE = 60 * torch.randn(67, 8)
     logits_TE[3, 4] = float("-inf")  # an expert that is masked out
-    routed = route(logits_TE.to(DEVICE), 2)
-    wanted = reference.route(logits_TE.double().to(DEVICE), 2)
-    torch.testing.assert_close(routed.scores_TK.double(), wanted.scores_TK, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(routed.entropy_sum.double(), wanted.entropy_sum, rtol=1e-5, atol=1e-6)
+    found = top_k_experts(logits_TE.to(DEVICE), 2)
+    wanted = reference.top_k_experts(logits_TE.double().to(DEVICE), 2)
+    torch.testing.assert_close(found.scores_TK.double(), wanted.scores_TK, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.entropy_sum.double(), wanted.entropy_sum, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's
@@ -122,15 +103,16 @@ def test_chosen_experts_exist_whatever_the_logits() -> None:
     logits_TE = torch.randn(4, 5, device=DEVICE)
     logits_TE[0], logits_TE[1, 2], logits_TE[2] = float("nan"), float("nan"), float("-inf")
     for sign in (1.0, -1.0):
-        experts_TK = route(sign * logits_TE, 5).experts_TK
+        experts_TK = top_k_experts(sign * logits_TE, 5).experts_TK
         assert torch.equal(experts_TK.sort(-1).values, torch.arange(5, device=DEVICE).expand(4, 5))
-    assert route(logits_TE, 1).z_sum.isnan()
+    assert top_k_experts(logits_TE, 1).z_sum.isnan()
 
 
 def test_partial_and_expanded_gradients() -> None:
     logits_TE = torch.randn(67, 8, device=DEVICE, requires_grad=True)
     wide_TE = logits_TE.detach().double().requires_grad_()
-    actual, wanted = route(logits_TE, 2, "sigmoid", chunk=16), reference.route(wide_TE, 2, "sigmoid", chunk=16)
+    actual = top_k_experts(logits_TE, 2, "sigmoid", chunk=16)
+    wanted = reference.top_k_experts(wide_TE, 2, "sigmoid", chunk=16)
     for name in ("scores_TK", "prob_sums_CE", "z_sum"):
         ours = torch.autograd.grad(getattr(actual, name).sum(), logits_TE, retain_graph=True)[0]
         theirs = torch.autograd.grad(getattr(wanted, name).sum(), wide_TE, retain_graph=True)[0]
@@ -150,6 +132,6 @@ def test_many_experts() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"2000 logits .* 1024: use kernels=torch"):
-        route(torch.randn(2, 2000, device=DEVICE), 2)
+        top_k_experts(torch.randn(2, 2000, device=DEVICE), 2)
     with pytest.raises(ValueError, match=r"torch\.float64: use kernels=torch"):
-        route(torch.randn(2, 4, device=DEVICE, dtype=torch.float64), 2)
+        top_k_experts(torch.randn(2, 4, device=DEVICE, dtype=torch.float64), 2)

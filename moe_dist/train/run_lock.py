@@ -1,15 +1,15 @@
-"""One run in a folder at a time: flock on a file in it, held by rank 0.
+"""One run in a folder at a time: a lock on a file in it, held by rank 0.
 
-The kernel drops the lock when its holder ends, however it ends, so a lock that is left over never keeps anybody out;
-the file's text only tells who holds it. On NFS, Linux passes flock to the server, which sees all machines; after a
+The kernel drops the lock when its holder ends, however it ends, so a file that is left over never keeps anybody out;
+its text only tells who holds it. On NFS, Linux passes flock to the server, which sees all machines; after a
 machine died, an NFSv4 server keeps its locks for the lease, about 90 seconds. A file system that knows no flock
 (Lustre mounted without it, for example) is named in a warning, and then nothing keeps a second run out.
 """
 
-import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from moe_dist.disk import open_locked
 from moe_dist.parallel.objects import broadcast_json
-
-LOCK = "run.lock"
+from moe_dist.train.record.status import LOCK
 
 
 @contextmanager
@@ -52,22 +52,17 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
 
 def _take(folder: Path, say: Callable[[str], None]) -> int:
     path = folder / LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # it will be emptied
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _describe(os.pread(descriptor, 4096, 0))
-            os.close(descriptor)
-            raise ValueError(
-                f"{folder} is in use by {holder}: wait for it, stop it, or choose another --run.name"
-            ) from None
-        except OSError as error:
-            say(f"warning: {path} cannot be locked ({error.strerror}); nothing keeps a second run out of {folder}")
-        if _same_file(descriptor, path):
+    for last in (False, False, True):
+        descriptor, error = open_locked(path, wait=False)
+        if not isinstance(error, BlockingIOError):
             break
-        os.close(descriptor)  # its holder removed it between our open and our flock
+        holder = _describe(os.pread(descriptor, 4096, 0))
+        os.close(descriptor)
+        if last:
+            raise ValueError(f"{folder} is in use by {holder}: wait for it, stop it, or choose another --run.name")
+        time.sleep(0.1)  # `moe-dist status` may have been looking
+    if error is not None:
+        say(f"warning: {path} cannot be locked ({error.strerror}); nothing keeps a second run out of {folder}")
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(mine).encode(), 0)
@@ -83,13 +78,6 @@ def _release(folder: Path, descriptor: int, made: list[Path]) -> None:
                 path.rmdir()  # not empty when somebody else has just come
     finally:
         os.close(descriptor)
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _describe(text: bytes) -> str:

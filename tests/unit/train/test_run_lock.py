@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.checkpoint import lock
-from moe_dist.checkpoint.lock import LOCK, run_lock
+from moe_dist import disk
+from moe_dist.train.record.status import LOCK
+from moe_dist.train.run_lock import run_lock
 from tests.unit.checkpoint.helpers import alone
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from moe_dist.checkpoint.lock import run_lock
+from moe_dist.train.run_lock import run_lock
 from tests.unit.checkpoint.helpers import alone
 with alone(), run_lock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -81,7 +82,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def flock(descriptor: int, how: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
     said: list[str] = []
     with run_lock(tmp_path, said.append):
         pass

@@ -14,7 +14,7 @@ _FEW = 4  # experts of a token up to which repeated argmax is faster than sortin
 
 
 @dataclass(frozen=True)
-class Routed:
+class TopK:
     """experts_TK: int64, best first. scores_TK: the chosen experts' scores, differentiable. counts_CE: assignments by
     chunk, int64. prob_sums_CE: sum over a chunk's tokens of the probabilities, differentiable. z_sum: sum over tokens
     of logsumexp(logits)^2, differentiable. entropy_sum: nats, for reporting.
@@ -35,30 +35,29 @@ def scores_of(logits_TE: Tensor, score: Score) -> Tensor:
     return logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
 
 
-def route(
+def top_k_experts(
     logits_TE: Tensor,
     top_k: int,
     score: Score = "softmax",
-    bias_E: Tensor | None = None,
     chosen_TK: Tensor | None = None,
     chunk: int | None = None,
     first: int = 0,
-) -> Routed:
-    """Choose the top_k experts by score (+ bias_E, which takes part in choosing only), or take `chosen_TK` as given.
+) -> TopK:
+    """Choose the top_k experts by score, or take `chosen_TK` as given.
 
-    A chunk is `chunk` consecutive tokens (None: all are one), counted from a token `first` places before this rank's
-    first: token t is in chunk (first + t) // chunk - first // chunk. Equal scores: the lower expert first.
+    A chunk is `chunk` consecutive tokens (None: all are one), counted from a token `first` places before the
+    first here: token t is in chunk (first + t) // chunk - first // chunk. Equal scores: the lower expert first.
     """
     scores_TE = scores_of(logits_TE, score)
     if chosen_TK is None:
-        by_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-        chosen_TK = _best_of_finite(by_TE, top_k) if top_k <= _FEW else best(by_TE, top_k)
+        pick = _best_of_finite if top_k <= _FEW else best
+        chosen_TK = pick(scores_TE.detach(), top_k)
     probs_TE = scores_TE if score == "softmax" else shares(scores_TE)
     tokens, num_experts = logits_TE.shape
     chunk_T, chunks = chunks_of(tokens, chunk, first, logits_TE.device)
     prob_sums_CE = probs_TE.new_zeros(chunks, num_experts).index_add(0, chunk_T, probs_TE)
     cells_N = (chunk_T[:, None] * num_experts + chosen_TK).flatten()
-    return Routed(
+    return TopK(
         experts_TK=chosen_TK,
         scores_TK=scores_TE.gather(1, chosen_TK),
         counts_CE=cells_N.bincount(minlength=chunks * num_experts).view(chunks, num_experts),

@@ -1,15 +1,15 @@
-"""The plain routing reference against a loop over tokens that a person can follow."""
+"""The plain choice of experts against a loop over tokens that a person can follow."""
 
 import math
 
 import pytest
 import torch
 
-from moe_dist.kernels.route.reference import Routed, Score, chunks_of, route
+from moe_dist.kernels.top_k.reference import Score, TopK, chunks_of, top_k_experts
 
 
 def by_hand(
-    rows: list[list[float]], top_k: int, score: Score, bias: list[float], chunk: int | None, first: int
+    rows: list[list[float]], top_k: int, score: Score, chunk: int | None, first: int
 ) -> tuple[list[list[int]], list[list[float]], dict[int, list[int]], dict[int, list[float]], float, float]:
     experts, scores, z, entropy = [], [], 0.0, 0.0
     counts: dict[int, list[int]] = {}
@@ -18,7 +18,7 @@ def by_hand(
         e = [math.exp(logit) for logit in logits]
         s = [x / sum(e) for x in e] if score == "softmax" else [x / (1 + x) for x in e]
         p = [x / sum(s) for x in s]
-        chosen = sorted(range(len(s)), key=lambda i: (-(s[i] + bias[i]), i))[:top_k]
+        chosen = sorted(range(len(s)), key=lambda i: (-s[i], i))[:top_k]
         c = 0 if chunk is None else (first + t) // chunk - first // chunk
         counts.setdefault(c, [0] * len(s))
         sums.setdefault(c, [0.0] * len(s))
@@ -34,13 +34,11 @@ def by_hand(
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("chunk, first", [(None, 0), (16, 5), (4, 0), (100, 250)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_against_a_loop(score: Score, chunk: int | None, first: int, biased: bool) -> None:
+def test_against_a_loop(score: Score, chunk: int | None, first: int) -> None:
     tokens, experts, top_k = 37, 5, 3
     logits_TE = torch.randint(-2, 3, (tokens, experts)).double()  # many ties
-    bias_E = torch.randn(experts, dtype=torch.float64) * 0.1 if biased else torch.zeros(experts, dtype=torch.float64)
-    found = route(logits_TE, top_k, score, bias_E if biased else None, chunk=chunk, first=first)
-    wanted = by_hand(logits_TE.tolist(), top_k, score, bias_E.tolist(), chunk, first)
+    found = top_k_experts(logits_TE, top_k, score, chunk=chunk, first=first)
+    wanted = by_hand(logits_TE.tolist(), top_k, score, chunk, first)
     assert found.experts_TK.tolist() == wanted[0]
     torch.testing.assert_close(found.scores_TK, torch.tensor(wanted[1], dtype=torch.float64))
     assert found.counts_CE.tolist() == [wanted[2][c] for c in sorted(wanted[2])]
@@ -57,27 +55,27 @@ def test_gradient(score: Score) -> None:
     logits_TE = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
 
     def outputs(logits_TE: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        routed = route(logits_TE, 2, score, chunk=3, first=1)
-        return routed.scores_TK, routed.prob_sums_CE, routed.z_sum
+        found = top_k_experts(logits_TE, 2, score, chunk=3, first=1)
+        return found.scores_TK, found.prob_sums_CE, found.z_sum
 
     assert torch.autograd.gradcheck(outputs, logits_TE)
 
 
 def test_given_experts_are_taken() -> None:
     logits_TE, chosen_TK = torch.randn(6, 4), torch.tensor([[3, 0]] * 6)
-    routed: Routed = route(logits_TE, 2, chosen_TK=chosen_TK)
-    assert torch.equal(routed.experts_TK, chosen_TK)
-    assert routed.counts_CE.tolist() == [[6, 0, 0, 6]]
-    assert torch.equal(routed.scores_TK, logits_TE.softmax(-1)[:, [3, 0]])
+    found: TopK = top_k_experts(logits_TE, 2, chosen_TK=chosen_TK)
+    assert torch.equal(found.experts_TK, chosen_TK)
+    assert found.counts_CE.tolist() == [[6, 0, 0, 6]]
+    assert torch.equal(found.scores_TK, logits_TE.softmax(-1)[:, [3, 0]])
 
 
 def test_no_tokens() -> None:
     for chunk, first, chunks in ((None, 0, 1), (16, 5, 1), (16, 15, 1)):
-        routed = route(torch.randn(0, 4), 2, chunk=chunk, first=first)
-        assert routed.experts_TK.shape == routed.scores_TK.shape == (0, 2)
-        assert torch.equal(routed.counts_CE, torch.zeros(chunks, 4, dtype=torch.int64))
-        assert torch.equal(routed.prob_sums_CE, torch.zeros(chunks, 4))
-        assert routed.z_sum.item() == routed.entropy_sum.item() == 0.0
+        found = top_k_experts(torch.randn(0, 4), 2, chunk=chunk, first=first)
+        assert found.experts_TK.shape == found.scores_TK.shape == (0, 2)
+        assert torch.equal(found.counts_CE, torch.zeros(chunks, 4, dtype=torch.int64))
+        assert torch.equal(found.prob_sums_CE, torch.zeros(chunks, 4))
+        assert found.z_sum.item() == found.entropy_sum.item() == 0.0
 
 
 def test_chunks_begin_before_the_first_token() -> None:

@@ -1,4 +1,4 @@
-"""Routing in one pass over the logits: scores, top-k, counts by chunk and the sums that the losses need.
+"""The top k experts in one pass over the logits: scores, top-k, counts by chunk and the sums that the losses need.
 
 The kernel cuts each chunk into blocks of tokens, and a block writes its own partial sums, which torch then adds: no
 atomics, so the same bits on every run. The backward pass computes the scores again from the logits. All in fp32, also
@@ -16,31 +16,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.launch import check_launch
-from moe_dist.kernels.route.reference import Routed, Score
+from moe_dist.kernels.top_k.reference import Score, TopK
 
 MAX_EXPERTS = 1024
 TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal fp32: sigmoids can all be zero
 _TILE = 2048  # logits of a block: 16 a thread, whose 64-bit keys must fit into registers too
 
 
-def route(
+def top_k_experts(
     logits_TE: Tensor,
     top_k: int,
     score: Score = "softmax",
-    bias_E: Tensor | None = None,
     chosen_TK: Tensor | None = None,
     chunk: int | None = None,
     first: int = 0,
-) -> Routed:
-    """As `route` in reference.py, for up to 1024 experts."""
-    check_launch("route", _forward, logits_TE)
+) -> TopK:
+    """As `top_k_experts` in reference.py, for up to 1024 experts."""
+    check_launch("top_k_experts", _forward, logits_TE)
     if logits_TE.shape[1] > MAX_EXPERTS:
         raise ValueError(
-            f"route: the Triton kernel holds a token's {logits_TE.shape[1]} logits in registers and takes up to "
-            f"{MAX_EXPERTS}: use kernels=torch"
+            f"top_k_experts: the Triton kernel holds a token's {logits_TE.shape[1]} logits in registers and takes up "
+            f"to {MAX_EXPERTS}: use kernels=torch"
         )
-    experts_TK, *rest = _Route.apply(logits_TE, top_k, score, bias_E, chosen_TK, chunk, first)
-    return Routed(experts_TK if chosen_TK is None else chosen_TK, *rest)
+    experts_TK, *rest = _TopK.apply(logits_TE, top_k, score, chosen_TK, chunk, first)
+    return TopK(experts_TK if chosen_TK is None else chosen_TK, *rest)
 
 
 class _Cut(NamedTuple):
@@ -61,14 +60,13 @@ class _Cut(NamedTuple):
         return _Cut(chunks, chunk, first % chunk, triton.cdiv(chunk, block), block)
 
 
-class _Route(torch.autograd.Function):
+class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         logits_TE: Tensor,
         top_k: int,
         score: Score,
-        bias_E: Tensor | None,
         chosen_TK: Tensor | None,
         chunk: int | None,
         first: int,
@@ -90,8 +88,7 @@ class _Route(torch.autograd.Function):
         counts_PE, prob_sums_PE = new(programs, num_experts, dtype=torch.int32), new(programs, num_experts)
         z_P, entropy_P = new(programs), new(programs)
         _forward[(programs,)](
-            *(logits_TE, None if bias_E is None else bias_E.contiguous(), given),
-            *(experts_TK, scores_TK, counts_PE, prob_sums_PE, z_P, entropy_P),
+            *(logits_TE, given, experts_TK, scores_TK, counts_PE, prob_sums_PE, z_P, entropy_P),
             *(tokens, cut.chunk, cut.shift, cut.blocks),
             SIGMOID=score == "sigmoid",
             E=num_experts,
@@ -125,7 +122,7 @@ class _Route(torch.autograd.Function):
             K=experts_TK.shape[1],
             BLOCK=cut.block,
         )
-        return grad_logits_TE, None, None, None, None, None, None
+        return grad_logits_TE, None, None, None, None, None
 
 
 @triton.jit
@@ -178,7 +175,6 @@ def _sort_keys(by_BE: tl.tensor, E: tl.constexpr, E_PAD: tl.constexpr) -> Any:
 @triton.jit
 def _forward(
     logits_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
     chosen_ptr: tl.tensor,
     experts_ptr: tl.tensor,
     scores_ptr: tl.tensor,
@@ -215,10 +211,7 @@ def _forward(
     tl.store(entropy_ptr + tl.program_id(0), tl.sum(tl.where(real_B, tl.sum(entropy_BE, 1), 0.0), 0))
 
     # 3. The best expert, K times; or those given.
-    by_BE = scores_BE
-    if bias_ptr is not None:
-        by_BE += tl.load(bias_ptr + expert_E, mask=expert_E < E, other=0.0).to(tl.float32)[None, :]
-    keys_BE = _sort_keys(by_BE, E, E_PAD)
+    keys_BE = _sort_keys(scores_BE, E, E_PAD)
     counts_E = tl.zeros([E_PAD], tl.int32)
     experts_BK = tl.zeros([BLOCK, K_PAD], tl.int64)
     scores_BK = tl.zeros([BLOCK, K_PAD], tl.float32)

@@ -1,0 +1,57 @@
+"""What is decided about each token, as the parts of an MoE layer tell it to one another.
+
+    router --Routing--> capacity rule --DispatchPlan--> both, with the weights that count: Choice --> dispatcher, losses
+
+Legend: T tokens on this rank, E experts, e open experts, K assignments of a token: top_k, or E under expert choice,
+W ranks of the world.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_dist.kernels.top_k.reference import TopK
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router says of this rank's tokens.
+
+    experts_TK: int64, best first. weights_TK multiply the experts' outputs; fp32. preference_TE: by what experts were
+    chosen, larger is better, -inf for never, not differentiable; None where nobody asks. stats: sums over tokens for
+    the losses; chunks are those of the balancing scope. extra_loss: the router's own, already weighted. open_e: numbers
+    of the experts that take part, None: all. To the others no token goes; their logits are -inf.
+    """
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    logits_TE: Tensor
+    preference_TE: Tensor | None
+    stats: TopK
+    extra_loss: Tensor | None = None
+    open_e: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where assignments go and which of them may, on this rank; nothing here is differentiable.
+
+    experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
+    rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
+    when nothing is dropped.
+    """
+
+    experts_TK: Tensor
+    kept_TK: Tensor
+    counts_WE: Tensor
+    kept_WE: Tensor
+    capacity: int | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All that is decided about this rank's tokens. weights_TK: of the assignments in `plan`, differentiable."""
+
+    routing: Routing
+    plan: DispatchPlan
+    weights_TK: Tensor

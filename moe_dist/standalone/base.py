@@ -1,0 +1,140 @@
+"""What the layers of this room share: which pass a forward pass is, whose tokens it has, and PyTorch's ways of moving,
+filling and loading modules.
+
+Everything random is a function of (seed, step), and `step` counts the forward passes in training. So that a pass which
+is run again (activation checkpointing) is the same pass, each draws one number from torch's generator on the host,
+which torch.utils.checkpoint puts back before it runs a pass again; the step is remembered by that number.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_dist.kernels.random import RandomKey
+from moe_dist.moe.router import Router
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import PlacedParameter
+
+_REMEMBERED = 4096  # passes that wait for their backward pass, at most
+
+
+class Layer(nn.Module):
+    """A layer for anybody's model. `mesh` is what its user gave: with None it stands on every rank as a whole, as under
+    DDP and FSDP, and ranks are told apart by torch.distributed."""
+
+    def __init__(self, seed: int, mesh: Mesh | None = None) -> None:
+        super().__init__()
+        self.seed = seed
+        self.step = 0
+        self.cut_over = mesh
+        self._steps: dict[int, int] = {}
+
+    def reset_parameters(self) -> None:
+        """The initial values of parameters and buffers once more, from the seed; `step` starts at 0. For layers that
+        were made on the device `meta` and given memory by `to_empty`."""
+        raise NotImplementedError
+
+    def pass_of(self, given: int | None) -> int:
+        """The step of this forward pass: the one given, or the next one, which is counted in training.
+
+        Raises ValueError where a pass is run again, and nothing says which one it was.
+        """
+        if given is not None or not self.training:
+            return self.step if given is None else given
+        drawn = int(torch.randint(2**63 - 1, (), device="cpu"))
+        if runs_again():
+            if drawn not in self._steps:
+                raise ValueError(
+                    "this forward pass is run again inside a backward pass, but torch's generator is not where it was "
+                    "in any earlier pass, so that other random numbers would be drawn: leave preserve_rng_state of "
+                    "torch.utils.checkpoint at True, or give forward the same `step` both times"
+                )
+            return self._steps[drawn]
+        self._steps[drawn] = self.step
+        if len(self._steps) > _REMEMBERED:
+            del self._steps[next(iter(self._steps))]
+        self.step += 1
+        return self._steps[drawn]
+
+    def key_of(self, name: str, step: int) -> RandomKey:
+        """Of all that is drawn in a pass. Ranks that hold the whole layer have tokens of their own, and draw their own
+        numbers; with a mesh, numbers go by the global index of the token."""
+        key = RandomKey.of(self.seed, name, step)
+        rank = dist.get_rank() if self.cut_over is None and dist.is_initialized() else 0
+        return key.fold("rank", rank) if rank else key
+
+    def load_of_all(self, load_E: Tensor | None, like_E: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
+        """The load over all ranks of `group`, where each holds the whole layer; None where nobody had any. A rank whose
+        own load is None still takes part. With a mesh it is that of all ranks already."""
+        if self.cut_over is not None or not dist.is_initialized():
+            return load_E
+        total_E = torch.zeros_like(like_E, dtype=torch.int64) if load_E is None else load_E.clone()
+        dist.all_reduce(total_E, group=group)
+        return total_E if bool(total_E.any()) else None
+
+    def cut_parameters(self) -> list[tuple[str, PlacedParameter]]:
+        """Those of which each rank of the mesh holds another part."""
+        placed = [(name, param) for name, param in self.named_parameters() if isinstance(param, PlacedParameter)]
+        return [(name, param) for name, param in placed if param.spec.shard != "replicated"]
+
+    def check_wrapping(self) -> None:
+        """Raises ValueError inside DistributedDataParallel where it treats experts that are cut over ranks as copies of
+        each other: it has then written rank 0's over the others'."""
+        if self.cut_over is None or DistributedDataParallel._get_active_ddp_module() is None:
+            return
+        for name, param in self.cut_parameters():
+            if not getattr(param, "_ddp_ignored", False):
+                raise ValueError(
+                    f"{name} is cut over the ranks of mesh=, but DistributedDataParallel has made it rank 0's on all "
+                    "of them: call moe_dist.standalone.ddp.prepare_for_ddp(model) before wrapping the model"
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Layer":
+        """Parameters that are made anew, as by `to_empty`, keep their place in the logical model."""
+        places = {name: param.spec for name, param in self.named_parameters() if isinstance(param, PlacedParameter)}
+        super()._apply(fn, recurse)
+        for name, param in self.named_parameters():
+            if name in places and not isinstance(param, PlacedParameter):
+                param.__class__ = PlacedParameter
+                param.spec = places[name]  # type: ignore[attr-defined]
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
+    ) -> None:
+        """Seed and step stay as they are where a state dict has none: one of weights alone, as other tools write."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        if prefix + "_extra_state" in missing_keys:
+            missing_keys.remove(prefix + "_extra_state")
+
+
+def drawn_seed(seed: int | None, ranks: int = 1) -> int:
+    """`seed`, or one from torch's generator. Raises ValueError where `ranks` would draw different ones."""
+    if seed is None:
+        if ranks > 1:
+            raise ValueError(f"seed=None on {ranks} ranks, which must draw the same weights: give a seed")
+        return int(torch.randint(2**63 - 1, (), device="cpu"))
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
+    return seed
+
+
+def device_of(given: torch.device | str | None) -> torch.device:
+    """The one given, or the one that torch makes tensors on, as inside `with torch.device("meta")`."""
+    return torch.get_default_device() if given is None else torch.device(given)
+
+
+def runs_again() -> bool:
+    """Whether this is inside a backward pass: a forward pass there is a recomputation."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def reset_buffers(module: nn.Module) -> None:
+    """What routers keep beside parameters, as it was at first."""
+    for part in module.modules():
+        if isinstance(part, Router):
+            part.reset_buffers()

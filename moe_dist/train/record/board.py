@@ -1,0 +1,101 @@
+"""TensorBoard's view of metrics.jsonl. It is a view: where it fails, that is told once, and the run goes on without."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SYSTEM = frozenset("tokens_per_second step_seconds tflops mfu tflops_executed mfu_executed memory_bytes".split())
+_MOE = frozenset(
+    "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
+    "dispatch_rows_bytes dispatch_bytes".split()
+)
+
+
+class Board:
+    """Event files in `folder`, from `begin` on until something fails. histogram_every: steps between histograms of the
+    experts' load. say: takes a line for the person who watches."""
+
+    def __init__(self, folder: Path, histogram_every: int, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._histogram_every = histogram_every
+        self._say = say
+        self._writer: Any = None
+
+    def begin(self, last_step: int | None) -> None:
+        """last_step: what was logged after it is hidden; None hides nothing."""
+        from torch.utils.tensorboard import SummaryWriter  # here: the import takes seconds
+
+        with self._told():
+            purge_step = None if last_step is None else last_step + 1  # the first step to hide
+            self._writer = SummaryWriter(self._folder, purge_step=purge_step, flush_secs=10)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A record of metrics.jsonl."""
+        if self._writer is not None:
+            with self._told():
+                self._log(record)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            with self._told():
+                self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._told():
+                self._writer.close()
+        self._writer = None
+
+    def _log(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        for tag, value in board_scalars(record):
+            self._writer.add_scalar(tag, value, step)
+        if step % self._histogram_every == 0:
+            for layer in record.get("layers", []):
+                self._log_load(f"{_tag(layer)}/load", layer["load"], step)
+
+    def _log_load(self, tag: str, load_E: list[int], step: int) -> None:
+        """A bar for each expert, as high as its load."""
+        self._writer.add_histogram_raw(
+            tag,
+            min=0,
+            max=len(load_E),
+            num=sum(load_E),
+            sum=sum(expert * load for expert, load in enumerate(load_E)),
+            sum_squares=sum(expert**2 * load for expert, load in enumerate(load_E)),
+            bucket_limits=list(range(1, len(load_E) + 1)),
+            bucket_counts=load_E,
+            global_step=step,
+        )
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of all kinds: a thread of the library writes, and hands on what it met."""
+        try:
+            yield
+        except Exception as error:
+            self._writer = None
+            self._say(f"warning: {self._folder} is no longer written ({error}); metrics.jsonl has everything")
+
+
+def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The TensorBoard tag and value of each number in a record."""
+    for name, value in record.items():
+        if name == "step" or not isinstance(value, int | float):
+            continue
+        split, _, what = name.partition("_")
+        if split in ("validation", "test"):
+            yield f"{split}/{what}", value
+        elif name in SYSTEM:
+            yield f"system/{name}", value
+        else:
+            yield f"{'moe' if name in _MOE else 'train'}/{name}", value
+    for layer in record.get("layers", []):
+        for name in ("drop_rate", "load_max_over_mean", "entropy"):
+            yield f"{_tag(layer)}/{name}", layer[name]
+
+
+def _tag(row: dict[str, Any]) -> str:
+    """Of a row of `layers`: a block can have experts in its feed-forward and in its attention."""
+    return f"moe/{'attention' if row['kind'] == 'attention' else 'layer'}_{row['layer']}"

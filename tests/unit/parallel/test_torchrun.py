@@ -1,0 +1,70 @@
+"""The launcher says which rank came to which end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from moe_dist.parallel.torchrun import described
+
+HOST = socket.gethostname()
+ROOT = Path(__file__).parents[3]
+PROGRAM = """
+import os, time
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), 9)
+time.sleep(60)
+"""
+
+
+def launched(tmp_path: Path, program: str) -> subprocess.Popen[str]:
+    (tmp_path / "program.py").write_text(program)
+    command = [
+        sys.executable,
+        "-m",
+        "moe_dist.parallel.torchrun",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "program.py"),
+    ]
+    return subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_killed_rank_is_named_in_one_line(tmp_path: Path) -> None:
+    launcher = launched(tmp_path, PROGRAM)
+    printed, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and printed == ""
+    assert said == (
+        f"moe-dist: rank 1 on {HOST} died of signal 9 (SIGKILL): by the system for want of memory, or by hand\n"
+    )
+
+
+def test_a_signal_is_passed_on_and_told_in_one_line(tmp_path: Path) -> None:
+    """Before there are ranks to pass it on to, and when there are."""
+    ready = "import os, time; os.environ['RANK'] == '0' and print('ready', flush=True); time.sleep(60)"
+    launcher = launched(tmp_path, ready)
+    assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and said == "moe-dist: SIGTERM, passed on to all ranks\n", said
+
+
+def ends(**codes: int) -> list[str]:
+    failures = {int(rank.removeprefix("r")): SimpleNamespace(exitcode=code) for rank, code in codes.items()}
+    return described(failures)  # type: ignore[arg-type]
+
+
+def test_who_ended_the_others_comes_first() -> None:
+    assert ends(r0=2, r1=2, r3=2) == [f"moe-dist: ranks 0, 1, 3 on {HOST} ended with exit code 2"]
+    assert ends(r0=-15, r1=1, r2=-11) == [
+        f"moe-dist: rank 2 on {HOST} died of signal 11 (SIGSEGV)",
+        f"moe-dist: rank 1 on {HOST} ended with exit code 1",
+    ]
+    assert ends(r0=75) == [f"moe-dist: rank 0 on {HOST} saved and stopped (exit code 75): run it again to go on"]
+    assert ends(r0=75, r1=1)[0] == f"moe-dist: rank 1 on {HOST} ended with exit code 1"
+    assert ends(r0=-15, r1=-15) == [f"moe-dist: ranks 0, 1 on {HOST} died of signal 15 (SIGTERM)"]

@@ -1,0 +1,178 @@
+"""What PyTorch expects of any module: recomputation, compilation, the device meta, state dicts of weights alone."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist import (
+    Block,
+    MixtureOfAutoregressiveAttention,
+    MixtureOfExperts,
+    MultiQueryAttention,
+    SwitchClassifier,
+    SwitchMultiQueryAttention,
+    Transformer,
+    TransformerBlock,
+)
+from tests.unit.pretended_cuda import on_host, pretended_cuda
+
+D = 16
+Make = Callable[..., nn.Module]
+RANDOM = dict(expert_capacity_factor=0.5, drop_policy="random")
+LAYERS: dict[str, Make] = {
+    "experts": lambda **k: MixtureOfExperts(D, 24, 4, 2, 0.2, **RANDOM, jitter=0.3, seed=1, **k),
+    "noisy experts": lambda **k: MixtureOfExperts(D, 24, 4, 2, 0.2, router="noisy", seed=1, **k),
+    "switch attention": lambda **k: SwitchMultiQueryAttention(D, 2, 4, 0.2, 0.5, drop_policy="random", seed=1, **k),
+    "attention": lambda **k: MultiQueryAttention(
+        D, 2, "torch", attn_pdrop=0.2, qk_ln=True, sinks=True, seed=1, **(dict(device="cpu") | k)
+    ),
+    "block with experts": lambda **k: TransformerBlock(
+        D, 2, 24, use_moe=True, num_experts=4, position="rotary", seed=1, **k
+    ),
+    "dense block": lambda **k: TransformerBlock(D, 2, 24, position="alibi", seed=1, **k),
+    "attention block": lambda **k: Block(D, 2, 4, 0.2, 0.5, seed=1, **k),
+    "routed attention": lambda **k: MixtureOfAutoregressiveAttention(
+        D, 2, 2, 4, heads=2, dim_head=8, dropout=0.2, seed=1
+    ),
+}
+MODELS: dict[str, Make] = {
+    "transformer": lambda **k: Transformer(D, 2, 4, 2, 11, 0.1, 0.5, seed=1, **k),
+    "classifier": lambda **k: SwitchClassifier(4, D, 24, 11, 0.2, num_heads=2, seed=1, **k),
+}
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def batch() -> Tensor:
+    return torch.randn(2, 12, D, generator=torch.Generator().manual_seed(3))
+
+
+def gradients(layer: nn.Module, run: Callable[[nn.Module, Tensor], Any]) -> list[Tensor]:
+    """Output and gradients of two passes that are both waiting when the backward pass begins."""
+    torch.manual_seed(5)
+    x = batch().requires_grad_()
+    y = first(run(layer, x)) + 2 * first(run(layer, x))
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()], allow_unused=True)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_pass_that_is_run_again_is_the_same_pass(name: str, reentrant: bool) -> None:
+    plain, again = LAYERS[name](), LAYERS[name]()
+    expected = gradients(plain, lambda layer, x: layer(x))
+    x_only = lambda layer, x: checkpoint(lambda x: first(layer(x)), x, use_reentrant=reentrant)  # noqa: E731
+    if reentrant:
+        torch.manual_seed(5)
+        x = batch().requires_grad_()
+        y = x_only(again, x) + 2 * x_only(again, x)
+        y.square().sum().backward()
+        found = [y.detach(), x.grad, *(p.grad for p in again.parameters())]
+    else:
+        found = gradients(again, x_only)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    for layer in (plain, again):
+        for part in layer.modules():
+            if isinstance(part, MixtureOfExperts | SwitchMultiQueryAttention):
+                assert part.step == 2 and int(part._since_balance.sum()) == 2 * 24 * 2
+
+
+def test_a_pass_that_cannot_be_repeated_is_refused() -> None:
+    layer = LAYERS["experts"]()
+    y = checkpoint(layer, batch().requires_grad_(), use_reentrant=False, preserve_rng_state=False)
+    with pytest.raises(ValueError, match=r"leave preserve_rng_state of torch\.utils\.checkpoint at True"):
+        y.sum().backward()
+    told = checkpoint(lambda x: layer(x, step=7), batch().requires_grad_(), use_reentrant=False)
+    told.sum().backward()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS | MODELS if name != "routed attention"])
+def test_made_on_meta_given_memory_and_reset_a_layer_is_what_it_was(name: str) -> None:
+    make = (LAYERS | MODELS)[name]
+    expected = make().state_dict()
+    with torch.device("meta"):
+        inside = make(**(dict(device=None) if name == "attention" else {}))
+    for layer in (make(device="meta"), inside):
+        assert all(t.is_meta for t in [*layer.parameters(), *layer.buffers()])
+        layer.to_empty(device="cpu")
+        for t in [*layer.parameters(), *layer.buffers()]:
+            t.detach().fill_(5)
+        layer.reset_parameters()
+        found = layer.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_layer_that_was_given_memory_still_knows_its_experts() -> None:
+    layer = MixtureOfExperts(D, 24, 4, seed=1, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.add_experts(2) == [4, 5]
+
+
+@pytest.mark.parametrize("name", ["experts", "switch attention"])
+def test_a_state_dict_of_weights_alone_is_enough(name: str) -> None:
+    layer, other = LAYERS[name](), LAYERS[name]()
+    first(layer(batch()))
+    weights = {
+        key: value for key, value in layer.state_dict().items() if isinstance(value, Tensor) and "extra" not in key
+    }
+    around = nn.Sequential(other)
+    around.load_state_dict({f"0.{key}": value for key, value in weights.items()})
+    assert (other.seed, other.step) == (1, 0)
+    del weights[next(iter(weights))]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict(weights)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_compiled_model_computes_what_it_did(name: str) -> None:
+    """By the backend that traces forward and backward; what the layers ask the host stays out of the graphs."""
+    plain, inside = LAYERS[name](), LAYERS[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(nn.Sequential(nn.LayerNorm(D), inside), backend="aot_eager")
+        expected = gradients(nn.Sequential(nn.LayerNorm(D), plain), lambda layer, x: layer(x))
+        found = gradients(compiled, lambda layer, x: layer(x))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_in_a_model_compiled_by_inductor() -> None:
+    model = nn.Sequential(nn.Linear(D, D), MixtureOfExperts(D, 24, 4, dropout=0.0, seed=1), nn.Linear(D, D))
+    expected = gradients(model, lambda layer, x: layer(x))
+    torch._dynamo.reset()
+    found = gradients(torch.compile(model), lambda layer, x: layer(x))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS | MODELS)
+def test_moved_to_a_gpu_nothing_stays_on_the_host(name: str) -> None:
+    """Made on the CPU, so with kernels that run there, and moved to a device that pretends to be a GPU."""
+    plain, moved = (LAYERS | MODELS)[name](), (LAYERS | MODELS)[name]()
+    x = batch() if name in LAYERS else torch.randint(1, 11, (2, 12), generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(5)
+    expected = first(plain(x))
+    expected.square().sum().backward()
+    with pretended_cuda() as cuda:
+        moved.to(cuda)
+        torch.manual_seed(5)
+        y = first(moved(x.to(cuda)))
+        y.square().sum().backward()
+        assert y.device == cuda
+    torch.testing.assert_close(on_host(y.detach()), expected.detach(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(moved.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(on_host(ours.grad), theirs.grad, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,38 @@
+"""What is not imported: help and mistakes come without torch, a layer without what reads files and command lines."""
+
+import subprocess
+import sys
+
+HELP = """
+import sys
+from moe_dist.cli import main
+for args in ["train", "status", "chaos", "generate", "experts", "checkpoint", "verify", "study", "checkpoint inspect"]:
+    try:
+        main([*args.split(), "--help"])
+    except SystemExit as done:
+        assert done.code == 0, args
+    assert "torch" not in sys.modules, args
+"""
+LAYER = """
+import torch, sys
+before = set(sys.modules)
+from moe_dist import MixtureOfExperts
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not added & {"argparse", "yaml", "pydantic", "rich", "tyro", "deepspeed", "megatron", "matplotlib"}, added
+assert not {"moe_dist.cli", "moe_dist.config.load", "moe_dist.config.flags"} & set(sys.modules)
+"""
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_help_comes_without_torch() -> None:
+    shown = run(HELP)
+    assert shown.count("usage: moe-dist") == 9
+
+
+def test_a_layer_reads_no_files_and_no_command_line() -> None:
+    run(LAYER)
