@@ -348,7 +348,7 @@ def check_spikes(folder: Path) -> None:
     train(back, loss_at([6], 200.0))  # at every pass: the step is left out when the run comes to it again
     assert [line["step"] for line in records(back) if "skipped" in line] == [6]
     assert stored(back, 8) == stored(left, 8) != stored(noted, 8)
-    off = config(folder, "off", guard__spike="off", **window)
+    off = config(folder, "off", guard__spike="off")
     train(off, loss_at([6], 200.0))
     assert not [line for line in records(off) if "spike" in line or "skipped" in line]
 

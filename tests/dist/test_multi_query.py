@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_dist import MultiQueryAttention
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.parallel.collectives import all_reduce
-from moe_dist.parallel.mesh import Group, create_mesh
+from moe_dist.parallel.mesh import Group, create_mesh, single_process_mesh
 from moe_dist.standalone.multi_query.parts import Part
 from tests.dist.helpers import assert_same, raised, run_checks
 
@@ -38,6 +38,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def pair_of(tp: Group, sequence_parallel: bool, options: dict[str, Any]) -> tuple[MultiQueryAttention, ...]:
     """(whole, part) with the same random parameters, biases and norms included, through the state dict."""
     whole, part = layer_of(None, **options), layer_of(tp, sequence_parallel, **options)
+    whole.cut_over = single_process_mesh()  # the same dropout on every rank
     assert_same(part.state_dict(), whole.state_dict())  # the same from the start
     state = {name: draw(*t.shape, seed=i) / 2 for i, (name, t) in enumerate(whole.state_dict().items())}
     whole.load_state_dict(state)
