@@ -205,7 +205,9 @@ def check_faces() -> None:
         mesh = mesh_of(ep, tp)
         options = dict(dropout=0.2, capacity_factor=0.75, seed=3)
         x_BSD, ids_BS = draw(0, B, S, 8), (draw(1, B, S).abs() * 10).long() % 16
-        part, whole = (SwitchMultiQueryAttention(8, 2, E, **options, mesh=m).double() for m in (mesh, single_process_mesh()))
+        part, whole = (
+            SwitchMultiQueryAttention(8, 2, E, **options, mesh=m).double() for m in (mesh, single_process_mesh())
+        )
         for _ in range(2):
             y_BSD, expected_BSD = part(own(x_BSD, mesh.dp.rank, mesh.dp.size)), whole(x_BSD)
             torch.testing.assert_close(y_BSD, own(expected_BSD, mesh.dp.rank, mesh.dp.size), **FLOAT64)
