@@ -127,7 +127,8 @@ def draw_experts(axes: Axes, moe: MoE, layer: float, centre: float) -> None:
         axes.add_patch(bend)
     top = low + shown * (each + gap) + 0.1
     axes.text(x + 0.75, top, f"{config.num_experts} experts, {per_expert}", ha="center", fontsize=8.5, color=FAINT)
-    hidden = f"{moe.model.d_model} → {moe.experts.widths[0]} → {moe.model.d_model}, {moe.model.activation}"
+    d_model = moe.experts.w_up.shape[-1]
+    hidden = f"{d_model} → {moe.experts.widths[0]} → {d_model}, {moe.experts.activation}"
     axes.text(x + 0.75, low - 0.24, hidden, ha="center", fontsize=8.5, color=FAINT)
     axes.text(
         x + 0.75, low - 0.5, f"a token goes to {config.top_k}, padding to none", ha="center", fontsize=8.5, color=FAINT
