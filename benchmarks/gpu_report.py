@@ -25,6 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # each starts its own
 TESTS = ("tests/gpu", "tests/unit/kernels", "tests/unit/moe/test_layer_triton.py")
 REHEARSED_TESTS = ("tests/unit/kernels/test_norm_triton.py",)
 
@@ -88,7 +89,8 @@ def run(section: Section, folder: Path, seconds: float, rehearse: bool) -> Resul
     """One section in a process group of its own, stopped as a whole when its time is up."""
     log, began, code = folder / f"{section.name}.log", time.monotonic(), None
     path = os.pathsep.join([str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    ours = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    environment = ours | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     with log.open("wb") as sink:
         process = subprocess.Popen(
             section.command(folder, rehearse),
