@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config.model import CapacityFactor, MoEConfig
+from moe_dist.kernels.permute.order import counts_of
 from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
@@ -140,7 +141,7 @@ class Capacity:
             experts_TK = torch.where(asks_TK, ranked.indices.gather(1, turn_TK), experts_TK)
             tried_TE.scatter_(1, experts_TK, True)
             # 2. They compete for the places left.
-            asked_E = experts_TK[asks_TK].bincount(minlength=num_experts)
+            asked_E = counts_of(experts_TK.where(asks_TK, num_experts).flatten(), num_experts + 1)[:num_experts]
             asked_WE = all_gather(asked_E[None], self.token_ranks)
             if not bool(asked_WE.any()) or not bool((self._room(kept_WE, limit) > 0).any()):
                 break
@@ -173,7 +174,7 @@ class Capacity:
                                                                                                rank 0's second
         """
         bucket_N = ask.bucket_N(self.moe.num_experts, self.turns)
-        counts_M = bucket_N.bincount(minlength=self.turns * self.moe.num_experts + 1)
+        counts_M = counts_of(bucket_N, self.turns * self.moe.num_experts + 1)
         counts_UWE = self._counts_by_turn(ask, counts_M)
         if self.peers.size > 1:
             before_UWE = (counts_UWE.flatten(0, 1).cumsum(0) - counts_UWE.flatten(0, 1)).view_as(counts_UWE)
@@ -181,7 +182,8 @@ class Capacity:
             before_UWE = counts_UWE.cumsum(0) - counts_UWE
         kept_UWE = (room_WE - before_UWE).clamp(min=0).minimum(counts_UWE)
         kept_M = F.pad(kept_UWE[:, self.token_ranks.rank].flatten(), (0, 1))
-        return _positions(bucket_N.argsort(stable=True), counts_M) < kept_M[bucket_N], kept_UWE.sum(0)
+        positions_N = _positions(bucket_N.argsort(stable=True), bucket_N, counts_M)
+        return positions_N < kept_M[bucket_N], kept_UWE.sum(0)
 
     def _counts_by_turn(self, ask: "_Round", counts_M: Tensor) -> Tensor:
         """[U, W, E], from this rank's counts of all buckets."""
@@ -200,16 +202,15 @@ class Capacity:
         priority_N = self._priority(ask, step, bucket_N.numel())
         by_priority_N = priority_N.argsort(descending=True, stable=True)
         order_N = by_priority_N[bucket_N[by_priority_N].argsort(stable=True)]
-        position_N = _positions(order_N, bucket_N.bincount(minlength=num_experts + 1))
+        position_N = _positions(order_N, bucket_N, counts_of(bucket_N, num_experts + 1))
         own_E = room_WE[self.token_ranks.rank if len(room_WE) > 1 else 0]
         kept_N = position_N < F.pad(own_E, (0, 1))[bucket_N]
 
-        if self.peers.size > 1:
-            rank_N = torch.arange(self.peers.size, device=bucket_N.device).repeat_interleave(local)
-            cells = (rank_N * num_experts + bucket_N)[kept_N].bincount(minlength=self.peers.size * num_experts)
-            kept_WE = cells.view(self.peers.size, num_experts)
-        else:
-            kept_WE = all_gather(bucket_N[kept_N].bincount(minlength=num_experts)[None], self.token_ranks)
+        # Counted by rank and bucket; the last bucket, of those that ask for nothing, keeps none.
+        owner_N = torch.arange(bucket_N.numel(), device=bucket_N.device).div(max(local, 1), rounding_mode="floor")
+        cell_N = owner_N * (num_experts + 1) + bucket_N
+        kept_PE = counts_of(cell_N, self.peers.size * (num_experts + 1), kept_N).view(self.peers.size, -1)[:, :-1]
+        kept_WE = kept_PE if self.peers.size > 1 else all_gather(kept_PE, self.token_ranks)
         return kept_N[rank * local : (rank + 1) * local], kept_WE
 
     def _priority(self, ask: "_Round", step: StepContext, assignments: int) -> Tensor:
@@ -242,9 +243,9 @@ class _Round:
         return (bucket_TK if self.asks_TK is None else bucket_TK.where(self.asks_TK, turns * num_experts)).flatten()
 
 
-def _positions(order_N: Tensor, counts_E: Tensor) -> Tensor:
+def _positions(order_N: Tensor, bucket_N: Tensor, counts_M: Tensor) -> Tensor:
     """Position of each assignment in its bucket's queue, given assignments sorted by bucket: with buckets [1, 0, 1],
     order [1, 0, 2] and counts [1, 2], the sorted ones have positions [0, 0, 1], so the assignments [0, 0, 1]."""
-    starts_E = counts_E.cumsum(0) - counts_E
-    ramp_N = torch.arange(order_N.numel(), device=order_N.device) - starts_E.repeat_interleave(counts_E)
+    starts_M = counts_M.cumsum(0) - counts_M
+    ramp_N = torch.arange(order_N.numel(), device=order_N.device) - starts_M[bucket_N[order_N]]
     return torch.empty_like(order_N).index_copy_(0, order_N, ramp_N)

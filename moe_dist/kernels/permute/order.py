@@ -38,9 +38,18 @@ class RowOrder:
     def of(experts_XK: Tensor, kept_XK: Tensor, num_experts: int) -> "RowOrder":
         """Sort kept assignments by expert, stable in x. Experts of dropped assignments are never looked at."""
         bucket_N = torch.where(kept_XK, experts_XK, num_experts).flatten()
-        counts_e = bucket_N.bincount(minlength=num_experts + 1)[:num_experts]
+        counts_e = counts_of(bucket_N, num_experts + 1)[:num_experts]
         order_N = bucket_N.argsort(stable=True)
         slots_R = order_N[: int(counts_e.sum())]
         rows_N = torch.zeros_like(order_N)
         rows_N[slots_R] = torch.arange(slots_R.numel(), device=slots_R.device)
         return RowOrder(counts_e, slots_R, rows_N.view_as(kept_XK), kept_XK)
+
+
+def counts_of(buckets_N: Tensor, number: int, counted_N: Tensor | None = None) -> Tensor:
+    """How many of buckets_N (or of those where counted_N is true) are 0, 1, ..., number - 1: [number], int64.
+
+    torch.bincount without its wait: on a GPU that one asks the host how large the largest is.
+    """
+    ones_N = torch.ones_like(buckets_N) if counted_N is None else counted_N.to(buckets_N.dtype)
+    return buckets_N.new_zeros(number).scatter_add_(0, buckets_N, ones_N)

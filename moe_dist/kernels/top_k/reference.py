@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_dist.kernels.permute.order import counts_of
+
 Score = Literal["softmax", "sigmoid"]
 _FEW = 4  # experts of a token up to which repeated argmax is faster than sorting
 
@@ -60,7 +62,7 @@ def top_k_experts(
     return TopK(
         experts_TK=chosen_TK,
         scores_TK=scores_TE.gather(1, chosen_TK),
-        counts_CE=cells_N.bincount(minlength=chunks * num_experts).view(chunks, num_experts),
+        counts_CE=counts_of(cells_N, chunks * num_experts).view(chunks, num_experts),
         prob_sums_CE=prob_sums_CE,
         z_sum=logits_TE.logsumexp(-1).square().sum(),
         entropy_sum=torch.special.entr(probs_TE.detach()).sum(),
