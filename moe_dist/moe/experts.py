@@ -142,7 +142,7 @@ class Experts(nn.Module):
         w: ExpertWeights,
         widths: tuple[int, ...] | None,
     ) -> Tensor:
-        if cpu.replaces(self.backend, x_XD.device.type):
+        if cpu.replaces(self.backend, x_XD.device.type) and order.fullest is None:
             return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
         if self.backend == "triton":
             from moe_dist.kernels.grouped_mm.triton import feed_forward as fused

@@ -23,14 +23,18 @@ STEP = 16  # of them at a time
 _TILE = 4096  # comparisons held at once while counting
 
 
-def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) -> RowOrder:
-    """RowOrder.of. kept_XK None: all are kept, and the number of rows is known without waiting for the device."""
+def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int, rows: int | None = None) -> RowOrder:
+    """RowOrder.of."""
     check_launch("sort_rows", _histogram, experts_XK)
     experts_XK, kept_XK = experts_XK.contiguous(), None if kept_XK is None else kept_XK.contiguous()
     counts_EB, ends_EB = _count(experts_XK, kept_XK, num_experts)
     counts_e = counts_EB.sum(1)
-    rows = experts_XK.numel() if kept_XK is None else int(counts_e.sum())
-    slots_R = torch.empty(rows, dtype=torch.int64, device=experts_XK.device)
+    if kept_XK is None:
+        length, rows = experts_XK.numel(), None
+    else:
+        length = int(counts_e.sum()) if rows is None else rows
+    # Zeros past the kept rows, which nobody fills: they are read as indices.
+    slots_R = (torch.empty if rows is None else torch.zeros)(length, dtype=torch.int64, device=experts_XK.device)
     rows_XK = torch.empty_like(experts_XK, dtype=torch.int64)
     _place[(counts_EB.shape[1],)](
         *(experts_XK, kept_XK, ends_EB, slots_R, rows_XK, experts_XK.numel(), counts_EB.shape[1]),
@@ -39,7 +43,7 @@ def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) -> R
     )
     if kept_XK is None:
         kept_XK = torch.ones_like(experts_XK, dtype=torch.bool)
-    return RowOrder(counts_e, slots_R, rows_XK, kept_XK)
+    return RowOrder(counts_e, slots_R, rows_XK, kept_XK, rows)
 
 
 def keep_first(experts_N: Tensor, limit_E: Tensor) -> Tensor:

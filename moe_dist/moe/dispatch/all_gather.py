@@ -42,7 +42,7 @@ class AllGatherDispatcher:
         # 4. Assignments of this rank's experts.
         local = num_experts // self.ep.size
         target_XK = target_XK - self.ep.rank * local
-        order = self.permute.sort_rows(target_XK, (target_XK >= 0) & (target_XK < local), local)
+        order = self.permute.sort_rows(target_XK, (target_XK >= 0) & (target_XK < local), local, None)
         # 5. Through them, and the sums back.
         y_TD = carry_home(experts(x_XD, weights_XK, order), trip, self.wire)
         decided = (self.ep.size - 1) * weights_TK.numel() * (weights_TK.itemsize + target_TK.itemsize)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
-from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.choice import Choice
+from moe_dist.kernels.permute.order import RowOrder, readable
+from moe_dist.moe.choice import Choice, DispatchPlan
 from moe_dist.moe.dispatch.base import RowExperts
-from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, sent_rows
+from moe_dist.moe.dispatch.blocks import arrival, block_rows, departure
+from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, ranks_of, sent_rows
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import start_exchange
 from moe_dist.parallel.mesh import Group, Mesh
@@ -34,15 +35,31 @@ class AllToAllDispatcher:
         self.wire = Wire.of(wire_dtype)
 
     def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
-        # 1. Gather kept assignments, sorted by expert, hence by the rank that holds it.
-        home = order_of(choice.plan, self.permute)
+        # 1. Gather kept assignments, sorted by expert, hence by the rank that holds it; who sends how much to whom.
+        home, trip, order = self.way(choice.plan, x_TD)
         rows_SD = self.permute.gather_rows(x_TD, home)
-        # 2. Who sends how much to whom.
-        trip, order = self.trip(sent_rows(choice.plan, self.ep), x_TD.device)
-        # 3. There, through the experts, and back.
+        # 2. There, through the experts, and back.
         y_XD = experts(carry_out(rows_SD, trip, self.wire), None, order)
         y_SD = carry_home(y_XD, trip, self.wire)
         return self.permute.combine_rows(y_SD, choice.weights_TK, home), self.wire.sent_bytes(trip, x_TD)
+
+    def way(self, plan: DispatchPlan, x_TD: Tensor) -> tuple[RowOrder, "DirectTrip", RowOrder]:
+        """(order in which rows leave, how they travel, order in which they arrive)."""
+        if self.padded and plan.capacity is not None and not readable(x_TD):
+            return self.way_of_blocks(plan)
+        trip, order = self.trip(sent_rows(plan, self.ep), x_TD.device)
+        return order_of(plan, self.permute), trip, order
+
+    def way_of_blocks(self, plan: DispatchPlan) -> tuple[RowOrder, "DirectTrip", RowOrder]:
+        """`way` that never waits for the host."""
+        block, rank = block_rows(plan), self.ep.rank
+        assert plan.pool_rows is not None
+        held_Pe = ranks_of(plan.kept_WE, self.ep).unflatten(1, (self.ep.size, -1))[:, rank]
+        sizes = (held_Pe.shape[1] // plan.pool * block,) * self.ep.size
+        # Of all ranks together, or of each of those that send here.
+        fullest = min(plan.pool_rows if plan.shared else plan.pool_rows * self.ep.size, block * self.ep.size)
+        order = arrival(held_Pe, plan.pool, block, max(fullest, 1), self.permute)
+        return departure(plan, self.permute), DirectTrip(self.ep, sizes, sizes), order
 
     def trip(self, sent_PPe: Tensor, device: torch.device) -> tuple["DirectTrip", RowOrder]:
         """How rows travel, and the experts they arrive for. Rows leave as (rank, its expert)."""

@@ -18,14 +18,19 @@ def sent_rows(plan: DispatchPlan, ep: Group) -> Tensor:
 
     With ep = 2 and four experts, rank 0's row of kept_WE [5, 0, 2, 1] says: 5 and 0 rows to rank 0, 2 and 1 to rank 1.
     """
-    first = ep.ranks[0]  # an ep group is consecutive ranks of the world
-    return plan.kept_WE[first : first + ep.size].cpu().view(ep.size, ep.size, -1)
+    return ranks_of(plan.kept_WE, ep).cpu().view(ep.size, ep.size, -1)
+
+
+def ranks_of(counts_WE: Tensor, ep: Group) -> Tensor:
+    """The rows of this ep group, which is consecutive ranks of the world: [P, E]."""
+    first = ep.ranks[0]
+    return counts_WE[first : first + ep.size]
 
 
 def order_of(plan: DispatchPlan, permute: Permutation, place_E: Tensor | None = None) -> RowOrder:
     """Kept assignments of this rank sorted by expert, or by place_E[expert], a permutation."""
     experts_TK = plan.experts_TK if place_E is None else place_E[plan.experts_TK]
-    return permute.sort_rows(experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
+    return permute.sort_rows(experts_TK, None if plan.everything else plan.kept_TK, plan.kept_WE.shape[1], None)
 
 
 def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch.device) -> RowOrder:

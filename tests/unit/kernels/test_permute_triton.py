@@ -1,6 +1,6 @@
 """Counting sort, gather and combine kernels against sums written out in float64, with dropped assignments."""
 
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +19,19 @@ def check_order(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) ->
     found = sort_rows(experts_XK, kept_XK, num_experts)
     everything = torch.ones_like(experts_XK, dtype=torch.bool)
     wanted = RowOrder.of(experts_XK, everything if kept_XK is None else kept_XK, num_experts)
-    for name in (field.name for field in fields(RowOrder)):
+    check_equal(found, wanted)
+    if kept_XK is not None:  # as many rows as the host likes: those past the kept ones are any valid index
+        rows = len(wanted.slots_R)
+        for more in (rows, (rows + kept_XK.numel()) // 2, kept_XK.numel()):
+            for bound in (sort(experts_XK, kept_XK, num_experts, more) for sort in (sort_rows, RowOrder.of)):
+                assert bound.fullest == more and len(bound.slots_R) == more
+                assert more == 0 or 0 <= bound.slots_R.min() <= bound.slots_R.max() < kept_XK.numel()
+                check_equal(replace(bound, slots_R=bound.slots_R[:rows], fullest=None), wanted)
+
+
+def check_equal(found: RowOrder, wanted: RowOrder) -> None:
+    assert found.fullest is None and wanted.fullest is None
+    for name in ("counts_e", "slots_R", "rows_XK", "kept_XK"):
         ours, theirs = getattr(found, name), getattr(wanted, name)
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
