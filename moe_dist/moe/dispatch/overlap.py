@@ -16,17 +16,17 @@ group, e experts of each, n parts. sent_PPe[i, j, k]: rows that rank i sends to 
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.choice import Choice
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectTrip
 from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.counts import order_of, sent_rows
 from moe_dist.moe.dispatch.wire import Wire
+from moe_dist.parallel.collectives import graph_node
 
 
 @runtime_checkable
@@ -98,10 +98,10 @@ class _Voyage:
             self._keep("rows", rows_SD)
             return tuple(rows_SD.new_zeros(()) for _ in self.sizes)
 
-        def backward(*_: Tensor) -> tuple[Tensor]:
-            return (self._drop("grads"),)
+        def backward(*_: Tensor) -> Tensor:
+            return self._drop("grads")
 
-        return _node(forward, backward, rows_SD)
+        return graph_node(forward, backward, rows_SD)
 
     def start(self, i: int, token: Tensor) -> Tensor:
         def forward(token: Tensor) -> Tensor:
@@ -110,23 +110,23 @@ class _Voyage:
                 self._drop("rows")
             return token.clone()
 
-        def backward(token: Tensor) -> tuple[Tensor]:
+        def backward(token: Tensor) -> Tensor:
             self.back.pop(i)()  # its gradients are now in "grads"
-            return (token,)
+            return token
 
-        return _node(forward, backward, token)
+        return graph_node(forward, backward, token)
 
     def arrive(self, i: int, token: Tensor) -> Tensor:
         def forward(token: Tensor) -> Tensor:
             return self.there.pop(i)()
 
-        def backward(grad_XD: Tensor) -> tuple[Tensor]:
+        def backward(grad_XD: Tensor) -> Tensor:
             if "grads" not in self.home:
                 self._keep("grads", grad_XD.new_empty(sum(self.sizes), grad_XD.shape[1]))
             self.back[i] = self.trips[i].start_back(grad_XD, self.wire.rest, self.home["grads"][i])
-            return (grad_XD.new_zeros(()),)
+            return grad_XD.new_zeros(())
 
-        return _node(forward, backward, token)
+        return graph_node(forward, backward, token)
 
     def start_home(self, i: int, y_XD: Tensor) -> Tensor:
         def forward(y_XD: Tensor) -> Tensor:
@@ -135,10 +135,10 @@ class _Voyage:
             self.back[i] = self.trips[i].start_back(y_XD, self.wire.rest, self.home["results"][i])
             return y_XD.new_zeros(())
 
-        def backward(_: Tensor) -> tuple[Tensor]:
-            return (self.there.pop(i)(),)
+        def backward(_: Tensor) -> Tensor:
+            return self.there.pop(i)()
 
-        return _node(forward, backward, y_XD)
+        return graph_node(forward, backward, y_XD)
 
     def unload(self, tokens: list[Tensor]) -> Tensor:
         def forward(*tokens: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class _Voyage:
                 self.there[i] = self.trips[i].start_there(parts[i], self.wire.rest)
             return tuple(grad_SD.new_zeros(()) for _ in parts)
 
-        return _node(forward, backward, *tokens)
+        return graph_node(forward, backward, *tokens)
 
     def _keep(self, name: str, whole_SD: Tensor) -> None:
         self.whole[name], self.home[name] = whole_SD, whole_SD.split(self.sizes)
@@ -162,21 +162,3 @@ class _Voyage:
         """Buffers must not outlive their use: results that know this graph would keep it alive in a circle."""
         del self.home[name]
         return self.whole.pop(name)
-
-
-def _node(forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
-    return _Node.apply(forward, backward, *inputs)
-
-
-class _Node(torch.autograd.Function):
-    """Does `forward` on its inputs in the forward pass, and `backward` on their gradients in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
-        ctx.backward_of_node = backward
-        return forward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.backward_of_node(*grads)

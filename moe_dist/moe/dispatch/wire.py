@@ -9,11 +9,13 @@
 Legend: S rows sent, X rows that arrived, D width.
 """
 
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe_dist.parallel.collectives import with_gradient
 
 Format = Literal["same", "bf16", "fp8"]
 
@@ -55,26 +57,22 @@ class Trip(Protocol):
 
 def carry_out(rows_SD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Rows to their experts; their gradients come back the same way."""
-    return _Carry.apply(rows_SD, trip.there, wire.out, trip.back, wire.rest)
+    return with_gradient(
+        rows_SD, lambda rows: _moved(trip.there, rows, wire.out), lambda grad: trip.back(grad, wire.rest)
+    )
 
 
 def carry_home(rows_XD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Results to where their rows came from."""
-    return _Carry.apply(rows_XD, trip.back, wire.rest, trip.there, wire.rest)
+    return with_gradient(
+        rows_XD, lambda rows: _moved(trip.back, rows, wire.rest), lambda grad: trip.there(grad, wire.rest)
+    )
 
 
-class _Carry(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, forth: Any, form: Format, back: Any, back_form: Format) -> Tensor:
-        ctx.back, ctx.form = back, back_form
-        moved: Tensor = forth(rows, form)
-        # A group of one hands rows on as they are, and autograd wants an input returned as a view.
-        return moved.view_as(moved) if moved is rows else moved
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.back(grad, ctx.form), None, None, None, None
+def _moved(way: Callable[[Tensor, Format], Tensor], rows: Tensor, form: Format) -> Tensor:
+    """A group of one hands rows on as they are, and autograd wants an input returned as a view."""
+    moved = way(rows, form)
+    return moved.view_as(moved) if moved is rows else moved
 
 
 def pack(rows_SD: Tensor, form: Format) -> Tensor:
