@@ -194,6 +194,6 @@ def _model(
     problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]
     if model.moe.num_experts < 1:
         problems.append(f"num_experts={model.moe.num_experts} is below 1")
-    parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
+    parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
     refuse([*problems, *moe_rules(moe, parallel, d_ff=d_ff, num_layers=1, section="")])
     return resolve_backends(model, mesh.ep.size, device_type)

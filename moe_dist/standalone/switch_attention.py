@@ -170,6 +170,6 @@ def _model(
     attention = AttentionConfig(kind="switch", backend="torch" if dropout else "auto", dropout=dropout, moe=moe)
     dense = MoEConfig(num_experts=0)
     model = ModelConfig(num_layers=1, attention=attention, moe=dense, **sizes)  # type: ignore[arg-type]
-    parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
+    parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
     refuse([*problems, *switch_rules(attention, parallel, num_kv_heads=1, num_layers=1, section="", inner="")])
     return resolve_backends(model, mesh.ep.size, device_type)
