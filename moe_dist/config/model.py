@@ -53,7 +53,8 @@ class MoEConfig:
     sinkhorn_iterations: int = 8
     """With router = sinkhorn: scalings of rows and columns."""
     renormalize: bool = True
-    """Divide the top-k router weights by their sum. Never done at top_k = 1: the router would get no gradient."""
+    """With softmax, sigmoid and sinkhorn, and top_k > 1: divide the top_k router weights by their sum. Never done at
+    top_k = 1: the router would get no gradient."""
     capacity_factor: CapacityFactor = 1.25
     """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
     null: dropless. A list gives each MoE layer its own."""
