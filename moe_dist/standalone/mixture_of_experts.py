@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import dropout_by_index
-from moe_dist.models.backends import resolve_backends
-from moe_dist.models.block import moe_layer
+from moe_dist.models.backends import resolve_experts, resolve_kernels
+from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed
@@ -69,11 +69,12 @@ class MixtureOfExperts(KeepsStep, Layer):
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
         device = device_of(device)
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
-        model = _model(d_model, d_ff, activation, options, mesh, device.type)
+        moe = _checked(options, d_model, d_ff, activation, mesh, device.type)
+        kernels = resolve_kernels("auto", device.type)
         self.d_model, self.dropout = d_model, dropout
         self.dp = mesh.dp
         with device:
-            self.moe = moe_layer(model, 0, mesh)
+            self.moe = MoE(moe, d_model, d_ff, activation, layer=0, mesh=mesh, kernels=kernels)
         self.loads = Loads(copies=given is None)
         initialize(self, self.seed)
         self.to(device)
@@ -165,20 +166,19 @@ class MixtureOfExperts(KeepsStep, Layer):
         return dropout_by_index(y_TD, rate, context.key.fold("dropout"), self.dp.rank * len(y_TD))
 
 
-def _model(
-    d_model: int, d_ff: int, activation: Activation, options: dict[str, Any], mesh: Mesh, device_type: str
-) -> ModelConfig:
-    """The layer as a model of one layer, whose rules it must keep."""
+def _checked(
+    options: dict[str, Any], d_model: int, d_ff: int, activation: Activation, mesh: Mesh, device_type: str
+) -> MoEConfig:
+    """The options as a section that keeps its rules, every `auto` resolved."""
     known = {field.name for field in fields(MoEConfig)} - {"every", "d_ff"}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
     gated(activation)  # raises for a name that is none of NAMES
     moe = parse_as(MoEConfig, options, "MixtureOfExperts")
-    model = ModelConfig(d_model=d_model, d_ff=d_ff, num_layers=1, num_heads=1, activation=activation, moe=moe)
     problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]
-    if model.moe.num_experts < 1:
-        problems.append(f"num_experts={model.moe.num_experts} is below 1")
+    if moe.num_experts < 1:
+        problems.append(f"num_experts={moe.num_experts} is below 1")
     parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
     refuse([*problems, *moe_rules(moe, parallel, d_ff=d_ff, num_layers=1, section="")])
-    return resolve_backends(model, mesh.ep.size, device_type)
+    return resolve_experts(moe, mesh.ep.size, device_type, section="")

@@ -13,12 +13,12 @@ from torch import Tensor
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, MoEConfig
 from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
 from moe_dist.config.schema import ParallelConfig
-from moe_dist.models.backends import resolve_backends
+from moe_dist.models.backends import resolve_attention, resolve_kernels
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -61,9 +61,11 @@ class SwitchMultiQueryAttention(KeepsStep, Layer):
         self.d_model, self.rope_theta = d_model, rope_theta
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
         options |= dict(balance_loss_coef=load_loss_coef)
-        model = _model(d_model, num_heads, head_dim, dropout, options, mesh, device.type)
+        attention = _checked(d_model, num_heads, head_dim, dropout, options, mesh)
+        sizes = HeadSizes.of(d_model, num_heads, 1, head_dim)
+        attention = resolve_attention(attention, sizes, mesh.ep.size, device.type, section="")
         with device:
-            self.attention = SwitchAttention(model, 0, mesh)
+            self.attention = SwitchAttention(sizes, attention, mesh, 0, resolve_kernels("auto", device.type))
         self.loads = Loads(copies=given is None)
         initialize(self, self.seed)
         self.to(device)
@@ -128,16 +130,10 @@ class SwitchMultiQueryAttention(KeepsStep, Layer):
         )
 
 
-def _model(
-    d_model: int,
-    num_heads: int,
-    head_dim: int | None,
-    dropout: float,
-    options: dict[str, Any],
-    mesh: Mesh,
-    device_type: str,
-) -> ModelConfig:
-    """The layer as a model of one layer, whose rules it must keep."""
+def _checked(
+    d_model: int, num_heads: int, head_dim: int | None, dropout: float, options: dict[str, Any], mesh: Mesh
+) -> AttentionConfig:
+    """The options as a section that keeps its rules."""
     known = {field.name for field in fields(MoEConfig)} - NOT_OF_ATTENTION.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
@@ -151,8 +147,6 @@ def _model(
     moe = parse_as(MoEConfig, options, "SwitchMultiQueryAttention")
     # With dropout the plain maths: it draws by global index, the fused kernels as they like.
     attention = AttentionConfig(kind="switch", backend="torch" if dropout else "auto", dropout=dropout, moe=moe)
-    dense = MoEConfig(num_experts=0)
-    model = ModelConfig(num_layers=1, attention=attention, moe=dense, **sizes)  # type: ignore[arg-type]
     parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
     refuse([*problems, *switch_rules(attention, parallel, num_kv_heads=1, num_layers=1, section="", inner="")])
-    return resolve_backends(model, mesh.ep.size, device_type)
+    return attention
