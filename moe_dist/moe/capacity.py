@@ -83,7 +83,7 @@ class Capacity:
         tokens = experts_TK.shape[0] * self.peers.size if step.real is None else step.real.total
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
         limit = expert_capacity(self.factor(step), moe.top_k, tokens, taking_part, moe.min_capacity)
-        counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.token_ranks)
+        counts_WE = all_gather(routing.stats.counts_QE.sum(0)[None], self.token_ranks)
         real_TK = None if step.real is None else step.real.mask_T[:, None].expand_as(experts_TK).contiguous()
         if real_TK is None:
             self._check_equal(counts_WE, limit)

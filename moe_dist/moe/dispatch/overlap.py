@@ -11,8 +11,8 @@ ready: latest first. Rows stay in shared buffers, where each part is a range, so
 sees is a token for each exchange, so that starting and waiting are nodes of their own. Every rank makes the same nodes
 in the same order, also for parts without rows, so exchanges meet.
 
-Legend: T tokens on this rank, K top_k, D d_model, S rows sent, X rows of one part that arrived, P ranks of the ep
-group, e experts of each, n parts. sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
+Legend: T tokens on this rank, K top_k, D d_model, Y rows sent, X rows of one part that arrived, w ranks of the ep
+group, e experts of each, n parts. sent_wwe[i, j, k]: rows that rank i sends to expert k of rank j.
 """
 
 from collections.abc import Callable
@@ -48,16 +48,16 @@ class OverlappedDispatcher:
         assert isinstance(experts, PartedExperts), "only feed-forward experts are overlapped"
         ep, permute, wire = self.direct.ep, self.direct.permute, self.direct.wire
         # 1. Gather kept assignments sorted by part, then by rank, then by expert.
-        sent_PPe = sent_rows(choice.plan, ep)
-        home = order_of(choice.plan, permute, departure(sent_PPe, self.parts).to(x_TD.device))
-        rows_SD = permute.gather_rows(x_TD, home)
+        sent_wwe = sent_rows(choice.plan, ep)
+        home = order_of(choice.plan, permute, departure(sent_wwe, self.parts).to(x_TD.device))
+        rows_YD = permute.gather_rows(x_TD, home)
         # 2. Each part travels like a dispatch of its own.
-        sent_nPPe = sent_PPe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
-        trips, orders = zip(*(self.direct.trip(sent, x_TD.device) for sent in sent_nPPe), strict=True)
-        sizes = sent_nPPe[:, ep.rank].sum((1, 2)).tolist()
+        sent_nwwe = sent_wwe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
+        trips, orders = zip(*(self.direct.trip(sent, x_TD.device) for sent in sent_nwwe), strict=True)
+        sizes = sent_nwwe[:, ep.rank].sum((1, 2)).tolist()
         voyage = _Voyage(list(trips), sizes, wire)
         # 3. There, compute, back.
-        tokens = voyage.load(rows_SD)
+        tokens = voyage.load(rows_YD)
         on_the_way, sent_home = voyage.start(0, tokens[0]), []
         for i, part in enumerate(experts.parts(self.parts)):
             x_XD = voyage.arrive(i, on_the_way)
@@ -68,13 +68,13 @@ class OverlappedDispatcher:
         return y_TD, sum(wire.sent_bytes(trip, x_TD) for trip in trips)
 
 
-def departure(sent_PPe: Tensor, parts: int) -> Tensor:
+def departure(sent_wwe: Tensor, parts: int) -> Tensor:
     """place_E: where rows of each expert stand among those that leave.
 
     Two ranks with four experts each, 0 to 3 and 4 to 7, in 2 parts: rows for 0 1 4 5 leave first, then those for
     2 3 6 7, so the places of experts 0 to 7 are 0 1 4 5 2 3 6 7.
     """
-    ranks, local = sent_PPe.shape[1:]
+    ranks, local = sent_wwe.shape[1:]
     places = torch.arange(ranks * local).view(parts, ranks, local // parts)
     return places.transpose(0, 1).flatten()
 
@@ -93,15 +93,15 @@ class _Voyage:
         self.there: dict[int, Callable[[], Tensor]] = {}
         self.back: dict[int, Callable[[], Tensor]] = {}
 
-    def load(self, rows_SD: Tensor) -> tuple[Tensor, ...]:
-        def forward(rows_SD: Tensor) -> tuple[Tensor, ...]:
-            self._keep("rows", rows_SD)
-            return tuple(rows_SD.new_zeros(()) for _ in self.sizes)
+    def load(self, rows_YD: Tensor) -> tuple[Tensor, ...]:
+        def forward(rows_YD: Tensor) -> tuple[Tensor, ...]:
+            self._keep("rows", rows_YD)
+            return tuple(rows_YD.new_zeros(()) for _ in self.sizes)
 
         def backward(*_: Tensor) -> Tensor:
             return self._drop("grads")
 
-        return graph_node(forward, backward, rows_SD)
+        return graph_node(forward, backward, rows_YD)
 
     def start(self, i: int, token: Tensor) -> Tensor:
         def forward(token: Tensor) -> Tensor:
@@ -146,17 +146,17 @@ class _Voyage:
                 self.back.pop(i)()
             return self._drop("results")
 
-        def backward(grad_SD: Tensor) -> tuple[Tensor, ...]:
+        def backward(grad_YD: Tensor) -> tuple[Tensor, ...]:
             # All of them now: there is nothing to compute before the last part's gradients are with its experts.
-            parts = grad_SD.split(self.sizes)
+            parts = grad_YD.split(self.sizes)
             for i in reversed(range(len(parts))):
                 self.there[i] = self.trips[i].start_there(parts[i], self.wire.rest)
-            return tuple(grad_SD.new_zeros(()) for _ in parts)
+            return tuple(grad_YD.new_zeros(()) for _ in parts)
 
         return graph_node(forward, backward, *tokens)
 
-    def _keep(self, name: str, whole_SD: Tensor) -> None:
-        self.whole[name], self.home[name] = whole_SD, whole_SD.split(self.sizes)
+    def _keep(self, name: str, whole_YD: Tensor) -> None:
+        self.whole[name], self.home[name] = whole_YD, whole_YD.split(self.sizes)
 
     def _drop(self, name: str) -> Tensor:
         """Buffers must not outlive their use: results that know this graph would keep it alive in a circle."""

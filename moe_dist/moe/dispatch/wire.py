@@ -6,7 +6,7 @@
 | bf16       | bf16                                  | bf16                          |
 | fp8        | e4m3, and one fp32 scale for each row | bf16                          |
 
-Legend: S rows sent, X rows that arrived, D width.
+Legend: Y rows sent, X rows that arrived, D width.
 """
 
 from collections.abc import Callable
@@ -50,15 +50,15 @@ class Trip(Protocol):
     @property
     def away(self) -> tuple[int, int]: ...
 
-    def there(self, rows_SD: Tensor, form: Format) -> Tensor: ...
+    def there(self, rows_YD: Tensor, form: Format) -> Tensor: ...
 
     def back(self, rows_XD: Tensor, form: Format) -> Tensor: ...
 
 
-def carry_out(rows_SD: Tensor, trip: Trip, wire: Wire) -> Tensor:
+def carry_out(rows_YD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Rows to their experts; their gradients come back the same way."""
     return with_gradient(
-        rows_SD, lambda rows: _moved(trip.there, rows, wire.out), lambda grad: trip.back(grad, wire.rest)
+        rows_YD, lambda rows: _moved(trip.there, rows, wire.out), lambda grad: trip.back(grad, wire.rest)
     )
 
 
@@ -75,19 +75,19 @@ def _moved(way: Callable[[Tensor, Format], Tensor], rows: Tensor, form: Format) 
     return moved.view_as(moved) if moved is rows else moved
 
 
-def pack(rows_SD: Tensor, form: Format) -> Tensor:
+def pack(rows_YD: Tensor, form: Format) -> Tensor:
     """Rows as they travel. An fp8 row is D bytes and its scale: one message, and gloo knows bytes, not float8."""
     if form == "same":
-        return rows_SD
+        return rows_YD
     if form == "bf16":
-        return rows_SD.to(torch.bfloat16)
-    width = rows_SD.shape[1]
-    wide = rows_SD.to(torch.float32)
+        return rows_YD.to(torch.bfloat16)
+    width = rows_YD.shape[1]
+    wide = rows_YD.to(torch.float32)
     # A row of zeros has no largest number to scale by; whatever is not finite stays so.
-    scale_S1 = (wide.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_SMALLEST)
-    packed = torch.empty(rows_SD.shape[0], width + _SCALE_BYTES, dtype=torch.uint8, device=rows_SD.device)
-    packed[:, :width].copy_((wide / scale_S1).to(torch.float8_e4m3fn).view(torch.uint8))
-    packed[:, width:].copy_(scale_S1.view(torch.uint8))
+    scale_Y1 = (wide.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_SMALLEST)
+    packed = torch.empty(rows_YD.shape[0], width + _SCALE_BYTES, dtype=torch.uint8, device=rows_YD.device)
+    packed[:, :width].copy_((wide / scale_Y1).to(torch.float8_e4m3fn).view(torch.uint8))
+    packed[:, width:].copy_(scale_Y1.view(torch.uint8))
     return packed
 
 
@@ -96,8 +96,8 @@ def unpack(packed: Tensor, form: Format, dtype: torch.dtype) -> Tensor:
     if form != "fp8":
         return packed.to(dtype)
     width = packed.shape[1] - _SCALE_BYTES
-    scale_S1 = packed[:, width:].contiguous().view(torch.float32)
-    return packed[:, :width].contiguous().view(torch.float8_e4m3fn).to(dtype).mul_(scale_S1)
+    scale_Y1 = packed[:, width:].contiguous().view(torch.float32)
+    return packed[:, :width].contiguous().view(torch.float8_e4m3fn).to(dtype).mul_(scale_Y1)
 
 
 def row_bytes(width: int, dtype: torch.dtype, form: Format) -> int:
