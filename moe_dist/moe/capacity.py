@@ -99,7 +99,7 @@ class Capacity:
         limit = None
         if factor is not None:
             limit = _rows(self.ratios[factor], moe.top_k, tokens, taking_part, moe.min_capacity)
-        counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.token_ranks)
+        counts_WE = all_gather(routing.stats.counts_QE.sum(0)[None], self.token_ranks)
         real_TK = None if step.real is None else step.real.mask_T[:, None].expand_as(experts_TK).contiguous()
         if real_TK is None:
             self._check_equal(counts_WE, limit)

@@ -44,7 +44,7 @@ class Experts(nn.Module):
     ) -> None:
         """d_ff: where `moe` gives no width. out_std: of the initial w_out, None: mean_width ** -0.5."""
         super().__init__()
-        etp, ep = mesh.etp, mesh.ep.size // mesh.etp
+        etp, ep = mesh.etp, mesh.layout.ep
         if moe.num_experts % ep:
             raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={ep}")
         self.d_model = d_model

@@ -1,13 +1,13 @@
-"""What the layers of this room share: which pass a forward pass is, whose tokens it has, and PyTorch's ways of moving,
-filling and loading modules.
+"""What the layers of this room share: which pass a forward pass is, whose tokens it has, the loads of experts, and
+PyTorch's ways of moving, filling and loading modules.
 
 Everything random is a function of (seed, step), and `step` counts the forward passes in training. So that a pass which
 is run again (activation checkpointing) is the same pass, each draws one number from torch's generator on the host,
 which torch.utils.checkpoint puts back before it runs a pass again; the step is remembered by that number.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_dist.kernels.random import RandomKey
 from moe_dist.moe.router import Router
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import PlacedParameter
+from moe_dist.parallel.sharding import PlacedParameter, initialize
 
 _REMEMBERED = 4096  # passes that wait for their backward pass, at most
 
@@ -36,7 +36,14 @@ class Layer(nn.Module):
     def reset_parameters(self) -> None:
         """The initial values of parameters and buffers once more, from the seed; `step` starts at 0. For layers that
         were made on the device `meta` and given memory by `to_empty`."""
-        raise NotImplementedError
+        self._initialize()
+        for part in self.modules():
+            if isinstance(part, Router):
+                part.reset_buffers()
+        self.step = 0
+
+    def _initialize(self) -> None:
+        initialize(self, self.seed)
 
     def pass_of(self, given: int | None) -> int:
         """The step of this forward pass: the one given, or the next one, which is counted in training.
@@ -66,15 +73,6 @@ class Layer(nn.Module):
         key = RandomKey.of(self.seed, name, step)
         rank = dist.get_rank() if self.cut_over is None and dist.is_initialized() else 0
         return key.fold("rank", rank) if rank else key
-
-    def load_of_all(self, load_E: Tensor | None, like_E: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
-        """The load over all ranks of `group`, where each holds the whole layer; None where nobody had any. A rank whose
-        own load is None still takes part. With a mesh it is that of all ranks already."""
-        if self.cut_over is not None or not dist.is_initialized():
-            return load_E
-        total_E = torch.zeros_like(like_E, dtype=torch.int64) if load_E is None else load_E.clone()
-        dist.all_reduce(total_E, group=group)
-        return total_E if bool(total_E.any()) else None
 
     def cut_parameters(self) -> list[tuple[str, PlacedParameter]]:
         """Those of which each rank of the mesh holds another part."""
@@ -112,6 +110,67 @@ class Layer(nn.Module):
             missing_keys.remove(prefix + "_extra_state")
 
 
+class KeepsStep:
+    """Seed and step are part of the state dict of what derives from this before `Layer`: of layers that draw by them.
+    PyTorch asks the class of a module whether it has such a state, so that it is no part of `Layer`."""
+
+    seed: int
+    step: int
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seed, self.step = state.tolist()
+
+
+class Loads:
+    """Assignments to experts before dropping, [routers, E]: of the last forward pass, and of those in training since
+    routers were balanced by them. copies: whether ranks hold the whole layer, so that each has a load of its own; where
+    they share one, cut over a mesh, a load is that of all ranks already."""
+
+    def __init__(self, copies: bool) -> None:
+        self.copies = copies
+        self.last: Tensor | None = None
+        self.since_balance: Tensor | None = None
+
+    def count(self, loads: Sequence[Tensor], training: bool) -> None:
+        """Of one pass: [E] of each router. A pass that is run again was counted the first time."""
+        if runs_again():
+            return
+        self.last = torch.stack(list(loads))
+        if training:
+            self.since_balance = self.last if self.since_balance is None else self.since_balance + self.last
+
+    def forget(self) -> None:
+        """For other experts, or other weights."""
+        self.last = self.since_balance = None
+
+    def of_last_pass(self, routers: int, num_experts: int) -> Tensor:
+        """Zeros before one."""
+        return torch.zeros(routers, num_experts, dtype=torch.int64) if self.last is None else self.last
+
+    def balance(self, routers: Sequence[Router], group: dist.ProcessGroup | None) -> None:
+        """Let routers move their biases by the load since the last time, over all ranks of `group` where they hold
+        copies: each must call, whether or not it had a load. Nothing moves where nobody had any."""
+        total, self.since_balance = self.since_balance, None
+        if self.copies and dist.is_initialized():
+            like = torch.stack([router.open_E for router in routers])
+            total = torch.zeros_like(like, dtype=torch.int64) if total is None else total.clone()
+            dist.all_reduce(total, group=group)
+            total = total if bool(total.any()) else None
+        if total is not None:
+            for router, load_E in zip(routers, total, strict=True):
+                router.balance(load_E)
+
+
+class WithAuxLoss(NamedTuple):
+    """What a forward pass gives with return_aux_loss. aux_loss: weighted already, to be added to the model's."""
+
+    y: Tensor
+    aux_loss: Tensor
+
+
 def drawn_seed(seed: int | None, ranks: int = 1) -> int:
     """`seed`, or one from torch's generator. Raises ValueError where `ranks` would draw different ones."""
     if seed is None:
@@ -131,10 +190,3 @@ def device_of(given: torch.device | str | None) -> torch.device:
 def runs_again() -> bool:
     """Whether this is inside a backward pass: a forward pass there is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def reset_buffers(module: nn.Module) -> None:
-    """What routers keep beside parameters, as it was at first."""
-    for part in module.modules():
-        if isinstance(part, Router):
-            part.reset_buffers()

@@ -89,5 +89,5 @@ def traced(x: Tensor) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host can read numbers beside `x` at once. On a GPU it would wait, and of a traced `x` there are none."""
+    """Whether the host can read numbers beside `x` at once. On a GPU it would wait; a traced `x` has none."""
     return x.device.type == "cpu" and not traced(x)

@@ -1,4 +1,4 @@
-"""Sorting assignments by expert: a stable counting sort, and what it says about who came first.
+"""Sorting assignments by expert: a stable counting sort.
 
 Three passes, no atomics: each block of assignments counts its experts; one running sum over (expert, block) gives the
 place where a block's first row of an expert goes; then each assignment adds how many before it, in its own block, chose
@@ -44,18 +44,6 @@ def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int, rows
     if kept_XK is None:
         kept_XK = torch.ones_like(experts_XK, dtype=torch.bool)
     return RowOrder(counts_e, slots_R, rows_XK, kept_XK, rows)
-
-
-def keep_first(experts_N: Tensor, limit_E: Tensor) -> Tensor:
-    """Which assignments find room: those with fewer than limit_E[expert] of the same expert before them."""
-    check_launch("keep_first", _histogram, experts_N)
-    experts_N, limit_E = experts_N.contiguous(), limit_E.contiguous()
-    counts_EB, ends_EB = _count(experts_N, None, limit_E.numel())
-    kept_N = torch.empty_like(experts_N, dtype=torch.bool)
-    _keep[(counts_EB.shape[1],)](
-        *(experts_N, limit_E, ends_EB, kept_N, experts_N.numel(), counts_EB.shape[1]), BLOCK=BLOCK, STEP=STEP
-    )
-    return kept_N
 
 
 def histogram_step(num_experts: int) -> tuple[int, int]:
@@ -150,21 +138,3 @@ def _place(
     row_B = _end_before(ends_ptr, expert_B, tl.program_id(0), blocks) + rank_B
     tl.store(slots_ptr + row_B, n_B, mask=expert_B >= 0)
     tl.store(rows_ptr + n_B, tl.where(expert_B >= 0, row_B, 0), mask=n_B < total)
-
-
-@triton.jit
-def _keep(
-    experts_ptr: tl.tensor,
-    limit_ptr: tl.tensor,
-    ends_ptr: tl.tensor,
-    kept_ptr: tl.tensor,
-    total: tl.tensor,
-    blocks: tl.tensor,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-) -> None:
-    n_B, expert_B, rank_B = _rank(experts_ptr, None, total, BLOCK, STEP)
-    first_B = _end_before(ends_ptr, expert_B, 0, blocks)
-    position_B = _end_before(ends_ptr, expert_B, tl.program_id(0), blocks) - first_B + rank_B
-    limit_B = tl.load(limit_ptr + expert_B, mask=expert_B >= 0, other=0)
-    tl.store(kept_ptr + n_B, position_B < limit_B, mask=n_B < total)

@@ -3,7 +3,7 @@
 There: all-gather of tokens, weights and decisions. Back: reduce-scatter, which also sums over experts. More bytes than
 all-to-all unless top_k comes near the number of ranks, but messages of one size, known without the counts.
 
-Legend: T tokens of the fullest rank of the group (others are padded), X = P * T tokens of all, P ranks of the group, K
+Legend: T tokens of the fullest rank of the group (others are padded), X = w * T tokens of all, w ranks of the group, K
 top_k, D d_model, e experts of each rank.
 """
 

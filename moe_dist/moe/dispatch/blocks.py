@@ -10,8 +10,8 @@ rows are those of one expert after another.
 Under local scope a block is as long as the fullest wants it. Under global scope all ranks share the limit, so that a
 block is up to ep times what a rank sends on average: that is what sizes known beforehand cost there.
 
-Legend: T tokens on this rank, K assignments of a token, E experts, e experts held here, P ranks of the ep group, Q
-pools, n experts of a pool, B rows of a block, X rows that arrive.
+Legend: T tokens on this rank, K assignments of a token, E experts, e experts held here, w ranks of the ep group, P
+pools of experts (or those held here), n experts of a pool, B rows of a block, X rows that arrive.
 """
 
 import torch
@@ -30,30 +30,30 @@ def block_rows(plan: DispatchPlan) -> int:
 
 
 def departure(plan: DispatchPlan, permute: Permutation) -> RowOrder:
-    """Kept assignments in the blocks of the pools they go to, [Q * B] rows."""
+    """Kept assignments in the blocks of the pools they go to, [P * B] rows."""
     num_experts, block = plan.kept_WE.shape[1], block_rows(plan)
     pools = num_experts // plan.pool
     rows = min(plan.experts_TK.numel(), pools * block)
     dense = permute.sort_rows(plan.experts_TK, plan.kept_TK, num_experts, rows)
-    counts_Q = dense.counts_e.view(pools, plan.pool).sum(1)
-    starts_Q, pool_TK = counts_Q.cumsum(0) - counts_Q, plan.experts_TK // plan.pool
+    counts_P = dense.counts_e.view(pools, plan.pool).sum(1)
+    starts_P, pool_TK = counts_P.cumsum(0) - counts_P, plan.experts_TK // plan.pool
     # From the place among sorted rows to the place among blocks, and back.
-    rows_TK = torch.where(plan.kept_TK, dense.rows_XK - starts_Q[pool_TK] + pool_TK * block, 0)
-    within_B = torch.arange(block, device=counts_Q.device)
-    sorted_QB = torch.where(within_B < counts_Q[:, None], starts_Q[:, None] + within_B, 0)
-    return RowOrder(dense.counts_e, dense.slots_R[sorted_QB.flatten()], rows_TK, plan.kept_TK, fullest=block)
+    rows_TK = torch.where(plan.kept_TK, dense.rows_XK - starts_P[pool_TK] + pool_TK * block, 0)
+    within_B = torch.arange(block, device=counts_P.device)
+    sorted_PB = torch.where(within_B < counts_P[:, None], starts_P[:, None] + within_B, 0)
+    return RowOrder(dense.counts_e, dense.slots_R[sorted_PB.flatten()], rows_TK, plan.kept_TK, fullest=block)
 
 
-def arrival(sent_Pe: Tensor, pool: int, block: int, fullest: int, permute: Permutation) -> RowOrder:
-    """The order of X = P * Q * B rows, which lie as (source rank, pool here, place in the block), of which sent_Pe hold
+def arrival(sent_we: Tensor, pool: int, block: int, fullest: int, permute: Permutation) -> RowOrder:
+    """The order of X = w * P * B rows, which lie as (source rank, pool here, place in the block), of which sent_we hold
     something. fullest: the most rows that a pool here can get from all ranks."""
-    ranks, local = sent_Pe.shape
+    ranks, local = sent_we.shape
     pools = local // pool
     # A block's rows up to the first end are the first expert's: with counts [1, 2], places 0 1 2 3 are of 0 1 1 none.
-    ends_PQn = sent_Pe.view(ranks, pools, pool).cumsum(2)
-    place_PQB = torch.arange(block, device=sent_Pe.device).expand(ranks, pools, block).contiguous()
-    within_PQB = torch.searchsorted(ends_PQn, place_PQB, right=True)
-    expert_PQB = within_PQB + pool * torch.arange(pools, device=sent_Pe.device)[:, None]
-    kept_X1 = (within_PQB < pool).view(-1, 1)
-    order = permute.sort_rows(expert_PQB.view(-1, 1), kept_X1, local, min(kept_X1.numel(), pools * fullest))
+    ends_wPn = sent_we.view(ranks, pools, pool).cumsum(2)
+    place_wPB = torch.arange(block, device=sent_we.device).expand(ranks, pools, block).contiguous()
+    within_wPB = torch.searchsorted(ends_wPn, place_wPB, right=True)
+    expert_wPB = within_wPB + pool * torch.arange(pools, device=sent_we.device)[:, None]
+    kept_X1 = (within_wPB < pool).view(-1, 1)
+    order = permute.sort_rows(expert_wPB.view(-1, 1), kept_X1, local, min(kept_X1.numel(), pools * fullest))
     return order.up_to(fullest)

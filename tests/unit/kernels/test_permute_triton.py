@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.kernels.permute.triton import combine_rows, gather_rows, keep_first, sort_rows
+from moe_dist.kernels.permute.triton import combine_rows, gather_rows, sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (0, 1, 67, 300)
@@ -72,25 +72,6 @@ def test_sort_all_on_one_expert_and_dropped_ones_anywhere() -> None:
 def test_sort_anything(seed: int, length: int, top_k: int, num_experts: int, kept_share: float | None) -> None:
     torch.manual_seed(seed)
     check_order(*some_assignments(length, top_k, num_experts, kept_share), num_experts)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("length", [*LENGTHS, 600])
-@pytest.mark.parametrize("num_experts", [1, 5, 60])
-def test_keep_first(length: int, num_experts: int) -> None:
-    experts_N = torch.randint(num_experts, (length,), device=DEVICE)
-    limit_E = torch.randint(0, max(2 * length // num_experts, 1) + 1, (num_experts,), device=DEVICE)
-    limit_E[0] = length // 2
-    seen, wanted = [0] * num_experts, []
-    for expert in experts_N.tolist():
-        wanted.append(seen[expert] < limit_E[expert])
-        seen[expert] += 1
-    kept_N = keep_first(experts_N, limit_E)
-    assert kept_N.dtype == torch.bool
-    assert kept_N.tolist() == wanted
-    assert torch.equal(keep_first(experts_N.int(), limit_E.int()), kept_N)
-    assert not keep_first(experts_N, torch.zeros_like(limit_E)).any()
-    assert keep_first(experts_N, torch.full_like(limit_E, length)).all()
 
 
 def combine_plainly(rows_RD: Tensor, weights_XK: Tensor, order: RowOrder) -> Tensor:
