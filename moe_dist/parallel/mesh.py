@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
+import torch
 import torch.distributed as dist
 
 from moe_dist.parallel.trail import Trail
@@ -129,7 +130,9 @@ class Group:
         return len(self.ranks)
 
     def note(self, what: str) -> None:
-        """Called before every collective on the group."""
+        """Called before every collective on the group; a graph that torch.compile makes of them notes nothing."""
+        if torch.compiler.is_compiling():
+            return
         assert self.size == 1 or self.process_group is not None, f"{what} in a mesh without processes"
         self.trail.note(what, self.ranks)
 
