@@ -211,7 +211,7 @@ def _commit(draft: Path, final: Path, warn: Warn) -> None:
 
 
 def _cleared(path: Path, warn: Warn) -> Path:
-    """`path`, where nothing lies any more; what cannot be removed stays, and the first free of path-2, path-3 is taken."""
+    """`path`, where nothing lies any more; or path-2, path-3, ..., where what lies there cannot be removed."""
     free, number = path, 1
     while os.path.lexists(free):
         try:

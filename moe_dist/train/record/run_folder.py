@@ -1,7 +1,7 @@
 """A run on disk: its folder, its configuration, its environment and its status.
 
 runs/NAME/
-  config.yaml        everything, resolved       environment.json   versions, backends, layout, revision, data
+  config.yaml        everything, resolved       environment.json   versions, backends, layout, data, revision
   metrics.jsonl      one line a step            tensorboard/
   checkpoints/step-000100/                      logs/rank-00000.log
   status.json        running | finished | preempted | failed, with the reason
