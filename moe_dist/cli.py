@@ -122,12 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(moe_dist.__version__)
                 return 0
     except ValueError as error:
-        print(f"moe-dist: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except OSError as error:  # a disk that is full, rights that are missing: a traceback says no more than this
         from moe_dist.train.exit_codes import FAILED
 
-        print(f"moe-dist: {error}", file=sys.stderr)
+        _complain(str(error))
         return FAILED
     except RuntimeError as error:
         from moe_dist.parallel.objects import RankFailed
@@ -135,18 +135,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, RankFailed):
             raise
-        print(f"moe-dist: {error}", file=sys.stderr)
+        _complain(str(error))
         return FAILED
     except KeyboardInterrupt:
         from moe_dist.train.exit_codes import INTERRUPTED
 
-        print("moe-dist: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
     if command in ("help", "-h", "--help"):
         print(_USAGE)
         return 0
     print(f"moe-dist: unknown command {command!r}\n{_USAGE}" if command else _USAGE, file=sys.stderr)
     return 2
+
+
+def _complain(text: str) -> None:
+    """Also where nobody hears it: the exit code says it too. What could not be printed before is given up."""
+    with output_never_fatal():
+        print(f"moe-dist: {text}", file=sys.stderr)
 
 
 def _print_any_text() -> None:
@@ -212,7 +218,8 @@ def _chaos(args: list[str]) -> int:
     own, config = _with_config(parser, args, "[--minutes M] [--ranks N] [--seed S]", _CHAOS)
     with interrupts_held():
         from moe_dist.chaos.command import chaos
-    return chaos(config, own.minutes, own.ranks, own.seed)
+    with output_never_fatal():  # what it found is in chaos.json too
+        return chaos(config, own.minutes, own.ranks, own.seed)
 
 
 def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:

@@ -163,5 +163,5 @@ def expected_codes(fault: Fault, world: int) -> list[Sequence[int]]:
 
 def leftovers(run: Path) -> list[str]:
     """Files in a run's folder that only a run under way should have."""
-    found = [path for path in run.rglob("*") if path.name.startswith(".") or path.suffix in (".old", ".tmp")]
+    found = [path for path in run.rglob("*") if path.name.startswith(".") or path.suffix.startswith((".old", ".tmp"))]
     return sorted(str(path.relative_to(run)) for path in found)

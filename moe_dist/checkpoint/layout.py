@@ -21,7 +21,7 @@ from moe_dist.engine.base import STATE_KINDS, Kind
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-STEP_NAME = re.compile(r"step-(\d{6,})(\.old)?")
+STEP_NAME = re.compile(r"step-(\d{6,})(\.old(?:-\d+)?)?")
 Dtype = Literal["F32", "BF16"]
 ITEM_BYTES: dict[Dtype, int] = {"F32": 4, "BF16": 2}
 

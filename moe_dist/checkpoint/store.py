@@ -4,10 +4,12 @@ Files go to a hidden folder and are flushed to disk; rank 0 writes the manifest 
 named step-NNNNNN that has a manifest is therefore complete, and everything else is rubbish that the next save removes.
 A checkpoint that is a link to another folder is read there; removing it removes the link alone.
 A step that is saved again first moves the earlier one aside, to step-NNNNNN.old, which counts until it is replaced: at
-every moment what was complete before, or what replaces it, is there under a name that is found.
+every moment what was complete before, or what replaces it, is there under a name that is found. Where something lies
+in the way that cannot be removed, the name gets a number: step-NNNNNN.old-2.
 """
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -25,6 +27,10 @@ from moe_dist.checkpoint.shard import write_shard
 from moe_dist.disk import flush, write_durably
 from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 from moe_dist.parallel.objects import together
+
+_DRAFT_NAME = re.compile(r"\.step-\d{6,}(-\d+)?")
+Warn = Callable[[Path, OSError], None]
+"""Takes what could not be removed, and why. It is in nobody's way, and the next save tries again."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +66,23 @@ def write_checkpoint(
     validation_loss: float | None = None,
     group: dist.ProcessGroup | None = None,
     progress: Callable[[], None] = lambda: None,
-    warn: Callable[[Path, OSError], None] = lambda path, error: None,
+    warn: Warn = lambda path, error: None,
 ) -> Path:
     """Write a checkpoint under `root` and remove those that `retention` does not keep; every rank of `group` must call.
 
-    retention: None removes nothing. progress: called now and then while this rank writes. warn: as of `prune`, on rank
-    0. Returns the folder. Raises RuntimeError on every rank when any rank failed; what was there before stays.
+    retention: None removes nothing. progress: called now and then while this rank writes. warn: called on rank 0.
+    Returns the folder. Raises RuntimeError on every rank when any rank failed; what was there before stays.
     """
     rank, step = dist.get_rank(), snapshot.step
-    final, draft = root / f"step-{step:06d}", root / f".step-{step:06d}"
+    final = root / f"step-{step:06d}"
 
     def agreed(work: Callable[[], Any], only_first: bool = False, failure: str = "was not written") -> list[Any]:
         return together(work if rank == 0 or not only_first else lambda: None, f"checkpoint {final} {failure}", group)
 
-    def prepare() -> None:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+    def prepare() -> str:
+        cleared = _cleared(root / f".step-{step:06d}", warn)
+        cleared.mkdir(parents=True)
+        return cleared.name
 
     def write() -> dict[str, Any]:
         entries = [(piece, [values]) for piece, values in snapshot.entries]
@@ -83,10 +90,10 @@ def write_checkpoint(
 
     def commit() -> None:
         write_durably(draft / MANIFEST, _manifest(snapshot, info, shards, validation_loss).dumps())
-        _commit(draft, final)
+        _commit(draft, final, warn)
 
+    draft = root / agreed(prepare, only_first=True)[0]
     try:
-        agreed(prepare, only_first=True)
         shards = [ShardFile.of(written) for written in agreed(write)]
         agreed(commit, only_first=True)
     except RuntimeError:
@@ -108,14 +115,12 @@ def checkpoints(root: Path) -> list[Path]:
     return [path for at, path in enumerate(found) if at >= newest or _complete(path)]
 
 
-def prune(root: Path, retention: Retention, newest: int, warn: Callable[[Path, OSError], None]) -> None:
+def prune(root: Path, retention: Retention, newest: int, warn: Warn) -> None:
     """Remove what `retention` does not keep, after step `newest` was written, and what a kill left half done.
 
     Later steps go too. The run fell back past them because they were damaged, and has a history of its own by now:
     kept, they would be taken for the newest as soon as they can be read again, or for the best. Of earlier ones, what
     has no readable manifest does not count, and stays.
-
-    warn: takes what could not be removed, and why. It is in nobody's way, and the next call tries again.
     """
 
     def try_to_remove(path: Path) -> None:
@@ -127,7 +132,7 @@ def prune(root: Path, retention: Retention, newest: int, warn: Callable[[Path, O
     losses: dict[int, float | None] = {}
     found: list[tuple[int, Path]] = []
     for step, path in _numbered(root, _complete):
-        if step > newest or (path.suffix == ".old" and _complete(path.with_suffix(""))):
+        if step > newest or (path.suffix.startswith(".old") and _complete(path.with_suffix(""))):
             try_to_remove(path)
             continue
         try:
@@ -140,8 +145,8 @@ def prune(root: Path, retention: Retention, newest: int, warn: Callable[[Path, O
         if step not in kept:
             try_to_remove(path)
     for path in root.glob("*step-*"):
-        ours = STEP_NAME.fullmatch(path.name.removeprefix(".")) and (path.is_dir() or path.is_symlink())
-        if ours and (path.name.startswith(".") or not _complete(path)):
+        half_done = _DRAFT_NAME.fullmatch(path.name) or (STEP_NAME.fullmatch(path.name) and not _complete(path))
+        if half_done and (path.is_dir() or path.is_symlink()):
             try_to_remove(path)
 
 
@@ -197,12 +202,22 @@ def _manifest(snapshot: Snapshot, info: RunInfo, shards: list[ShardFile], valida
     )
 
 
-def _commit(draft: Path, final: Path) -> None:
+def _commit(draft: Path, final: Path, warn: Warn) -> None:
     flush(draft)
     if final.exists():  # the same step, saved again
-        old = final.with_suffix(".old")
-        if old.exists():
-            remove(old)
-        final.rename(old)
+        final.rename(_cleared(final.with_suffix(".old"), warn))
     draft.rename(final)
     flush(final.parent)
+
+
+def _cleared(path: Path, warn: Warn) -> Path:
+    """`path`, where nothing lies any more; or path-2, path-3, ..., where what lies there cannot be removed."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        try:
+            remove(free)
+        except OSError as error:
+            warn(free, error)
+            number += 1
+            free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -10,7 +10,7 @@ import platform
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,6 +47,16 @@ class Corpus:
     @property
     def validation_share(self) -> float:
         return len(self.validation) / (len(self.train) + len(self.validation))
+
+    def record(self) -> dict[str, Any]:
+        """What is in it and what is not, as plain data."""
+        return {
+            "name": self.name,
+            self.made_of: self.num_files,
+            "tokens": {"train": len(self.train), "validation": len(self.validation)},
+            "validation_share": self.validation_share,
+            "left_out": self.left_out.record(),
+        }
 
 
 def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
@@ -177,7 +187,7 @@ def _unique(documents: list[Document], left_out: LeftOut) -> list[Document]:
     for document in documents:
         if first.setdefault(hashlib.sha256(document.data).digest(), document) is not document:
             named = document.key != document.data
-            left_out.add("a copy", "/".join([*document.above, *([os.fsdecode(document.key)] if named else [])]))
+            left_out.add("a copy", os.path.join(*document.above, *([os.fsdecode(document.key)] if named else [])))
     return list(first.values())
 
 

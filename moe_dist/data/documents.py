@@ -19,6 +19,7 @@ from typing import IO, Any, TextIO
 
 _SNIFFED = 8192
 _SHOWN = 3
+_RECORDED = 100
 _PACKED: list[tuple[re.Pattern[bytes], Callable[[IO[bytes]], Any]]] = [
     (re.compile(rb"\x1f\x8b\x08"), lambda file: gzip.GzipFile(fileobj=file)),
     (re.compile(rb"\xfd7zXZ\0"), lzma.LZMAFile),
@@ -67,6 +68,10 @@ class LeftOut:
             more = ", ..." if len(names) > _SHOWN else ""
             parts.append(f"{len(names)} {reason} ({', '.join(names[:_SHOWN])}{more})")
         return f"{len(self)} left out: {', '.join(parts)}" if parts else ""
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """{reason: {count, names}}, as plain data. The first names alone: of records there may be millions."""
+        return {why: {"count": len(names), "names": names[:_RECORDED]} for why, names in self.names.items()}
 
 
 def read_text(path: Path) -> tuple[bytes, str | None]:

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,23 @@ class LabelledCorpus:
     """Texts left out as copies of others."""
     num_truncated: int
     """Texts longer than seq_len tokens, whose end was cut off."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Texts of each split."""
+        return {name: len(getattr(self, name).labels_N) for name in ("train", "validation", "test")}
+
+    def record(self) -> dict[str, Any]:
+        """What is in it and what is not, as plain data."""
+        sizes, whole = self.sizes, sum(self.sizes.values())
+        return {
+            "name": self.name,
+            "texts": sizes,
+            "validation_share": sizes["validation"] / whole,
+            "test_share": sizes["test"] / whole,
+            "truncated": self.num_truncated,
+            "left_out": {"a copy": {"count": self.num_copies}} if self.num_copies else {},
+        }
 
 
 def load_labelled(config: DataConfig, vocab_size: int, seq_len: int) -> LabelledCorpus:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,17 @@ def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Deco
 
 
 def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Config:
-    """The trained model in the layout of these ranks; backends are chosen anew, for the device at hand."""
+    """The trained model in the layout of these ranks; backends are chosen anew, for the device at hand.
+
+    Raises ValueError when they cannot have the layout that was asked for.
+    """
+    needed = lcm(ep or 1, tp or 1)
+    if world == 1 and needed > 1:
+        asked = " ".join(f"--{name} {size}" for name, size in (("ep", ep), ("tp", tp)) if size)
+        raise ValueError(
+            f"{asked} needs {needed} processes or a multiple, and this is one: torchrun --nproc_per_node {needed} "
+            f"-m moe_dist.cli generate RUN {asked} ..., or leave it out"
+        )
     if world == 1:
         parallel = ParallelConfig()
     else:

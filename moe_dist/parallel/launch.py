@@ -183,7 +183,6 @@ def _export(rank: Rank, device: torch.device) -> None:
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.world),
         LOCAL_RANK=str(rank.local_rank if device.index is None else device.index),
-        LOCAL_WORLD_SIZE=str(rank.local_world),
         MASTER_ADDR=host,
         MASTER_PORT=str(port),
     )

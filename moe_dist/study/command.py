@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from moe_dist.config.flags import Parser
 from moe_dist.config.values import user_path
+from moe_dist.process import output_never_fatal
 from moe_dist.study.grid import Study, load_study
 from moe_dist.study.ledger import Ledger
 
@@ -25,7 +26,8 @@ def study(args: Sequence[str]) -> int:
             from moe_dist.study.runner import Runner
 
             points = chosen.points if options.point is None else [chosen.point(options.point)]
-            return Runner(chosen).run(points)
+            with output_never_fatal():  # hours of work, whose record is the ledger
+                return Runner(chosen).run(points)
         case "list":
             return _list(chosen, options.count, options.point)
     from moe_dist.study.report import write_report

@@ -147,7 +147,7 @@ class Trainer:
         def first() -> None:
             remove_drafts(self.folder.path)
             self.folder.write_config(self.config)
-            self.folder.write_environment(self.config, self.mesh, self.device)
+            self.folder.write_environment(self.config, self.mesh, self.device, self.task.data_record())
             self.task.prepare(self.folder)
             self.folder.write_status("running")
 

@@ -86,6 +86,9 @@ class Task(Protocol):
     def describe(self) -> str:
         """The data in a line."""
 
+    def data_record(self) -> dict[str, Any]:
+        """The data for environment.json: how much each split has, and what was left out."""
+
     def notes(self, model: ModelConfig) -> list[str]:
         """What a person should know of this configuration."""
 
@@ -173,6 +176,9 @@ class LanguageModelling:
             rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
         return rows
 
+    def data_record(self) -> dict[str, Any]:
+        return self.corpus.record()
+
     def describe(self) -> str:
         corpus = self.corpus
         return (
@@ -244,9 +250,12 @@ class Classification:
                 rows[name] = f"accuracy {right:.2%}, macro-F1 {f1:.4f}, {loss:.4f} nats/text"
         return rows
 
+    def data_record(self) -> dict[str, Any]:
+        return self.corpus.record()
+
     def describe(self) -> str:
         corpus = self.corpus
-        sizes = [len(part.labels_N) for part in (corpus.train, corpus.validation, corpus.test)]
+        sizes = list(corpus.sizes.values())
         return (
             f"{corpus.name}: {sizes[0]} train, {sizes[1]} validation ({sizes[1] / sum(sizes):.1%}) and {sizes[2]} test "
             f"({sizes[2] / sum(sizes):.1%}) texts of "

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.parallel.launch import rank_from_environment, spawn, start, stop
+from moe_dist.process import output_never_fatal
 from moe_dist.verify.cases import Options, Setting
 from moe_dist.verify.compare import Meshes, Reference, Report, compare_layout, train_reference
 
@@ -21,7 +22,9 @@ def verify(options: Options, ranks: int, device: str) -> int:
     """The exit code: 0 all agree, 1 a difference. ranks: to start, where this is none of several already."""
     rank = rank_from_environment(os.environ)
     if rank.world > 1:
-        agreed = run_cases(options, start(rank, device, share_gpus=True))
+        chosen = start(rank, device, share_gpus=True)
+        with output_never_fatal():  # the exit code is the verdict
+            agreed = run_cases(options, chosen)
         stop()
         return 0 if agreed else 1
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
@@ -33,7 +36,8 @@ def verify(options: Options, ranks: int, device: str) -> int:
 def _worker(options: Options, device: str, verdict: str) -> None:
     """A spawned rank; rank 0 leaves the verdict in a file."""
     chosen = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    agreed = run_cases(options, chosen)
+    with output_never_fatal():
+        agreed = run_cases(options, chosen)
     if dist.get_rank() == 0:
         Path(verdict).write_text(_AGREED if agreed else "differences", encoding="utf-8")
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,53 @@ def test_a_folder_that_changes_under_a_run(
     assert numbers(tmp_path, "changed") == numbers(tmp_path, "calm")  # the corpus was read once, at the start
     monkeypatch.undo()
     assert_refused(tmp_path, "changed", data, capsys)
+
+
+def test_what_a_run_left_out_is_in_its_environment(tmp_path: Path) -> None:
+    """Counted here by hand: whole files fall into a split, each followed by a separator."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    sizes = {f"{number}.txt": 200 + number for number in range(20)}
+    for number, (name, size) in enumerate(sizes.items()):
+        (texts / name).write_bytes(bytes([65 + number]) * size)
+    (texts / "copy.txt").write_bytes((texts / "3.txt").read_bytes())
+    (texts / "empty.txt").touch()
+    (texts / "empty2.txt").touch()
+    (texts / "image.png").write_bytes(b"\x89PNG\0\0")
+    (texts / ".hidden").write_text("no")
+    assert train(tmp_path, "run", {"kind": "text", "paths": [str(texts)], "validation_fraction": 0.3}) == 0
+    said = json.loads((tmp_path / "runs/run/environment.json").read_text())["data"]
+    left_out = {why: (told["count"], sorted(told["names"])) for why, told in said.pop("left_out").items()}
+    assert left_out == {
+        "hidden": (1, [f"{texts}/.hidden"]),
+        "empty": (2, [f"{texts}/empty.txt", f"{texts}/empty2.txt"]),
+        "binary": (1, [f"{texts}/image.png"]),
+        "a copy": (1, [f"{texts}/copy.txt"]),
+    }
+    held_out = [name for name in sizes if int.from_bytes(sha256(name.encode()).digest(), "big") % 10_000 < 3000]
+    validation, whole = (sum(sizes[name] + 1 for name in names) for names in (held_out, sizes))
+    assert 0 < len(held_out) < 20
+    assert said == {
+        "name": str(texts),
+        "files": 20,
+        "tokens": {"train": whole - validation, "validation": validation},
+        "validation_share": validation / whole,
+    }
+
+
+def test_what_a_classifier_left_out_is_in_its_environment(tmp_path: Path) -> None:
+    lines = [{"text": f"{n} squared is {n * n}", "label": "even" if n % 2 else "odd"} for n in range(100)]
+    lines += [lines[0], {"text": "0  squared is 0", "label": "odd"}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"kind": "jsonl", "paths": [str(tmp_path / "texts.jsonl")]}
+    assert train(tmp_path, "run", data, "--task", "classification", vocab_size=300) == 0
+    said = json.loads((tmp_path / "runs/run/environment.json").read_text())["data"]
+    assert said["left_out"] == {"a copy": {"count": 2}} and sum(said["texts"].values()) == 100
+    assert min(said["texts"].values()) > 0
+    assert (said["validation_share"], said["test_share"]) == (
+        said["texts"]["validation"] / 100,
+        said["texts"]["test"] / 100,
+    )
 
 
 def test_data_that_changed_between_two_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,14 @@ def test_decoding_is_the_same_in_every_layout() -> None:
         (["{run}", "--prompt=a", "--prompt=b", "--stream"], "--stream shows one text"),
         (["{run}", "--prompt=a", "--top-p=2"], "top_p=2.0 is outside"),
         (["{run}", "--prompt=a", "--max-new-tokens=0"], "--max-new-tokens 0"),
+        (
+            ["{run}", "--prompt=a", "--tp=2"],
+            "--tp 2 needs 2 processes or a multiple, and this is one: torchrun --nproc_",
+        ),
+        (
+            ["{run}", "--prompt=a", "--ep=2", "--tp=3"],
+            "torchrun --nproc_per_node 6 -m moe_dist.cli generate RUN --ep 2",
+        ),
     ],
     ids=str,
 )

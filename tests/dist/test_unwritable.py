@@ -11,6 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,21 @@ import pytest
 import yaml
 
 from moe_dist import cli
+from moe_dist.chaos.harass import Harassment
+from moe_dist.chaos.ranks import End
+from moe_dist.chaos.series import Series, Start
 from moe_dist.cli import main
 from moe_dist.process import STOP_SIGNALS
+from moe_dist.study.grid import load_study
+from moe_dist.study.ledger import Ledger
+from moe_dist.study.runner import Runner
 from moe_dist.train.record.status import read_status
+from moe_dist.verify.cases import LayoutCase, Options, Setting
+from moe_dist.verify.command import _worker
 from tests.dist.helpers import TINY, forget_process_group
 from tests.dist.test_train import own_environment  # noqa: F401  (a fixture)
+from tests.unit.checkpoint.helpers import alone
+from tests.unit.study.helpers import Pretend, write_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,10 +138,9 @@ def test_an_old_checkpoint_that_cannot_be_removed(
     assert [path.name for path in stuck.parent.iterdir()] == ["step-000005"]
 
 
-@pytest.mark.parametrize("gone", ["reader", "room"])
-def test_output_that_goes_nowhere_ends_no_run(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor its save, its summary or its sample."""
-    config = write_config(tmp_path, sample_tokens=4, log_every=1)
+@contextmanager
+def speaking_to(gone: str) -> Iterator[None]:
+    """Standard output and error to a pipe whose reader has ended, or to a full disk."""
     if gone == "reader":
         reader, writer = os.pipe()
         os.close(reader)
@@ -137,13 +149,59 @@ def test_output_that_goes_nowhere_ends_no_run(gone: str, tmp_path: Path, monkeyp
         stream = open("/dev/full", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
     with pytest.raises(OSError):
         os.write(stream.fileno(), b"it fails")
-    monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(sys, "stderr", stream)
-    code = main(["train", config, "--device", "cpu"])
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        yield
+    stream.close()  # what it still held has gone nowhere
+
+
+@pytest.mark.parametrize("gone", ["reader", "room"])
+def test_output_that_goes_nowhere_ends_no_run(gone: str, tmp_path: Path) -> None:
+    """Nor its save, its summary or its sample."""
+    config = write_config(tmp_path, sample_tokens=4, log_every=1)
+    with speaking_to(gone):
+        code = main(["train", config, "--device", "cpu"])
     assert code == 0 and read_status(tmp_path / "runs/run") == {"state": "finished", "step": 2}
     assert (tmp_path / "runs/run/checkpoints/step-000002/manifest.json").is_file()
-    stream.close()  # what it still held has gone nowhere
+
+
+@pytest.mark.parametrize("gone", ["reader", "room"])
+def test_output_that_goes_nowhere_ends_no_study(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All points are trained and in the ledger."""
+    path, train = write_study(tmp_path), Pretend(tmp_path)
+    monkeypatch.setattr("moe_dist.study.runner.Runner", partial(Runner, command=train))
+    with speaking_to(gone):
+        code = main(["study", "run", str(path)])
+    study = load_study(path)
+    assert code == 0 and train.trained() == [point.name for point in study.points]
+    assert [record["status"] for record in Ledger(study.ledger).records()] == ["finished"] * 4
+
+
+@pytest.mark.parametrize("gone", ["reader", "room"])
+def test_output_that_goes_nowhere_ends_no_chaos(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on to its report, that of ranks which only pretend, and so lost everything."""
+
+    def pretended(series: Series, *args: Any, **how: Any) -> Start:
+        series.starts.append(Start(0.0, [End(75, 1.0, False)], [[]], tmp_path))
+        return series.starts[-1]
+
+    monkeypatch.setattr(Series, "start", pretended)
+    monkeypatch.setattr(Harassment, "_newest", lambda self: len(self.attacks))
+    config = write_config(tmp_path)
+    with speaking_to(gone):
+        code = main(["chaos", config, "--ranks", "1", "--minutes", "0.00001", "--train.steps", "60"])
+    report = json.loads((tmp_path / "runs/run-chaos/chaos.json").read_text())
+    assert code == 1 and len(report["starts"]) == report["step"] > 0
+    assert f"step-{report['step']:06d}" in report["lost"][0]
+
+
+@pytest.mark.parametrize("gone", ["reader", "room"])
+def test_output_that_goes_nowhere_leaves_verify_its_verdict(gone: str, tmp_path: Path) -> None:
+    options = Options((Setting(),), (LayoutCase(),), steps=1)
+    with alone(), speaking_to(gone):
+        _worker(options, "cpu", str(tmp_path / "verdict"))
+    assert (tmp_path / "verdict").read_text() == "agreed"
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -21,10 +21,10 @@ class Cluster:
 
     env: dict[str, str]
 
-    def run(self, *command: str | Path) -> str:
-        """What the command printed. Raises AssertionError with all it said when it fails."""
+    def run(self, *command: str | Path, folder: Path = ROOT) -> str:
+        """What the command printed. Raises AssertionError with all it said when it fails. folder: to run it in."""
         words = [str(word) for word in command]
-        done = subprocess.run(words, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=folder, env=self.env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
         return done.stdout.strip()
 

@@ -1,7 +1,12 @@
-"""slurm/train.sbatch on two nodes: the same losses as under torchrun, also when a signal stops it on the way."""
+"""slurm/train.sbatch on two nodes: the same losses as under torchrun, also when a signal stops it on the way.
+
+A virtual node may have fewer CPUs than tasks here: hence --overcommit.
+"""
 
 import json
 import random
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ from moe_dist.checkpoint.store import checkpoints
 from moe_dist.train.record.status import read_status
 from tests.slurm.conftest import ROOT, Cluster, wait_until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 STEPS, SIGNALLED_AFTER = 150, 20
 CONFIG = """
@@ -20,7 +25,7 @@ model: {{d_model: 32, num_layers: 2, num_heads: 4, d_ff: 48, moe: {{num_experts:
 data: {{kind: text, paths: [{texts}]}}
 parallel: {{ep: 2}}
 engine: {{name: deepspeed, zero_stage: 1}}
-optim: {{lr: 1.0e-3, warmup_steps: 0}}
+optim: {{lr: 1.0e-3, warmup_steps: 0, schedule: constant}}
 train: {{steps: {steps}, seq_len: 16, global_batch: 8, accumulation: 1, threads: 1}}
 run: {{root: {runs}, eval_every: 50, eval_sequences: 16, save_every: 1000}}
 """
@@ -102,3 +107,29 @@ def test_a_job_that_fails_is_not_queued_again(cluster: Cluster, study: Study, tm
     details = cluster.wait_for_end(job, log, 60)
     assert (details["JobState"], details["Restarts"]) == ("FAILED", "0"), log.read_text()
     assert "ep" in log.read_text()
+
+
+def test_tasks_of_a_step_train_like_torchrun(cluster: Cluster, study: Study) -> None:
+    train = [sys.executable, "-m", "moe_dist.cli", "train", study.config, "--run.name", "tasks", "--train.steps", "20"]
+    cluster.run("srun", "--nodes=1", "--ntasks=2", "--overcommit", "--kill-on-bad-exit=1", *train)
+    found = losses(study.runs / "tasks")
+    assert len(found) == 20 and found[:19] == study.expected[:19]  # the last step is evaluated too
+
+
+def test_two_tasks_a_node_are_ranks_of_one_run(cluster: Cluster, study: Study, tmp_path: Path) -> None:
+    """Not runs of their own, of which one ends the other. The job sees nothing of our environment, so the repository
+    that it is submitted from has a .venv of its own."""
+    log, run, root = tmp_path / "job.out", study.runs / "four", tmp_path / "repository"
+    python = root / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    for name in ("launch", "moe_dist", "slurm"):
+        (root / name).symlink_to(ROOT / name)
+    asked = ("--ntasks-per-node=2", "--overcommit", "--export=NONE", f"--output={log}", "slurm/train.sbatch")
+    flags = ("--run.name", run.name, "--train.steps", "5")
+    job = cluster.run("sbatch", "--parsable", *asked, study.config, *flags, folder=root)
+    details = cluster.wait_for_end(job, log, 120)
+    assert (details["JobState"], details["Restarts"]) == ("COMPLETED", "0"), log.read_text()
+    assert read_status(run) == {"state": "finished", "step": 5}
+    assert "2 nodes x 2 ranks" in log.read_text() and "world 4 = dp 4" in log.read_text()

@@ -14,9 +14,10 @@ for args in ["train", "status", "chaos", "generate", "experts", "checkpoint", "v
     assert "torch" not in sys.modules, args
 """
 LAYER = """
-import torch, sys
-before = set(sys.modules)
+import torch, sys, time
+before, began = set(sys.modules), time.process_time()
 from moe_dist import MixtureOfExperts
+print(time.process_time() - began)
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not added & {"argparse", "yaml", "pydantic", "rich", "tyro", "deepspeed", "megatron", "matplotlib"}, added
 assert not {"moe_dist.cli", "moe_dist.config.load", "moe_dist.config.flags"} & set(sys.modules)
@@ -34,5 +35,6 @@ def test_every_help_comes_without_torch() -> None:
     assert shown.count("usage: moe-dist") == 9
 
 
-def test_a_layer_reads_no_files_and_no_command_line() -> None:
-    run(LAYER)
+def test_a_layer_reads_no_files_and_no_command_line_and_comes_at_once() -> None:
+    """A tenth of a second of CPU time beside torch's two or more; a neighbour's load can only add to it."""
+    assert any(float(run(LAYER)) < 0.3 for _ in range(3))

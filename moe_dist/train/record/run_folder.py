@@ -1,7 +1,7 @@
 """A run on disk: its folder, its configuration, its environment and its status.
 
 runs/NAME/
-  config.yaml        everything, resolved       environment.json   versions, backends, layout, revision
+  config.yaml        everything, resolved       environment.json   versions, backends, layout, data, revision
   metrics.jsonl      one line a step            tensorboard/
   checkpoints/step-000100/                      logs/rank-00000.log
   status.json        running | finished | preempted | failed, with the reason
@@ -69,7 +69,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         replace_text(self.path / "config.yaml", dump_config(config))
 
-    def write_environment(self, config: Config, mesh: Mesh, device: torch.device) -> None:
+    def write_environment(self, config: Config, mesh: Mesh, device: torch.device, data: dict[str, Any]) -> None:
+        """data: what the splits hold and what was left out, as `Task.data_record` says it."""
         layout = mesh.layout
         record = {
             "packages": package_versions(),
@@ -79,6 +80,7 @@ class RunFolder:
             "backends": describe_backends(config.model, device.type),
             "layout": {name: getattr(layout, name) for name in ("world", "dp", "tp", "ep", "etp", "edp")},
             "revision": _git_revision(),
+            "data": data,
         }
         replace_text(self.path / "environment.json", json.dumps(record, indent=1))
 

@@ -168,8 +168,8 @@ def test_neighbours_share_a_node_everywhere() -> None:
 
 
 @pytest.mark.parametrize(("visible", "gpu"), [(1, 0), (4, 3)])
-def test_libraries_are_told_the_gpu(visible: int, gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed takes LOCAL_RANK for the number of the GPU."""
+def test_libraries_are_told_the_gpu_and_the_ranks(visible: int, gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed takes LOCAL_RANK for the number of the GPU, and hierarchical dispatch LOCAL_WORLD_SIZE for a node."""
     for name in OF_A_RANK:
         monkeypatch.setenv(name, "9")
     join, taken = dist.init_process_group, []
@@ -187,7 +187,8 @@ def test_libraries_are_told_the_gpu(visible: int, gpu: int, monkeypatch: pytest.
     finally:
         dist.destroy_process_group()
     assert device == torch.device("cuda", gpu) and taken == [device]
-    assert os.environ["LOCAL_RANK"] == str(gpu)
+    told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(gpu), "LOCAL_WORLD_SIZE": "1"}
+    assert {name: os.environ[name] for name in OF_A_RANK} == told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def test_deterministic_runs_refuse_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

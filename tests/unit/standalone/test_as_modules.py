@@ -112,6 +112,25 @@ def test_made_on_meta_given_memory_and_reset_a_layer_is_what_it_was(name: str) -
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize(
+    ("router", "of_router"), [("softmax", {}), ("sigmoid", {"bias_E": [0.0] * 4}), ("hash", {"names_E": [0, 1, 2, 3]})]
+)
+@pytest.mark.parametrize("kind", [MixtureOfExperts, SwitchMultiQueryAttention])
+def test_a_router_that_was_given_memory_is_as_at_first(
+    kind: type[nn.Module], router: str, of_router: dict[str, list[float]]
+) -> None:
+    """All experts open, no bias, experts by their own numbers: what no parameter says, and what was there before."""
+    sizes = (D, 24, 4) if kind is MixtureOfExperts else (D, 2, 4)
+    layer = kind(*sizes, router=router, seed=1, device="meta").to_empty(device="cpu")
+    found = {name.rpartition(".")[2]: buffer for name, buffer in layer.named_buffers()}
+    expected = {"open_E": [1.0] * 4, **of_router}
+    assert found.keys() >= expected.keys()
+    for buffer in found.values():
+        buffer.fill_(7)
+    layer.reset_parameters()
+    assert {name: found[name].tolist() for name in expected} == expected
+
+
 def test_a_layer_that_was_given_memory_still_knows_its_experts() -> None:
     layer = MixtureOfExperts(D, 24, 4, seed=1, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
