@@ -54,6 +54,10 @@ class RowOrder:
         """The same with another bound of an expert's rows."""
         return replace(self, fullest=fullest)
 
+    def exactly(self) -> "RowOrder":
+        """The same, when R is known to be the number of kept assignments."""
+        return replace(self, fullest=None)
+
     @staticmethod
     def of(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int, rows: int | None = None) -> "RowOrder":
         """Sort kept assignments by expert, stable in x. Experts of dropped assignments are never looked at.

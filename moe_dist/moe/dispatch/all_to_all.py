@@ -19,7 +19,7 @@ from moe_dist.kernels.permute.order import RowOrder, readable
 from moe_dist.moe.choice import Choice, DispatchPlan
 from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.blocks import arrival, block_rows, departure
-from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, ranks_of, sent_rows
+from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, ranks_of, sent_rows, to_device
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import start_exchange
 from moe_dist.parallel.mesh import Group, Mesh
@@ -47,8 +47,9 @@ class AllToAllDispatcher:
         """(order in which rows leave, how they travel, order in which they arrive)."""
         if self.padded and plan.capacity is not None and not readable(x_TD):
             return self.way_of_blocks(plan)
-        trip, order = self.trip(sent_rows(plan, self.ep), x_TD.device)
-        return order_of(plan, self.permute), trip, order
+        sent_wwe = sent_rows(plan, self.ep)
+        trip, order = self.trip(sent_wwe, x_TD.device)
+        return order_of(plan, self.permute, int(sent_wwe[self.ep.rank].sum())), trip, order
 
     def way_of_blocks(self, plan: DispatchPlan) -> tuple[RowOrder, "DirectTrip", RowOrder]:
         """`way` that never waits for the host."""
@@ -122,6 +123,6 @@ def _padded(sent_wwe: Tensor, ep: Group, device: torch.device) -> tuple[DirectTr
     """Every (source rank, expert) has a block of the same size, the largest that any pair of the group needs."""
     block, local, held_we = max(int(sent_wwe.max()), 1), sent_wwe.shape[2], sent_wwe[:, ep.rank]
     cell_we = torch.arange(ep.size * local).view(ep.size, local) * block
-    packed_Y = ranges(cell_we, sent_wwe[ep.rank]).to(device)
+    packed_Y = to_device(ranges(cell_we, sent_wwe[ep.rank]), device)
     slots_R, sizes = ranges(cell_we.t(), held_we.t()), (local * block,) * ep.size
     return DirectTrip(ep, sizes, sizes, packed_Y), arrival_order(slots_R, held_we.sum(0), sum(sizes), device)

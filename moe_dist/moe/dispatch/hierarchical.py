@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.moe.choice import Choice
 from moe_dist.moe.dispatch.base import RowExperts
-from moe_dist.moe.dispatch.counts import dense_arrival, order_of, sent_rows, transposed
+from moe_dist.moe.dispatch.counts import dense_arrival, order_of, sent_rows, to_device, transposed
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import exchange_rows
 from moe_dist.parallel.mesh import Group, Mesh
@@ -38,7 +38,8 @@ class HierarchicalDispatcher:
     def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
         # 1. Gather kept assignments, sorted by the place of their rank on its node, then by node, then by expert.
         sent_wwe = sent_rows(choice.plan, self.ep)
-        home = order_of(choice.plan, self.permute, self._departure(sent_wwe.shape[2]).to(x_TD.device))
+        place_E = to_device(self._departure(sent_wwe.shape[2]), x_TD.device)
+        home = order_of(choice.plan, self.permute, int(sent_wwe[self.ep.rank].sum()), place_E)
         rows_YD = self.permute.gather_rows(x_TD, home)
         # 2. There in two exchanges, through the experts, and back. Rows arrive as over one: by source rank, by expert.
         trip = self.trip(sent_wwe, x_TD.device)
@@ -59,7 +60,7 @@ class HierarchicalDispatcher:
         node, place = self.across.rank, self.node.rank
         # Halfway, this rank holds what its node sends to its place on every node: as (from place, to node).
         half_IA = sent_AIAI[node, :, :, place]
-        forth_Z = transposed(half_IA).to(device) if nodes > 1 and places > 1 else None
+        forth_Z = to_device(transposed(half_IA), device) if nodes > 1 and places > 1 else None
         return TwoStepTrip(
             self.node,
             self.across,

@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_dist.moe.choice import Choice
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectTrip
 from moe_dist.moe.dispatch.base import RowExperts
-from moe_dist.moe.dispatch.counts import order_of, sent_rows
+from moe_dist.moe.dispatch.counts import order_of, sent_rows, to_device
 from moe_dist.moe.dispatch.wire import Wire
 from moe_dist.parallel.collectives import graph_node
 
@@ -49,7 +49,8 @@ class OverlappedDispatcher:
         ep, permute, wire = self.direct.ep, self.direct.permute, self.direct.wire
         # 1. Gather kept assignments sorted by part, then by rank, then by expert.
         sent_wwe = sent_rows(choice.plan, ep)
-        home = order_of(choice.plan, permute, departure(sent_wwe, self.parts).to(x_TD.device))
+        place_E = to_device(departure(sent_wwe, self.parts), x_TD.device)
+        home = order_of(choice.plan, permute, int(sent_wwe[ep.rank].sum()), place_E)
         rows_YD = permute.gather_rows(x_TD, home)
         # 2. Each part travels like a dispatch of its own.
         sent_nwwe = sent_wwe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)

@@ -221,7 +221,7 @@ def test_order_by_place() -> None:
     experts_TK, kept_TK = torch.tensor([[2], [0], [1], [2]]), torch.tensor([[True], [True], [False], [True]])
     plan = DispatchPlan(experts_TK, kept_TK, torch.zeros(1, 3), torch.zeros(1, 3), None)
     assert order_of(plan, Permutation()).slots_R.tolist() == [1, 0, 3]
-    assert order_of(plan, Permutation(), torch.tensor([1, 2, 0])).slots_R.tolist() == [0, 3, 1]
+    assert order_of(plan, Permutation(), place_E=torch.tensor([1, 2, 0])).slots_R.tolist() == [0, 3, 1]
 
 
 # What travels
