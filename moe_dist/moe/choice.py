@@ -3,7 +3,7 @@
     router --Routing--> capacity rule --DispatchPlan--> both, with the weights that count: Choice --> dispatcher, losses
 
 Legend: T tokens on this rank, E experts, e open experts, K assignments of a token: top_k, or E under expert choice,
-W ranks of the world.
+W ranks of the world, P pools of experts.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,8 @@ class DispatchPlan:
 
     experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
     rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
-    when nothing is dropped.
+    when nothing is dropped; an expert keeps at most C * capacity_pool, all those of a rank at most C each on average.
+    over_P: rows that the router asked for beyond the limit of each pool, of all ranks; known on every rank.
     """
 
     experts_TK: Tensor
@@ -46,6 +47,7 @@ class DispatchPlan:
     counts_WE: Tensor
     kept_WE: Tensor
     capacity: int | None
+    over_P: Tensor
 
 
 @dataclass(frozen=True)
