@@ -110,12 +110,12 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
         (
             "num_experts=8 is not divisible by capacity_pool=3; a pool lies on one rank as a whole: "
-            "set model.moe.capacity_pool to one of 1, 2, 4, 8",
+            "set model.moe.capacity_pool to one of 1, 2, 4,",
             {"model__moe__capacity_pool": 3},
         ),
         (
             "num_experts/ep=4 is not divisible by capacity_pool=8; a pool lies on one rank as a whole: "
-            "set model.moe.capacity_pool to one of 1, 2, 4",
+            "set model.moe.capacity_pool to one of 1, 2",
             {"model__moe__capacity_pool": 8, "parallel__ep": 2},
         ),
         (

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice import DispatchPlan, Routing
+from moe_dist.moe.drops import PLACES, places, where_dropped
 from moe_dist.moe.gate import among_all
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import RealTokens, Site, StepContext
@@ -237,6 +239,20 @@ def test_a_closed_expert_brings_no_rows() -> None:
     routing = as_routing(routing.preference_TE, asked - 1)
     plan = plan_of(among_all(routing, torch.tensor([1, 2, 3]), 4), capacity_factor=1.0, capacity_pool=2)
     assert plan.capacity == 4 and plan.kept_WE.tolist() == [[0, 4, 6, 0]] and plan.over_P.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_host_waits_for_nothing(policy: str, floor: float) -> None:
+    """Fake tensors have shapes and no data: whatever asks for a number of theirs raises."""
+    options = dict(capacity_factor=1.0, capacity_pool=2, pool_floor=floor, **queue(policy))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits_TE = torch.randn(16, 8)
+        stats = top_k_experts(logits_TE, 2)
+        plan = plan_of(Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats), **options)
+        lost = where_dropped(plan, None, places(16, 0, 8, torch.device("cpu")))
+    assert plan.kept_TK.shape == (16, 2) and plan.kept_WE.shape == (1, 8) and plan.over_P.shape == (4,)
+    assert [len(counts) for counts in lost] == [8, PLACES]
 
 
 def over_budget(routing: Routing, phase: str = "train", **moe: object) -> DispatchPlan:
