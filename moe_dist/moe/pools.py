@@ -8,7 +8,7 @@ nothing: a pool of n with m open experts takes m * C rows.
 | system                                                      | shared by                | who stays                   |
 |-------------------------------------------------------------|--------------------------|-----------------------------|
 | Switch (arXiv 2101.03961): capacity_pool 1                  | nobody                   | first tokens                |
-| Megatron-core 0.19, `moe_expert_rank_capacity_factor`       | the experts of a rank    | by choice; or raises        |
+| Megatron-core 0.19, `moe_expert_rank_capacity_factor`       | the experts of a rank    | drops, raises or runs again |
 | OLMo-core 3                                                 | the experts of a rank    | low expert numbers first    |
 | marin's EP kernel: pools of G with a floor of C             | G neighbours             | C each, then low numbers    |
 | here                                                        | `capacity_pool` of them  | `drop_policy`, `pool_floor` |
