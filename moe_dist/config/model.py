@@ -64,6 +64,15 @@ class MoEConfig:
     """The same for evaluation. null: evaluation drops nothing. When set, both losses are reported."""
     min_capacity: int = 1
     """Lower bound of C."""
+    capacity_pool: int = 1
+    """Neighbouring experts that share one limit, of capacity_pool * C rows. 1: each has its own. num_experts / ep: the
+    budget of a rank. Divides num_experts / ep."""
+    pool_floor: float = 0.0
+    """With capacity_pool > 1: the first ceil(pool_floor * C) rows of each expert are sure, whatever its neighbours are
+    asked for. Above 0 a later token can take an earlier one's place, that of a neighbour."""
+    over_budget: Literal["drop", "error"] = "drop"
+    """What happens in training when there is no room. drop: `overflow` says. error: the run ends, and tells which
+    capacity_factor would have been enough; it costs a wait for the device in every layer."""
     capacity_scope: Literal["global", "local"] = "global"
     """global: all tokens of the data-parallel micro-step compete, so the dropped set does not depend on the layout.
     local: each rank caps its own tokens."""

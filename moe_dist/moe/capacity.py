@@ -23,24 +23,28 @@ GShard (arXiv 2006.16668, algorithm 1), fairseq, DeepSpeed and Tutel go by choic
 look at it. At top-2 and a factor of 0.5 token order keeps half of the first choices, choice order nine tenths;
 from 1.25 on there is little between them.
 
+With `capacity_pool` n, n neighbouring experts share a limit of n * C (pools.py); queues.py says who is let in.
+
 What does not fit is dropped, or under `overflow: reroute` offered to the token's next choice: in rounds, in which the
 assignments still without a place compete by the same policy for the places left, until nobody asks or all are taken.
-Expert choice is the score policy with every token a candidate of every expert.
+Under `over_budget: error` nothing is dropped in training: a layer that is asked for more raises on all ranks. That is
+looked at where the decision is taken, so not again where a block is recomputed; an evaluation with
+`eval_capacity_factor` drops, which is what it is there to measure.
+Expert choice is the score policy with every token a candidate of every expert; it has no pools.
 
-Legend: T tokens, K top_k, N = T * K assignments in token order, E experts, W ranks that share the capacity, U turns,
-M = U * E + 1 buckets.
+Legend: T tokens, K top_k, E experts, P pools, W ranks of the world, X 1 or W: who has limits of their own.
 """
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config.model import CapacityFactor, MoEConfig
 from moe_dist.kernels.permute.order import counts_of, readable
 from moe_dist.moe.choice import DispatchPlan, Routing
+from moe_dist.moe.pools import Pools
+from moe_dist.moe.queues import Ask, Queues
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import Site, StepContext
@@ -74,11 +78,11 @@ class Capacity:
         self.site = site
         self.index = (site.layer + 1) // moe.every - 1  # among the layers with experts
         self.token_ranks = token_ranks
-        self.peers = token_ranks if moe.capacity_scope == "global" else Group()
+        self.queues = Queues(moe, site, token_ranks)
         self.by_experts = moe.router == "expert_choice"
-        self.turns = moe.top_k if moe.drop_order == "choice" else 1
         # Once, because torch.compile knows integers and no fractions.
         of_layer = [self._of_layer(moe.capacity_factor), self._of_layer(moe.eval_capacity_factor)]
+        self.floor = _ratio(moe.pool_floor)
         self.ratios = {f: _ratio(f) for f in (*of_layer, *moe.capacity_schedule.values()) if f is not None}
 
     def factor(self, step: StepContext) -> float | None:
@@ -92,8 +96,10 @@ class Capacity:
         return moe.capacity_schedule[max(begun)] if begun else self._of_layer(moe.capacity_factor)
 
     def __call__(self, routing: Routing, step: StepContext) -> DispatchPlan:
+        """Every rank must call. Raises ValueError, on all of them, where ranks hold unequal numbers of tokens, and
+        under over_budget=error where there is more to do than places."""
         moe, experts_TK = self.moe, routing.experts_TK
-        tokens = experts_TK.shape[0] * self.peers.size if step.real is None else step.real.total
+        tokens = experts_TK.shape[0] * self.queues.peers.size if step.real is None else step.real.total
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
         factor = self.factor(step)
         limit = None
@@ -108,19 +114,26 @@ class Capacity:
         if limit is None:
             kept_TK, kept_WE = torch.ones_like(experts_TK, dtype=torch.bool), counts_WE
             kept_TK = kept_TK if real_TK is None else real_TK
+            over_P = counts_WE.new_zeros(moe.num_experts // moe.capacity_pool)
         else:
-            first = _Round(experts_TK, real_TK, counts_WE, routing.weights_TK.detach(), "drop")
-            kept_TK, kept_WE = self._keep(first, self._room(torch.zeros_like(counts_WE), limit), step)
+            pools, asked_XE = (
+                Pools.of(moe, self.floor, limit, routing.open_e, experts_TK.device),
+                self.queues.limited(counts_WE),
+            )
+            if moe.over_budget == "error" and step.phase == "train":
+                pools.refuse_over(asked_XE, limit, Fraction(moe.top_k * tokens, taking_part), self.site)
+            first = Ask(experts_TK, real_TK, counts_WE, routing.weights_TK.detach(), "drop")
+            kept_TK, kept_WE = self.queues.keep(first, pools, torch.zeros_like(counts_WE), step)
+            over_P = pools.over(asked_XE)
             if moe.overflow == "reroute":
-                limit_E = torch.full((moe.num_experts,), limit, device=experts_TK.device)
-                if routing.open_e is not None:  # closed experts have no place left
-                    limit_E = torch.zeros_like(limit_E).index_fill(0, routing.open_e, limit)
-                experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, limit_E)
-        if self.by_experts:
-            counts_WE = kept_WE  # nobody was refused: the experts chose
-        everything = limit is None and real_TK is None
+                experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, pools)
+        if self.by_experts:  # nobody was refused: the experts chose
+            counts_WE, over_P = kept_WE, torch.zeros_like(over_P)
         plan = DispatchPlan(
-            experts_TK, kept_TK, counts_WE, kept_WE, limit, everything=everything, shared=moe.capacity_scope == "global"
+            *(experts_TK, kept_TK, counts_WE, kept_WE, limit, over_P),
+            pool=moe.capacity_pool,
+            everything=limit is None and real_TK is None,
+            shared=moe.capacity_scope == "global",
         )
         if step.witness is not None:
             step.witness.decided(self.site, plan.experts_TK, plan.kept_TK)
@@ -140,7 +153,7 @@ class Capacity:
         return factor[self.index] if isinstance(factor, list) else factor
 
     def _reroute(
-        self, routing: Routing, step: StepContext, kept_TK: Tensor, kept_WE: Tensor, limit: Tensor
+        self, routing: Routing, step: StepContext, kept_TK: Tensor, kept_WE: Tensor, pools: Pools
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rounds over next choices. Every rank sees the same counts, so all of them leave after the same round."""
         assert routing.preference_TE is not None, "routers give preferences when overflow is reroute"
@@ -160,111 +173,12 @@ class Capacity:
             # 2. They compete for the places left.
             asked_E = counts_of(experts_TK.where(asks_TK, num_experts).flatten(), num_experts + 1)[:num_experts]
             asked_WE = all_gather(asked_E[None], self.token_ranks)
+            left_XP = pools.left(self.queues.limited(kept_WE))
             # Where looking is a wait all rounds are run: those in which nobody asks change nothing.
-            room_WE = self._room(kept_WE, limit)
-            if readable(asked_WE) and not (bool(asked_WE.any()) and bool((room_WE > 0).any())):
+            if readable(asked_WE) and not (bool(asked_WE.any()) and bool((left_XP > 0).any())):
                 break
-            again = _Round(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
-            placed_TK, placed_WE = self._keep(again, room_WE, step)
+            again = Ask(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
+            placed_TK, placed_WE = self.queues.keep(again, pools, kept_WE, step)
             kept_TK, kept_WE = kept_TK | placed_TK, kept_WE + placed_WE
         # Who found no place is where it was at first: whom it asked in vain must not change the weights of the others.
         return torch.where(kept_TK, experts_TK, routing.experts_TK), kept_TK, kept_WE
-
-    def _room(self, kept_WE: Tensor, limit: int | Tensor) -> Tensor:
-        """[1, E] places left of those that all ranks share, or [W, E] of each rank's own."""
-        shared = self.peers.size == self.token_ranks.size
-        return limit - (kept_WE.sum(0, keepdim=True) if shared else kept_WE)
-
-    def _keep(self, ask: "_Round", room_WE: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
-        """(kept_TK, kept_WE) of one round: each expert takes its first `room` in the order of the policy."""
-        position = self.moe.drop_policy == "position" and not self.by_experts
-        kept_N, kept_WE = self._keep_first(ask, room_WE) if position else self._keep_best(ask, room_WE, step)
-        return kept_N.view_as(ask.experts_TK), kept_WE
-
-    def _keep_first(self, ask: "_Round", room_WE: Tensor) -> tuple[Tensor, Tensor]:
-        """Global position of an assignment = its position among this rank's of its turn + what is sent before: by
-        earlier ranks in its turn, and by all in earlier turns. There is one turn, or under drop_order `choice` top_k.
-
-        One expert has room for 3. Rank 0 sends it a first choice and a second, rank 1 the same:
-
-            one turn    [[2, 2]]           before [[0, 2]]           kept [[2, 1]]             rank 0's, and rank 1's
-                                                                                               earlier token
-            two turns   [[1, 1], [1, 1]]   before [[0, 1], [2, 3]]   kept [[1, 1], [1, 0]]     both first choices, and
-                                                                                               rank 0's second
-        """
-        bucket_N = ask.bucket_N(self.moe.num_experts, self.turns)
-        counts_M = counts_of(bucket_N, self.turns * self.moe.num_experts + 1)
-        counts_UWE = self._counts_by_turn(ask, counts_M)
-        if self.peers.size > 1:
-            before_UWE = (counts_UWE.flatten(0, 1).cumsum(0) - counts_UWE.flatten(0, 1)).view_as(counts_UWE)
-        else:
-            before_UWE = counts_UWE.cumsum(0) - counts_UWE
-        kept_UWE = (room_WE - before_UWE).clamp(min=0).minimum(counts_UWE)
-        kept_M = F.pad(kept_UWE[:, self.token_ranks.rank].flatten(), (0, 1))
-        positions_N = _positions(bucket_N.argsort(stable=True), bucket_N, counts_M)
-        return positions_N < kept_M[bucket_N], kept_UWE.sum(0)
-
-    def _counts_by_turn(self, ask: "_Round", counts_M: Tensor) -> Tensor:
-        """[U, W, E], from this rank's counts of all buckets."""
-        if self.turns == 1:
-            return ask.counts_WE[None]
-        return all_gather(counts_M[:-1].view(1, self.turns, -1), self.token_ranks).transpose(0, 1)
-
-    def _keep_best(self, ask: "_Round", room_WE: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
-        """Every rank sees all assignments that compete and takes the same decision for all of them.
-
-        Buckets [0, 1, 0, 0] with priorities [.6, .9, .8, .7]: sorted by priority they are assignments 1 2 3 0, then by
-        bucket, stably, 2 3 0 1. So positions are [2, 0, 0, 1], and with room for 2 each assignment 0 is dropped.
-        """
-        num_experts, rank, local = self.moe.num_experts, self.peers.rank, ask.experts_TK.numel()
-        bucket_N = all_gather(ask.bucket_N(num_experts), self.peers)
-        priority_N = self._priority(ask, step, bucket_N.numel())
-        by_priority_N = priority_N.argsort(descending=True, stable=True)
-        order_N = by_priority_N[bucket_N[by_priority_N].argsort(stable=True)]
-        position_N = _positions(order_N, bucket_N, counts_of(bucket_N, num_experts + 1))
-        own_E = room_WE[self.token_ranks.rank if len(room_WE) > 1 else 0]
-        kept_N = position_N < F.pad(own_E, (0, 1))[bucket_N]
-
-        # Counted by rank and bucket; the last bucket, of those that ask for nothing, keeps none.
-        owner_N = torch.arange(bucket_N.numel(), device=bucket_N.device).div(max(local, 1), rounding_mode="floor")
-        cell_N = owner_N * (num_experts + 1) + bucket_N
-        kept_PE = counts_of(cell_N, self.peers.size * (num_experts + 1), kept_N).view(self.peers.size, -1)[:, :-1]
-        kept_WE = kept_PE if self.peers.size > 1 else all_gather(kept_PE, self.token_ranks)
-        return kept_N[rank * local : (rank + 1) * local], kept_WE
-
-    def _priority(self, ask: "_Round", step: StepContext, assignments: int) -> Tensor:
-        if self.moe.drop_policy == "random" and not self.by_experts:
-            first = 0 if self.peers.size > 1 else self.token_ranks.rank * assignments
-            index_N = torch.arange(first, first + assignments, device=ask.experts_TK.device)
-            return step.key.fold(ask.name, self.site.number).uniform(index_N)
-        scores_N = all_gather(ask.score_TK.flatten(), self.peers)
-        if step.witness is not None and self.peers.size == self.token_ranks.size:
-            scores_N = step.witness.scores(self.site, ask.name, scores_N)
-        return scores_N
-
-
-@dataclass(frozen=True)
-class _Round:
-    """Assignments that ask for a place: asks_TK, or all of them when None. counts_WE: how many, by rank and expert."""
-
-    experts_TK: Tensor
-    asks_TK: Tensor | None
-    counts_WE: Tensor
-    score_TK: Tensor
-    name: str
-
-    def bucket_N(self, num_experts: int, turns: int = 1) -> Tensor:
-        """The expert of each assignment, with more turns than one (turn, expert); those that ask for none are in a
-        bucket of their own, the last. A second choice of expert 2 of 8 is in bucket 10 of 2 turns."""
-        bucket_TK = self.experts_TK
-        if turns > 1:
-            bucket_TK = bucket_TK + num_experts * torch.arange(turns, device=bucket_TK.device)
-        return (bucket_TK if self.asks_TK is None else bucket_TK.where(self.asks_TK, turns * num_experts)).flatten()
-
-
-def _positions(order_N: Tensor, bucket_N: Tensor, counts_M: Tensor) -> Tensor:
-    """Position of each assignment in its bucket's queue, given assignments sorted by bucket: with buckets [1, 0, 1],
-    order [1, 0, 2] and counts [1, 2], the sorted ones have positions [0, 0, 1], so the assignments [0, 0, 1]."""
-    starts_M = counts_M.cumsum(0) - counts_M
-    ramp_N = torch.arange(order_N.numel(), device=order_N.device) - starts_M[bucket_N[order_N]]
-    return torch.empty_like(order_N).index_copy_(0, order_N, ramp_N)

@@ -8,8 +8,8 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 def causality_notes(model: ModelConfig) -> Iterator[str]:
     """A line for each choice under which a token's output depends on tokens after it. Silent when none does.
 
-    Every limit on capacity lets tokens displace one another; only drop_policy `position` with drop_order `token` keeps
-    to their order.
+    Every limit on capacity lets tokens displace one another; only drop_policy `position` with drop_order `token` and
+    without a pool_floor keeps to their order.
     """
     if model.moe.num_experts > 0:
         yield from _of_experts(model.moe)
@@ -41,4 +41,9 @@ def _of_experts(moe: MoEConfig) -> Iterator[str]:
         yield (
             "overflow=reroute is not causal in training: a token that asks again finds places that later tokens took; "
             "evaluation without eval_capacity_factor is"
+        )
+    elif limited and moe.pool_floor > 0:
+        yield (
+            f"pool_floor={moe.pool_floor} is not causal in training: a later token with a sure place takes that of a "
+            "neighbour's earlier one; evaluation without eval_capacity_factor is"
         )

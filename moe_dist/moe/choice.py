@@ -3,7 +3,7 @@
     router --Routing--> capacity rule --DispatchPlan--> both, with the weights that count: Choice --> dispatcher, losses
 
 Legend: T tokens on this rank, E experts, e open experts, K assignments of a token: top_k, or E under expert choice,
-W ranks of the world.
+W ranks of the world, P pools of experts.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,10 @@ class DispatchPlan:
 
     experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
     rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
-    when nothing is dropped. pool: how many neighbouring experts share it. everything: whether all assignments stay,
-    which is known without looking. shared: whether C is of all ranks together, or of each.
+    when nothing is dropped; an expert keeps at most C * capacity_pool, all those of a rank at most C each on average.
+    over_P: rows that the router asked for beyond the limit of each pool, of all ranks; known on every rank. pool: how
+    many neighbouring experts share a limit. everything: all assignments stay, which is known without looking. shared: C
+    is of all ranks together, not of each.
     """
 
     experts_TK: Tensor
@@ -47,6 +49,7 @@ class DispatchPlan:
     counts_WE: Tensor
     kept_WE: Tensor
     capacity: int | None
+    over_P: Tensor
     pool: int = 1
     everything: bool = False
     shared: bool = True

@@ -1,6 +1,7 @@
 """The auxiliary losses of a router and the statistics of its layer; returned, never stored.
 
-Legend: T tokens on this rank, E experts, Q chunks of tokens that are balanced each on its own, W ranks of the world.
+Legend: T tokens on this rank, E experts, Q chunks of tokens that are balanced each on its own, W ranks of the world,
+P pools of experts, S places of a sequence.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.choice import Choice
+from moe_dist.moe.drops import PLACES, places, where_dropped
 from moe_dist.moe.router import Router
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.step import Site, StepContext
@@ -22,6 +24,8 @@ class MoEStats:
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
     the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. unserved: share
     of this rank's tokens that no expert took. sent_bytes: what this rank sent to others in the forward pass.
+    dropped_E, dropped_S: assignments of this rank's tokens that found no place, by expert and by place in the sequence.
+    over_P: rows asked for beyond the limit of each pool, over the whole micro-step.
     """
 
     site: Site
@@ -32,6 +36,9 @@ class MoEStats:
     load_E: Tensor
     kept_E: Tensor
     unserved: Tensor
+    dropped_E: Tensor
+    dropped_S: Tensor
+    over_P: Tensor
     sent_bytes: int = 0
 
     @staticmethod
@@ -56,6 +63,7 @@ class MoEStats:
             aux = aux + routing.extra_loss
         unserved_T = ~plan.kept_TK.any(1)
         unserved = (unserved_T if real is None else unserved_T & real.mask_T).sum() / tokens
+        dropped_E, dropped_S = _dropped(choice, router, step)
         return MoEStats(
             site=router.site,
             aux_loss=aux / router.slices.size,
@@ -65,8 +73,22 @@ class MoEStats:
             load_E=plan.counts_WE.sum(0),
             kept_E=plan.kept_WE.sum(0),
             unserved=unserved,
+            dropped_E=dropped_E,
+            dropped_S=dropped_S,
+            over_P=plan.over_P,
             sent_bytes=sent_bytes,
         )
+
+
+def _dropped(choice: Choice, router: Router, step: StepContext) -> tuple[Tensor, Tensor]:
+    """(dropped_E, dropped_S). Without step.seq_len, the tokens of a tp group are one sequence."""
+    plan = choice.plan
+    if plan.capacity is None or router.moe.router == "expert_choice":  # nobody is refused
+        return torch.zeros_like(plan.counts_WE[0]), plan.counts_WE.new_zeros(PLACES)
+    tokens = len(plan.experts_TK)
+    seq_len = step.seq_len or max(1, tokens * router.slices.size)
+    place_T = places(tokens, router.slices.rank * tokens % seq_len, seq_len, plan.experts_TK.device)
+    return where_dropped(plan, step.real, place_T)
 
 
 def balance_loss(prob_sums_QE: Tensor, counts_QE: Tensor, tokens: float) -> Tensor:

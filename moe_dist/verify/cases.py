@@ -23,6 +23,7 @@ SETTING_AXES: Axes = {
     "accumulation": ("1", "4"),
     "router": ("softmax", "jitter", "groups", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"),
     "overflow": ("drop", "reroute"),
+    "pool": ("1", "2", "floor"),
     "balance": ("global", "local", "sequence"),
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
@@ -41,6 +42,7 @@ class Setting:
     accumulation: str = "1"
     router: str = "softmax"
     overflow: str = "drop"
+    pool: str = "1"
     balance: str = "global"
     experts: str = "grouped_mm"
     recompute: str = "none"
@@ -50,7 +52,7 @@ class Setting:
         plain = Setting()
         extra = [
             f"{name} {getattr(self, name)}"
-            for name in ("router", "overflow", "balance", "experts", "recompute", "attention")
+            for name in ("router", "overflow", "pool", "balance", "experts", "recompute", "attention")
             if getattr(self, name) != getattr(plain, name)
         ]
         return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
@@ -100,6 +102,11 @@ _ROUTERS: dict[str, dict[str, object]] = {
 }
 
 
+_POOLS: dict[str, dict[str, object]] = {
+    "1": {},
+    "2": {"capacity_pool": 2},
+    "floor": {"capacity_pool": 2, "pool_floor": 0.5},
+}
 _SWITCH_EXPERTS: dict[str, object] = {"num_experts": 4, "capacity_factor": 1.0}
 _ATTENTIONS: dict[str, dict[str, object]] = {
     "multi_query": {},
@@ -180,10 +187,12 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "overlap_chunks": 2 if overlap else 1,
         "experts": setting.experts,
     }
+    moe |= _POOLS[setting.pool]
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
     attention = _ATTENTIONS[setting.attention]
     if setting.attention == "switch":
-        attention = attention | {"moe": _SWITCH_EXPERTS | {"drop_order": moe["drop_order"]}}
+        pool = _POOLS[setting.pool] | ({"num_experts": 8} if setting.pool != "1" else {})  # none is cut by ep = 4
+        attention = attention | {"moe": _SWITCH_EXPERTS | {"drop_order": moe["drop_order"]} | pool}
     model |= {"attention": attention}
     engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
     # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random

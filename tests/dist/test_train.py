@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 KEYS = {
     *("step", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_second", "step_seconds", "tflops", "mfu"),
     *("tflops_executed", "mfu_executed"),
-    *("memory_bytes", "drop_rate", "unserved_rate", "load_max_over_mean", "balance_loss", "z_loss"),
+    *("memory_bytes", "drop_rate", "unserved_rate", "over_budget_rows", "load_max_over_mean", "balance_loss", "z_loss"),
     *("router_entropy", "layers"),
     *("dispatch_bytes", "dispatch_rows_bytes"),
 }
@@ -136,6 +136,9 @@ def check_run_folder(run: Path, config_file: Path, world: int, ep: int) -> None:
         assert set(line) == KEYS | evaluated
         assert line["drop_rate"] > 0 and [layer["layer"] for layer in line["layers"]] == [0, 1]
         assert all(sum(layer["load"]) == 8 * 16 * 2 for layer in line["layers"])  # every assignment of the global batch
+        for layer in line["layers"]:
+            lost = [sum(layer[name]) for name in ("dropped_by_expert", "dropped_by_place", "over_budget_by_pool")]
+            assert lost == [round(layer["drop_rate"] * 8 * 16 * 2)] * 3
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     check_tensorboard(run / "tensorboard", lines)
 
@@ -249,6 +252,8 @@ def test_one_rank_two_experts_groups_two_tensor_slices(tmp_path: Path, capsys: p
                 assert record[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-5), f"{name}, {key}"
             assert [layer["load"] for layer in record["layers"]] == [layer["load"] for layer in reference["layers"]]
             assert record["drop_rate"] == reference["drop_rate"]
+            for key in ("dropped_by_expert", "dropped_by_place", "over_budget_by_pool"):
+                assert [layer[key] for layer in record["layers"]] == [layer[key] for layer in reference["layers"]]
     check_second_starts(tmp_path, runs / "one", capsys)
 
 

@@ -65,6 +65,15 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     (Setting(attention="switch", recompute="block"), (LayoutCase(ep="4", tp="2", zero="3"),)),
     (Setting(attention="switch", drops="choice"), (LayoutCase(ep="2", tp="2", sp="on"),)),
     (Setting(drops="choice", overflow="reroute"), (LayoutCase(ep="4", dispatch="overlap"),)),
+    (
+        Setting(pool="2", drops="score"),
+        (LayoutCase(ep="4", tp="2", zero="3"), LayoutCase(ep="2", etp="2", tp="2")),
+    ),
+    (
+        Setting(pool="floor", attention="switch", drops="choice", accumulation="4"),
+        (LayoutCase(ep="4", zero="3"), LayoutCase(ep="4", tp="2", sp="on", dispatch="padded")),
+    ),
+    (Setting(pool="floor", overflow="reroute", recompute="block"), (LayoutCase(ep="2", tp="2", dispatch="overlap"),)),
     (Setting(attention="routed"), (LayoutCase(ep="2", tp="2", sp="on"),)),
 ]
 

@@ -39,6 +39,8 @@ def moe_rules(
 ) -> Iterator[str]:
     """d_ff: of the model, which experts have too where the section names none. num_layers: of the model."""
     yield from at_least(1, moe, section, "top_k every num_groups top_k_groups sinkhorn_iterations overlap_chunks")
+    yield from at_least(1, moe, section, "capacity_pool")
+    yield from between(moe, section, "pool_floor", 0.0, 1.0)
     yield from at_least(0, moe, section, "num_experts num_shared_experts min_capacity jitter bias_update_rate")
     yield from at_least(0, moe, section, "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
     yield from between(moe, section, "routed_scale", 1e-4, 1e4)
@@ -67,6 +69,7 @@ def moe_rules(
         )
     yield from _width_rules(moe, parallel.etp, d_ff, section)
     yield from _capacity_rules(moe, num_layers, section)
+    yield from _pool_rules(moe, parallel, section)
     yield from _router_rules(moe, section)
     yield from _dispatch_rules(moe, parallel, section)
 
@@ -142,6 +145,39 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
                 "overflow=reroute has no meaning for router=expert_choice, which refuses nobody; "
                 f"set {key(section, 'overflow')} to drop"
             )
+
+
+def _pool_rules(moe: MoEConfig, parallel: ParallelConfig, section: str) -> Iterator[str]:
+    """Limits that several experts share, and what happens beyond a limit."""
+    pool, ep, where = moe.capacity_pool, parallel.ep, key(section, "capacity_pool")
+    if pool > 1 and ep >= 1 and moe.num_experts % ep == 0:
+        held, name = moe.num_experts // ep, "num_experts" if ep == 1 else "num_experts/ep"
+        fitting = ", ".join(str(size) for size in range(1, held + 1) if held % size == 0)
+        advice = f"a pool lies on one rank as a whole: set {where} to one of {fitting}"
+        yield from multiple(name, held, "capacity_pool", pool, advice)
+    if pool > 1 and moe.router == "expert_choice":
+        yield (
+            f"capacity_pool={pool} has no meaning for router=expert_choice, whose experts take as many tokens each; "
+            f"set {where} to 1"
+        )
+    if moe.pool_floor != 0 and pool == 1:
+        yield (
+            f"pool_floor={moe.pool_floor} needs capacity_pool > 1: an expert alone is sure of all its rows; "
+            f"set {key(section, 'pool_floor')} to 0"
+        )
+    if moe.over_budget == "drop":
+        return
+    drop = f"set {key(section, 'over_budget')} to drop"
+    factors = moe.capacity_factor if isinstance(moe.capacity_factor, list) else [moe.capacity_factor]
+    if all(factor is None for factor in [*factors, *moe.capacity_schedule.values()]):
+        yield f"over_budget=error needs a limit, but capacity_factor=null has none; {drop}"
+    if moe.router == "expert_choice":
+        yield f"over_budget=error has no meaning for router=expert_choice, which refuses nobody; {drop}"
+    if moe.overflow == "reroute":
+        yield (
+            "over_budget=error leaves nothing to overflow=reroute; "
+            f"set {key(section, 'overflow')} to drop, or {key(section, 'over_budget')}"
+        )
 
 
 def _router_rules(moe: MoEConfig, section: str) -> Iterator[str]:

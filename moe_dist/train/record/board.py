@@ -7,14 +7,15 @@ from typing import Any
 
 SYSTEM = frozenset("tokens_per_second step_seconds tflops mfu tflops_executed mfu_executed memory_bytes".split())
 _MOE = frozenset(
-    "drop_rate unserved_rate load_max_over_mean balance_loss z_loss router_entropy "
+    "drop_rate unserved_rate over_budget_rows load_max_over_mean balance_loss z_loss router_entropy "
     "dispatch_rows_bytes dispatch_bytes".split()
 )
+_HISTOGRAMS = ("load", "dropped_by_expert", "dropped_by_place", "over_budget_by_pool")
 
 
 class Board:
-    """Event files in `folder`, from `begin` on until something fails. histogram_every: steps between histograms of the
-    experts' load. say: takes a line for the person who watches."""
+    """Event files in `folder`, from `begin` on until something fails. histogram_every: steps between histograms of
+    load and drops. say: takes a line for the person who watches."""
 
     def __init__(self, folder: Path, histogram_every: int, say: Callable[[str], None]) -> None:
         self._folder = folder
@@ -53,19 +54,20 @@ class Board:
             self._writer.add_scalar(tag, value, step)
         if step % self._histogram_every == 0:
             for layer in record.get("layers", []):
-                self._log_load(f"{_tag(layer)}/load", layer["load"], step)
+                for name in _HISTOGRAMS:
+                    self._log_bars(f"{_tag(layer)}/{name}", layer[name], step)
 
-    def _log_load(self, tag: str, load_E: list[int], step: int) -> None:
-        """A bar for each expert, as high as its load."""
+    def _log_bars(self, tag: str, heights: list[int], step: int) -> None:
+        """A bar for each expert, place or pool, as high as its count."""
         self._writer.add_histogram_raw(
             tag,
             min=0,
-            max=len(load_E),
-            num=sum(load_E),
-            sum=sum(expert * load for expert, load in enumerate(load_E)),
-            sum_squares=sum(expert**2 * load for expert, load in enumerate(load_E)),
-            bucket_limits=list(range(1, len(load_E) + 1)),
-            bucket_counts=load_E,
+            max=len(heights),
+            num=sum(heights),
+            sum=sum(index * height for index, height in enumerate(heights)),
+            sum_squares=sum(index**2 * height for index, height in enumerate(heights)),
+            bucket_limits=list(range(1, len(heights) + 1)),
+            bucket_counts=heights,
             global_step=step,
         )
 
@@ -94,6 +96,7 @@ def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for layer in record.get("layers", []):
         for name in ("drop_rate", "load_max_over_mean", "entropy"):
             yield f"{_tag(layer)}/{name}", layer[name]
+        yield f"{_tag(layer)}/over_budget_rows", sum(layer["over_budget_by_pool"])
 
 
 def _tag(row: dict[str, Any]) -> str:

@@ -30,7 +30,11 @@ def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
     row_bytes, the same in every layout.
     dispatch_bytes is what the dispatcher sends between ranks in the forward pass, there and back, padding included: 0
     at ep = 1. The backward pass moves as much again. The exchanged counts are not in it. unserved_rate: share of tokens
-    that no expert took, mean over layers.
+    that no expert took, mean over layers. over_budget_rows: asked for beyond the limits, before rerouting, over all
+    layers.
+
+    Where drops happen: each layer has dropped_by_expert (whom the router chose), dropped_by_place (16 parts of the
+    sequence, from its start to its end) and over_budget_by_pool, in assignments of the whole step.
     """
     if not layers:
         return {}
@@ -43,12 +47,16 @@ def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
             "load_max_over_mean": _max_over_mean(layer.load_E.tolist()),
             "entropy": float(layer.entropy),
             "load": layer.load_E.tolist(),
+            "dropped_by_expert": layer.dropped_E.tolist(),
+            "dropped_by_place": layer.dropped_S.tolist(),
+            "over_budget_by_pool": layer.over_P.tolist(),
         }
         for layer in layers
     ]
     return {
         "drop_rate": _drop_rate(layers),
         "unserved_rate": _mean(layer.unserved for layer in layers),
+        "over_budget_rows": sum(int(layer.over_P.sum()) for layer in layers),
         "load_max_over_mean": max(row["load_max_over_mean"] for row in rows),
         "balance_loss": _mean(layer.balance_loss for layer in layers),
         "z_loss": _mean(layer.z_loss for layer in layers),

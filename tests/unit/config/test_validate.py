@@ -108,6 +108,41 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__moe__num_shared_experts": 1, "model__moe__num_experts": 0},
         ),
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
+        (
+            "num_experts=8 is not divisible by capacity_pool=3; a pool lies on one rank as a whole: "
+            "set model.moe.capacity_pool to one of 1, 2, 4,",
+            {"model__moe__capacity_pool": 3},
+        ),
+        (
+            "num_experts/ep=4 is not divisible by capacity_pool=8; a pool lies on one rank as a whole: "
+            "set model.moe.capacity_pool to one of 1, 2",
+            {"model__moe__capacity_pool": 8, "parallel__ep": 2},
+        ),
+        (
+            "capacity_pool=2 has no meaning for router=expert_choice",
+            {"model__moe__capacity_pool": 2, "model__moe__router": "expert_choice"},
+        ),
+        ("pool_floor=0.5 needs capacity_pool > 1", {"model__moe__pool_floor": 0.5}),
+        (
+            "pool_floor=1.5 is outside 0.0 to 1.0",
+            {"model__moe__pool_floor": 1.5, "model__moe__capacity_pool": 2},
+        ),
+        (
+            "over_budget=error needs a limit, but capacity_factor=null has none",
+            {"model__moe__over_budget": "error", "model__moe__capacity_factor": None},
+        ),
+        (
+            "over_budget=error needs a limit",
+            {"model__moe__over_budget": "error", "model__moe__capacity_factor": [None] * 4},
+        ),
+        (
+            "over_budget=error has no meaning for router=expert_choice",
+            {"model__moe__over_budget": "error", "model__moe__router": "expert_choice"},
+        ),
+        (
+            "over_budget=error leaves nothing to overflow=reroute",
+            {"model__moe__over_budget": "error", "model__moe__overflow": "reroute"},
+        ),
         ("weight_decay=1001.0 is above 1/lr=1000", {"optim__weight_decay": 1001.0}),
         (
             "drop_order=choice is of drop_policy=position, not score",
@@ -200,7 +235,7 @@ def test_num_experts_not_divisible_by_ep() -> None:
         "model__vocab_size model__d_model model__num_layers model__num_heads model__num_kv_heads model__head_dim",
         "model__d_ff model__moe__d_ff model__moe__every model__moe__top_k parallel__ep parallel__tp train__steps",
         "train__seq_len train__global_batch train__micro_batch train__accumulation train__threads run__log_every",
-        "run__eval_every run__eval_sequences run__save_every run__keep_last",
+        "run__eval_every run__eval_sequences run__save_every run__keep_last model__moe__capacity_pool",
     ],
 )
 @pytest.mark.parametrize("value", [0, -2])
@@ -285,6 +320,17 @@ def test_names_that_are_no_simple_file_name(name: str) -> None:
         (8, {"model__moe__num_experts": 0, "model__moe__top_k": 2}),
         (8, {"model__moe__dispatch": "all_to_all"}),
         (8, {"model__moe__capacity_scope": "local", "parallel__ep": 8}),
+        (8, {"model__moe__capacity_pool": 4, "model__moe__pool_floor": 1.0, "parallel__ep": 2}),
+        (8, {"model__moe__capacity_pool": 8, "model__moe__capacity_factor": None}),
+        (8, {"model__moe__over_budget": "error", "model__moe__capacity_factor": [None, 1.0, None, None]}),
+        (
+            8,
+            {
+                "model__moe__over_budget": "error",
+                "model__moe__capacity_factor": None,
+                "model__moe__capacity_schedule": {9: 2.0},
+            },
+        ),
         (8, {"data__kind": "text", "data__paths": ["a"]}),
         (8, {"data__kind": "indexed", "data__paths": ["a"], "model__vocab_size": 64}),
         (8, {"model__d_model": 100, "model__head_dim": 32}),

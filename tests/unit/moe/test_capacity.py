@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.top_k.reference import top_k_experts
-from moe_dist.moe import capacity
+from moe_dist.moe import capacity, queues
 from moe_dist.moe.capacity import Capacity, expert_capacity
 from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.mesh import Group
@@ -256,7 +256,8 @@ def plans_on_ranks(
         return Capacity(moe, Site(1), group)(as_routing(routing.preference_TE, routing.experts_TK, mine), step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capacity, "all_gather", ranks.all_gather)
+        for module in (capacity, queues):
+            patch.setattr(module, "all_gather", ranks.all_gather)
         return ranks.run(work)
 
 

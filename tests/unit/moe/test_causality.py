@@ -22,6 +22,8 @@ CAUSAL = [
     {"drop_policy": "score"},
     {"drop_policy": "random"},
     {"overflow": "reroute"},
+    {"capacity_pool": 2},
+    {"capacity_pool": 2, "pool_floor": 1.0},
     {"router": "expert_choice"},
 ]
 

@@ -210,7 +210,7 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
 def test_counts_are_those_of_the_ranks_of_the_group() -> None:
     """8 ranks, ep 4: the second group's counts are rows 4 to 7 of kept_WE."""
     kept_WE = torch.arange(8 * 12).view(8, 12)
-    plan = DispatchPlan(torch.zeros(0, 1), torch.zeros(0, 1), kept_WE, kept_WE, None)
+    plan = DispatchPlan(torch.zeros(0, 1), torch.zeros(0, 1), kept_WE, kept_WE, None, torch.zeros(1))
     sent_wwe = sent_rows(plan, Group((4, 5, 6, 7), 2))
     assert sent_wwe.shape == (4, 4, 3)
     assert torch.equal(sent_wwe.flatten(1), kept_WE[4:])
@@ -219,7 +219,7 @@ def test_counts_are_those_of_the_ranks_of_the_group() -> None:
 def test_order_by_place() -> None:
     """Tokens want experts 2, 0, 1, 2; expert 2 leaves first, then 0; expert 1's is dropped."""
     experts_TK, kept_TK = torch.tensor([[2], [0], [1], [2]]), torch.tensor([[True], [True], [False], [True]])
-    plan = DispatchPlan(experts_TK, kept_TK, torch.zeros(1, 3), torch.zeros(1, 3), None)
+    plan = DispatchPlan(experts_TK, kept_TK, torch.zeros(1, 3), torch.zeros(1, 3), None, torch.zeros(3))
     assert order_of(plan, Permutation()).slots_R.tolist() == [1, 0, 3]
     assert order_of(plan, Permutation(), place_E=torch.tensor([1, 2, 0])).slots_R.tolist() == [0, 3, 1]
 

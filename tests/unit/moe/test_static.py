@@ -1,4 +1,4 @@
-"""A limit and blocks of fixed size: what is done where the host must not look at numbers is what is done where it may."""
+"""Blocks of fixed size under a limit: without looking at numbers a layer does what it does where it looks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -165,7 +165,7 @@ def test_it_runs_without_numbers(moe: MoEConfig, experts: str) -> None:
         assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("moe", [STATIC, replace(STATIC, top_k=1)], ids=["top-2", "switch"])
+@pytest.mark.parametrize("moe", [CASES[name] for name in ("top-2", "top-1", "pools with a floor, at home")])
 def test_it_is_one_graph(moe: MoEConfig) -> None:
     torch._dynamo.reset()
     layer = layer_of(replace(moe, experts="grouped_mm"), torch.float32)

@@ -351,3 +351,11 @@ def test_factors_of_a_models_layers_are_not_the_layers_to_refuse() -> None:
     layer = layer_of(every=1, capacity_factor=[0.5] * 9)
     assert add_experts(layer, 2) == [E, E + 1]
     assert layer.config.capacity_factor == [0.5] * 9
+
+
+def test_experts_come_and_go_in_whole_pools() -> None:
+    layer = layer_of(capacity_factor=0.75, capacity_pool=2)
+    with pytest.raises(ValueError, match=f"num_experts={E + 1} is not divisible by capacity_pool=2"):
+        add_experts(layer, 1)
+    add_experts(layer, 2)
+    assert layer.config.num_experts == E + 2

@@ -37,6 +37,11 @@ def switch(**values: object) -> dict[str, object]:
             switch(moe__num_experts=6) | {"parallel__ep": 4},
         ),
         (
+            "num_experts/ep=2 is not divisible by capacity_pool=4; a pool lies on one rank as a whole: "
+            "set model.attention.moe.capacity_pool to one of 1, 2",
+            switch(moe__capacity_pool=4) | {"parallel__ep": 4},
+        ),
+        (
             "capacity_factor=0.0 is not above 0; raise model.attention.moe.capacity_factor",
             switch(moe__capacity_factor=0.0),
         ),

@@ -17,10 +17,15 @@ from moe_dist.train.record.board import board_scalars
 from moe_dist.train.record.history import last_logged_step, recent_losses
 from moe_dist.train.record.metrics import MetricsWriter, moe_record
 
+LOST = ("dropped_by_expert", "dropped_by_place", "over_budget_by_pool")
+
 
 def layer_load(site: Site, load_E: list[int], kept_E: list[int], sent_bytes: int = 0, **changes: float) -> MoEStats:
     numbers = {"aux_loss": 0.0, "entropy": 1.0, "balance_loss": 1.0, "z_loss": 0.5, "unserved": 0.0} | changes
     loads = {"load_E": torch.tensor(load_E), "kept_E": torch.tensor(kept_E)}
+    lost = loads["load_E"] - loads["kept_E"]
+    places = torch.tensor([0] * 15 + [int(lost.sum())])
+    loads |= {"dropped_E": lost, "dropped_S": places, "over_P": lost.sum()[None]}  # one pool
     means = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     return MoEStats(site, **means, **loads, sent_bytes=sent_bytes)
 
@@ -45,6 +50,7 @@ def test_moe_record_by_hand() -> None:
     assert record == {
         "drop_rate": 0.125,
         "unserved_rate": 0.25,
+        "over_budget_rows": 2,
         "load_max_over_mean": 1.5,
         "balance_loss": 1.25,
         "z_loss": 1.0,
@@ -61,6 +67,9 @@ def test_moe_record_by_hand() -> None:
             "load_max_over_mean": 1.5,
             "entropy": 0.25,
             "load": [6, 2],
+            "dropped_by_expert": [2, 0],
+            "dropped_by_place": [0] * 15 + [2],
+            "over_budget_by_pool": [2],
         },
         {
             "layer": 3,
@@ -70,6 +79,9 @@ def test_moe_record_by_hand() -> None:
             "load_max_over_mean": 1.0,
             "entropy": 0.75,
             "load": [4, 4],
+            "dropped_by_expert": [0, 0],
+            "dropped_by_place": [0] * 16,
+            "over_budget_by_pool": [0],
         },
     ]
 
@@ -232,6 +244,7 @@ def test_board_tags() -> None:
         "validation/loss": 2.0,
         "moe/drop_rate": 0.25,
         "moe/unserved_rate": 0.0,
+        "moe/over_budget_rows": 1,
         "moe/load_max_over_mean": 1.5,
         "moe/balance_loss": 1.0,
         "moe/z_loss": 0.5,
@@ -241,6 +254,7 @@ def test_board_tags() -> None:
         "moe/layer_3/drop_rate": 0.25,
         "moe/layer_3/load_max_over_mean": 1.5,
         "moe/layer_3/entropy": 1.0,
+        "moe/layer_3/over_budget_rows": 1,
     }
 
 
@@ -262,6 +276,8 @@ def test_tensorboard_shows_the_run_once_after_a_rewind(tmp_path: Path) -> None:
     assert histogram.step == 2
     assert histogram.histogram_value.bucket == [5.0, 0.0, 3.0]
     assert histogram.histogram_value.bucket_limit == [1.0, 2.0, 3.0]
+    bars = {name: board.Histograms(f"moe/layer_0/{name}")[0].histogram_value.bucket for name in LOST}
+    assert bars == {LOST[0]: [1.0, 0.0, 0.0], LOST[1]: [0.0] * 15 + [1.0], LOST[2]: [1.0]}
 
 
 def test_a_board_that_cannot_be_written_is_told_once_and_left_alone(tmp_path: Path) -> None:
