@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.moe.balance import Tally
 from moe_dist.moe.choice import Choice
 from moe_dist.moe.router import Router
 from moe_dist.parallel.collectives import all_reduce
@@ -21,7 +22,8 @@ class MoEStats:
     site: whose experts. aux_loss carries the gradient, already weighted and divided by tp; the rest is for reporting.
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
     the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. unserved: share
-    of this rank's tokens that no expert took. sent_bytes: what this rank sent to others in the forward pass.
+    of this rank's tokens that no expert took. sent_bytes: what this rank sent to others in the forward pass. needs_EB:
+    of this rank's tokens, for routers that ask for it (balance.py).
     """
 
     site: Site
@@ -33,6 +35,12 @@ class MoEStats:
     kept_E: Tensor
     unserved: Tensor
     sent_bytes: int = 0
+    needs_EB: Tensor | None = None
+
+    @property
+    def tally(self) -> Tally:
+        """What the router is told of it after the step."""
+        return Tally(self.load_E, self.needs_EB)
 
     @staticmethod
     def of(choice: Choice, router: Router, step: StepContext, sent_bytes: int) -> "MoEStats":
@@ -51,7 +59,8 @@ class MoEStats:
         z = routing.stats.z_sum / tokens
         aux = torch.zeros_like(z)
         if router.has_losses:
-            aux = moe.balance_loss_coef * balance + moe.z_loss_coef * z
+            weighted = moe.balance_loss_coef * balance if "loss" in moe.balanced_by else aux
+            aux = weighted + moe.z_loss_coef * z
         if routing.extra_loss is not None:
             aux = aux + routing.extra_loss
         unserved_T = ~plan.kept_TK.any(1)
@@ -66,6 +75,7 @@ class MoEStats:
             kept_E=plan.kept_WE.sum(0),
             unserved=unserved,
             sent_bytes=sent_bytes,
+            needs_EB=routing.needs_EB,
         )
 
 

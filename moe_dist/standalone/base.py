@@ -6,7 +6,7 @@ is run again (activation checkpointing) is the same pass, each draws one number 
 which torch.utils.checkpoint puts back before it runs a pass again; the step is remembered by that number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.kernels.random import RandomKey
+from moe_dist.moe.balance import Tally, reduced
 from moe_dist.moe.router import Router
+from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import PlacedParameter
 
@@ -67,14 +69,23 @@ class Layer(nn.Module):
         rank = dist.get_rank() if self.cut_over is None and dist.is_initialized() else 0
         return key.fold("rank", rank) if rank else key
 
-    def load_of_all(self, load_E: Tensor | None, like_E: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
-        """The load over all ranks of `group`, where each holds the whole layer; None where nobody had any. A rank whose
-        own load is None still takes part. With a mesh it is that of all ranks already."""
-        if self.cut_over is not None or not dist.is_initialized():
-            return load_E
-        total_E = torch.zeros_like(like_E, dtype=torch.int64) if load_E is None else load_E.clone()
-        dist.all_reduce(total_E, group=group)
-        return total_E if bool(total_E.any()) else None
+    def tell(self, routers: Sequence[Router], counted: Sequence[Tally | None], group: dist.ProcessGroup | None) -> None:
+        """Balance these routers by what all ranks counted, in one reduction. Where each holds the whole layer, that is
+        the ranks of `group`, of which one that has counted nothing still takes part; with a mesh, loads are of all
+        ranks already, and what tokens needed is summed over those that hold tokens."""
+        if not any(counted) and (self.cut_over is not None or not dist.is_initialized()):
+            return
+        tallies = [tally or router.no_tally() for router, tally in zip(routers, counted, strict=True)]
+        needs = [tally.needs_EB for tally in tallies if tally.needs_EB is not None]
+        loads = [tally.load_E for tally in tallies]
+        if self.cut_over is not None:
+            ranks = self.cut_over.token_ranks
+            needs = reduced(needs, lambda flat: all_reduce(flat, ranks)) if needs else []
+        elif dist.is_initialized():
+            summed = reduced([*loads, *needs], lambda flat: dist.all_reduce(flat, group=group))
+            loads, needs = summed[: len(loads)], summed[len(loads) :]
+        for number, (router, load_E) in enumerate(zip(routers, loads, strict=True)):
+            router.balance(load_E, needs[number] if needs else None)
 
     def cut_parameters(self) -> list[tuple[str, PlacedParameter]]:
         """Those of which each rank of the mesh holds another part."""

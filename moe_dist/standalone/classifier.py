@@ -17,6 +17,7 @@ from moe_dist.config.rules.task import encoder_rules
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
+from moe_dist.moe.balance import Tally
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -85,13 +86,14 @@ class SwitchClassifier(Layer):
         with device:
             self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
         self._counts_LE: Tensor | None = None
-        self._since_balance_LE: Tensor | None = None
+        self._since_balance: list[Tally | None] = [None] * num_layers
         self.to(device)
 
     def reset_parameters(self) -> None:
         initialize(self.core, self.seed)
         reset_buffers(self)
-        self.step, self._counts_LE, self._since_balance_LE = 0, None, None
+        self._forget_counts()
+        self.step = 0
 
     @torch._disable_dynamo  # as of `MixtureOfExperts`
     def forward(self, ids: Tensor, mask: Tensor | None = None, *, step: int | None = None) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,10 @@ class SwitchClassifier(Layer):
         if not runs_again():
             self._counts_LE = torch.stack([layer.load_E for layer in stats])
             if self.training:
-                earlier = self._since_balance_LE
-                self._since_balance_LE = self._counts_LE if earlier is None else earlier + self._counts_LE
+                self._since_balance = [
+                    layer.tally if earlier is None else earlier + layer.tally
+                    for earlier, layer in zip(self._since_balance, stats, strict=True)
+                ]
         aux_loss = torch.stack([layer.aux_loss for layer in stats]).sum()
         return logits_BC, aux_loss
 
@@ -133,13 +137,9 @@ class SwitchClassifier(Layer):
             self.train(training)
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
-        like_LE = torch.stack([layer.router.open_E for layer in self.moe_layers])
-        load_LE = self.load_of_all(self._since_balance_LE, like_LE, group)
-        if load_LE is not None:
-            for layer, load_E in zip(self.moe_layers, load_LE, strict=True):
-                layer.router.balance(load_E)
-        self._since_balance_LE = None
+        """Where a bias balances, once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
+        self.tell([layer.router for layer in self.moe_layers], self._since_balance, group)
+        self._since_balance = [None] * len(self.moe_layers)
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -171,7 +171,7 @@ class SwitchClassifier(Layer):
             return add_experts(layer, n, init, **own)
 
         added: Any = change_experts(self.core, grown)
-        self._counts_LE = self._since_balance_LE = None
+        self._forget_counts()
         return list(added[0])
 
     def open_experts(self, ids: list[int]) -> None:
@@ -188,8 +188,11 @@ class SwitchClassifier(Layer):
         """Take experts out of every layer; returns the former numbers of those that stay. Closed ones leave the outputs
         unchanged; one that is open but never chosen has a share of the router's softmax, which goes to the others."""
         stay: Any = change_experts(self.core, lambda layer: remove_experts(layer, ids))
-        self._counts_LE = self._since_balance_LE = None
+        self._forget_counts()
         return list(stay[0])
+
+    def _forget_counts(self) -> None:
+        self._counts_LE, self._since_balance = None, [None] * len(self.moe_layers)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.seed, self.step])

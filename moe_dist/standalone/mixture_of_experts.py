@@ -19,6 +19,7 @@ from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import dropout_by_index
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
+from moe_dist.moe.balance import Tally
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
@@ -75,7 +76,7 @@ class MixtureOfExperts(Layer):
         with device:
             self.moe = moe_layer(model, 0, mesh)
         self._counts_E: Tensor | None = None
-        self._since_balance: Tensor | None = None
+        self._since_balance: Tally | None = None
         initialize(self, self.seed)
         self.to(device)
 
@@ -100,7 +101,7 @@ class MixtureOfExperts(Layer):
             self._counts_E = stats.load_E
         if self.training and not runs_again():
             earlier = self._since_balance
-            self._since_balance = stats.load_E if earlier is None else earlier + stats.load_E
+            self._since_balance = stats.tally if earlier is None else earlier + stats.tally
         y = self._dropped_out(y_TD, context).view(x.shape)
         return (y, stats.aux_loss) if return_aux_loss else y
 
@@ -114,14 +115,14 @@ class MixtureOfExperts(Layer):
         return torch.zeros(self.num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since.
+        """With router=sigmoid, or another `balance` by sign or quantile, once an optimizer step: move the router's bias
+        by what the passes in training since have counted.
 
         Without a mesh every rank of `group` (None: of torch.distributed's default group, where there is one) must call:
-        the load is that of all of them, so that copies of the layer, as under DDP and FSDP, stay copies.
+        what counts is that of all of them, so that copies of the layer, as under DDP and FSDP, stay copies. With one,
+        every rank of the mesh must.
         """
-        load_E = self.load_of_all(self._since_balance, self.moe.router.open_E, group)
-        if load_E is not None:
-            self.moe.router.balance(load_E)
+        self.tell([self.moe.router], [self._since_balance], group)
         self._since_balance = None
 
     def add_experts(self, n: int, init: Literal["clone", "random", "split"] = "clone", **options: Any) -> list[int]:

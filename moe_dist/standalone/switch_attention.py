@@ -19,6 +19,7 @@ from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.models.backends import resolve_backends
+from moe_dist.moe.balance import Tally
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -65,7 +66,7 @@ class SwitchMultiQueryAttention(Layer):
         with device:
             self.attention = SwitchAttention(model, 0, mesh)
         self._counts_E: Tensor | None = None
-        self._since_balance: Tensor | None = None
+        self._since_balance: Tally | None = None
         initialize(self, self.seed)
         self.to(device)
 
@@ -106,7 +107,7 @@ class SwitchMultiQueryAttention(Layer):
             self._counts_E = stats.load_E
             if self.training:
                 earlier = self._since_balance
-                self._since_balance = stats.load_E if earlier is None else earlier + stats.load_E
+                self._since_balance = stats.tally if earlier is None else earlier + stats.tally
         y = y_TD.view(x.shape)
         return (y, stats.aux_loss) if return_aux_loss else y
 
@@ -117,11 +118,13 @@ class SwitchMultiQueryAttention(Layer):
         return torch.zeros(num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step: as `MixtureOfExperts.balance`."""
-        load_E = self.load_of_all(self._since_balance, self.attention.router.open_E, group)
-        if load_E is not None:
-            self.attention.router.balance(load_E)
-        self._since_balance = None
+        """Where a bias balances, once an optimizer step: as `MixtureOfExperts.balance`."""
+        self.tell([self.attention.router], [self.take_tally()], group)
+
+    def take_tally(self) -> Tally | None:
+        """What `balance` would use, which is then forgotten: of several layers it can be reduced at once."""
+        tally, self._since_balance = self._since_balance, None
+        return tally
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.seed, self.step])

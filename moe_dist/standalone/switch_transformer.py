@@ -147,7 +147,6 @@ class Transformer(Layer):
         return (logits, aux_loss) if return_aux_loss else logits
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step: as `MixtureOfExperts.balance`."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.attention.balance(group)
+        """Where a bias balances, once an optimizer step: as `MixtureOfExperts.balance`."""
+        layers = [block.attention for block in self.blocks if isinstance(block, Block)]
+        self.tell([layer.attention.router for layer in layers], [layer.take_tally() for layer in layers], group)

@@ -23,7 +23,8 @@ SETTING_AXES: Axes = {
     "accumulation": ("1", "4"),
     "router": ("softmax", "jitter", "groups", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"),
     "overflow": ("drop", "reroute"),
-    "balance": ("global", "local", "sequence"),
+    "balance": ("auto", "none", "loss", "sign", "quantile", "loss+quantile"),
+    "balance_scope": ("global", "local", "sequence"),
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
     "attention": ("multi_query", "options", "dropout", "switch", "routed"),
@@ -41,7 +42,8 @@ class Setting:
     accumulation: str = "1"
     router: str = "softmax"
     overflow: str = "drop"
-    balance: str = "global"
+    balance: str = "auto"
+    balance_scope: str = "global"
     experts: str = "grouped_mm"
     recompute: str = "none"
     attention: str = "multi_query"
@@ -50,7 +52,7 @@ class Setting:
         plain = Setting()
         extra = [
             f"{name} {getattr(self, name)}"
-            for name in ("router", "overflow", "balance", "experts", "recompute", "attention")
+            for name in ("router", "overflow", "balance", "balance_scope", "experts", "recompute", "attention")
             if getattr(self, name) != getattr(plain, name)
         ]
         return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
@@ -96,7 +98,7 @@ _ROUTERS: dict[str, dict[str, object]] = {
     "softmax": {},
     "jitter": {"jitter": 0.1},
     "groups": {"num_groups": 2, "top_k_groups": 1},
-    "sigmoid": {"router": "sigmoid", "bias_update_rate": 0.01},
+    "sigmoid": {"router": "sigmoid"},
 }
 
 
@@ -131,11 +133,13 @@ def settings_of(axes: Axes) -> tuple[Setting, ...]:
 
 
 def every_setting() -> tuple[Setting, ...]:
-    """All combinations of what decides who is dropped; each other axis varied on its own, its product takes days."""
+    """All combinations of what decides who is dropped; each other axis varied on its own, its product takes days, but
+    for the ways to balance, with either router that they are for."""
     core = ("top_k", "drops", "accumulation")
     combined = settings_of({name: SETTING_AXES[name] for name in core})
     others = {name: values[1:] for name, values in SETTING_AXES.items() if name not in core}
-    return combined + tuple(Setting(**{name: value}) for name, values in others.items() for value in values)
+    alone = tuple(Setting(**{name: value}) for name, values in others.items() for value in values)
+    return combined + alone + settings_of({"router": ("sigmoid",), "balance": others["balance"]})
 
 
 def layouts_of(axes: Axes) -> tuple[LayoutCase, ...]:
@@ -174,16 +178,19 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "drop_policy": setting.drops if setting.drops in ("score", "random") else "position",
         "drop_order": "choice" if setting.drops == "choice" else "token",
         "overflow": setting.overflow,
-        "balance_scope": setting.balance,
+        "balance": setting.balance,
+        "balance_scope": setting.balance_scope,
         "dispatch": kind,
         "wire": "padded" if layout.dispatch == "padded" else "ragged",
         "overlap_chunks": 2 if overlap else 1,
         "experts": setting.experts,
     }
+    if setting.balance == "sign" or (setting.balance == "auto" and setting.router == "sigmoid"):
+        moe |= {"bias_update_rate": 0.01}
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
     attention = _ATTENTIONS[setting.attention]
     if setting.attention == "switch":
-        attention = attention | {"moe": _SWITCH_EXPERTS | {"drop_order": moe["drop_order"]}}
+        attention = attention | {"moe": _SWITCH_EXPERTS | {key: moe[key] for key in ("drop_order", "balance")}}
     model |= {"attention": attention}
     engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
     # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
