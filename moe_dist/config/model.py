@@ -44,6 +44,9 @@ class MoEConfig:
     """... and a token chooses within its best top_k_groups of them, so that it travels to few ranks."""
     bias_update_rate: float = 1e-3
     """With sign in `balance`: how much the balancing bias of an expert moves at every step."""
+    balance_bins: int = 1000
+    """With quantile in `balance`: bins from which an expert's quantile is read. More for softmax with many experts,
+    whose probabilities are small."""
     balance_ema: float = 0.0
     """With quantile in `balance`: share of the old bias in the new one."""
     routed_scale: float = 1.0

@@ -19,9 +19,11 @@ Kimi K3 report, section 2.3.3 and appendices C and D; Megatron-LM's pull request
     b_e     = the quantile k / E of n_te over the tokens t of the step, minus the mean over experts
 
 b_e lies above k / E of the needs n_te, so the expert gets that share of the tokens. alpha is of the batch and uses the
-old b, so one pass does not hit exactly; the passes of a few steps do. The quantile is read from a histogram of BINS
-equal bins over [min b - 1, max b + 1], between whose edges it is interpolated: whole numbers, whose sum over
-micro-steps and ranks is the same in any order.
+old b, so one pass does not hit exactly; the passes of a few steps do. The quantile is read from a histogram of
+`balance_bins` equal bins over [min b - 1, max b + 1], between whose edges it is interpolated: whole numbers, whose sum
+over micro-steps and ranks is the same in any order. A bin should be small beside the scores. On 16,384 tokens with
+normal logits, 8 of 256 experts, a softmax ends at a highest load of 1.5 times the mean with 1,000 bins and of 1.04 with
+20,000, a sigmoid at 1.08 with 1,000.
 
 It counts what routes for training and nothing else: not evaluation, not a block that is computed again, not padding,
 not experts that are closed, and each token once (every tp rank routes a slice of its own).
@@ -34,8 +36,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-BINS = 1000
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,34 @@ def sign_step(load_E: Tensor, open_E: Tensor) -> Tensor:
     return (mean - load_E).sign() * takes_part_E
 
 
-def needs_histogram(preference_TE: Tensor, experts_TK: Tensor, bias_E: Tensor, real_T: Tensor | None = None) -> Tensor:
+def needs_histogram(
+    preference_TE: Tensor, experts_TK: Tensor, bias_E: Tensor, bins: int, real_T: Tensor | None = None
+) -> Tensor:
     """[E, B]: how many tokens need which bias, expert by expert. preference_TE: scores plus bias_E, by which experts_TK
     were chosen. real_T: true where a token is no padding. Where all experts are chosen none must be beaten: zeros."""
     num_experts, device = preference_TE.shape[1], preference_TE.device
-    counts_N = torch.zeros(num_experts * BINS, dtype=torch.int64, device=device)
+    counts_N = torch.zeros(num_experts * bins, dtype=torch.int64, device=device)
     if experts_TK.shape[1] < num_experts:
         alpha_T1 = preference_TE.scatter(1, experts_TK, -torch.inf).amax(1, keepdim=True)
         needs_TE = alpha_T1 - preference_TE + bias_E
-        low, width = _bins(bias_E.amin(), bias_E.amax())
-        bin_TE = ((needs_TE - low) / width).long().clamp(0, BINS - 1)
-        bin_TE = bin_TE + BINS * torch.arange(num_experts, device=device)
+        low, width = _bins(bias_E.amin(), bias_E.amax(), bins)
+        bin_TE = ((needs_TE - low) / width).long().clamp(0, bins - 1)
+        bin_TE = bin_TE + bins * torch.arange(num_experts, device=device)
         once_TE = torch.ones_like(bin_TE) if real_T is None else real_T.long()[:, None].expand_as(bin_TE)
         counts_N = counts_N.scatter_add(0, bin_TE.flatten(), once_TE.flatten())
-    return counts_N.view(num_experts, BINS)
+    return counts_N.view(num_experts, bins)
 
 
 def quantile_bias(needs_EB: Tensor, bias_E: Tensor, open_E: Tensor, top_k: int, ema: float = 0.0) -> Tensor:
     """The new bias. needs_EB: of all ranks and micro-steps, made with bias_E. open_E: 1 for experts that take part; the
     others keep their bias. ema: share of the old bias in the new one. Without a token all keep theirs."""
     open_E = open_E.to(needs_EB.device) > 0
-    old_E = bias_E.double()
-    low, width = _bins(old_E.where(open_E, torch.inf).amin(), old_E.where(open_E, -torch.inf).amax())
+    old_E, bins = bias_E.double(), needs_EB.shape[1]
+    low, width = _bins(old_E.where(open_E, torch.inf).amin(), old_E.where(open_E, -torch.inf).amax(), bins)
     # 1. The place of the quantile: in the first bin up to whose end there are `target` tokens, as far into it as that.
     below_EB = needs_EB.cumsum(1)
     target_E1 = below_EB[:, -1:] * (top_k / open_E.sum().double())
-    bin_E1 = (below_EB < target_E1).sum(1, keepdim=True).clamp(max=BINS - 1)
+    bin_E1 = (below_EB < target_E1).sum(1, keepdim=True).clamp(max=bins - 1)
     inside_E1 = needs_EB.gather(1, bin_E1)
     into_E1 = 1 - (below_EB.gather(1, bin_E1) - target_E1) / inside_E1.clamp(min=1)
     quantile_E = (low + width * (bin_E1 + into_E1)).squeeze(1)
@@ -104,9 +106,9 @@ def quantile_bias(needs_EB: Tensor, bias_E: Tensor, open_E: Tensor, top_k: int, 
     return new_E.where(open_E & (below_EB[:, -1] > 0), old_E).to(bias_E.dtype)
 
 
-def _bins(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def _bins(least: Tensor, most: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """(start of the first bin, width of each): scores are in [0, 1], so needs are in [least - 1, most + 1]."""
-    return least - 1, (most - least + 2) / BINS
+    return least - 1, (most - least + 2) / bins
 
 
 def _mean(values_E: Tensor, open_E: Tensor) -> Tensor:

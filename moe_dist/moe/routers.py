@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.top_k.reference import best, scores_of
-from moe_dist.moe.balance import BINS, Tally, needs_histogram, quantile_bias, sign_step
+from moe_dist.moe.balance import Tally, needs_histogram, quantile_bias, sign_step
 from moe_dist.moe.choice import Routing
 from moe_dist.moe.router import Router, fp32_logits
 from moe_dist.parallel.collectives import all_gather, mean_over_group
@@ -67,7 +67,9 @@ class ScoreRouter(Router):
             return routing
         assert self.bias_E is not None, "quantile balancing sets a bias"
         real_T = None if step.real is None else step.real.mask_T
-        return replace(routing, needs_EB=needs_histogram(preference_TE, routing.experts_TK, self.bias_E, real_T))
+        bins = self.moe.balance_bins
+        needs_EB = needs_histogram(preference_TE, routing.experts_TK, self.bias_E, bins, real_T)
+        return replace(routing, needs_EB=needs_EB)
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, needs_EB: Tensor | None = None) -> None:
@@ -81,7 +83,7 @@ class ScoreRouter(Router):
 
     def no_tally(self) -> Tally:
         tally = super().no_tally()
-        return replace(tally, needs_EB=tally.load_E.new_zeros(len(self.open_E), BINS)) if self.by_quantile else tally
+        return replace(tally, needs_EB=tally.load_E.new_zeros(len(self.open_E), self.moe.balance_bins)) if self.by_quantile else tally
 
 
 class SoftmaxRouter(ScoreRouter):

@@ -12,6 +12,7 @@ _LARGEST: dict[str, float] = dict(
     num_shared_experts=1024,
     min_capacity=MANY,
     sinkhorn_iterations=1000,
+    balance_bins=2**20,
     bias_update_rate=1.0,  # the scores that the bias is added to lie between 0 and 1
     balance_loss_coef=1000.0,
     z_loss_coef=1000.0,
@@ -25,6 +26,7 @@ _USES: Uses = {
     "num_groups": ("router", "softmax sigmoid"),
     "top_k_groups": ("router", "softmax sigmoid"),
     "bias_update_rate": ("balance", "sign loss+sign"),
+    "balance_bins": ("balance", "quantile loss+quantile"),
     "balance_ema": ("balance", "quantile loss+quantile"),
     "balance_loss_coef": ("balance", "loss loss+sign loss+quantile"),
     "balance_scope": ("balance", "loss loss+sign loss+quantile"),
@@ -42,6 +44,7 @@ def moe_rules(
 ) -> Iterator[str]:
     """d_ff: of the model, which experts have too where the section names none. num_layers: of the model."""
     yield from at_least(1, moe, section, "top_k every num_groups top_k_groups sinkhorn_iterations overlap_chunks")
+    yield from at_least(10, moe, section, "balance_bins")
     yield from at_least(0, moe, section, "num_experts num_shared_experts min_capacity jitter bias_update_rate")
     yield from at_least(0, moe, section, "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
     yield from between(moe, section, "routed_scale", 1e-4, 1e4)
