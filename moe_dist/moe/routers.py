@@ -83,7 +83,11 @@ class ScoreRouter(Router):
 
     def no_tally(self) -> Tally:
         tally = super().no_tally()
-        return replace(tally, needs_EB=tally.load_E.new_zeros(len(self.open_E), self.moe.balance_bins)) if self.by_quantile else tally
+        return (
+            replace(tally, needs_EB=tally.load_E.new_zeros(len(self.open_E), self.moe.balance_bins))
+            if self.by_quantile
+            else tally
+        )
 
 
 class SoftmaxRouter(ScoreRouter):
