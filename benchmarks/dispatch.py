@@ -98,7 +98,7 @@ class Raw:
     def prepare(self, x_TD: Tensor) -> None:
         """Not timed."""
         ep = self.mesh.ep
-        counts_E = self.layer.router(x_TD, STEP).stats.counts_CE.sum(0)
+        counts_E = self.layer.router(x_TD, STEP).stats.counts_QE.sum(0)
         sent_PP = all_gather(counts_E[None], ep).view(ep.size, ep.size, -1).sum(2)
         self.send, self.receive = sent_PP[ep.rank].tolist(), sent_PP[:, ep.rank].tolist()
         self.there = torch.randn(sum(self.send), self.cell.d_model).to(self.dtype)

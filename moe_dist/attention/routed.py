@@ -2,7 +2,7 @@
 
 Every token attends to the `local_window` tokens before it. Beside that, each expert has attention of its own, in which
 a few queries of a window see a few keys out of all windows before; routing_tokens.py says which. What it gives is added
-at the chosen places, and the expert's null token at all others. Window 0 has the local attention alone.
+at the chosen tokens, and the expert's null token at all others. Window 0 has the local attention alone.
 
 Legend: B batch, S sequence, T = B * S, D d_model, H query heads, G key/value heads, P width of a head, E experts,
 M windows that are routed, w tokens of a window, N = B * M, Q queries and K keys of a window chosen by an expert.
@@ -136,15 +136,15 @@ class RoutedAttention(nn.Module):
     ) -> Tensor:
         (batch, length), window, experts = shape, self.routers.window, len(self.experts)
         chosen, seen = self.routers(x_TD, shape, *sizes)
-        rows = batch * chosen.rows_EBMC.shape[2]
+        windows = batch * chosen.rows_EBMC.shape[2]
         # 1. Gather all rows at once, so that the gradient of x is put together once.
-        places = [*chosen.rows_EBMC.flatten(1), *seen.rows_EBMC.flatten(1)]
-        gathered = F.embedding(torch.cat(places), x_TD).split([len(place) for place in places])
+        rows = [*chosen.rows_EBMC.flatten(1), *seen.rows_EBMC.flatten(1)]
+        gathered = F.embedding(torch.cat(rows), x_TD).split([len(own) for own in rows])
         # 2. Each expert's attention.
         found = []
         for index, expert in enumerate(self.experts):
             assert isinstance(expert, AttentionProjections)
-            q_NQHP, k_NKGP, v_NKGP = expert.project(gathered[index], gathered[experts + index], rows)
+            q_NQHP, k_NKGP, v_NKGP = expert.project(gathered[index], gathered[experts + index], windows)
             if rotary is not None:
                 q_NQHP = turn(q_NQHP, at(rotary, chosen.rows_EBMC[index], length))
                 k_NKGP = turn(k_NKGP, at(rotary, seen.rows_EBMC[index], length))
@@ -158,8 +158,8 @@ class RoutedAttention(nn.Module):
             q_NHQP, k_NGKP, v_NGKP = (t.transpose(1, 2) for t in (q_NQHP, k_NKGP, v_NKGP))
             y_QD = expert.merge(self.attend(q_NHQP, k_NGKP, v_NGKP, pattern, None).transpose(1, 2))
             found.append(y_QD * chosen.weights_EBMC[index].flatten()[:, None].to(y_QD.dtype))
-        # 3. Back to their places; a null token of each expert where it chose nobody.
-        y_TD = y_TD.index_add(0, torch.cat(places[:experts]), torch.cat(found))
+        # 3. Back to their rows; a null token of each expert where it chose nobody.
+        y_TD = y_TD.index_add(0, torch.cat(rows[:experts]), torch.cat(found))
         null_BSE = F.pad(~chosen.kept_EBMw.flatten(-2), (window, 0)).movedim(0, -1)[:, :length].to(y_TD.dtype)
         # Its gradient is whole on tp rank 0, where it is added, and nothing elsewhere.
         null_ED = copy_to_group(self.null_tokens, self.tp) * (self.tp.rank == 0)

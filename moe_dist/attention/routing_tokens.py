@@ -28,7 +28,7 @@ _CHOSEN = 0.5  # a query is chosen by a threshold from this score on
 
 @dataclass(frozen=True)
 class Queries:
-    """rows_EBMC: places in x_TD. weights_EBMC: 1 with the score's gradient; 0 where the place only fills up. kept_EBMw:
+    """rows_EBMC: rows of x_TD. weights_EBMC: 1 with the score's gradient; 0 where the row only fills up. kept_EBMw:
     which tokens of each window were chosen."""
 
     rows_EBMC: Tensor
@@ -38,7 +38,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """The same of keys. live_EBMC: False where the place only fills up; None: all are live."""
+    """The same of keys. live_EBMC: False where the row only fills up; None: all are live."""
 
     rows_EBMC: Tensor
     weights_EBMC: Tensor
@@ -96,12 +96,12 @@ class RoutingTokens(nn.Module):
             kept_EBMw, y_EBMw = self._by_threshold_of_window_before(s_EBNw, there_Mw, wanted)
         else:
             kept_EBMw, y_EBMw = self._best_of_window(s_EBNw[:, :, 1:], there_Mw, wanted)
-        # Those chosen first, in the order of their places; what comes after them fills up.
-        places_EBMC = (~kept_EBMw).byte().argsort(dim=-1, stable=True)[..., : min(wanted, self.window)]
-        live_EBMC = kept_EBMw.gather(-1, places_EBMC)
-        weights_EBMC = straight_through(y_EBMw.gather(-1, places_EBMC)) * live_EBMC
+        # Those chosen first, in the order of their positions; what comes after them fills up.
+        positions_EBMC = (~kept_EBMw).byte().argsort(dim=-1, stable=True)[..., : min(wanted, self.window)]
+        live_EBMC = kept_EBMw.gather(-1, positions_EBMC)
+        weights_EBMC = straight_through(y_EBMw.gather(-1, positions_EBMC)) * live_EBMC
         starts_M1 = torch.arange(1, s_EBNw.shape[2], device=s_EBNw.device)[:, None] * self.window
-        return Queries(_rows(places_EBMC + starts_M1, length), weights_EBMC, kept_EBMw)
+        return Queries(_rows(positions_EBMC + starts_M1, length), weights_EBMC, kept_EBMw)
 
     def _by_threshold_of_window_before(self, s_EBNw: Tensor, there_Mw: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         """Causal: coordinate descent over the window before gives the threshold; a query whose score under it is at
@@ -126,17 +126,17 @@ class RoutingTokens(nn.Module):
         s_EBML = s_EBL[:, :, None].expand(-1, -1, windows, -1)
         k_M = ends_M.clamp(max=wanted * _FETCH_RATIO).to(s_EBL.dtype)
         y_EBML, _ = self.descend(s_EBML, k_M.expand(s_EBML.shape[:-1]), before_ML, self.schedule)
-        places_EBMC = highest(s_EBML.detach(), before_ML, wanted)
-        weights_EBMC = straight_through(y_EBML.gather(-1, places_EBMC))
+        positions_EBMC = highest(s_EBML.detach(), before_ML, wanted)
+        weights_EBMC = straight_through(y_EBML.gather(-1, positions_EBMC))
         live_EBMC = None
         if wanted > self.window:  # the first pools hold fewer
-            live_EBMC = before_ML.expand_as(s_EBML).gather(-1, places_EBMC)
+            live_EBMC = before_ML.expand_as(s_EBML).gather(-1, positions_EBMC)
             weights_EBMC = weights_EBMC * live_EBMC
-        return KeyValues(_rows(places_EBMC, length), weights_EBMC, live_EBMC)
+        return KeyValues(_rows(positions_EBMC, length), weights_EBMC, live_EBMC)
 
 
 def highest(s_RN: Tensor, mask_RN: Tensor, wanted: int) -> Tensor:
-    """Places of the `wanted` highest, best first; among equals the earlier, so the length of a row changes nothing.
+    """Positions of the `wanted` highest, best first; among equals the earlier, so the length of a row changes nothing.
 
     That is the order of coordinate descent's scores too, but for those that reached 1, which are all the same there.
     Scores are compared in steps of 2^-16: equal tokens, whose scores differ by what products round, stay equals.
@@ -150,8 +150,8 @@ def straight_through(y: Tensor) -> Tensor:
     return 1.0 + (y - y.detach())
 
 
-def _rows(places_EBMC: Tensor, length: int) -> Tensor:
-    """Places in a sequence -> in x_TD, never in another sequence: padding behind the end, which only fills up, becomes
-    the last token."""
-    first_B = torch.arange(places_EBMC.shape[1], device=places_EBMC.device) * length
-    return places_EBMC.clamp(max=length - 1) + first_B[:, None, None]
+def _rows(positions_EBMC: Tensor, length: int) -> Tensor:
+    """Positions in a sequence -> rows of x_TD, never of another sequence: padding behind the end, which only fills up,
+    becomes the last token."""
+    first_B = torch.arange(positions_EBMC.shape[1], device=positions_EBMC.device) * length
+    return positions_EBMC.clamp(max=length - 1) + first_B[:, None, None]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, MoEConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.kernels.grouped_mm.linear import linear
@@ -44,37 +44,39 @@ from moe_dist.step import StepContext
 
 class SwitchAttention(nn.Module):
     """The trainer's layer for model.attention.kind = switch. x_TD: full tokens, or this tp rank's slice under sequence
-    parallelism."""
+    parallelism. sizes.num_kv_heads is 1. out_std: of the initial output projections; None is 1 / sqrt(width)."""
 
     def __init__(
         self,
-        model: ModelConfig,
-        layer: int,
+        sizes: HeadSizes,
+        config: AttentionConfig,
         mesh: Mesh,
+        layer: int,
+        kernels: str = "torch",
         out_std: float | None = None,
     ) -> None:
         super().__init__()
-        moe = model.attention.moe
-        self.config = model.attention
+        moe = config.moe
+        self.config = config
         self.layer = layer
         self.mesh = mesh
         self.tp = mesh.tp
         self.dp = mesh.dp
-        self.heads = model.num_heads
-        self.head_dim = model.head_width
+        self.heads = sizes.num_heads
+        self.head_dim = sizes.head_dim
         if moe.top_k * self.heads % self.tp.size:
             raise ValueError(
                 f"top_k*num_heads={moe.top_k}*{self.heads} query heads of a token are not divisible by "
                 f"tp={self.tp.size}: change one of them"
             )
         self.slices = TokenSlices(mesh)
-        self.gate = Gate(moe, model.d_model, layer, mesh, model.kernels, kind="attention")
+        self.gate = Gate(moe, sizes.d_model, layer, mesh, kernels, kind="attention")
         self.router = self.gate.router
-        self.dispatcher = make_dispatcher(moe, mesh, model.kernels)
-        self.experts = AttentionExperts(model, mesh, out_std)
-        shape = (2 * self.head_dim, model.d_model)
-        self.key_value = parameter(shape, ParamSpec(shape, std=model.d_model**-0.5))
-        self.attend = attention(model.attention.backend)
+        self.dispatcher = make_dispatcher(moe, mesh, kernels)
+        self.experts = AttentionExperts(moe, sizes, mesh, kernels, out_std)
+        shape = (2 * self.head_dim, sizes.d_model)
+        self.key_value = parameter(shape, ParamSpec(shape, std=sizes.d_model**-0.5))
+        self.attend = attention(config.backend)
 
     def forward(
         self,
@@ -171,17 +173,16 @@ class AttentionExperts(nn.Module):
     Cut over ep by expert, so a rank's part is a contiguous range; gradients as those of moe/experts.py.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, out_std: float | None) -> None:
+    def __init__(self, moe: MoEConfig, sizes: HeadSizes, mesh: Mesh, kernels: str, out_std: float | None) -> None:
         super().__init__()
-        moe, d_model, ep = model.attention.moe, model.d_model, mesh.ep
+        d_model, width, ep = sizes.d_model, sizes.width, mesh.ep
         if mesh.etp > 1:
             raise ValueError(f"attention experts cannot be cut over etp={mesh.etp}: set it to 1")
         if moe.num_experts % ep.size:
             raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={ep.size}")
-        self.backend, self.permute = moe.experts, permutation(model.kernels)
+        self.backend, self.permute = moe.experts, permutation(kernels)
         # Where every rank holds all experts, the tp ranks see different slices of the tokens.
         self.slices = mesh.tp if ep.size == 1 else Group()
-        width = model.num_heads * model.head_width
         local, shard = moe.num_experts // ep.size, "expert" if ep.size > 1 else "replicated"
 
         def matrices(std: float, shard: Shard = shard) -> nn.Parameter:  # type: ignore[assignment]

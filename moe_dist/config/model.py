@@ -58,7 +58,8 @@ class MoEConfig:
     sinkhorn_iterations: int = 8
     """With router = sinkhorn: scalings of rows and columns."""
     renormalize: bool = True
-    """Divide the top-k router weights by their sum. Never done at top_k = 1: the router would get no gradient."""
+    """With softmax, sigmoid and sinkhorn, and top_k > 1: divide the top_k router weights by their sum. Never done at
+    top_k = 1: the router would get no gradient."""
     capacity_factor: CapacityFactor = 1.25
     """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
     null: dropless. A list gives each MoE layer its own."""
@@ -192,6 +193,11 @@ class HeadSizes:
     num_kv_heads: int
     head_dim: int
 
+    @staticmethod
+    def of(d_model: int, num_heads: int, num_kv_heads: int, head_dim: int | None = None) -> "HeadSizes":
+        """head_dim None: heads are as wide together as the model."""
+        return HeadSizes(d_model, num_heads, num_kv_heads, d_model // num_heads if head_dim is None else head_dim)
+
     @property
     def width(self) -> int:
         """Numbers of a token over all query heads."""
@@ -243,8 +249,8 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """Width of one head: head_dim where it is given."""
-        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+        return self.head_sizes.head_dim
 
     @property
     def head_sizes(self) -> HeadSizes:
-        return HeadSizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_width)
+        return HeadSizes.of(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)

@@ -7,11 +7,14 @@ import dataclasses
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, ModelConfig, MoEConfig
+from moe_dist.config.rules.parts import key
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
 from moe_dist.kernels.grouped_mm.onednn import fp32_products
 from moe_dist.kernels.registry import check_triton
+
+Kernels = Literal["auto", "torch", "triton"]
 
 _SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head from which, packed is faster on CPU
 
@@ -19,37 +22,55 @@ _SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head f
 def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None) -> ModelConfig:
     """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on.
 
-    Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter.
+    Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter. So do the
+    functions below, of a section each, which stands at `section`.
     """
-    moe, attention, kernels = model.moe, model.attention, model.kernels
-    if attention.backend == "auto":
-        short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
-        readers = model.num_heads // model.num_kv_heads * (attention.moe.top_k if attention.kind == "switch" else 1)
-        packed = short and readers >= _MANY and attention.kind != "routed"
-        backend: Literal["packed", "flash"] = "packed" if packed else "flash"
-        attention = dataclasses.replace(attention, backend=backend)
-    if kernels == "auto":
-        kernels = "triton" if device_type == "cuda" and find_spec("triton") else "torch"
-    moe = _resolve_experts(moe, ep, device_type)
-    if attention.kind == "switch":
-        attention = dataclasses.replace(attention, moe=_resolve_experts(attention.moe, ep, device_type))
-    choices = (
-        ("kernels", kernels, "torch"),
-        ("moe.experts", moe.experts, "grouped_mm"),
-        ("attention.backend", attention.backend, "flash"),
+    return dataclasses.replace(
+        model,
+        attention=resolve_attention(model.attention, model.head_sizes, ep, device_type, seq_len),
+        kernels=resolve_kernels(model.kernels, device_type),
+        moe=resolve_experts(model.moe, ep, device_type),
     )
-    for name, chosen, instead in choices:
-        if chosen == "triton":
-            check_triton(f"model.{name}", instead, device_type)
-    return dataclasses.replace(model, attention=attention, kernels=kernels, moe=moe)
 
 
-def _resolve_experts(moe: MoEConfig, ep: int, device_type: str) -> MoEConfig:
+def resolve_kernels(kernels: Kernels, device_type: str, section: str = "model") -> Kernels:
+    if kernels == "auto":
+        return "triton" if device_type == "cuda" and find_spec("triton") else "torch"
+    if kernels == "triton":
+        check_triton(key(section, "kernels"), "torch", device_type)
+    return kernels
+
+
+def resolve_attention(
+    attention: AttentionConfig,
+    sizes: HeadSizes,
+    ep: int,
+    device_type: str,
+    seq_len: int | None = None,
+    section: str = "model.attention",
+) -> AttentionConfig:
+    """With its experts where it has any."""
+    if attention.kind == "switch":
+        moe = resolve_experts(attention.moe, ep, device_type, key(section, "moe"))
+        attention = dataclasses.replace(attention, moe=moe)
+    if attention.backend == "triton":
+        check_triton(key(section, "backend"), "flash", device_type)
+    if attention.backend != "auto":
+        return attention
+    short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
+    readers = sizes.num_heads // sizes.num_kv_heads * (attention.moe.top_k if attention.kind == "switch" else 1)
+    packed = short and readers >= _MANY and attention.kind != "routed"
+    return dataclasses.replace(attention, backend="packed" if packed else "flash")
+
+
+def resolve_experts(moe: MoEConfig, ep: int, device_type: str, section: str = "model.moe") -> MoEConfig:
     if moe.dispatch == "auto":
         moe = dataclasses.replace(moe, dispatch="local" if ep == 1 else "all_to_all")
     if moe.experts == "auto":
         uneven = isinstance(moe.d_ff, list) and device_type != "cpu"
         moe = dataclasses.replace(moe, experts="loop" if uneven else "grouped_mm")
+    if moe.experts == "triton":
+        check_triton(key(section, "experts"), "grouped_mm", device_type)
     return moe
 
 

@@ -49,7 +49,7 @@ def _multi_query(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> 
 
 
 def _switch(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
-    return SwitchAttention(model, layer, mesh, out_std)
+    return SwitchAttention(model.head_sizes, model.attention, mesh, layer, model.kernels, out_std)
 
 
 def _routed(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:

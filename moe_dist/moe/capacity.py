@@ -33,27 +33,37 @@ M = U * E + 1 buckets.
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.config.model import CapacityFactor, MoEConfig
+from moe_dist.kernels.permute.order import counts_of, readable
 from moe_dist.moe.choice import DispatchPlan, Routing
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import Site, StepContext
+
+_UNEQUAL = (
+    "unequal numbers of tokens, but share one capacity: give every rank as many tokens (pad, or drop the last batch), "
+    "or set capacity_factor to null"
+)
 
 
 def expert_capacity(
     capacity_factor: float | None, top_k: int, tokens: int, num_experts: int, min_capacity: int
 ) -> int | None:
     """Rows one expert takes; None is no limit. The product is exact: 1.1 * 10 is 11, not 11.000000000000002."""
-    if capacity_factor is None:
-        return None
-    exact = Fraction(str(capacity_factor)) * top_k * tokens / num_experts
-    return max(min_capacity, ceil(exact))
+    return None if capacity_factor is None else _rows(_ratio(capacity_factor), top_k, tokens, num_experts, min_capacity)
+
+
+def _ratio(capacity_factor: float) -> tuple[int, int]:
+    return Fraction(str(capacity_factor)).as_integer_ratio()
+
+
+def _rows(ratio: tuple[int, int], top_k: int, tokens: int, num_experts: int, min_capacity: int) -> int:
+    return max(min_capacity, -(-ratio[0] * top_k * tokens // (ratio[1] * num_experts)))
 
 
 class Capacity:
@@ -67,6 +77,9 @@ class Capacity:
         self.peers = token_ranks if moe.capacity_scope == "global" else Group()
         self.by_experts = moe.router == "expert_choice"
         self.turns = moe.top_k if moe.drop_order == "choice" else 1
+        # Once, because torch.compile knows integers and no fractions.
+        of_layer = [self._of_layer(moe.capacity_factor), self._of_layer(moe.eval_capacity_factor)]
+        self.ratios = {f: _ratio(f) for f in (*of_layer, *moe.capacity_schedule.values()) if f is not None}
 
     def factor(self, step: StepContext) -> float | None:
         """The capacity factor in force: of the phase, the layer and the step."""
@@ -82,8 +95,11 @@ class Capacity:
         moe, experts_TK = self.moe, routing.experts_TK
         tokens = experts_TK.shape[0] * self.peers.size if step.real is None else step.real.total
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
-        limit = expert_capacity(self.factor(step), moe.top_k, tokens, taking_part, moe.min_capacity)
-        counts_WE = all_gather(routing.stats.counts_CE.sum(0)[None], self.token_ranks)
+        factor = self.factor(step)
+        limit = None
+        if factor is not None:
+            limit = _rows(self.ratios[factor], moe.top_k, tokens, taking_part, moe.min_capacity)
+        counts_WE = all_gather(routing.stats.counts_QE.sum(0)[None], self.token_ranks)
         real_TK = None if step.real is None else step.real.mask_T[:, None].expand_as(experts_TK).contiguous()
         if real_TK is None:
             self._check_equal(counts_WE, limit)
@@ -102,7 +118,10 @@ class Capacity:
                 experts_TK, kept_TK, kept_WE = self._reroute(routing, step, kept_TK, kept_WE, limit_E)
         if self.by_experts:
             counts_WE = kept_WE  # nobody was refused: the experts chose
-        plan = DispatchPlan(experts_TK, kept_TK, counts_WE, kept_WE, limit)
+        everything = limit is None and real_TK is None
+        plan = DispatchPlan(
+            experts_TK, kept_TK, counts_WE, kept_WE, limit, everything=everything, shared=moe.capacity_scope == "global"
+        )
         if step.witness is not None:
             step.witness.decided(self.site, plan.experts_TK, plan.kept_TK)
         return plan
@@ -111,12 +130,11 @@ class Capacity:
         """Every rank would count its own limit, and exchanges would not fit. The same error on all ranks."""
         if limit is None or self.token_ranks.size == 1:
             return
-        assignments = counts_WE.sum(1).tolist()
-        if len(set(assignments)) > 1:
-            raise ValueError(
-                f"ranks hold unequal numbers of tokens, {assignments} assignments, but share one capacity: give every "
-                "rank as many tokens (pad, or drop the last batch), or set capacity_factor to null"
-            )
+        assignments_W = counts_WE.sum(1)
+        if not readable(counts_WE):  # told by the device, so that nobody waits to be told
+            torch._assert_async((assignments_W == assignments_W[0]).all(), f"ranks hold {_UNEQUAL}")
+        elif len(set(assignments_W.tolist())) > 1:
+            raise ValueError(f"ranks hold {_UNEQUAL}: they have {assignments_W.tolist()} assignments")
 
     def _of_layer(self, factor: CapacityFactor) -> float | None:
         return factor[self.index] if isinstance(factor, list) else factor
@@ -140,12 +158,14 @@ class Capacity:
             experts_TK = torch.where(asks_TK, ranked.indices.gather(1, turn_TK), experts_TK)
             tried_TE.scatter_(1, experts_TK, True)
             # 2. They compete for the places left.
-            asked_E = experts_TK[asks_TK].bincount(minlength=num_experts)
+            asked_E = counts_of(experts_TK.where(asks_TK, num_experts).flatten(), num_experts + 1)[:num_experts]
             asked_WE = all_gather(asked_E[None], self.token_ranks)
-            if not bool(asked_WE.any()) or not bool((self._room(kept_WE, limit) > 0).any()):
+            # Where looking is a wait all rounds are run: those in which nobody asks change nothing.
+            room_WE = self._room(kept_WE, limit)
+            if readable(asked_WE) and not (bool(asked_WE.any()) and bool((room_WE > 0).any())):
                 break
             again = _Round(experts_TK, asks_TK, asked_WE, score_TK, f"reroute {number}")
-            placed_TK, placed_WE = self._keep(again, self._room(kept_WE, limit), step)
+            placed_TK, placed_WE = self._keep(again, room_WE, step)
             kept_TK, kept_WE = kept_TK | placed_TK, kept_WE + placed_WE
         # Who found no place is where it was at first: whom it asked in vain must not change the weights of the others.
         return torch.where(kept_TK, experts_TK, routing.experts_TK), kept_TK, kept_WE
@@ -173,7 +193,7 @@ class Capacity:
                                                                                                rank 0's second
         """
         bucket_N = ask.bucket_N(self.moe.num_experts, self.turns)
-        counts_M = bucket_N.bincount(minlength=self.turns * self.moe.num_experts + 1)
+        counts_M = counts_of(bucket_N, self.turns * self.moe.num_experts + 1)
         counts_UWE = self._counts_by_turn(ask, counts_M)
         if self.peers.size > 1:
             before_UWE = (counts_UWE.flatten(0, 1).cumsum(0) - counts_UWE.flatten(0, 1)).view_as(counts_UWE)
@@ -181,7 +201,8 @@ class Capacity:
             before_UWE = counts_UWE.cumsum(0) - counts_UWE
         kept_UWE = (room_WE - before_UWE).clamp(min=0).minimum(counts_UWE)
         kept_M = F.pad(kept_UWE[:, self.token_ranks.rank].flatten(), (0, 1))
-        return _positions(bucket_N.argsort(stable=True), counts_M) < kept_M[bucket_N], kept_UWE.sum(0)
+        positions_N = _positions(bucket_N.argsort(stable=True), bucket_N, counts_M)
+        return positions_N < kept_M[bucket_N], kept_UWE.sum(0)
 
     def _counts_by_turn(self, ask: "_Round", counts_M: Tensor) -> Tensor:
         """[U, W, E], from this rank's counts of all buckets."""
@@ -200,16 +221,15 @@ class Capacity:
         priority_N = self._priority(ask, step, bucket_N.numel())
         by_priority_N = priority_N.argsort(descending=True, stable=True)
         order_N = by_priority_N[bucket_N[by_priority_N].argsort(stable=True)]
-        position_N = _positions(order_N, bucket_N.bincount(minlength=num_experts + 1))
+        position_N = _positions(order_N, bucket_N, counts_of(bucket_N, num_experts + 1))
         own_E = room_WE[self.token_ranks.rank if len(room_WE) > 1 else 0]
         kept_N = position_N < F.pad(own_E, (0, 1))[bucket_N]
 
-        if self.peers.size > 1:
-            rank_N = torch.arange(self.peers.size, device=bucket_N.device).repeat_interleave(local)
-            cells = (rank_N * num_experts + bucket_N)[kept_N].bincount(minlength=self.peers.size * num_experts)
-            kept_WE = cells.view(self.peers.size, num_experts)
-        else:
-            kept_WE = all_gather(bucket_N[kept_N].bincount(minlength=num_experts)[None], self.token_ranks)
+        # Counted by rank and bucket; the last bucket, of those that ask for nothing, keeps none.
+        owner_N = torch.arange(bucket_N.numel(), device=bucket_N.device).div(max(local, 1), rounding_mode="floor")
+        cell_N = owner_N * (num_experts + 1) + bucket_N
+        kept_PE = counts_of(cell_N, self.peers.size * (num_experts + 1), kept_N).view(self.peers.size, -1)[:, :-1]
+        kept_WE = kept_PE if self.peers.size > 1 else all_gather(kept_PE, self.token_ranks)
         return kept_N[rank * local : (rank + 1) * local], kept_WE
 
     def _priority(self, ask: "_Round", step: StepContext, assignments: int) -> Tensor:
@@ -242,9 +262,9 @@ class _Round:
         return (bucket_TK if self.asks_TK is None else bucket_TK.where(self.asks_TK, turns * num_experts)).flatten()
 
 
-def _positions(order_N: Tensor, counts_E: Tensor) -> Tensor:
+def _positions(order_N: Tensor, bucket_N: Tensor, counts_M: Tensor) -> Tensor:
     """Position of each assignment in its bucket's queue, given assignments sorted by bucket: with buckets [1, 0, 1],
     order [1, 0, 2] and counts [1, 2], the sorted ones have positions [0, 0, 1], so the assignments [0, 0, 1]."""
-    starts_E = counts_E.cumsum(0) - counts_E
-    ramp_N = torch.arange(order_N.numel(), device=order_N.device) - starts_E.repeat_interleave(counts_E)
+    starts_M = counts_M.cumsum(0) - counts_M
+    ramp_N = torch.arange(order_N.numel(), device=order_N.device) - starts_M[bucket_N[order_N]]
     return torch.empty_like(order_N).index_copy_(0, order_N, ramp_N)

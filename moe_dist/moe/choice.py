@@ -40,7 +40,8 @@ class DispatchPlan:
 
     experts_TK: where each assignment goes, after rerouting. kept_TK: which of them stay. counts_WE: assignments of each
     rank of the world as the router chose; kept_WE: those that stay. Both are known on every rank. capacity: C, or None
-    when nothing is dropped.
+    when nothing is dropped. pool: how many neighbouring experts share it. everything: whether all assignments stay,
+    which is known without looking. shared: whether C is of all ranks together, or of each.
     """
 
     experts_TK: Tensor
@@ -48,6 +49,14 @@ class DispatchPlan:
     counts_WE: Tensor
     kept_WE: Tensor
     capacity: int | None
+    pool: int = 1
+    everything: bool = False
+    shared: bool = True
+
+    @property
+    def pool_rows(self) -> int | None:
+        """Rows that a pool of experts takes, or None when nothing is dropped."""
+        return None if self.capacity is None else self.pool * self.capacity
 
 
 @dataclass(frozen=True)

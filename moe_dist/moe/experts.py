@@ -44,7 +44,7 @@ class Experts(nn.Module):
     ) -> None:
         """d_ff: where `moe` gives no width. out_std: of the initial w_out, None: mean_width ** -0.5."""
         super().__init__()
-        etp, ep = mesh.etp, mesh.ep.size // mesh.etp
+        etp, ep = mesh.etp, mesh.layout.ep
         if moe.num_experts % ep:
             raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={ep}")
         self.d_model = d_model
@@ -142,7 +142,7 @@ class Experts(nn.Module):
         w: ExpertWeights,
         widths: tuple[int, ...] | None,
     ) -> Tensor:
-        if cpu.replaces(self.backend, x_XD.device.type):
+        if cpu.replaces(self.backend, x_XD.device.type) and order.fullest is None:
             return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
         if self.backend == "triton":
             from moe_dist.kernels.grouped_mm.triton import feed_forward as fused

@@ -93,8 +93,8 @@ def among_all(routing: Routing, open_e: Tensor, num_experts: int) -> Routing:
     stats = replace(
         routing.stats,
         experts_TK=experts_TK,
-        counts_CE=widen(routing.stats.counts_CE, 0),
-        prob_sums_CE=widen(routing.stats.prob_sums_CE, 0.0),
+        counts_QE=widen(routing.stats.counts_QE, 0),
+        prob_sums_QE=widen(routing.stats.prob_sums_QE, 0.0),
     )
     return replace(
         routing,

@@ -1,6 +1,6 @@
 """The auxiliary losses of a router and the statistics of its layer; returned, never stored.
 
-Legend: T tokens on this rank, E experts, C chunks of tokens that are balanced each on its own, W ranks of the world.
+Legend: T tokens on this rank, E experts, Q chunks of tokens that are balanced each on its own, W ranks of the world.
 """
 
 from dataclasses import dataclass
@@ -51,10 +51,10 @@ class MoEStats:
         moe, routing, plan, real = router.moe, choice.routing, choice.plan, step.real
         tokens = len(routing.experts_TK) if real is None else real.total / router.token_ranks.size
         tokens = tokens or 1
-        counts_CE, prob_sums_CE = whole_chunks(choice, router, step), routing.stats.prob_sums_CE
+        counts_QE, prob_sums_QE = whole_chunks(choice, router, step), routing.stats.prob_sums_QE
         if routing.open_e is not None:  # a closed expert has no share in the balance
-            prob_sums_CE, counts_CE = prob_sums_CE[:, routing.open_e], counts_CE[:, routing.open_e]
-        balance = balance_loss(prob_sums_CE, counts_CE, tokens)
+            prob_sums_QE, counts_QE = prob_sums_QE[:, routing.open_e], counts_QE[:, routing.open_e]
+        balance = balance_loss(prob_sums_QE, counts_QE, tokens)
         # mean over tokens of logsumexp^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps router logits small
         z = routing.stats.z_sum / tokens
         aux = torch.zeros_like(z)
@@ -79,16 +79,16 @@ class MoEStats:
         )
 
 
-def balance_loss(prob_sums_CE: Tensor, counts_CE: Tensor, tokens: float) -> Tensor:
+def balance_loss(prob_sums_QE: Tensor, counts_QE: Tensor, tokens: float) -> Tensor:
     """E * sum_i f_i P_i (Switch Transformers, arXiv 2101.03961, eq. 4 to 6), the mean over chunks of tokens.
 
     f_i: share of a chunk's assignments, before dropping, that chose expert i; P_i: the mean of its probabilities, here
     the sums over this rank's tokens. Linear in P, so the mean of this over ranks is the loss of the micro-step when
-    counts_CE are those of whole chunks. Perfect balance scores 1, collapse on one expert E.
+    counts_QE are those of whole chunks. Perfect balance scores 1, collapse on one expert E.
     """
-    counts_CE = counts_CE.to(prob_sums_CE.dtype)  # integers would be divided in fp32
-    share_CE = counts_CE / counts_CE.sum(1, keepdim=True).clamp(min=1)
-    return prob_sums_CE.shape[1] * (share_CE * prob_sums_CE).sum() / (tokens or 1)
+    counts_QE = counts_QE.to(prob_sums_QE.dtype)  # integers would be divided in fp32
+    share_QE = counts_QE / counts_QE.sum(1, keepdim=True).clamp(min=1)
+    return prob_sums_QE.shape[1] * (share_QE * prob_sums_QE).sum() / (tokens or 1)
 
 
 def whole_chunks(choice: Choice, router: Router, step: StepContext) -> Tensor:
@@ -97,13 +97,13 @@ def whole_chunks(choice: Choice, router: Router, step: StepContext) -> Tensor:
     global: one chunk, the micro-step (global-batch balancing, arXiv 2501.11873). sequence: one a sequence, which tp may
     cut (DeepSeek-V3, arXiv 2412.19437, eq. 17 to 20). local: one a rank (what Megatron and DeepSpeed do).
     """
-    counts_CE, scope = choice.routing.stats.counts_CE, router.moe.balance_scope
+    counts_QE, scope = choice.routing.stats.counts_QE, router.moe.balance_scope
     if scope == "global":
         return choice.plan.counts_WE.sum(0, keepdim=True)
     if scope == "sequence" and step.seq_len and router.slices.size > 1:
         tokens = len(choice.routing.experts_TK)
         first = router.slices.rank * tokens // step.seq_len
-        whole = counts_CE.new_zeros(-(-router.slices.size * tokens // step.seq_len), counts_CE.shape[1])
-        whole[first : first + len(counts_CE)] = counts_CE
-        return all_reduce(whole, router.slices)[first : first + len(counts_CE)]
-    return counts_CE
+        whole = counts_QE.new_zeros(-(-router.slices.size * tokens // step.seq_len), counts_QE.shape[1])
+        whole[first : first + len(counts_QE)] = counts_QE
+        return all_reduce(whole, router.slices)[first : first + len(counts_QE)]
+    return counts_QE

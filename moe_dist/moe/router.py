@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_dist.config.model import MoEConfig
+from moe_dist.kernels.permute.order import traced
 from moe_dist.kernels.registry import top_k_kernel
 from moe_dist.kernels.top_k.reference import Score, TopK, best, scores_of
 from moe_dist.moe.balance import Tally
@@ -54,7 +55,9 @@ class Router(nn.Module):
 
     def open_ids(self) -> Tensor | None:
         """Numbers of the open experts, None when all are. Read again only after open_E was written to: reading waits
-        for the device."""
+        for the device. While a pass is traced nothing can be read, and those last known are open: at first all."""
+        if traced(self.open_E):
+            return None if self._read is None else self._read[2]
         version = -1 if self.open_E.is_inference() else self.open_E._version
         if self._read is None or self._read[0] is not self.open_E or self._read[1] != version or version < 0:
             open_e = self.open_E.nonzero().flatten()

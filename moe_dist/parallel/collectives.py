@@ -102,27 +102,34 @@ def start_exchange(
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
     group.note("all_to_all")
-    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=True)
+    at_once = not torch.compiler.is_compiling()  # a compiled graph orders its exchanges itself
+    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=at_once)
     return Pending(out, x, work)
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
         ctx.backward_of = backward
-        return forward(x)
+        return forward(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.backward_of(grad), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        of_inputs = ctx.backward_of(*grads)
+        return None, None, *(of_inputs if isinstance(of_inputs, tuple) else (of_inputs,))
+
+
+def graph_node(forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
+    """forward(*inputs), as one node of autograd's graph: new tensors or views of inputs, one or a tuple of them.
+    `backward` is given the gradient of each, and returns that of each input; of several, a tuple."""
+    return _WithGradient.apply(forward, backward, *inputs)
 
 
 def with_gradient(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
     """forward(x), a new tensor or a view of x, whose gradient is carried back by `backward`."""
-    return _WithGradient.apply(x, forward, backward)
+    y: Tensor = graph_node(forward, backward, x)
+    return y
 
 
 @dataclass(frozen=True)

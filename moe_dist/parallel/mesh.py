@@ -5,9 +5,10 @@
 `single_process_mesh`; or from `mesh_without_processes`, which builds the layers of any rank of any layout on one
 machine, to see what that rank holds.
 
-World = dp x tp. Ranks of one tp group are neighbours; an ep group is `ep` consecutive ranks of the whole world, so
-expert parallelism folds over tensor parallelism (MoE Parallel Folding, arXiv 2504.14960). The world's rank order is
-also the global order of tokens: rank r = dp_rank * tp + tp_rank holds the r-th slice of the micro-step's tokens.
+World = dp x tp. Ranks of one tp group are neighbours; an ep group is the ranks that one set of experts lies on, ep *
+etp consecutive ranks of the whole world, so expert parallelism folds over tensor parallelism (MoE Parallel Folding,
+arXiv 2504.14960). The world's rank order is also the global order of tokens: rank r = dp_rank * tp + tp_rank holds the
+r-th slice of the micro-step's tokens.
 
 A node is `node_size` consecutive ranks. An ep group that spans nodes is cut both ways, for exchanges in two steps:
 `ep_node` are its ranks on one node, `ep_across` its ranks with the same place on each of its nodes.
@@ -28,15 +29,18 @@ Axis = Literal["world", "tp", "dp", "ep", "edp", "ep_node", "ep_across"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes; node_size None is one node. Raises ValueError when they do not fit the world."""
+    """Sizes of the axes. ep: ranks over which one set of experts is spread; etp: ranks that share the hidden units of
+    each expert; node_size None is one node. Raises ValueError when they do not fit the world."""
 
     world: int = 1
     ep: int = 1
     tp: int = 1
     node_size: int | None = None
+    etp: int = 1
 
     def __post_init__(self) -> None:
-        for axis, size in (("tp", self.tp), ("ep", self.ep)):
+        experts = ("ep", self.ep) if self.etp == 1 else ("ep*etp", self.expert_ranks)
+        for axis, size in (("tp", self.tp), ("etp", self.etp), experts):
             if size < 1 or self.world % size:
                 raise ValueError(f"{axis}={size} does not divide world size {self.world}")
         if self.node_size is not None and self.node_size < 1:
@@ -48,28 +52,34 @@ class Layout:
         return self.world // self.tp
 
     @property
+    def expert_ranks(self) -> int:
+        """Size of an ep group: ranks that one set of experts lies on."""
+        return self.ep * self.etp
+
+    @property
     def edp(self) -> int:
         """Expert-data-parallel size: ranks that hold the same experts."""
-        return self.world // self.ep
+        return self.world // self.expert_ranks
 
     @property
     def even_nodes(self) -> bool:
         """Whether every ep group has equally many ranks on each of its nodes."""
         node = self.node_size or self.world
-        return node >= self.world or node % self.ep == 0 or self.ep % node == 0
+        return node >= self.world or node % self.expert_ranks == 0 or self.expert_ranks % node == 0
 
     @property
     def ep_local(self) -> int:
         """Ranks of an ep group on one node. Raises ValueError when its nodes hold unequal numbers of them."""
         if not self.even_nodes:
             raise ValueError(
-                f"ep groups of {self.ep} consecutive ranks lie unevenly on nodes of node_size={self.node_size}: "
-                "make one a multiple of the other, or use dispatch=all_to_all"
+                f"ep groups of {self.expert_ranks} consecutive ranks lie unevenly on nodes of "
+                f"node_size={self.node_size}: make one a multiple of the other, or use dispatch=all_to_all"
             )
-        return min(self.ep, self.node_size or self.world)
+        return min(self.expert_ranks, self.node_size or self.world)
 
     def ranks(self, axis: Axis, rank: int) -> tuple[int, ...]:
         """Members of the group of `axis` that `rank` belongs to, in order."""
+        experts = self.expert_ranks
         match axis:
             case "world":
                 return tuple(range(self.world))
@@ -78,28 +88,28 @@ class Layout:
             case "dp":
                 return tuple(range(rank % self.tp, self.world, self.tp))
             case "ep":
-                return tuple(range(rank // self.ep * self.ep, (rank // self.ep + 1) * self.ep))
+                return tuple(range(rank // experts * experts, (rank // experts + 1) * experts))
             case "edp":
-                return tuple(range(rank % self.ep, self.world, self.ep))
+                return tuple(range(rank % experts, self.world, experts))
             case "ep_node":
                 first = rank // self.ep_local * self.ep_local
                 return tuple(range(first, first + self.ep_local))
             case "ep_across":
-                start = rank // self.ep * self.ep
-                return tuple(range(start + rank % self.ep_local, start + self.ep, self.ep_local))
+                start = rank // experts * experts
+                return tuple(range(start + rank % self.ep_local, start + experts, self.ep_local))
         raise ValueError(f"unknown axis {axis!r}: choose one of {', '.join(get_args(Axis))}")
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
         """All groups of `axis`; together they hold every rank once."""
-        world = range(self.world)
+        world, experts = range(self.world), self.expert_ranks
         match axis:  # the first rank of every group
             case "ep_node":
                 firsts = list(world[:: self.ep_local])
             case "ep_across":
-                firsts = [start + place for start in world[:: self.ep] for place in range(self.ep_local)]
+                firsts = [start + place for start in world[::experts] for place in range(self.ep_local)]
             case _:
-                stop = {"world": 1, "tp": self.world, "dp": self.tp, "ep": self.world, "edp": self.ep}[axis]
-                step = {"world": 1, "tp": self.tp, "dp": 1, "ep": self.ep, "edp": 1}[axis]
+                stop = {"world": 1, "tp": self.world, "dp": self.tp, "ep": self.world, "edp": experts}[axis]
+                step = {"world": 1, "tp": self.tp, "dp": 1, "ep": experts, "edp": 1}[axis]
                 firsts = list(range(0, stop, step))
         return [self.ranks(axis, rank) for rank in firsts]
 
@@ -129,10 +139,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's groups along every axis. `etp`: ranks that share the hidden units of each expert; the ep group is the
-    ranks that one set of experts lies on, ep * etp of the config. ep_node and ep_across are groups of one where
-    layout.even_nodes is false. sequence_parallel: between tensor-parallel regions, each tp rank keeps only its slice of
-    the tokens."""
+    """One rank's groups along every axis. ep: the layout.expert_ranks that one set of experts lies on. ep_node and
+    ep_across are groups of one where layout.even_nodes is false. sequence_parallel: between tensor-parallel regions,
+    each tp rank keeps only its slice of the tokens."""
 
     layout: Layout
     rank: int
@@ -141,10 +150,14 @@ class Mesh:
     dp: Group
     ep: Group
     edp: Group
-    etp: int = 1
     ep_node: Group = Group()
     ep_across: Group = Group()
     sequence_parallel: bool = False
+
+    @property
+    def etp(self) -> int:
+        """Ranks that share the hidden units of each expert."""
+        return self.layout.etp
 
     @property
     def token_ranks(self) -> Group:
@@ -163,15 +176,15 @@ def single_process_mesh() -> Mesh:
     return mesh_without_processes(Layout(), 0)
 
 
-def mesh_without_processes(layout: Layout, rank: int, etp: int = 1, sequence_parallel: bool = False) -> Mesh:
-    """The mesh that `rank` of `layout` would have; layout.ep counts all ranks that one set of experts lies on. Layers
-    built on it hold what they would hold there; an exchange over more than one rank is an AssertionError."""
+def mesh_without_processes(layout: Layout, rank: int, sequence_parallel: bool = False) -> Mesh:
+    """The mesh that `rank` of `layout` would have. Layers built on it hold what they would hold there; an exchange over
+    more than one rank is an AssertionError."""
 
     def group(axis: Axis) -> Group:
         ranks = layout.ranks(axis, rank)
         return Group(ranks, ranks.index(rank))
 
-    return _mesh_of(layout, rank, group, etp, sequence_parallel)
+    return _mesh_of(layout, rank, group, sequence_parallel)
 
 
 def create_mesh(
@@ -190,11 +203,11 @@ def create_mesh(
     size does not divide the world size.
     """
     if not dist.is_initialized():
-        return mesh_without_processes(Layout(1, ep * etp, tp), 0)
+        return mesh_without_processes(Layout(1, ep, tp, etp=etp), 0)
     rank, local = dist.get_rank(), os.environ.get("LOCAL_WORLD_SIZE")
     if node_size is None and local is not None:
         node_size = int(local)
-    layout = Layout(dist.get_world_size(), ep * etp, tp, node_size)
+    layout = Layout(dist.get_world_size(), ep, tp, node_size, etp)
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     trail = trail or Trail()
 
@@ -205,10 +218,10 @@ def create_mesh(
         mine = layout.ranks(axis, rank)
         return Group(mine, mine.index(rank), made[mine], trail)
 
-    return _mesh_of(layout, rank, group, etp, sequence_parallel)
+    return _mesh_of(layout, rank, group, sequence_parallel)
 
 
-def _mesh_of(layout: Layout, rank: int, group: Callable[[Axis], Group], etp: int, sequence_parallel: bool) -> Mesh:
+def _mesh_of(layout: Layout, rank: int, group: Callable[[Axis], Group], sequence_parallel: bool) -> Mesh:
     """`group` is called for the axes in the same order on all ranks."""
     return Mesh(
         layout,
@@ -218,7 +231,6 @@ def _mesh_of(layout: Layout, rank: int, group: Callable[[Axis], Group], etp: int
         dp=group("dp"),
         ep=group("ep"),
         edp=group("edp"),
-        etp=etp,
         # Uneven nodes matter to the hierarchical dispatcher alone, which refuses them.
         ep_node=group("ep_node") if layout.even_nodes else Group(),
         ep_across=group("ep_across") if layout.even_nodes else Group(),

@@ -1,5 +1,5 @@
-"""What the layers of this room share: which pass a forward pass is, whose tokens it has, and PyTorch's ways of moving,
-filling and loading modules.
+"""What the layers of this room share: which pass a forward pass is, whose tokens it has, the loads of experts, and
+PyTorch's ways of moving, filling and loading modules.
 
 Everything random is a function of (seed, step), and `step` counts the forward passes in training. So that a pass which
 is run again (activation checkpointing) is the same pass, each draws one number from torch's generator on the host,
@@ -7,7 +7,8 @@ which torch.utils.checkpoint puts back before it runs a pass again; the step is 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import add
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from moe_dist.moe.balance import Tally, reduced
 from moe_dist.moe.router import Router
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.sharding import PlacedParameter
+from moe_dist.parallel.sharding import PlacedParameter, initialize
 
 _REMEMBERED = 4096  # passes that wait for their backward pass, at most
 
@@ -38,7 +39,14 @@ class Layer(nn.Module):
     def reset_parameters(self) -> None:
         """The initial values of parameters and buffers once more, from the seed; `step` starts at 0. For layers that
         were made on the device `meta` and given memory by `to_empty`."""
-        raise NotImplementedError
+        self._initialize()
+        for part in self.modules():
+            if isinstance(part, Router):
+                part.reset_buffers()
+        self.step = 0
+
+    def _initialize(self) -> None:
+        initialize(self, self.seed)
 
     def pass_of(self, given: int | None) -> int:
         """The step of this forward pass: the one given, or the next one, which is counted in training.
@@ -68,24 +76,6 @@ class Layer(nn.Module):
         key = RandomKey.of(self.seed, name, step)
         rank = dist.get_rank() if self.cut_over is None and dist.is_initialized() else 0
         return key.fold("rank", rank) if rank else key
-
-    def tell(self, routers: Sequence[Router], counted: Sequence[Tally | None], group: dist.ProcessGroup | None) -> None:
-        """Balance these routers by what all ranks counted, in one reduction. Where each holds the whole layer, that is
-        the ranks of `group`, of which one that has counted nothing still takes part; with a mesh, loads are of all
-        ranks already, and what tokens needed is summed over those that hold tokens."""
-        if not any(counted) and (self.cut_over is not None or not dist.is_initialized()):
-            return
-        tallies = [tally or router.no_tally() for router, tally in zip(routers, counted, strict=True)]
-        needs = [tally.needs_EB for tally in tallies if tally.needs_EB is not None]
-        loads = [tally.load_E for tally in tallies]
-        if self.cut_over is not None:
-            ranks = self.cut_over.token_ranks
-            needs = reduced(needs, lambda flat: all_reduce(flat, ranks)) if needs else []
-        elif dist.is_initialized():
-            summed = reduced([*loads, *needs], lambda flat: dist.all_reduce(flat, group=group))
-            loads, needs = summed[: len(loads)], summed[len(loads) :]
-        for number, (router, load_E) in enumerate(zip(routers, loads, strict=True)):
-            router.balance(load_E, needs[number] if needs else None)
 
     def cut_parameters(self) -> list[tuple[str, PlacedParameter]]:
         """Those of which each rank of the mesh holds another part."""
@@ -123,6 +113,82 @@ class Layer(nn.Module):
             missing_keys.remove(prefix + "_extra_state")
 
 
+class KeepsStep:
+    """Seed and step are part of the state dict of what derives from this before `Layer`: of layers that draw by them.
+    PyTorch asks the class of a module whether it has such a state, so that it is no part of `Layer`."""
+
+    seed: int
+    step: int
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.seed, self.step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seed, self.step = state.tolist()
+
+
+class Loads:
+    """What the forward passes of a layer or model counted, router by router: in the last one, and in those in training
+    since routers were balanced by it. mesh: over which they are cut; with None each rank holds them whole, and has a
+    load of its own."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh = mesh
+        self.last: Tensor | None = None
+        self.since_balance: list[Tally] | None = None
+
+    def count(self, tallies: Sequence[Tally], training: bool) -> None:
+        """Of one pass: of each router. A pass that is run again was counted the first time."""
+        if runs_again():
+            return
+        self.last = torch.stack([tally.load_E for tally in tallies])
+        if training:
+            earlier = self.since_balance
+            self.since_balance = list(tallies) if earlier is None else list(map(add, earlier, tallies))
+
+    def forget(self) -> None:
+        """For other experts, or other weights."""
+        self.last = self.since_balance = None
+
+    def of_last_pass(self, routers: int, num_experts: int) -> Tensor:
+        """Assignments before dropping, [routers, E]; zeros before one."""
+        return torch.zeros(routers, num_experts, dtype=torch.int64) if self.last is None else self.last
+
+    def take(self, routers: Sequence[Router]) -> list[Tally]:
+        """What was counted since the last time, which is then forgotten; nothing of these routers without a pass."""
+        tallies, self.since_balance = self.since_balance, None
+        return [router.no_tally() for router in routers] if tallies is None else tallies
+
+    def balance(self, routers: Sequence[Router], group: dist.ProcessGroup | None) -> None:
+        """Let routers move their biases by what was counted since the last time."""
+        balance_routers(routers, self.take(routers), self.mesh, group)
+
+
+def balance_routers(
+    routers: Sequence[Router], tallies: Sequence[Tally], mesh: Mesh | None, group: dist.ProcessGroup | None
+) -> None:
+    """By what all ranks counted, in one reduction: over `group` without a mesh, where each rank holds all, and must
+    call whether or not it counted anything. With one, loads are of all its ranks already, and what tokens needed is
+    summed over those that hold tokens. Nothing moves where nobody had a token."""
+    loads = [tally.load_E for tally in tallies]
+    needs = [tally.needs_EB for tally in tallies if tally.needs_EB is not None]
+    if mesh is None and dist.is_initialized():
+        summed = reduced([*loads, *needs], lambda flat: dist.all_reduce(flat, group=group))
+        loads, needs = summed[: len(loads)], summed[len(loads) :]
+    elif mesh is not None and needs:
+        ranks = mesh.token_ranks
+        needs = reduced(needs, lambda flat: all_reduce(flat, ranks))
+    for number, (router, load_E) in enumerate(zip(routers, loads, strict=True)):
+        router.balance(load_E, needs[number] if needs else None)
+
+
+class WithAuxLoss(NamedTuple):
+    """What a forward pass gives with return_aux_loss. aux_loss: weighted already, to be added to the model's."""
+
+    y: Tensor
+    aux_loss: Tensor
+
+
 def drawn_seed(seed: int | None, ranks: int = 1) -> int:
     """`seed`, or one from torch's generator. Raises ValueError where `ranks` would draw different ones."""
     if seed is None:
@@ -142,10 +208,3 @@ def device_of(given: torch.device | str | None) -> torch.device:
 def runs_again() -> bool:
     """Whether this is inside a backward pass: a forward pass there is a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def reset_buffers(module: nn.Module) -> None:
-    """What routers keep beside parameters, as it was at first."""
-    for part in module.modules():
-        if isinstance(part, Router):
-            part.reset_buffers()

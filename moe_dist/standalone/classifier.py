@@ -17,17 +17,16 @@ from moe_dist.config.rules.task import encoder_rules
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
-from moe_dist.moe.balance import Tally
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
+from moe_dist.standalone.base import KeepsStep, Layer, Loads, device_of, drawn_seed
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, open_experts, remove_experts
 from moe_dist.surgery.models import change_experts
 
 
-class SwitchClassifier(Layer):
+class SwitchClassifier(KeepsStep, Layer):
     """Token and position embedding, post-norm encoder blocks with a Switch layer each, mean over tokens, linear head.
 
     num_experts, embed_dim, ff_dim (hidden width of one expert), vocab_size, dropout_rate: as in the document this came
@@ -85,15 +84,15 @@ class SwitchClassifier(Layer):
         model = resolve_backends(model, 1, device.type)
         with device:
             self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
-        self._counts_LE: Tensor | None = None
-        self._since_balance: list[Tally | None] = [None] * num_layers
+        self.loads = Loads(None)
         self.to(device)
 
     def reset_parameters(self) -> None:
-        initialize(self.core, self.seed)
-        reset_buffers(self)
-        self._forget_counts()
-        self.step = 0
+        super().reset_parameters()
+        self.loads.forget()
+
+    def _initialize(self) -> None:
+        initialize(self.core, self.seed)  # by the names that parameters have in a run
 
     @torch._disable_dynamo  # as of `MixtureOfExperts`
     def forward(self, ids: Tensor, mask: Tensor | None = None, *, step: int | None = None) -> tuple[Tensor, Tensor]:
@@ -116,13 +115,7 @@ class SwitchClassifier(Layer):
         phase: Literal["train", "eval"] = "train" if self.training else "eval"
         context = StepContext(self.key_of("classifier", step), phase, step=step)
         logits_BC, stats = self.core.classify(ids, mask_BS, context)
-        if not runs_again():
-            self._counts_LE = torch.stack([layer.load_E for layer in stats])
-            if self.training:
-                self._since_balance = [
-                    layer.tally if earlier is None else earlier + layer.tally
-                    for earlier, layer in zip(self._since_balance, stats, strict=True)
-                ]
+        self.loads.count([layer.tally for layer in stats], self.training)
         aux_loss = torch.stack([layer.aux_loss for layer in stats]).sum()
         return logits_BC, aux_loss
 
@@ -137,9 +130,8 @@ class SwitchClassifier(Layer):
             self.train(training)
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """Where a bias balances, once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
-        self.tell([layer.router for layer in self.moe_layers], self._since_balance, group)
-        self._since_balance = [None] * len(self.moe_layers)
+        """Where a bias balances (`balance`), once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
+        self.loads.balance([layer.router for layer in self.moe_layers], group)
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -153,9 +145,7 @@ class SwitchClassifier(Layer):
     @property
     def expert_counts(self) -> Tensor:
         """[layers, E]: assignments to each expert in the last forward pass, before dropping; zeros before one."""
-        if self._counts_LE is None:
-            return torch.zeros(len(self.moe_layers), self.num_experts, dtype=torch.int64)
-        return self._counts_LE
+        return self.loads.of_last_pass(len(self.moe_layers), self.num_experts)
 
     def add_experts(self, n: int, init: Literal["clone", "random", "split"] = "clone", **options: Any) -> list[int]:
         """n closed experts in every layer, outputs unchanged until `open_experts`; returns their numbers. Options are
@@ -164,14 +154,14 @@ class SwitchClassifier(Layer):
 
         def grown(layer: MoE) -> list[int]:
             own = dict(options)
-            if init == "clone" and self._counts_LE is not None and not {"sources", "load_E"} & own.keys():
-                own["load_E"] = self._counts_LE[layer.layer]
+            if init == "clone" and self.loads.last is not None and not {"sources", "load_E"} & own.keys():
+                own["load_E"] = self.loads.last[layer.layer]
             if init == "random":
                 own = {"seed": self.seed, "name": f"blocks.{layer.layer}.feed_forward."} | own
             return add_experts(layer, n, init, **own)
 
         added: Any = change_experts(self.core, grown)
-        self._forget_counts()
+        self.loads.forget()
         return list(added[0])
 
     def open_experts(self, ids: list[int]) -> None:
@@ -188,17 +178,8 @@ class SwitchClassifier(Layer):
         """Take experts out of every layer; returns the former numbers of those that stay. Closed ones leave the outputs
         unchanged; one that is open but never chosen has a share of the router's softmax, which goes to the others."""
         stay: Any = change_experts(self.core, lambda layer: remove_experts(layer, ids))
-        self._forget_counts()
+        self.loads.forget()
         return list(stay[0])
-
-    def _forget_counts(self) -> None:
-        self._counts_LE, self._since_balance = None, [None] * len(self.moe_layers)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.seed, self.step])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.seed, self.step = state.tolist()
 
 
 Model = SwitchClassifier

@@ -10,26 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.config.model import ModelConfig, MoEConfig
+from moe_dist.config.model import MoEConfig
 from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.random import dropout_by_index
-from moe_dist.models.backends import resolve_backends
-from moe_dist.models.block import moe_layer
-from moe_dist.moe.balance import Tally
+from moe_dist.models.backends import resolve_experts, resolve_kernels
+from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
+from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
 
 
-class MixtureOfExperts(Layer):
+class MixtureOfExperts(KeepsStep, Layer):
     """y = dropout(sum over the top_k experts i of p_i(x) E_i(x)), E_i(x) = act(x W_up) W_out.
 
     d_ff: hidden width of one expert. expert_capacity_factor: in training an expert takes at most
@@ -70,25 +69,24 @@ class MixtureOfExperts(Layer):
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
         device = device_of(device)
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
-        model = _model(d_model, d_ff, activation, options, mesh, device.type)
+        moe = _checked(options, d_model, d_ff, activation, mesh, device.type)
+        kernels = resolve_kernels("auto", device.type)
         self.d_model, self.dropout = d_model, dropout
         self.dp = mesh.dp
         with device:
-            self.moe = moe_layer(model, 0, mesh)
-        self._counts_E: Tensor | None = None
-        self._since_balance: Tally | None = None
+            self.moe = MoE(moe, d_model, d_ff, activation, layer=0, mesh=mesh, kernels=kernels)
+        self.loads = Loads(given)
         initialize(self, self.seed)
         self.to(device)
 
     def reset_parameters(self) -> None:
-        initialize(self, self.seed)
-        reset_buffers(self)
-        self.step, self._counts_E, self._since_balance = 0, None, None
+        super().reset_parameters()
+        self.loads.forget()
 
     @torch._disable_dynamo  # the kernels and what they ask the host do not go into a compiled graph
     def forward(
         self, x: Tensor, return_aux_loss: bool = False, *, token_ids: Tensor | None = None, step: int | None = None
-    ) -> Any:
+    ) -> Tensor | WithAuxLoss:
         """x of any shape [..., D] -> the same; with return_aux_loss (y, the weighted balancing and z-loss), also in
         evaluation. [B, S, D] has sequences of S for balance_scope=sequence. token_ids: [...], for router=hash."""
         if x.dim() == 0 or x.shape[-1] != self.d_model:
@@ -97,13 +95,9 @@ class MixtureOfExperts(Layer):
         x_TD = x.reshape(-1, self.d_model)
         context = self._context(x, token_ids, step)
         y_TD, stats = self.moe(x_TD, context)
-        if not runs_again():
-            self._counts_E = stats.load_E
-        if self.training and not runs_again():
-            earlier = self._since_balance
-            self._since_balance = stats.tally if earlier is None else earlier + stats.tally
+        self.loads.count([stats.tally], self.training)
         y = self._dropped_out(y_TD, context).view(x.shape)
-        return (y, stats.aux_loss) if return_aux_loss else y
+        return WithAuxLoss(y, stats.aux_loss) if return_aux_loss else y
 
     @property
     def num_experts(self) -> int:
@@ -112,28 +106,25 @@ class MixtureOfExperts(Layer):
     @property
     def expert_counts(self) -> Tensor:
         """[E]: assignments to each expert in the last forward pass, of all ranks, before dropping; zeros before one."""
-        return torch.zeros(self.num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
+        return self.loads.of_last_pass(1, self.num_experts)[0]
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, or another `balance` by sign or quantile, once an optimizer step: move the router's bias
-        by what the passes in training since have counted.
+        """Where a bias balances (`balance`), once an optimizer step: move it by what training passes since counted.
 
         Without a mesh every rank of `group` (None: of torch.distributed's default group, where there is one) must call:
-        what counts is that of all of them, so that copies of the layer, as under DDP and FSDP, stay copies. With one,
-        every rank of the mesh must.
+        the load is that of all of them, so that copies of the layer, as under DDP and FSDP, stay copies.
         """
-        self.tell([self.moe.router], [self._since_balance], group)
-        self._since_balance = None
+        self.loads.balance([self.moe.router], group)
 
     def add_experts(self, n: int, init: Literal["clone", "random", "split"] = "clone", **options: Any) -> list[int]:
         """n closed experts, outputs unchanged until `open_experts`; see surgery/layers.py. Clones are of the experts
         most loaded in the last forward pass, unless `sources` says otherwise. Rebuild the optimizer afterwards."""
-        if init == "clone" and self._counts_E is not None and not {"sources", "load_E"} & options.keys():
-            options["load_E"] = self._counts_E
+        if init == "clone" and self.loads.last is not None and not {"sources", "load_E"} & options.keys():
+            options["load_E"] = self.loads.last[0]
         if init == "random":
             options = {"seed": self.seed, "name": "moe."} | options
         added = add_experts(self.moe, n, init, **options)
-        self._counts_E = self._since_balance = None
+        self.loads.forget()
         return added
 
     def open_experts(self, ids: list[int]) -> None:
@@ -147,20 +138,14 @@ class MixtureOfExperts(Layer):
     def remove_experts(self, ids: list[int]) -> list[int]:
         """Take experts out; returns the former numbers of those that stay. Closed ones leave the outputs unchanged."""
         stay = remove_experts(self.moe, ids)
-        self._counts_E = self._since_balance = None
+        self.loads.forget()
         return stay
 
     def merge_experts(self, groups: list[list[int]], weights: Tensor | list[float] | None = None) -> list[list[int]]:
         """Each group becomes one expert, their mean weighted by `weights` [E]; returns the former numbers of each."""
         came_from = merge_experts(self.moe, groups, weights)
-        self._counts_E = self._since_balance = None
+        self.loads.forget()
         return came_from
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.seed, self.step])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.seed, self.step = state.tolist()
 
     def extra_repr(self) -> str:
         moe = self.moe.config
@@ -181,20 +166,19 @@ class MixtureOfExperts(Layer):
         return dropout_by_index(y_TD, rate, context.key.fold("dropout"), self.dp.rank * len(y_TD))
 
 
-def _model(
-    d_model: int, d_ff: int, activation: Activation, options: dict[str, Any], mesh: Mesh, device_type: str
-) -> ModelConfig:
-    """The layer as a model of one layer, whose rules it must keep."""
+def _checked(
+    options: dict[str, Any], d_model: int, d_ff: int, activation: Activation, mesh: Mesh, device_type: str
+) -> MoEConfig:
+    """The options as a section that keeps its rules, every `auto` resolved."""
     known = {field.name for field in fields(MoEConfig)} - {"every", "d_ff"}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
     gated(activation)  # raises for a name that is none of NAMES
     moe = parse_as(MoEConfig, options, "MixtureOfExperts")
-    model = ModelConfig(d_model=d_model, d_ff=d_ff, num_layers=1, num_heads=1, activation=activation, moe=moe)
     problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]
-    if model.moe.num_experts < 1:
-        problems.append(f"num_experts={model.moe.num_experts} is below 1")
-    parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
+    if moe.num_experts < 1:
+        problems.append(f"num_experts={moe.num_experts} is below 1")
+    parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
     refuse([*problems, *moe_rules(moe, parallel, d_ff=d_ff, num_layers=1, section="")])
-    return resolve_backends(model, mesh.ep.size, device_type)
+    return resolve_experts(moe, mesh.ep.size, device_type, section="")

@@ -91,9 +91,6 @@ class MixtureOfAutoregressiveAttention(Layer):
         self.attention = RoutedAttention(head_sizes, routed, attend, descend, Group(), out_std)
         initialize(self, self.seed)
 
-    def reset_parameters(self) -> None:
-        initialize(self, self.seed)
-
     def forward(
         self,
         x: Tensor,

@@ -13,22 +13,21 @@ from torch import Tensor
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes, MoEConfig
 from moe_dist.config.parse import parse_as
 from moe_dist.config.rules.parts import refuse
 from moe_dist.config.rules.switch import NOT_OF_ATTENTION, switch_rules
 from moe_dist.config.schema import ParallelConfig
-from moe_dist.models.backends import resolve_backends
-from moe_dist.moe.balance import Tally
+from moe_dist.models.backends import resolve_attention, resolve_kernels
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.base import Layer, device_of, drawn_seed, reset_buffers, runs_again
+from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed
 from moe_dist.standalone.masks import added_by
 from moe_dist.step import StepContext
 
 
-class SwitchMultiQueryAttention(Layer):
+class SwitchMultiQueryAttention(KeepsStep, Layer):
     """Each token goes to top_k of num_experts attention experts, which have num_heads query heads each and an output
     projection; they share one key/value head over the whole causal sequence, with rotary positions (arXiv 2210.05144).
 
@@ -62,18 +61,18 @@ class SwitchMultiQueryAttention(Layer):
         self.d_model, self.rope_theta = d_model, rope_theta
         options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
         options |= dict(balance_loss_coef=load_loss_coef)
-        model = _model(d_model, num_heads, head_dim, dropout, options, mesh, device.type)
+        attention = _checked(d_model, num_heads, head_dim, dropout, options, mesh)
+        sizes = HeadSizes.of(d_model, num_heads, 1, head_dim)
+        attention = resolve_attention(attention, sizes, mesh.ep.size, device.type, section="")
         with device:
-            self.attention = SwitchAttention(model, 0, mesh)
-        self._counts_E: Tensor | None = None
-        self._since_balance: Tally | None = None
+            self.attention = SwitchAttention(sizes, attention, mesh, 0, resolve_kernels("auto", device.type))
+        self.loads = Loads(given)
         initialize(self, self.seed)
         self.to(device)
 
     def reset_parameters(self) -> None:
-        initialize(self, self.seed)
-        reset_buffers(self)
-        self.step, self._counts_E, self._since_balance = 0, None, None
+        super().reset_parameters()
+        self.loads.forget()
 
     @torch._disable_dynamo  # as of `MixtureOfExperts`
     def forward(
@@ -84,7 +83,7 @@ class SwitchMultiQueryAttention(Layer):
         *,
         token_ids: Tensor | None = None,
         step: int | None = None,
-    ) -> Any:
+    ) -> Tensor | WithAuxLoss:
         """x: [B, S, D] -> the same; with return_aux_loss (y, the weighted balancing and z-loss), also in evaluation.
 
         attn_mask: zeros are masked, beside the future. [B, S] are keys; [S, S], [B, S, S] or [B, H, S, S] are queries
@@ -93,7 +92,6 @@ class SwitchMultiQueryAttention(Layer):
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, sequence, d_model={self.d_model}]")
         self.check_wrapping()
-        again = runs_again()
         context = self._context(x, token_ids, step)
         positions_S = torch.arange(x.shape[1], device=x.device)[None]
         positions_S = positions_S.double() if x.dtype == torch.float64 else positions_S
@@ -103,34 +101,18 @@ class SwitchMultiQueryAttention(Layer):
             bias = added_by(attn_mask != 0, x.shape[0], self.attention.heads, x.shape[1], x.shape[1])
         positions = Positions(rotary=rotary, bias=bias)
         y_TD, stats = self.attention(x.reshape(-1, self.d_model), x.shape[:2], positions, context)
-        if not again:
-            self._counts_E = stats.load_E
-            if self.training:
-                earlier = self._since_balance
-                self._since_balance = stats.tally if earlier is None else earlier + stats.tally
+        self.loads.count([stats.tally], self.training)
         y = y_TD.view(x.shape)
-        return (y, stats.aux_loss) if return_aux_loss else y
+        return WithAuxLoss(y, stats.aux_loss) if return_aux_loss else y
 
     @property
     def expert_counts(self) -> Tensor:
         """[E]: assignments to each expert in the last forward pass, of all ranks, before dropping; zeros before one."""
-        num_experts = self.attention.config.moe.num_experts
-        return torch.zeros(num_experts, dtype=torch.int64) if self._counts_E is None else self._counts_E
+        return self.loads.of_last_pass(1, self.attention.config.moe.num_experts)[0]
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """Where a bias balances, once an optimizer step: as `MixtureOfExperts.balance`."""
-        self.tell([self.attention.router], [self.take_tally()], group)
-
-    def take_tally(self) -> Tally | None:
-        """What `balance` would use, which is then forgotten: of several layers it can be reduced at once."""
-        tally, self._since_balance = self._since_balance, None
-        return tally
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.seed, self.step])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.seed, self.step = state.tolist()
+        """Where a bias balances (`balance`), once an optimizer step: as `MixtureOfExperts.balance`."""
+        self.loads.balance([self.attention.router], group)
 
     def extra_repr(self) -> str:
         moe = self.attention.config.moe
@@ -148,16 +130,10 @@ class SwitchMultiQueryAttention(Layer):
         )
 
 
-def _model(
-    d_model: int,
-    num_heads: int,
-    head_dim: int | None,
-    dropout: float,
-    options: dict[str, Any],
-    mesh: Mesh,
-    device_type: str,
-) -> ModelConfig:
-    """The layer as a model of one layer, whose rules it must keep."""
+def _checked(
+    d_model: int, num_heads: int, head_dim: int | None, dropout: float, options: dict[str, Any], mesh: Mesh
+) -> AttentionConfig:
+    """The options as a section that keeps its rules."""
     known = {field.name for field in fields(MoEConfig)} - NOT_OF_ATTENTION.keys()
     unknown = sorted(options.keys() - known)
     if unknown:
@@ -171,8 +147,6 @@ def _model(
     moe = parse_as(MoEConfig, options, "SwitchMultiQueryAttention")
     # With dropout the plain maths: it draws by global index, the fused kernels as they like.
     attention = AttentionConfig(kind="switch", backend="torch" if dropout else "auto", dropout=dropout, moe=moe)
-    dense = MoEConfig(num_experts=0)
-    model = ModelConfig(num_layers=1, attention=attention, moe=dense, **sizes)  # type: ignore[arg-type]
-    parallel = ParallelConfig(ep=mesh.ep.size // mesh.etp, etp=mesh.etp, tp=mesh.tp.size)
+    parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
     refuse([*problems, *switch_rules(attention, parallel, num_kv_heads=1, num_layers=1, section="", inner="")])
-    return resolve_backends(model, mesh.ep.size, device_type)
+    return attention

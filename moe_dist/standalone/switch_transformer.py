@@ -15,7 +15,7 @@ from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.standalone.base import Layer, device_of, drawn_seed
+from moe_dist.standalone.base import Layer, WithAuxLoss, balance_routers, device_of, drawn_seed
 from moe_dist.standalone.switch_attention import SwitchMultiQueryAttention
 
 _EPS = 1e-5
@@ -71,14 +71,14 @@ class Block(Layer):
         *,
         token_ids: Tensor | None = None,
         step: int | None = None,
-    ) -> Any:
+    ) -> Tensor | WithAuxLoss:
         """x: [B, S, D] -> the same; with return_aux_loss (y, the auxiliary loss). attn_mask and the rest: as
         `SwitchMultiQueryAttention`."""
         y, aux_loss = self.attention(self.attention_norm(x), attn_mask, True, token_ids=token_ids, step=step)
         x = x + y
         x_TD = self.feed_forward_norm(x).reshape(-1, x.shape[-1])
         x = x + self.feed_forward(x_TD).view(x.shape)
-        return (x, aux_loss) if return_aux_loss else x
+        return WithAuxLoss(x, aux_loss) if return_aux_loss else x
 
 
 class Transformer(Layer):
@@ -131,7 +131,7 @@ class Transformer(Layer):
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, return_aux_loss: bool = False, *, step: int | None = None
-    ) -> Any:
+    ) -> Tensor | WithAuxLoss:
         """x: token ids [B, S] -> logits [B, S, V]; with return_aux_loss (logits, the sum of the layers' auxiliary
         losses). attn_mask and step: as `SwitchMultiQueryAttention`. Raises ValueError for what is not [B, S] of ids.
         """
@@ -144,9 +144,11 @@ class Transformer(Layer):
             hidden, of_block = block(hidden, attn_mask, True, token_ids=x, step=step)
             aux_loss = aux_loss + of_block
         logits = F.linear(self.norm(hidden), self.embedding)
-        return (logits, aux_loss) if return_aux_loss else logits
+        return WithAuxLoss(logits, aux_loss) if return_aux_loss else logits
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
         """Where a bias balances, once an optimizer step: as `MixtureOfExperts.balance`."""
         layers = [block.attention for block in self.blocks if isinstance(block, Block)]
-        self.tell([layer.attention.router for layer in layers], [layer.take_tally() for layer in layers], group)
+        routers = [layer.attention.router for layer in layers]
+        tallies = [tally for layer, router in zip(layers, routers, strict=True) for tally in layer.loads.take([router])]
+        balance_routers(routers, tallies, self.cut_over, group)

@@ -13,11 +13,11 @@ from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.multi_query import CausalSelfAttention
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
-from moe_dist.config.model import AttentionConfig, ModelConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.config.rules.attention import attention_rules
 from moe_dist.config.rules.parts import refuse
 from moe_dist.kernels.random import RandomKey
-from moe_dist.models.backends import resolve_backends
+from moe_dist.kernels.registry import check_triton
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -64,11 +64,13 @@ class TransformerBlock(Layer):
             raise TypeError(f"options {sorted(moe)} are of experts, but use_moe=False")
         attention = AttentionConfig(backend=attn_impl, position=position, window=window)
         kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        self.model = _model(d_model, n_heads, kv_heads, d_ff, attention, device.type)
-        self.rope_theta, self.moe = rope_theta, None
+        _check(d_model, n_heads, kv_heads, d_ff, attention, device.type)
+        self.sizes = HeadSizes.of(d_model, n_heads, kv_heads)
+        self.position = position
+        self.rope_theta = rope_theta
         with device:
             self.attention_norm, self.feed_forward_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-            self.attention = CausalSelfAttention(self.model.head_sizes, self.model.attention, single_process_mesh())
+            self.attention = CausalSelfAttention(self.sizes, attention, single_process_mesh())
             self.dropout = nn.Dropout(dropout)
             if use_moe:
                 options = dict(activation=activation, seed=self.seed, device=device) | moe
@@ -110,8 +112,8 @@ class TransformerBlock(Layer):
         which pass this is; None counts. Raises ValueError for what does not fit, an
         overflow of the cache included, and for a mask of two dimensions that could be [B, L] as well as [S, L].
         """
-        if x.dim() != 3 or x.shape[-1] != self.model.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, tokens, d_model={self.model.d_model}]")
+        if x.dim() != 3 or x.shape[-1] != self.sizes.d_model:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but must be [batch, tokens, d_model={self.sizes.d_model}]")
         shape = (x.shape[0], x.shape[1])
         cache, starts = self._cache(kv_cache, use_cache, cache_position, shape)
         positions = self._positions(shape, starts, mask, x)
@@ -153,17 +155,17 @@ class TransformerBlock(Layer):
         return kv_cache, kv_cache.check_room(*shape, cache_position)
 
     def _positions(self, shape: tuple[int, int], starts: list[int], mask: Tensor | None, x: Tensor) -> Positions:
-        model, rotary, slopes_H, bias = self.model, None, None, None
-        if model.attention.position == "rotary":
+        rotary, slopes_H, bias = None, None, None
+        if self.position == "rotary":
             starts_B1 = torch.tensor(starts or [0], device=x.device)[:, None]
             at_BS = starts_B1 + torch.arange(shape[1], device=x.device)
             at_BS = at_BS.double() if x.dtype == torch.float64 else at_BS
-            rotary = rotary_table(at_BS, model.head_width, self.rope_theta)
-        if model.attention.position == "alibi":
-            slopes_H = alibi_slopes(model.num_heads, device=x.device)
+            rotary = rotary_table(at_BS, self.sizes.head_dim, self.rope_theta)
+        if self.position == "alibi":
+            slopes_H = alibi_slopes(self.sizes.num_heads, device=x.device)
         if mask is not None:
             keys = max(starts, default=0) + shape[1]
-            bias = added_by(_seen(mask), shape[0], model.num_heads, shape[1], keys)
+            bias = added_by(_seen(mask), shape[0], self.sizes.num_heads, shape[1], keys)
         return Positions(rotary, slopes_H, bias=bias)
 
 
@@ -175,7 +177,8 @@ def _seen(mask: Tensor) -> Tensor:
     return mask != 0
 
 
-def _model(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: AttentionConfig, device: str) -> ModelConfig:
+def _check(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: AttentionConfig, device_type: str) -> None:
+    """The rules of the layers, in one ValueError."""
     sizes = dict(d_model=d_model, n_heads=heads, d_ff=d_ff)
     problems = [f"{name}={value} is below 1" for name, value in sizes.items() if value < 1]
     if attention.position not in ("none", "rotary", "alibi"):
@@ -186,6 +189,6 @@ def _model(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: Attent
         problems.append(f"n_heads={heads} is not divisible by n_kv_heads={kv_heads}")
     if not problems and attention.position == "rotary" and d_model // heads % 2:
         problems.append(f"rotary positions need an even width of a head, not {d_model}/{heads}={d_model // heads}")
-    model = ModelConfig(d_model=d_model, num_heads=heads, num_kv_heads=kv_heads, d_ff=d_ff, attention=attention)
     refuse([*problems, *attention_rules(attention, section="")])
-    return resolve_backends(model, 1, device)
+    if attention.backend == "triton":
+        check_triton("attn_impl", "flash", device_type)

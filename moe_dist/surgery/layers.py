@@ -190,7 +190,8 @@ def split_experts(layer: "MoE", parts: int = 2) -> None:
         raise ValueError(
             f"num_groups={moe.num_groups}: router=sigmoid ranks groups by two experts, which parts would fill"
         )
-    renormalize = moe.renormalize and moe.top_k > 1  # what it was for one chosen expert it must be for its parts
+    # What it was for one chosen expert it must be for its parts; expert_choice never looks at it.
+    renormalize = moe.renormalize and (moe.top_k > 1 or moe.router == "expert_choice")
     scale = 1 if moe.router == "sigmoid" and not renormalize else parts
     members = members_of(layer)
     if moe.router == "softmax" and "bias_E" in members[0].row:  # beside scores that are shared out

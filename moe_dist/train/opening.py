@@ -18,8 +18,9 @@ def opening_lines(
     counts = task.parameter_counts(config.model)
     backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, device.type).items())
     engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
+    ep = f"ep {layout.ep}" + (f" x etp {layout.etp}" if layout.etp > 1 else "")
     return [
-        f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, ep {layout.ep}, edp {layout.edp}; "
+        f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, {ep}, edp {layout.edp}; "
         f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
         f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; {backends}",
         f"data      {task.describe()}",

@@ -67,7 +67,7 @@ def check_copies() -> None:
         own_TD = draw(step).chunk(4)[rank]
         wrapped(own_TD[: 1 + rank]).sum().backward()  # unequal loads
         if rank == 3:
-            layer._since_balance = None  # this one saw nothing: it takes part all the same
+            layer.loads.since_balance = None  # this one saw nothing: it takes part all the same
         layer.balance()
         seen = [draw(step).chunk(4)[r][: 1 + r] for r in range(3)]
         whole.moe.router.balance(sum(_load(whole, x_TD) for x_TD in seen))

@@ -115,7 +115,7 @@ class Case:
         routed = part_of(mesh.rank, tokens or (len(self.x_TD) // mesh.token_ranks.size,) * mesh.token_ranks.size)
         moe = replace(self.moe, **how)
         found, layer = self.run(mesh, moe, own)
-        where = f"ranks {mesh.layout} etp {mesh.etp} {mesh.sequence_parallel=} {moe}"
+        where = f"ranks {mesh.layout} {mesh.sequence_parallel=} {moe}"
         pairs = [("y", found.y_TD, expected.y_TD[own]), ("x", found.grad_x_TD, expected.grad_x_TD[own])]
         if expected.grad_weights_TK is not None:
             pairs.append(("weights", found.grad_weights_TK, expected.grad_weights_TK[routed]))

@@ -11,9 +11,9 @@ from moe_dist import SwitchMultiQueryAttention, Transformer
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import rotary_table
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config import ModelConfig, MoEConfig
-from moe_dist.config.model import AttentionConfig
-from moe_dist.models.backends import resolve_backends
+from moe_dist.config import MoEConfig
+from moe_dist.config.model import AttentionConfig, HeadSizes
+from moe_dist.models.backends import resolve_attention
 from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
@@ -23,6 +23,7 @@ from moe_dist.step import Site, StepContext
 from tests.dist.helpers import KEY, raised, run_checks
 
 B, S, D, H, P, E = 4, 6, 10, 2, 4, 4
+SIZES = HeadSizes.of(D, H, 1, P)
 FLOAT64 = dict(rtol=1e-9, atol=1e-11)
 CARRIERS: list[tuple[dict[str, Any], int | None]] = [
     (dict(dispatch="all_to_all"), None),
@@ -81,8 +82,8 @@ class Case:
 
     def run(self, mesh: Mesh, how: dict[str, Any]) -> tuple[Found, SwitchAttention]:
         section = AttentionConfig(kind="switch", moe=replace(self.moe, **how), **self.attention)
-        model = ModelConfig(d_model=D, num_heads=H, head_dim=P, attention=section, moe=MoEConfig(num_experts=0))
-        layer = SwitchAttention(resolve_backends(model, mesh.ep.size), 0, mesh, 0.3)
+        section = resolve_attention(section, SIZES, mesh.ep.size, "cpu")
+        layer = SwitchAttention(SIZES, section, mesh, 0, out_std=0.3)
         initialize(layer, seed=1)
         layer.double()
         rows, cut = B // mesh.dp.size, mesh.token_ranks if mesh.sequence_parallel else mesh.dp
@@ -170,8 +171,7 @@ def check_ranks_without_tokens() -> None:
     for ep in (2, 4):
         mesh = mesh_of(ep)
         section = AttentionConfig(kind="switch", moe=MoEConfig(num_experts=E, capacity_factor=None))
-        model = ModelConfig(d_model=D, num_heads=H, head_dim=P, attention=section, moe=MoEConfig(num_experts=0))
-        layer = SwitchAttention(resolve_backends(model, ep), 0, mesh)
+        layer = SwitchAttention(SIZES, resolve_attention(section, SIZES, ep, "cpu"), mesh, 0)
         initialize(layer, seed=1)
         layer.double()
         rows = 0 if mesh.rank else 2

@@ -124,7 +124,7 @@ def check_run_folder(run: Path, config_file: Path, world: int, ep: int) -> None:
     )
     assert config == resolved
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["layout"] == {"world": world, "dp": world, "tp": 1, "ep": ep, "edp": world // ep}
+    assert environment["layout"] == {"world": world, "dp": world, "tp": 1, "ep": ep, "etp": 1, "edp": world // ep}
     assert environment["packages"]["torch"] and environment["backends"]["experts"] != "auto"
     assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": STEPS}
     assert [path.name for path in sorted((run / "logs").iterdir())] == [f"rank-{r:05d}.log" for r in range(world)]

@@ -156,4 +156,4 @@ def test_the_cover_holds_every_value_of_every_axis() -> None:
         for name, values in axes.items():
             assert {getattr(case, name) for case in chosen} >= set(values), name
     for layout in layouts:
-        assert Layout(4, int(layout.ep) * int(layout.etp), int(layout.tp))
+        assert Layout(4, int(layout.ep), int(layout.tp), etp=int(layout.etp))

@@ -33,6 +33,7 @@ _USES: Uses = {
     "importance_loss_coef": ("router", "noisy"),
     "load_loss_coef": ("router", "noisy"),
     "sinkhorn_iterations": ("router", "sinkhorn"),
+    "renormalize": ("router", "softmax sigmoid sinkhorn"),
     "drop_order": ("drop_policy", "position"),
     "wire": ("dispatch", "auto all_to_all"),
     "overlap_chunks": ("dispatch", "auto all_to_all"),
@@ -153,6 +154,8 @@ def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[s
 
 
 def _router_rules(moe: MoEConfig, section: str) -> Iterator[str]:
+    if not moe.renormalize and moe.top_k == 1:
+        yield f"renormalize=false is of top_k > 1, not {moe.top_k}; set {key(section, 'renormalize')} to true"
     if moe.jitter >= 1:
         yield (f"jitter={moe.jitter} is not below 1; Switch Transformers uses 0.01: lower {key(section, 'jitter')}")
     if moe.num_groups > 1:

@@ -34,7 +34,7 @@ def linear(rows_RN: Tensor, weight: Tensor, order: RowOrder, backend: str, out_f
         raise ValueError(f"experts={backend} has no linear map of its own: use {', '.join(GROUPED_MM)}")
     rows = order.slots_R.numel()
     assert rows_RN.shape[0] == rows, f"{rows_RN.shape[0]} rows, but the experts have {rows}"
-    if replaces(backend, rows_RN.device.type):
+    if replaces(backend, rows_RN.device.type) and order.fullest is None:
         return _Linear.apply(rows_RN.contiguous(), weight, order.rows_per_expert, out_first)
     weight_eNM = weight.transpose(1, 2) if out_first else weight
     if rows == 0:

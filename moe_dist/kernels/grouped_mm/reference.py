@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.kernels.activation import activate
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.backend import Permutation
-from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.kernels.permute.order import RowOrder, traced
 
 Matmul = Callable[[Tensor, Tensor, RowOrder], Tensor]
 """(rows [R, N], weight [e, N, M], whose rows are whose) -> [R, M]."""
@@ -65,27 +65,35 @@ def feed_forward(
 
 def loop(rows_RN: Tensor, weight_eNM: Tensor, order: RowOrder) -> Tensor:
     """Expert after expert. `unbind`, because indexing would make a full-size zero gradient for every expert."""
-    parts = zip(rows_RN.split(list(order.rows_per_expert)), weight_eNM.unbind(0), strict=True)
-    return torch.cat([rows @ weight for rows, weight in parts])
+    counts = order.rows_per_expert
+    kept = sum(counts)
+    parts = zip(rows_RN[:kept].split(list(counts)), weight_eNM.unbind(0), strict=True)
+    out_RM = torch.cat([rows @ weight for rows, weight in parts])
+    return out_RM if kept == len(rows_RN) else F.pad(out_RM, (0, 0, 0, len(rows_RN) - kept))
 
 
 def bmm(rows_RN: Tensor, weight_eNM: Tensor, order: RowOrder) -> Tensor:
     """Pad to [e, C, N], multiply once, take the rows out again."""
-    counts_e, fullest = order.counts_e, max(order.rows_per_expert)
-    experts, rows = len(counts_e), len(rows_RN)
-    starts_e = counts_e.cumsum(0) - counts_e
-    shift_e = torch.arange(experts, device=rows_RN.device) * fullest - starts_e
-    slots_R = torch.arange(rows, device=rows_RN.device) + shift_e.repeat_interleave(counts_e, output_size=rows)
-    padded = rows_RN.new_zeros(experts * fullest, rows_RN.shape[1]).index_copy(0, slots_R, rows_RN)
-    out = torch.bmm(padded.view(experts, fullest, -1), weight_eNM)
-    return out.flatten(0, 1).index_select(0, slots_R)
+    counts_e, bound = order.counts_e, order.fullest is not None
+    experts, fullest = len(counts_e), max(order.rows_per_expert) if order.fullest is None else order.fullest
+    # Row r of expert i goes to i * C + r - start of i; a row of nobody to one place more, at the end.
+    last = experts * fullest
+    shift_e = torch.arange(experts, device=counts_e.device) * fullest - (counts_e.cumsum(0) - counts_e)
+    row_R, expert_R = torch.arange(len(rows_RN), device=counts_e.device), order.expert_R
+    place_R = torch.where(expert_R < experts, row_R + F.pad(shift_e, (0, 1))[expert_R], last)
+    padded = rows_RN.new_zeros(last + bound, rows_RN.shape[1]).index_copy(0, place_R, rows_RN)
+    out = torch.bmm(padded[:last].view(experts, fullest, -1), weight_eNM).flatten(0, 1)
+    return (F.pad(out, (0, 0, 0, 1)) if bound else out).index_select(0, place_R)
 
 
 def grouped_mm(rows_RN: Tensor, weight_eNM: Tensor, order: RowOrder) -> Tensor:
     """torch.nn.functional.grouped_mm: offsets int32, contiguous rows; fp32, bf16 and fp16 only.
 
-    It wants rows of a multiple of 16 bytes: other widths are filled up with zeros, which add nothing to a product.
+    It wants rows of a multiple of 16 bytes: other widths are filled up with zeros, which add nothing to a product. Its
+    shape is known to torch for bf16 alone on CPU, so that a pass traced there takes `bmm`.
     """
+    if rows_RN.device.type == "cpu" and traced(rows_RN):
+        return bmm(rows_RN, weight_eNM, order)
     offsets_e = order.counts_e.cumsum(0, dtype=torch.int32)
     step, (deep, wide) = _ALIGNED // rows_RN.element_size(), weight_eNM.shape[1:]
     more_deep, more_wide = -deep % step, -wide % step
@@ -108,6 +116,8 @@ GROUPED_MM = {"loop": loop, "bmm": bmm, "grouped_mm": grouped_mm}
 def _add(rows_RM: Tensor, bias_eM: Tensor | None, order: RowOrder) -> Tensor:
     if bias_eM is None:
         return rows_RM
+    if order.fullest is not None:
+        return rows_RM + F.pad(bias_eM, (0, 0, 0, 1))[order.expert_R]  # nothing to the rows of nobody, nor from them
     return rows_RM + bias_eM.repeat_interleave(order.counts_e, dim=0, output_size=rows_RM.shape[0])
 
 

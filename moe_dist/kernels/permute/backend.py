@@ -12,7 +12,7 @@ from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 class Permutation(NamedTuple):
     """Three operations of one backend; what they do is in order.py and reference.py."""
 
-    sort_rows: Callable[[Tensor, Tensor, int], RowOrder] = RowOrder.of
+    sort_rows: Callable[[Tensor, Tensor | None, int, int | None], RowOrder] = RowOrder.of
     gather_rows: Callable[[Tensor, RowOrder], Tensor] = gather_rows
     combine_rows: Callable[[Tensor, Tensor | None, RowOrder], Tensor] = combine_rows
 

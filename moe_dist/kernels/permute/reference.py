@@ -35,12 +35,14 @@ def sum_rows(rows_RD: Tensor, weights_XK: Tensor | None, order: RowOrder) -> Ten
     kept = order.slots_R.numel()
     if kept == 0:
         return rows_RD.new_zeros(order.kept_XK.shape[0], rows_RD.shape[1])
-    if kept < order.kept_XK.numel():
+    if kept < order.kept_XK.numel() or order.fullest is not None:
         weights_XK = order.kept_XK if weights_XK is None else weights_XK * order.kept_XK
-    if rows_RD.device.type == "cpu":
+    if rows_RD.device.type == "cpu" and order.fullest is None:
         scale_XK = None if weights_XK is None else weights_XK.to(rows_RD.dtype)
         return F.embedding_bag(order.rows_XK, rows_RD, mode="sum", per_sample_weights=scale_XK)  # one fused pass
     gathered_XKD = rows_RD.index_select(0, order.rows_XK.flatten()).view(*order.rows_XK.shape, -1)
+    if order.fullest is not None:  # a row that belongs to nobody can hold NaN, and 0 * NaN is not 0
+        gathered_XKD = gathered_XKD.masked_fill(~order.kept_XK[:, :, None], 0)
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     weights_XK = torch.ones_like(order.kept_XK) if weights_XK is None else weights_XK
     return torch.einsum("xkd,xk->xd", gathered_XKD.to(wide), weights_XK.to(wide)).to(rows_RD.dtype)
@@ -88,7 +90,7 @@ class _CombineRows(torch.autograd.Function):
         # d/dw[x, k] = <row, grad of its x>; made per row, then read by assignment.
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
         dots_R = torch.linalg.vecdot(rows_RD, grad_rows_RD).to(wide)
-        grad_weights_XK = dots_R[order.rows_XK] * order.kept_XK
+        grad_weights_XK = torch.where(order.kept_XK, dots_R[order.rows_XK], 0)
         weight_R = weights_XK.flatten()[order.slots_R]
         grad_rows_RD *= weight_R[:, None].to(grad_rows_RD.dtype)
         return grad_rows_RD, grad_weights_XK.to(weights_XK.dtype), None

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.launch import check_launch
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.kernels.permute.triton_sort import keep_first, sort_rows
+from moe_dist.kernels.permute.triton_sort import sort_rows
 
-__all__ = ["combine_rows", "gather_rows", "keep_first", "sort_rows"]
+__all__ = ["combine_rows", "gather_rows", "sort_rows"]
 
 _TILE = 4096  # numbers of a tile of rows
 _COLUMNS = 512

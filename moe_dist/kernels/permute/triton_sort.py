@@ -1,4 +1,4 @@
-"""Sorting assignments by expert: a stable counting sort, and what it says about who came first.
+"""Sorting assignments by expert: a stable counting sort.
 
 Three passes, no atomics: each block of assignments counts its experts; one running sum over (expert, block) gives the
 place where a block's first row of an expert goes; then each assignment adds how many before it, in its own block, chose
@@ -23,14 +23,18 @@ STEP = 16  # of them at a time
 _TILE = 4096  # comparisons held at once while counting
 
 
-def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) -> RowOrder:
-    """RowOrder.of. kept_XK None: all are kept, and the number of rows is known without waiting for the device."""
+def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int, rows: int | None = None) -> RowOrder:
+    """RowOrder.of."""
     check_launch("sort_rows", _histogram, experts_XK)
     experts_XK, kept_XK = experts_XK.contiguous(), None if kept_XK is None else kept_XK.contiguous()
     counts_EB, ends_EB = _count(experts_XK, kept_XK, num_experts)
     counts_e = counts_EB.sum(1)
-    rows = experts_XK.numel() if kept_XK is None else int(counts_e.sum())
-    slots_R = torch.empty(rows, dtype=torch.int64, device=experts_XK.device)
+    if kept_XK is None:
+        length, rows = experts_XK.numel(), None
+    else:
+        length = int(counts_e.sum()) if rows is None else rows
+    # Zeros past the kept rows, which nobody fills: they are read as indices.
+    slots_R = (torch.empty if rows is None else torch.zeros)(length, dtype=torch.int64, device=experts_XK.device)
     rows_XK = torch.empty_like(experts_XK, dtype=torch.int64)
     _place[(counts_EB.shape[1],)](
         *(experts_XK, kept_XK, ends_EB, slots_R, rows_XK, experts_XK.numel(), counts_EB.shape[1]),
@@ -39,19 +43,7 @@ def sort_rows(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) -> R
     )
     if kept_XK is None:
         kept_XK = torch.ones_like(experts_XK, dtype=torch.bool)
-    return RowOrder(counts_e, slots_R, rows_XK, kept_XK)
-
-
-def keep_first(experts_N: Tensor, limit_E: Tensor) -> Tensor:
-    """Which assignments find room: those with fewer than limit_E[expert] of the same expert before them."""
-    check_launch("keep_first", _histogram, experts_N)
-    experts_N, limit_E = experts_N.contiguous(), limit_E.contiguous()
-    counts_EB, ends_EB = _count(experts_N, None, limit_E.numel())
-    kept_N = torch.empty_like(experts_N, dtype=torch.bool)
-    _keep[(counts_EB.shape[1],)](
-        *(experts_N, limit_E, ends_EB, kept_N, experts_N.numel(), counts_EB.shape[1]), BLOCK=BLOCK, STEP=STEP
-    )
-    return kept_N
+    return RowOrder(counts_e, slots_R, rows_XK, kept_XK, rows)
 
 
 def histogram_step(num_experts: int) -> tuple[int, int]:
@@ -146,21 +138,3 @@ def _place(
     row_B = _end_before(ends_ptr, expert_B, tl.program_id(0), blocks) + rank_B
     tl.store(slots_ptr + row_B, n_B, mask=expert_B >= 0)
     tl.store(rows_ptr + n_B, tl.where(expert_B >= 0, row_B, 0), mask=n_B < total)
-
-
-@triton.jit
-def _keep(
-    experts_ptr: tl.tensor,
-    limit_ptr: tl.tensor,
-    ends_ptr: tl.tensor,
-    kept_ptr: tl.tensor,
-    total: tl.tensor,
-    blocks: tl.tensor,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-) -> None:
-    n_B, expert_B, rank_B = _rank(experts_ptr, None, total, BLOCK, STEP)
-    first_B = _end_before(ends_ptr, expert_B, 0, blocks)
-    position_B = _end_before(ends_ptr, expert_B, tl.program_id(0), blocks) - first_B + rank_B
-    limit_B = tl.load(limit_ptr + expert_B, mask=expert_B >= 0, other=0)
-    tl.store(kept_ptr + n_B, position_B < limit_B, mask=n_B < total)

@@ -1,6 +1,6 @@
 """From router logits to chosen experts, their scores, and everything the auxiliary losses need: one pass.
 
-Legend: T tokens, E experts, K top_k, C chunks of tokens over which the balancing loss is taken.
+Legend: T tokens, E experts, K top_k, Q chunks of tokens over which the balancing loss is taken.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_dist.kernels.permute.order import counts_of
+
 Score = Literal["softmax", "sigmoid"]
 _FEW = 4  # experts of a token up to which repeated argmax is faster than sorting
 
 
 @dataclass(frozen=True)
 class TopK:
-    """experts_TK: int64, best first. scores_TK: the chosen experts' scores, differentiable. counts_CE: assignments by
-    chunk, int64. prob_sums_CE: sum over a chunk's tokens of the probabilities, differentiable. z_sum: sum over tokens
+    """experts_TK: int64, best first. scores_TK: the chosen experts' scores, differentiable. counts_QE: assignments by
+    chunk, int64. prob_sums_QE: sum over a chunk's tokens of the probabilities, differentiable. z_sum: sum over tokens
     of logsumexp(logits)^2, differentiable. entropy_sum: nats, for reporting.
 
     Probabilities are softmax(logits), or sigmoid(logits) divided by their sum over experts.
@@ -24,8 +26,8 @@ class TopK:
 
     experts_TK: Tensor
     scores_TK: Tensor
-    counts_CE: Tensor
-    prob_sums_CE: Tensor
+    counts_QE: Tensor
+    prob_sums_QE: Tensor
     z_sum: Tensor
     entropy_sum: Tensor
 
@@ -55,13 +57,13 @@ def top_k_experts(
     probs_TE = scores_TE if score == "softmax" else shares(scores_TE)
     tokens, num_experts = logits_TE.shape
     chunk_T, chunks = chunks_of(tokens, chunk, first, logits_TE.device)
-    prob_sums_CE = probs_TE.new_zeros(chunks, num_experts).index_add(0, chunk_T, probs_TE)
+    prob_sums_QE = probs_TE.new_zeros(chunks, num_experts).index_add(0, chunk_T, probs_TE)
     cells_N = (chunk_T[:, None] * num_experts + chosen_TK).flatten()
     return TopK(
         experts_TK=chosen_TK,
         scores_TK=scores_TE.gather(1, chosen_TK),
-        counts_CE=cells_N.bincount(minlength=chunks * num_experts).view(chunks, num_experts),
-        prob_sums_CE=prob_sums_CE,
+        counts_QE=counts_of(cells_N, chunks * num_experts).view(chunks, num_experts),
+        prob_sums_QE=prob_sums_QE,
         z_sum=logits_TE.logsumexp(-1).square().sum(),
         entropy_sum=torch.special.entr(probs_TE.detach()).sum(),
     )

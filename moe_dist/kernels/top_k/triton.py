@@ -4,7 +4,7 @@ The kernel cuts each chunk into blocks of tokens, and a block writes its own par
 atomics, so the same bits on every run. The backward pass computes the scores again from the logits. All in fp32, also
 for bfloat16 logits: scores and sums are fp32, the gradient has the dtype of the logits.
 
-Legend: T tokens, E experts (inside kernels: the next power of two), K top_k, C chunks, B tokens of a block, P programs.
+Legend: T tokens, E experts (inside kernels: the next power of two), K top_k, Q chunks, B tokens of a block, P programs.
 """
 
 from typing import Any, NamedTuple
@@ -98,23 +98,23 @@ class _TopK(torch.autograd.Function):
             BLOCK=cut.block,
         )
         shape = (cut.chunks, cut.blocks, num_experts)
-        counts_CE, prob_sums_CE = counts_PE.view(shape).sum(1), prob_sums_PE.view(shape).sum(1)
+        counts_QE, prob_sums_QE = counts_PE.view(shape).sum(1), prob_sums_PE.view(shape).sum(1)
         entropy_sum = entropy_P.sum()
         ctx.save_for_backward(logits_TE, experts_TK)
         ctx.cut, ctx.sigmoid = cut, score == "sigmoid"
         chosen = experts_TK if given is None else None
-        ctx.mark_non_differentiable(*(counts_CE, entropy_sum), *(() if chosen is None else (chosen,)))
-        return chosen, scores_TK, counts_CE, prob_sums_CE, z_P.sum(), entropy_sum
+        ctx.mark_non_differentiable(*(counts_QE, entropy_sum), *(() if chosen is None else (chosen,)))
+        return chosen, scores_TK, counts_QE, prob_sums_QE, z_P.sum(), entropy_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _, grad_scores_TK, _, grad_prob_sums_CE, grad_z, _ = grads
+        _, grad_scores_TK, _, grad_prob_sums_QE, grad_z, _ = grads
         logits_TE, experts_TK = ctx.saved_tensors
         cut, (tokens, num_experts) = ctx.cut, logits_TE.shape
         grad_logits_TE = torch.empty_like(logits_TE)
         _backward[(cut.chunks * cut.blocks,)](
-            *(logits_TE, experts_TK, grad_scores_TK.contiguous(), grad_prob_sums_CE.contiguous(), grad_z),
+            *(logits_TE, experts_TK, grad_scores_TK.contiguous(), grad_prob_sums_QE.contiguous(), grad_z),
             *(grad_logits_TE, tokens, cut.chunk, cut.shift, cut.blocks),
             SIGMOID=ctx.sigmoid,
             E=num_experts,

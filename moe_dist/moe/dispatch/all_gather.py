@@ -3,7 +3,7 @@
 There: all-gather of tokens, weights and decisions. Back: reduce-scatter, which also sums over experts. More bytes than
 all-to-all unless top_k comes near the number of ranks, but messages of one size, known without the counts.
 
-Legend: T tokens of the fullest rank of the group (others are padded), X = P * T tokens of all, P ranks of the group, K
+Legend: T tokens of the fullest rank of the group (others are padded), X = w * T tokens of all, w ranks of the group, K
 top_k, D d_model, e experts of each rank.
 """
 
@@ -42,7 +42,7 @@ class AllGatherDispatcher:
         # 4. Assignments of this rank's experts.
         local = num_experts // self.ep.size
         target_XK = target_XK - self.ep.rank * local
-        order = self.permute.sort_rows(target_XK, (target_XK >= 0) & (target_XK < local), local)
+        order = self.permute.sort_rows(target_XK, (target_XK >= 0) & (target_XK < local), local, None)
         # 5. Through them, and the sums back.
         y_TD = carry_home(experts(x_XD, weights_XK, order), trip, self.wire)
         decided = (self.ep.size - 1) * weights_TK.numel() * (weights_TK.itemsize + target_TK.itemsize)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.kernels.permute.backend import Permutation
-from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.moe.choice import Choice
+from moe_dist.kernels.permute.order import RowOrder, readable
+from moe_dist.moe.choice import Choice, DispatchPlan
 from moe_dist.moe.dispatch.counts import order_of
 from moe_dist.parallel.mesh import Mesh
 
@@ -47,7 +47,19 @@ class LocalDispatcher:
             raise ValueError(f"dispatch=local needs all experts on every rank, but ep={mesh.ep.size}: use all_to_all")
 
     def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
-        return experts(x_TD, choice.weights_TK, order_of(choice.plan, self.permute)), 0
+        return experts(x_TD, choice.weights_TK, self.order(choice.plan)), 0
+
+    def order(self, plan: DispatchPlan) -> RowOrder:
+        """Where asking for the number of rows would be a wait, it is bounded by what the host knows."""
+        kept_TK, num_experts = plan.kept_TK, plan.kept_WE.shape[1]
+        if readable(kept_TK) or plan.everything:
+            return order_of(plan, self.permute)
+        tokens, top_k = kept_TK.shape
+        fullest, rows = tokens, tokens * top_k
+        if plan.pool_rows is not None:
+            fullest = min(plan.pool_rows, tokens)
+            rows = min(rows, num_experts // plan.pool * plan.pool_rows)
+        return self.permute.sort_rows(plan.experts_TK, kept_TK, num_experts, max(rows, 1)).up_to(max(fullest, 1))
 
 
 class EtpDispatcher:
@@ -79,5 +91,6 @@ def in_parts(choice: Choice, parts: int) -> Choice:
         kept_TK=each(plan.kept_TK),
         counts_WE=each(plan.counts_WE),
         kept_WE=each(plan.kept_WE),
+        pool=plan.pool * parts,
     )
     return replace(choice, plan=finer, weights_TK=each(choice.weights_TK))

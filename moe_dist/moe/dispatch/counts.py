@@ -1,7 +1,7 @@
 """Who sends how many rows to whom: arithmetic on counts that every rank knows, on the host.
 
-Legend: P ranks of the ep group, e experts of each, E = P * e experts, X rows that arrived, R rows sorted by expert.
-sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
+Legend: w ranks of the ep group, e experts of each, E = w * e experts, X rows that arrived, R rows sorted by expert.
+sent_wwe[i, j, k]: rows that rank i sends to expert k of rank j.
 """
 
 import torch
@@ -14,18 +14,23 @@ from moe_dist.parallel.mesh import Group
 
 
 def sent_rows(plan: DispatchPlan, ep: Group) -> Tensor:
-    """sent_PPe. Known already: the counts travelled with the capacity rule.
+    """sent_wwe. Known already: the counts travelled with the capacity rule.
 
     With ep = 2 and four experts, rank 0's row of kept_WE [5, 0, 2, 1] says: 5 and 0 rows to rank 0, 2 and 1 to rank 1.
     """
-    first = ep.ranks[0]  # an ep group is consecutive ranks of the world
-    return plan.kept_WE[first : first + ep.size].cpu().view(ep.size, ep.size, -1)
+    return ranks_of(plan.kept_WE, ep).cpu().view(ep.size, ep.size, -1)
+
+
+def ranks_of(counts_WE: Tensor, ep: Group) -> Tensor:
+    """The rows of this ep group, which is consecutive ranks of the world: [P, E]."""
+    first = ep.ranks[0]
+    return counts_WE[first : first + ep.size]
 
 
 def order_of(plan: DispatchPlan, permute: Permutation, place_E: Tensor | None = None) -> RowOrder:
     """Kept assignments of this rank sorted by expert, or by place_E[expert], a permutation."""
     experts_TK = plan.experts_TK if place_E is None else place_E[plan.experts_TK]
-    return permute.sort_rows(experts_TK, plan.kept_TK, plan.kept_WE.shape[1])
+    return permute.sort_rows(experts_TK, None if plan.everything else plan.kept_TK, plan.kept_WE.shape[1], None)
 
 
 def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch.device) -> RowOrder:
@@ -44,21 +49,21 @@ def arrival_order(slots_R: Tensor, counts_e: Tensor, arrived: int, device: torch
     return order
 
 
-def dense_arrival(held_Pe: Tensor, device: torch.device) -> RowOrder:
-    """The order of rows that arrive as (source rank, local expert), held_Pe of each, without padding.
+def dense_arrival(held_we: Tensor, device: torch.device) -> RowOrder:
+    """The order of rows that arrive as (source rank, local expert), held_we of each, without padding.
 
-    Rank 0 sends 2 rows for expert 0 and 1 for expert 1, rank 1 sends 0 and 3: held_Pe [[2, 1], [0, 3]]. Rows 0 1 are
+    Rank 0 sends 2 rows for expert 0 and 1 for expert 1, rank 1 sends 0 and 3: held_we [[2, 1], [0, 3]]. Rows 0 1 are
     for expert 0, row 2 and rows 3 4 5 for expert 1, so slots_R is as they lie; with [[1, 2], [3, 0]] it is 0 3 4 5 1 2.
     """
-    slots_R = transposed(held_Pe)
-    return arrival_order(slots_R, held_Pe.sum(0), slots_R.numel(), device)
+    slots_R = transposed(held_we)
+    return arrival_order(slots_R, held_we.sum(0), slots_R.numel(), device)
 
 
-def transposed(cells_IJ: Tensor) -> Tensor:
+def transposed(cells: Tensor) -> Tensor:
     """Rows lie cell after cell in (i, j) order: their indices in (j, i) order."""
-    flat = cells_IJ.flatten()
-    starts_IJ = (flat.cumsum(0) - flat).view_as(cells_IJ)
-    return ranges(starts_IJ.t(), cells_IJ.t())
+    flat = cells.flatten()
+    starts = (flat.cumsum(0) - flat).view_as(cells)
+    return ranges(starts.t(), cells.t())
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:

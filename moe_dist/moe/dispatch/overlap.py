@@ -11,22 +11,22 @@ ready: latest first. Rows stay in shared buffers, where each part is a range, so
 sees is a token for each exchange, so that starting and waiting are nodes of their own. Every rank makes the same nodes
 in the same order, also for parts without rows, so exchanges meet.
 
-Legend: T tokens on this rank, K top_k, D d_model, S rows sent, X rows of one part that arrived, P ranks of the ep
-group, e experts of each, n parts. sent_PPe[i, j, k]: rows that rank i sends to expert k of rank j.
+Legend: T tokens on this rank, K top_k, D d_model, Y rows sent, X rows of one part that arrived, w ranks of the ep
+group, e experts of each, n parts. sent_wwe[i, j, k]: rows that rank i sends to expert k of rank j.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.choice import Choice
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectTrip
 from moe_dist.moe.dispatch.base import RowExperts
 from moe_dist.moe.dispatch.counts import order_of, sent_rows
 from moe_dist.moe.dispatch.wire import Wire
+from moe_dist.parallel.collectives import graph_node
 
 
 @runtime_checkable
@@ -48,16 +48,16 @@ class OverlappedDispatcher:
         assert isinstance(experts, PartedExperts), "only feed-forward experts are overlapped"
         ep, permute, wire = self.direct.ep, self.direct.permute, self.direct.wire
         # 1. Gather kept assignments sorted by part, then by rank, then by expert.
-        sent_PPe = sent_rows(choice.plan, ep)
-        home = order_of(choice.plan, permute, departure(sent_PPe, self.parts).to(x_TD.device))
-        rows_SD = permute.gather_rows(x_TD, home)
+        sent_wwe = sent_rows(choice.plan, ep)
+        home = order_of(choice.plan, permute, departure(sent_wwe, self.parts).to(x_TD.device))
+        rows_YD = permute.gather_rows(x_TD, home)
         # 2. Each part travels like a dispatch of its own.
-        sent_nPPe = sent_PPe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
-        trips, orders = zip(*(self.direct.trip(sent, x_TD.device) for sent in sent_nPPe), strict=True)
-        sizes = sent_nPPe[:, ep.rank].sum((1, 2)).tolist()
+        sent_nwwe = sent_wwe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
+        trips, orders = zip(*(self.direct.trip(sent, x_TD.device) for sent in sent_nwwe), strict=True)
+        sizes = sent_nwwe[:, ep.rank].sum((1, 2)).tolist()
         voyage = _Voyage(list(trips), sizes, wire)
         # 3. There, compute, back.
-        tokens = voyage.load(rows_SD)
+        tokens = voyage.load(rows_YD)
         on_the_way, sent_home = voyage.start(0, tokens[0]), []
         for i, part in enumerate(experts.parts(self.parts)):
             x_XD = voyage.arrive(i, on_the_way)
@@ -68,13 +68,13 @@ class OverlappedDispatcher:
         return y_TD, sum(wire.sent_bytes(trip, x_TD) for trip in trips)
 
 
-def departure(sent_PPe: Tensor, parts: int) -> Tensor:
+def departure(sent_wwe: Tensor, parts: int) -> Tensor:
     """place_E: where rows of each expert stand among those that leave.
 
     Two ranks with four experts each, 0 to 3 and 4 to 7, in 2 parts: rows for 0 1 4 5 leave first, then those for
     2 3 6 7, so the places of experts 0 to 7 are 0 1 4 5 2 3 6 7.
     """
-    ranks, local = sent_PPe.shape[1:]
+    ranks, local = sent_wwe.shape[1:]
     places = torch.arange(ranks * local).view(parts, ranks, local // parts)
     return places.transpose(0, 1).flatten()
 
@@ -93,15 +93,15 @@ class _Voyage:
         self.there: dict[int, Callable[[], Tensor]] = {}
         self.back: dict[int, Callable[[], Tensor]] = {}
 
-    def load(self, rows_SD: Tensor) -> tuple[Tensor, ...]:
-        def forward(rows_SD: Tensor) -> tuple[Tensor, ...]:
-            self._keep("rows", rows_SD)
-            return tuple(rows_SD.new_zeros(()) for _ in self.sizes)
+    def load(self, rows_YD: Tensor) -> tuple[Tensor, ...]:
+        def forward(rows_YD: Tensor) -> tuple[Tensor, ...]:
+            self._keep("rows", rows_YD)
+            return tuple(rows_YD.new_zeros(()) for _ in self.sizes)
 
-        def backward(*_: Tensor) -> tuple[Tensor]:
-            return (self._drop("grads"),)
+        def backward(*_: Tensor) -> Tensor:
+            return self._drop("grads")
 
-        return _node(forward, backward, rows_SD)
+        return graph_node(forward, backward, rows_YD)
 
     def start(self, i: int, token: Tensor) -> Tensor:
         def forward(token: Tensor) -> Tensor:
@@ -110,23 +110,23 @@ class _Voyage:
                 self._drop("rows")
             return token.clone()
 
-        def backward(token: Tensor) -> tuple[Tensor]:
+        def backward(token: Tensor) -> Tensor:
             self.back.pop(i)()  # its gradients are now in "grads"
-            return (token,)
+            return token
 
-        return _node(forward, backward, token)
+        return graph_node(forward, backward, token)
 
     def arrive(self, i: int, token: Tensor) -> Tensor:
         def forward(token: Tensor) -> Tensor:
             return self.there.pop(i)()
 
-        def backward(grad_XD: Tensor) -> tuple[Tensor]:
+        def backward(grad_XD: Tensor) -> Tensor:
             if "grads" not in self.home:
                 self._keep("grads", grad_XD.new_empty(sum(self.sizes), grad_XD.shape[1]))
             self.back[i] = self.trips[i].start_back(grad_XD, self.wire.rest, self.home["grads"][i])
-            return (grad_XD.new_zeros(()),)
+            return grad_XD.new_zeros(())
 
-        return _node(forward, backward, token)
+        return graph_node(forward, backward, token)
 
     def start_home(self, i: int, y_XD: Tensor) -> Tensor:
         def forward(y_XD: Tensor) -> Tensor:
@@ -135,10 +135,10 @@ class _Voyage:
             self.back[i] = self.trips[i].start_back(y_XD, self.wire.rest, self.home["results"][i])
             return y_XD.new_zeros(())
 
-        def backward(_: Tensor) -> tuple[Tensor]:
-            return (self.there.pop(i)(),)
+        def backward(_: Tensor) -> Tensor:
+            return self.there.pop(i)()
 
-        return _node(forward, backward, y_XD)
+        return graph_node(forward, backward, y_XD)
 
     def unload(self, tokens: list[Tensor]) -> Tensor:
         def forward(*tokens: Tensor) -> Tensor:
@@ -146,37 +146,19 @@ class _Voyage:
                 self.back.pop(i)()
             return self._drop("results")
 
-        def backward(grad_SD: Tensor) -> tuple[Tensor, ...]:
+        def backward(grad_YD: Tensor) -> tuple[Tensor, ...]:
             # All of them now: there is nothing to compute before the last part's gradients are with its experts.
-            parts = grad_SD.split(self.sizes)
+            parts = grad_YD.split(self.sizes)
             for i in reversed(range(len(parts))):
                 self.there[i] = self.trips[i].start_there(parts[i], self.wire.rest)
-            return tuple(grad_SD.new_zeros(()) for _ in parts)
+            return tuple(grad_YD.new_zeros(()) for _ in parts)
 
-        return _node(forward, backward, *tokens)
+        return graph_node(forward, backward, *tokens)
 
-    def _keep(self, name: str, whole_SD: Tensor) -> None:
-        self.whole[name], self.home[name] = whole_SD, whole_SD.split(self.sizes)
+    def _keep(self, name: str, whole_YD: Tensor) -> None:
+        self.whole[name], self.home[name] = whole_YD, whole_YD.split(self.sizes)
 
     def _drop(self, name: str) -> Tensor:
         """Buffers must not outlive their use: results that know this graph would keep it alive in a circle."""
         del self.home[name]
         return self.whole.pop(name)
-
-
-def _node(forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
-    return _Node.apply(forward, backward, *inputs)
-
-
-class _Node(torch.autograd.Function):
-    """Does `forward` on its inputs in the forward pass, and `backward` on their gradients in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Any:
-        ctx.backward_of_node = backward
-        return forward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.backward_of_node(*grads)

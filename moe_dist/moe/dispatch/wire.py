@@ -6,14 +6,16 @@
 | bf16       | bf16                                  | bf16                          |
 | fp8        | e4m3, and one fp32 scale for each row | bf16                          |
 
-Legend: S rows sent, X rows that arrived, D width.
+Legend: Y rows sent, X rows that arrived, D width.
 """
 
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moe_dist.parallel.collectives import with_gradient
 
 Format = Literal["same", "bf16", "fp8"]
 
@@ -48,48 +50,44 @@ class Trip(Protocol):
     @property
     def away(self) -> tuple[int, int]: ...
 
-    def there(self, rows_SD: Tensor, form: Format) -> Tensor: ...
+    def there(self, rows_YD: Tensor, form: Format) -> Tensor: ...
 
     def back(self, rows_XD: Tensor, form: Format) -> Tensor: ...
 
 
-def carry_out(rows_SD: Tensor, trip: Trip, wire: Wire) -> Tensor:
+def carry_out(rows_YD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Rows to their experts; their gradients come back the same way."""
-    return _Carry.apply(rows_SD, trip.there, wire.out, trip.back, wire.rest)
+    return with_gradient(
+        rows_YD, lambda rows: _moved(trip.there, rows, wire.out), lambda grad: trip.back(grad, wire.rest)
+    )
 
 
 def carry_home(rows_XD: Tensor, trip: Trip, wire: Wire) -> Tensor:
     """Results to where their rows came from."""
-    return _Carry.apply(rows_XD, trip.back, wire.rest, trip.there, wire.rest)
+    return with_gradient(
+        rows_XD, lambda rows: _moved(trip.back, rows, wire.rest), lambda grad: trip.there(grad, wire.rest)
+    )
 
 
-class _Carry(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, forth: Any, form: Format, back: Any, back_form: Format) -> Tensor:
-        ctx.back, ctx.form = back, back_form
-        moved: Tensor = forth(rows, form)
-        # A group of one hands rows on as they are, and autograd wants an input returned as a view.
-        return moved.view_as(moved) if moved is rows else moved
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return ctx.back(grad, ctx.form), None, None, None, None
+def _moved(way: Callable[[Tensor, Format], Tensor], rows: Tensor, form: Format) -> Tensor:
+    """A group of one hands rows on as they are, and autograd wants an input returned as a view."""
+    moved = way(rows, form)
+    return moved.view_as(moved) if moved is rows else moved
 
 
-def pack(rows_SD: Tensor, form: Format) -> Tensor:
+def pack(rows_YD: Tensor, form: Format) -> Tensor:
     """Rows as they travel. An fp8 row is D bytes and its scale: one message, and gloo knows bytes, not float8."""
     if form == "same":
-        return rows_SD
+        return rows_YD
     if form == "bf16":
-        return rows_SD.to(torch.bfloat16)
-    width = rows_SD.shape[1]
-    wide = rows_SD.to(torch.float32)
+        return rows_YD.to(torch.bfloat16)
+    width = rows_YD.shape[1]
+    wide = rows_YD.to(torch.float32)
     # A row of zeros has no largest number to scale by; whatever is not finite stays so.
-    scale_S1 = (wide.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_SMALLEST)
-    packed = torch.empty(rows_SD.shape[0], width + _SCALE_BYTES, dtype=torch.uint8, device=rows_SD.device)
-    packed[:, :width].copy_((wide / scale_S1).to(torch.float8_e4m3fn).view(torch.uint8))
-    packed[:, width:].copy_(scale_S1.view(torch.uint8))
+    scale_Y1 = (wide.abs().amax(1, keepdim=True) / _LARGEST).clamp(min=_SMALLEST)
+    packed = torch.empty(rows_YD.shape[0], width + _SCALE_BYTES, dtype=torch.uint8, device=rows_YD.device)
+    packed[:, :width].copy_((wide / scale_Y1).to(torch.float8_e4m3fn).view(torch.uint8))
+    packed[:, width:].copy_(scale_Y1.view(torch.uint8))
     return packed
 
 
@@ -98,8 +96,8 @@ def unpack(packed: Tensor, form: Format, dtype: torch.dtype) -> Tensor:
     if form != "fp8":
         return packed.to(dtype)
     width = packed.shape[1] - _SCALE_BYTES
-    scale_S1 = packed[:, width:].contiguous().view(torch.float32)
-    return packed[:, :width].contiguous().view(torch.float8_e4m3fn).to(dtype).mul_(scale_S1)
+    scale_Y1 = packed[:, width:].contiguous().view(torch.float32)
+    return packed[:, :width].contiguous().view(torch.float8_e4m3fn).to(dtype).mul_(scale_Y1)
 
 
 def row_bytes(width: int, dtype: torch.dtype, form: Format) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.rotary import apply_rotary, rotary_table
+from moe_dist.config.model import HeadSizes
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.attention.pattern import Dropout, PackedSequences, Pattern
@@ -97,7 +98,7 @@ class MultiQueryAttention(Layer):
         self.d_model = d_model
         self.heads = heads
         self.num_kv_heads = num_kv_heads
-        self.head_dim = d_model // heads if head_dim is None else head_dim
+        self.head_dim = HeadSizes.of(d_model, heads, num_kv_heads, head_dim).head_dim
         if rotary and self.head_dim % 2:
             raise ValueError(f"rotary turns pairs of numbers, but head_dim={self.head_dim} is odd")
         self.attn_impl = attn_impl

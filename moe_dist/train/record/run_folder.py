@@ -77,7 +77,7 @@ class RunFolder:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "threads_per_rank": torch.get_num_threads(),
             "backends": describe_backends(config.model, device.type),
-            "layout": {"world": layout.world, "dp": layout.dp, "tp": layout.tp, "ep": layout.ep, "edp": layout.edp},
+            "layout": {name: getattr(layout, name) for name in ("world", "dp", "tp", "ep", "etp", "edp")},
             "revision": _git_revision(),
         }
         replace_text(self.path / "environment.json", json.dumps(record, indent=1))

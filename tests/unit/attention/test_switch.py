@@ -34,8 +34,12 @@ def model_of(attention: dict[str, Any] | None = None, **moe: Any) -> ModelConfig
     return resolve_backends(model, ep=1)
 
 
+def switch_attention(model: ModelConfig, layer: int = 0) -> SwitchAttention:
+    return SwitchAttention(model.head_sizes, model.attention, single_process_mesh(), layer, model.kernels)
+
+
 def layer_of(attention: dict[str, Any] | None = None, **moe: Any) -> SwitchAttention:
-    layer = SwitchAttention(model_of(attention, **moe), 0, single_process_mesh())
+    layer = switch_attention(model_of(attention, **moe))
     initialize(layer, seed=0)
     return layer.double()
 
@@ -287,7 +291,7 @@ def test_a_recomputed_block_repeats_its_decisions(overflow: str) -> None:
 def test_routers_of_one_block_draw_different_numbers() -> None:
     """The attention's jitter is not the feed-forward's."""
     model = model_of(jitter=0.5)
-    attention = SwitchAttention(model, 3, single_process_mesh())
+    attention = switch_attention(model, 3)
     moe = moe_layer(replace(model, moe=model.attention.moe), 3, single_process_mesh())
     initialize(attention.router, seed=0)
     initialize(moe.router, seed=0)
@@ -322,7 +326,7 @@ def test_counting_parameters_and_flops() -> None:
     """Against the layers themselves."""
     model = model_of(top_k=3)
     dense = replace(model, attention=AttentionConfig())
-    ours = sum(p.numel() for p in SwitchAttention(model, 0, single_process_mesh()).parameters())
+    ours = sum(p.numel() for p in switch_attention(model).parameters())
     theirs = 2 * D * P * (H + 1)  # one key/value head
     counts, without = parameter_counts(model), parameter_counts(dense)
     assert counts.total - without.total == model.num_layers * (ours - theirs)

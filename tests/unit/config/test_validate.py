@@ -122,6 +122,14 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "num_groups=2 is of router=softmax or sigmoid, not noisy; set model.moe.num_groups",
             {"model__moe__router": "noisy", "model__moe__num_groups": 2, "model__moe__top_k": 1},
         ),
+        (
+            "renormalize=false is of router=softmax or sigmoid or sinkhorn, not noisy; set model.moe.renormalize",
+            {"model__moe__router": "noisy", "model__moe__renormalize": False},
+        ),
+        (
+            "renormalize=false is of top_k > 1, not 1; set model.moe.renormalize",
+            {"model__moe__top_k": 1, "model__moe__renormalize": False},
+        ),
         ("sinkhorn_iterations=9 is of router=sinkhorn, not softmax", {"model__moe__sinkhorn_iterations": 9}),
         (
             "bias_update_rate=0.1 is of balance=sign or loss+sign, not loss; set model.moe.bias_update_rate",

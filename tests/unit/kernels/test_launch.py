@@ -9,7 +9,7 @@ import torch
 from moe_dist.kernels.attention.triton import attend
 from moe_dist.kernels.norm.triton import rms_norm
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.kernels.permute.triton import combine_rows, gather_rows, keep_first, sort_rows
+from moe_dist.kernels.permute.triton import combine_rows, gather_rows, sort_rows
 from moe_dist.kernels.top_k.triton import top_k_experts
 
 x, index = torch.ones(2, 2), torch.zeros(2, 1, dtype=torch.int64)
@@ -17,7 +17,6 @@ order = RowOrder.of(index, index == 0, 1)
 for call in (
     lambda: top_k_experts(x, 1),
     lambda: sort_rows(index, None, 1),
-    lambda: keep_first(index[:, 0], index[:1, 0]),
     lambda: gather_rows(x, order),
     lambda: combine_rows(x, None, order),
     lambda: rms_norm(x, x[0], 1e-5),
@@ -48,7 +47,7 @@ def run(code: str) -> list[str]:
 def test_cpu_tensors_are_refused_in_one_line() -> None:
     lines = run(CALLS)
     assert [line.split(":")[0] for line in lines] == [
-        *("top_k_experts", "sort_rows", "keep_first", "gather_rows", "combine_rows", "rms_norm", "attention")
+        *("top_k_experts", "sort_rows", "gather_rows", "combine_rows", "rms_norm", "attention")
     ]
     assert all("the tensor is on cpu: use kernels=torch" in line for line in lines[:-1])
     assert "the tensor is on cpu: use the attention backend torch or flash" in lines[-1]

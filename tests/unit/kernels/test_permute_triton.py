@@ -1,6 +1,6 @@
 """Counting sort, gather and combine kernels against sums written out in float64, with dropped assignments."""
 
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.kernels.permute.order import RowOrder
-from moe_dist.kernels.permute.triton import combine_rows, gather_rows, keep_first, sort_rows
+from moe_dist.kernels.permute.triton import combine_rows, gather_rows, sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (0, 1, 67, 300)
@@ -19,7 +19,19 @@ def check_order(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) ->
     found = sort_rows(experts_XK, kept_XK, num_experts)
     everything = torch.ones_like(experts_XK, dtype=torch.bool)
     wanted = RowOrder.of(experts_XK, everything if kept_XK is None else kept_XK, num_experts)
-    for name in (field.name for field in fields(RowOrder)):
+    check_equal(found, wanted)
+    if kept_XK is not None:  # as many rows as the host likes: those past the kept ones are any valid index
+        rows = len(wanted.slots_R)
+        for more in (rows, (rows + kept_XK.numel()) // 2, kept_XK.numel()):
+            for bound in (sort(experts_XK, kept_XK, num_experts, more) for sort in (sort_rows, RowOrder.of)):
+                assert bound.fullest == more and len(bound.slots_R) == more
+                assert more == 0 or 0 <= bound.slots_R.min() <= bound.slots_R.max() < kept_XK.numel()
+                check_equal(replace(bound, slots_R=bound.slots_R[:rows], fullest=None), wanted)
+
+
+def check_equal(found: RowOrder, wanted: RowOrder) -> None:
+    assert found.fullest is None and wanted.fullest is None
+    for name in ("counts_e", "slots_R", "rows_XK", "kept_XK"):
         ours, theirs = getattr(found, name), getattr(wanted, name)
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
@@ -60,25 +72,6 @@ def test_sort_all_on_one_expert_and_dropped_ones_anywhere() -> None:
 def test_sort_anything(seed: int, length: int, top_k: int, num_experts: int, kept_share: float | None) -> None:
     torch.manual_seed(seed)
     check_order(*some_assignments(length, top_k, num_experts, kept_share), num_experts)
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("length", [*LENGTHS, 600])
-@pytest.mark.parametrize("num_experts", [1, 5, 60])
-def test_keep_first(length: int, num_experts: int) -> None:
-    experts_N = torch.randint(num_experts, (length,), device=DEVICE)
-    limit_E = torch.randint(0, max(2 * length // num_experts, 1) + 1, (num_experts,), device=DEVICE)
-    limit_E[0] = length // 2
-    seen, wanted = [0] * num_experts, []
-    for expert in experts_N.tolist():
-        wanted.append(seen[expert] < limit_E[expert])
-        seen[expert] += 1
-    kept_N = keep_first(experts_N, limit_E)
-    assert kept_N.dtype == torch.bool
-    assert kept_N.tolist() == wanted
-    assert torch.equal(keep_first(experts_N.int(), limit_E.int()), kept_N)
-    assert not keep_first(experts_N, torch.zeros_like(limit_E)).any()
-    assert keep_first(experts_N, torch.full_like(limit_E, length)).all()
 
 
 def combine_plainly(rows_RD: Tensor, weights_XK: Tensor, order: RowOrder) -> Tensor:

@@ -59,12 +59,10 @@ def sort_kernels(experts: int, kept: bool) -> list[Kernel]:
     histogram = {"E": experts, "E_PAD": padded, "BLOCK": BLOCK, "STEP": step} | absent
     sizes = {"BLOCK": BLOCK, "STEP": STEP}
     place = inputs | pointers(ends="i64", slots="i64", rows="i64") | lengths
-    keep = pointers(experts="i64", limit="i64", ends="i64", kept="i1") | lengths
     label = f"E={experts}" + " dropped" * kept
     return [
         Kernel(f"{SORT}:_histogram", inputs | pointers(counts="i32") | lengths, histogram, label=f"histogram {label}"),
         Kernel(f"{SORT}:_place", place, sizes | absent, label=f"place {label}"),
-        *([Kernel(f"{SORT}:_keep", keep, sizes, label="keep_first")] if kept else []),
     ]
 
 

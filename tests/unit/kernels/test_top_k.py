@@ -41,10 +41,10 @@ def test_against_a_loop(score: Score, chunk: int | None, first: int) -> None:
     wanted = by_hand(logits_TE.tolist(), top_k, score, chunk, first)
     assert found.experts_TK.tolist() == wanted[0]
     torch.testing.assert_close(found.scores_TK, torch.tensor(wanted[1], dtype=torch.float64))
-    assert found.counts_CE.tolist() == [wanted[2][c] for c in sorted(wanted[2])]
-    assert sorted(wanted[2]) == list(range(len(found.counts_CE)))
+    assert found.counts_QE.tolist() == [wanted[2][c] for c in sorted(wanted[2])]
+    assert sorted(wanted[2]) == list(range(len(found.counts_QE)))
     torch.testing.assert_close(
-        found.prob_sums_CE, torch.tensor([wanted[3][c] for c in sorted(wanted[3])], dtype=torch.float64)
+        found.prob_sums_QE, torch.tensor([wanted[3][c] for c in sorted(wanted[3])], dtype=torch.float64)
     )
     assert found.z_sum.item() == pytest.approx(wanted[4])
     assert found.entropy_sum.item() == pytest.approx(wanted[5])
@@ -56,7 +56,7 @@ def test_gradient(score: Score) -> None:
 
     def outputs(logits_TE: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = top_k_experts(logits_TE, 2, score, chunk=3, first=1)
-        return found.scores_TK, found.prob_sums_CE, found.z_sum
+        return found.scores_TK, found.prob_sums_QE, found.z_sum
 
     assert torch.autograd.gradcheck(outputs, logits_TE)
 
@@ -65,7 +65,7 @@ def test_given_experts_are_taken() -> None:
     logits_TE, chosen_TK = torch.randn(6, 4), torch.tensor([[3, 0]] * 6)
     found: TopK = top_k_experts(logits_TE, 2, chosen_TK=chosen_TK)
     assert torch.equal(found.experts_TK, chosen_TK)
-    assert found.counts_CE.tolist() == [[6, 0, 0, 6]]
+    assert found.counts_QE.tolist() == [[6, 0, 0, 6]]
     assert torch.equal(found.scores_TK, logits_TE.softmax(-1)[:, [3, 0]])
 
 
@@ -73,8 +73,8 @@ def test_no_tokens() -> None:
     for chunk, first, chunks in ((None, 0, 1), (16, 5, 1), (16, 15, 1)):
         found = top_k_experts(torch.randn(0, 4), 2, chunk=chunk, first=first)
         assert found.experts_TK.shape == found.scores_TK.shape == (0, 2)
-        assert torch.equal(found.counts_CE, torch.zeros(chunks, 4, dtype=torch.int64))
-        assert torch.equal(found.prob_sums_CE, torch.zeros(chunks, 4))
+        assert torch.equal(found.counts_QE, torch.zeros(chunks, 4, dtype=torch.int64))
+        assert torch.equal(found.prob_sums_QE, torch.zeros(chunks, 4))
         assert found.z_sum.item() == found.entropy_sum.item() == 0.0
 
 

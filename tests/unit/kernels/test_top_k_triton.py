@@ -34,7 +34,7 @@ def check(
         torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
         assert torch.equal(ours, getattr(again, name)), name
 
-    outputs = [(each.scores_TK, each.prob_sums_CE, each.z_sum) for each in (actual, again, wanted)]
+    outputs = [(each.scores_TK, each.prob_sums_QE, each.z_sum) for each in (actual, again, wanted)]
     seeds = [torch.randn_like(output) for output in outputs[0][:2]] + [torch.tensor(0.01, device=DEVICE)]
     grad, repeated = (torch.autograd.grad(each, logits_TE, seeds)[0] for each in outputs[:2])
     expected = torch.autograd.grad(outputs[2], wide_TE, [seed.double() for seed in seeds])[0]
@@ -84,8 +84,8 @@ def test_all_on_one_expert() -> None:
     logits_TE = torch.zeros(67, 8)
     logits_TE[:, 5] = 30.0
     found = check(logits_TE, 1, chunk=16, first=5)
-    assert found.counts_CE[:, 5].tolist() == [11, 16, 16, 16, 8]
-    assert found.counts_CE.sum() == 67
+    assert found.counts_QE[:, 5].tolist() == [11, 16, 16, 16, 8]
+    assert found.counts_QE.sum() == 67
 
 
 def test_large_logits_stay_finite() -> None:
@@ -113,11 +113,11 @@ def test_partial_and_expanded_gradients() -> None:
     wide_TE = logits_TE.detach().double().requires_grad_()
     actual = top_k_experts(logits_TE, 2, "sigmoid", chunk=16)
     wanted = reference.top_k_experts(wide_TE, 2, "sigmoid", chunk=16)
-    for name in ("scores_TK", "prob_sums_CE", "z_sum"):
+    for name in ("scores_TK", "prob_sums_QE", "z_sum"):
         ours = torch.autograd.grad(getattr(actual, name).sum(), logits_TE, retain_graph=True)[0]
         theirs = torch.autograd.grad(getattr(wanted, name).sum(), wide_TE, retain_graph=True)[0]
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
-    assert not any(getattr(actual, name).requires_grad for name in ("experts_TK", "counts_CE", "entropy_sum"))
+    assert not any(getattr(actual, name).requires_grad for name in ("experts_TK", "counts_QE", "entropy_sum"))
 
 
 def test_strided_logits() -> None:

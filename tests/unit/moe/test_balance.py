@@ -84,7 +84,7 @@ def wanting(seed: int, count: int = 8192) -> Tensor:
 
 def worst(made: Router, x_TD: Tensor) -> float:
     """Highest load over the mean."""
-    load_E = routed(made, x_TD, phase="eval").stats.counts_CE[0].double()
+    load_E = routed(made, x_TD, phase="eval").stats.counts_QE[0].double()
     return float(load_E.max() / load_E.mean())
 
 
@@ -103,12 +103,12 @@ def test_stationary_scores_are_balanced_at_once(kind: str, bins: int) -> None:
     heights = [worst(made, batch(100))]
     for step in range(4):
         routing = routed(made, batch(step))
-        made.balance(routing.stats.counts_CE[0], routing.needs_EB)
+        made.balance(routing.stats.counts_QE[0], routing.needs_EB)
         heights.append(worst(made, batch(100)))
     assert heights[0] > 4 and heights[1] < 1.75 and heights[2] < 1.2 and heights[4] < 1.15, heights
     slow, batch = stationary(kind, balance="sign")
     for step in range(4):
-        slow.balance(routed(slow, batch(step)).stats.counts_CE[0])
+        slow.balance(routed(slow, batch(step)).stats.counts_QE[0])
     assert worst(slow, batch(100)) > 3
 
 
@@ -189,7 +189,7 @@ def test_padding_does_not_count(kind: str) -> None:
     assert torch.equal(routing.needs_EB, routed(made, x_TD[mask_T]).needs_EB)
     nothing = routed(made, x_TD, real=RealTokens(torch.zeros(60, dtype=torch.bool), 0))
     made.bias_E.copy_(torch.linspace(-0.1, 0.1, 32))
-    made.balance(nothing.stats.counts_CE[0], nothing.needs_EB)
+    made.balance(nothing.stats.counts_QE[0], nothing.needs_EB)
     assert torch.equal(made.bias_E, torch.linspace(-0.1, 0.1, 32))
 
 
@@ -201,7 +201,7 @@ def test_order_and_cut_of_the_tokens_change_no_bit(kind: str) -> None:
     whole, parts = skewed(kind, balance="quantile"), skewed(kind, balance="quantile")
     x_TD, order_T = wanting(0, 999), torch.randperm(999, generator=torch.Generator().manual_seed(1))
     needs_EB = routed(whole, x_TD).needs_EB
-    tallies = [Tally(r.stats.counts_CE[0], r.needs_EB) for r in (routed(parts, p) for p in x_TD[order_T].split(100))]
+    tallies = [Tally(r.stats.counts_QE[0], r.needs_EB) for r in (routed(parts, p) for p in x_TD[order_T].split(100))]
     total = sum(tallies[1:], start=tallies[0])
     assert torch.equal(total.needs_EB, needs_EB)
     whole.balance(total.load_E, needs_EB)
@@ -225,8 +225,8 @@ def test_closed_experts_take_no_part_and_rest(kind: str) -> None:
     routing, expected = gate.routing(wanting(0, 500), context()), routed(small, wanting(0, 500))
     assert torch.equal(routing.needs_EB[open_e], expected.needs_EB) and not routing.needs_EB[[2, 5, 6]].any()
     before = gate.router.bias_E.clone()
-    gate.router.balance(routing.stats.counts_CE[0], routing.needs_EB)
-    small.balance(expected.stats.counts_CE[0], expected.needs_EB)
+    gate.router.balance(routing.stats.counts_QE[0], routing.needs_EB)
+    small.balance(expected.stats.counts_QE[0], expected.needs_EB)
     assert torch.equal(gate.router.bias_E[open_e], small.bias_E)
     assert torch.equal(gate.router.bias_E[[2, 5, 6]], before[[2, 5, 6]])
 
@@ -239,7 +239,7 @@ def test_where_all_open_experts_are_chosen_nothing_is_needed() -> None:
     gate.router.open_E[[1, 2]] = 0.0
     routing = gate.routing(wanting(0, 50), context())
     assert not routing.needs_EB.any()
-    gate.router.balance(routing.stats.counts_CE[0], routing.needs_EB)
+    gate.router.balance(routing.stats.counts_QE[0], routing.needs_EB)
     assert torch.equal(gate.router.bias_E, made.bias_E)
 
 
@@ -249,7 +249,7 @@ def test_the_moving_average_keeps_its_share_of_the_old() -> None:
     for made in (plain, slow):
         made.bias_E.copy_(old_E)
         routing = routed(made, wanting(0))
-        made.balance(routing.stats.counts_CE[0], routing.needs_EB)
+        made.balance(routing.stats.counts_QE[0], routing.needs_EB)
     torch.testing.assert_close(slow.bias_E, 0.75 * old_E + 0.25 * plain.bias_E)
 
 

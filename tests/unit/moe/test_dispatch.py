@@ -176,13 +176,13 @@ def exchanged(rows: list[Tensor], send: Callable[[int], tuple[int, ...]], groups
 def test_two_steps_end_where_one_does(node_size: int) -> None:
     """12 ranks of 2 experts: rows are (source, expert, number), and must arrive by source, then by expert."""
     ranks, local = 12, 2
-    sent_PPe = torch.randint(0, 4, (ranks, ranks, local), generator=torch.Generator().manual_seed(node_size))
+    sent_wwe = torch.randint(0, 4, (ranks, ranks, local), generator=torch.Generator().manual_seed(node_size))
     layout = Layout(ranks, ranks, node_size=node_size)
     trips, rows = [], []
     for rank in range(ranks):
         dispatcher = HierarchicalDispatcher(mesh_without_processes(layout, rank), Permutation())
-        trips.append(dispatcher.trip(sent_PPe, torch.device("cpu")))
-        place_E, sent_E = dispatcher._departure(local), sent_PPe[rank].flatten()
+        trips.append(dispatcher.trip(sent_wwe, torch.device("cpu")))
+        place_E, sent_E = dispatcher._departure(local), sent_wwe[rank].flatten()
         by_place = place_E.argsort()
         expert_S = by_place.repeat_interleave(sent_E[by_place])
         rows.append(torch.stack([torch.full_like(expert_S, rank), expert_S], 1))
@@ -191,17 +191,17 @@ def test_two_steps_end_where_one_does(node_size: int) -> None:
     halfway = exchanged(rows, lambda rank: trips[rank].node_send, nodes)
     for rank, trip in enumerate(trips):
         assert len(halfway[rank]) == sum(trip.node_receive)
-        if trip.forth_M is not None:
-            halfway[rank] = halfway[rank][trip.forth_M]
-            assert torch.equal(trip.forth_M[trip.back_M], torch.arange(len(trip.forth_M)))
+        if trip.forth_Z is not None:
+            halfway[rank] = halfway[rank][trip.forth_Z]
+            assert torch.equal(trip.forth_Z[trip.back_Z], torch.arange(len(trip.forth_Z)))
     arrived = exchanged(halfway, lambda rank: trips[rank].across_send, across)
     for rank, trip in enumerate(trips):
-        held_Pe = sent_PPe[:, rank]
+        held_we = sent_wwe[:, rank]
         expected = [
             [source, rank * local + k]
             for source in range(ranks)
             for k in range(local)
-            for _ in range(held_Pe[source, k])
+            for _ in range(held_we[source, k])
         ]
         assert arrived[rank].tolist() == expected
         assert sum(trip.across_receive) == len(expected)
@@ -211,9 +211,9 @@ def test_counts_are_those_of_the_ranks_of_the_group() -> None:
     """8 ranks, ep 4: the second group's counts are rows 4 to 7 of kept_WE."""
     kept_WE = torch.arange(8 * 12).view(8, 12)
     plan = DispatchPlan(torch.zeros(0, 1), torch.zeros(0, 1), kept_WE, kept_WE, None)
-    sent_PPe = sent_rows(plan, Group((4, 5, 6, 7), 2))
-    assert sent_PPe.shape == (4, 4, 3)
-    assert torch.equal(sent_PPe.flatten(1), kept_WE[4:])
+    sent_wwe = sent_rows(plan, Group((4, 5, 6, 7), 2))
+    assert sent_wwe.shape == (4, 4, 3)
+    assert torch.equal(sent_wwe.flatten(1), kept_WE[4:])
 
 
 def test_order_by_place() -> None:
@@ -229,28 +229,28 @@ def test_order_by_place() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_packed_rows(dtype: torch.dtype) -> None:
-    rows_SD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).mul(torch.logspace(-20, 20, 6)[:, None])
-    rows_SD = rows_SD.to(dtype)
-    rows_SD[2] = 0
+    rows_YD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).mul(torch.logspace(-20, 20, 6)[:, None])
+    rows_YD = rows_YD.to(dtype)
+    rows_YD[2] = 0
     for form, tolerance in (("same", 0.0), ("bf16", 2**-8), ("fp8", 2**-4)):
-        packed = pack(rows_SD, form)
+        packed = pack(rows_YD, form)
         assert packed[0].nbytes == row_bytes(64, dtype, form)
-        found_SD = unpack(packed, form, dtype)
-        assert found_SD.dtype == dtype
+        found_YD = unpack(packed, form, dtype)
+        assert found_YD.dtype == dtype
         # Relative to each number, but for what fp8 loses below its smallest: 2^-9 of a scale, which is 1/448 of a row.
-        floor_S1 = rows_SD.abs().amax(1, keepdim=True).double() * (2**-10 / 448 if form == "fp8" else 0.0)
-        off_SD = (found_SD.double() - rows_SD.double()).abs()
-        assert (off_SD <= tolerance * rows_SD.double().abs() + floor_S1).all(), form
+        floor_Y1 = rows_YD.abs().amax(1, keepdim=True).double() * (2**-10 / 448 if form == "fp8" else 0.0)
+        off_YD = (found_YD.double() - rows_YD.double()).abs()
+        assert (off_YD <= tolerance * rows_YD.double().abs() + floor_Y1).all(), form
     assert row_bytes(64, torch.float32, "fp8") == 68  # the row's scale is 4 bytes
 
 
 def test_packed_rows_that_are_not_finite_stay_so() -> None:
-    rows_SD = torch.ones(3, 4)
-    rows_SD[0, 1], rows_SD[1, 2] = torch.nan, torch.inf
+    rows_YD = torch.ones(3, 4)
+    rows_YD[0, 1], rows_YD[1, 2] = torch.nan, torch.inf
     for form in ("bf16", "fp8"):
-        found_SD = unpack(pack(rows_SD, form), form, torch.float32)
-        assert not found_SD[0].isfinite().all() and not found_SD[1].isfinite().all()
-        assert torch.equal(found_SD[2], rows_SD[2])
+        found_YD = unpack(pack(rows_YD, form), form, torch.float32)
+        assert not found_YD[0].isfinite().all() and not found_YD[1].isfinite().all()
+        assert torch.equal(found_YD[2], rows_YD[2])
 
 
 def test_no_rows_to_pack() -> None:

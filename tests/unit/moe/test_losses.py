@@ -28,13 +28,13 @@ def routing_of(logits_TE: torch.Tensor, top_k: int = 1, router: Router | None = 
 
 
 def balance(routing: Routing) -> torch.Tensor:
-    return balance_loss(routing.stats.prob_sums_CE, routing.stats.counts_CE, len(routing.experts_TK))
+    return balance_loss(routing.stats.prob_sums_QE, routing.stats.counts_QE, len(routing.experts_TK))
 
 
 @pytest.mark.parametrize("peak", [0.1, 2.0, 50.0])
 def test_perfect_balance_scores_one(peak: float) -> None:
     routing = routing_of(peak * torch.eye(4))
-    assert routing.stats.counts_CE.tolist() == [[1, 1, 1, 1]]
+    assert routing.stats.counts_QE.tolist() == [[1, 1, 1, 1]]
     torch.testing.assert_close(balance(routing), torch.tensor(1.0))
 
 
@@ -45,14 +45,14 @@ def test_collapse_scores_the_number_of_experts() -> None:
 
 def test_balance_loss_by_hand() -> None:
     """f = (3/4, 1/4), P = (0.6, 0.4): 2 * (0.45 + 0.1) = 1.1."""
-    sums_CE = torch.tensor([[0.5, 0.5]]) + torch.tensor([[0.7, 0.3]])
-    torch.testing.assert_close(balance_loss(sums_CE, torch.tensor([[3, 1]]), 2), torch.tensor(1.1))
+    sums_QE = torch.tensor([[0.5, 0.5]]) + torch.tensor([[0.7, 0.3]])
+    torch.testing.assert_close(balance_loss(sums_QE, torch.tensor([[3, 1]]), 2), torch.tensor(1.1))
 
 
 def test_balance_loss_is_exact_in_float64() -> None:
     """f = (1/3, 2/3), P = (0.9, 0.1): 2 * (0.3 + 0.2 / 3) = 11 / 15. Thirds are not what fp32 divides to."""
-    sums_CE = torch.tensor([[2.7, 0.3]], dtype=torch.float64)
-    assert float(balance_loss(sums_CE, torch.tensor([[1, 2]]), 3)) == pytest.approx(11 / 15, rel=1e-15)
+    sums_QE = torch.tensor([[2.7, 0.3]], dtype=torch.float64)
+    assert float(balance_loss(sums_QE, torch.tensor([[1, 2]]), 3)) == pytest.approx(11 / 15, rel=1e-15)
 
 
 def test_balance_loss_pushes_away_from_the_full_expert() -> None:

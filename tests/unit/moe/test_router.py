@@ -43,7 +43,7 @@ def test_by_hand() -> None:
     with torch.no_grad():
         made.weight.copy_(torch.tensor([[1.0], [2.0], [4.0], [1.0]]).log())
     routing = routed(made, torch.ones(1, 1))
-    torch.testing.assert_close(routing.stats.prob_sums_CE, torch.tensor([[1.0, 2.0, 4.0, 1.0]]) / 8)
+    torch.testing.assert_close(routing.stats.prob_sums_QE, torch.tensor([[1.0, 2.0, 4.0, 1.0]]) / 8)
     assert routing.experts_TK.tolist() == [[2, 1]]
     torch.testing.assert_close(routing.weights_TK, torch.tensor([[2.0, 1.0]]) / 3)
 
@@ -111,10 +111,10 @@ def test_statistics_are_sums_over_tokens(kind: str) -> None:
     logits_TE, stats = routing.logits_TE, routing.stats
     score = logits_TE.sigmoid() if kind == "sigmoid" else logits_TE.softmax(-1)
     share = score / score.sum(-1, keepdim=True)
-    torch.testing.assert_close(stats.prob_sums_CE, share.sum(0, keepdim=True))
+    torch.testing.assert_close(stats.prob_sums_QE, share.sum(0, keepdim=True))
     torch.testing.assert_close(stats.z_sum, logits_TE.logsumexp(-1).square().sum())
     torch.testing.assert_close(stats.entropy_sum, -(share * share.log()).sum())
-    assert stats.counts_CE.tolist() == [routing.experts_TK.flatten().bincount(minlength=E).tolist()]
+    assert stats.counts_QE.tolist() == [routing.experts_TK.flatten().bincount(minlength=E).tolist()]
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

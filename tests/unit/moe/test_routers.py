@@ -59,10 +59,10 @@ def test_bias_balances_a_skewed_load() -> None:
     with torch.no_grad():
         made.weight[0] += 0.5
     x_TD = tokens(512).abs()
-    before = routed(made, x_TD).stats.counts_CE[0]
+    before = routed(made, x_TD).stats.counts_QE[0]
     for _ in range(300):
-        made.balance(routed(made, x_TD).stats.counts_CE[0])
-    after = routed(made, x_TD).stats.counts_CE[0]
+        made.balance(routed(made, x_TD).stats.counts_QE[0])
+    after = routed(made, x_TD).stats.counts_QE[0]
     assert before.max() > 300 and after.max() < 170
 
 
@@ -150,7 +150,7 @@ def test_sinkhorn_balances_in_training_and_weighs_by_the_logits(top_k: int) -> N
     with torch.no_grad():
         made.weight[0] += 2.0
     x_TD = tokens(256).abs()
-    even, greedy = routed(made, x_TD).stats.counts_CE[0], routed(made, x_TD, phase="eval").stats.counts_CE[0]
+    even, greedy = routed(made, x_TD).stats.counts_QE[0], routed(made, x_TD, phase="eval").stats.counts_QE[0]
     assert even.max() < 0.7 * greedy.max()
     routing = routed(made, x_TD)
     score = routing.logits_TE.sigmoid() if top_k == 1 else routing.logits_TE.softmax(-1)
@@ -163,7 +163,7 @@ def test_hash_sends_equal_ids_to_equal_experts() -> None:
     routing = routed(made, torch.zeros(1000, D), token_ids_T=ids_T)
     assert torch.equal(routing.experts_TK[:250], routing.experts_TK[250:500])
     assert (routing.experts_TK.diff(dim=-1) != 0).all() and routing.weights_TK.unique().tolist() == [0.5]
-    assert routing.stats.counts_CE.max() < 1.3 * 500
+    assert routing.stats.counts_QE.max() < 1.3 * 500
     assert list(made.parameters()) == []
     with pytest.raises(ValueError, match="router=hash needs the id of every token"):
         routed(made, token_ids_T=None)

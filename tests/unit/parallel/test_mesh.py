@@ -21,6 +21,13 @@ def test_eight_ranks_by_hand() -> None:
     assert layout.groups("edp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
 
 
+def test_expert_tensor_parallelism_widens_the_ep_group() -> None:
+    """Two ranks for each of two halves of the experts: the groups of ep=4, under the sizes of the configuration."""
+    layout, wide = Layout(world=8, ep=2, tp=2, node_size=2, etp=2), Layout(world=8, ep=4, tp=2, node_size=2)
+    assert (layout.ep, layout.etp, layout.expert_ranks, layout.edp) == (2, 2, 4, 2)
+    assert [layout.groups(axis) for axis in AXES] == [wide.groups(axis) for axis in AXES]
+
+
 def test_experts_fold_over_tensor_parallelism() -> None:
     """ep neither divides tp nor is divided by it: still consecutive ranks of the world."""
     layout = Layout(world=12, ep=3, tp=4)
@@ -106,6 +113,8 @@ def test_ep_groups_that_lie_unevenly_on_nodes(world: int, ep: int, node_size: in
         (dict(world=8, ep=3), "ep=3 does not divide world size 8"),
         (dict(world=8, tp=5), "tp=5 does not divide world size 8"),
         (dict(world=4, ep=8), "ep=8 does not divide world size 4"),
+        (dict(world=4, ep=2, etp=4), r"ep\*etp=8 does not divide world size 4"),
+        (dict(world=4, ep=-2, etp=-2), "etp=-2 does not divide world size 4"),
         (dict(world=4, tp=0), "tp=0 does not divide world size 4"),
         (dict(world=4, ep=-2), "ep=-2 does not divide world size 4"),
         (dict(world=4, node_size=0), "node_size=0 is below 1"),
@@ -137,7 +146,7 @@ def test_create_mesh_without_process_group() -> None:
 
 def test_a_rank_of_a_layout_that_nobody_starts() -> None:
     """The sixth of eight ranks, on the third of four nodes: all its groups, by hand."""
-    mesh = mesh_without_processes(Layout(world=8, ep=4, tp=2, node_size=2), 5, etp=2, sequence_parallel=True)
+    mesh = mesh_without_processes(Layout(world=8, ep=2, tp=2, node_size=2, etp=2), 5, sequence_parallel=True)
     assert (mesh.rank, mesh.etp, mesh.sequence_parallel) == (5, 2, True)
     expected = dict(world=(tuple(range(8)), 5), tp=((4, 5), 1), dp=((1, 3, 5, 7), 2), ep=((4, 5, 6, 7), 1))
     expected |= dict(edp=((1, 5), 1), ep_node=((4, 5), 1), ep_across=((5, 7), 0))

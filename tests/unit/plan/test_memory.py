@@ -36,7 +36,7 @@ def test_ep_is_not_to_be_raised_where_no_larger_one_fits() -> None:
     for ep, etp, experts, raised in ((2, 1, 8, True), (2, 2, 8, False), (2, 1, 6, False), (1, 2, 8, True)):
         config = Config(parallel=ParallelConfig(ep=ep, etp=etp), train=TRAIN)
         config.model.moe.num_experts = experts
-        said = advice(config, batch_shape(TRAIN, 4), Layout(4, ep=ep * etp), Held(dense=2**20))
+        said = advice(config, batch_shape(TRAIN, 4), Layout(4, ep=ep, etp=etp), Held(dense=2**20))
         assert ("raise parallel.ep" in said) is raised, (ep, etp, experts)
 
 

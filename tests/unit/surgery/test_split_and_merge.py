@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from moe_dist.config.rules.moe import moe_rules
+from moe_dist.config.schema import ParallelConfig
 from moe_dist.parallel.sharding import logical_parameters
 from moe_dist.surgery.layers import add_experts, merge_experts, open_experts, remove_experts, split_experts
 from tests.unit.helpers import context
@@ -11,7 +13,8 @@ from tests.unit.surgery.helpers import WIDTH, D, E, bits, layer_of, run, same_bi
 
 @pytest.mark.parametrize("changes", [dict(), dict(top_k=1), dict(renormalize=False), dict(router="sigmoid"),
     dict(router="sigmoid", top_k=1), dict(router="sigmoid", renormalize=False), dict(router="noisy"),
-    dict(router="sinkhorn"), dict(router="expert_choice", capacity_factor=1.0), dict(num_groups=3, top_k_groups=1),
+    dict(router="sinkhorn"), dict(router="expert_choice", capacity_factor=1.0),
+    dict(router="expert_choice", capacity_factor=1.0, top_k=1), dict(num_groups=3, top_k_groups=1),
     dict(expert_bias=True, activation="gelu"), dict(num_shared_experts=2)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("parts", [2, 3])
 def test_splitting_every_expert_preserves_the_layer(parts: int, changes: dict) -> None:
@@ -24,6 +27,8 @@ def test_splitting_every_expert_preserves_the_layer(parts: int, changes: dict) -
     ids = add_experts(layer, E * (parts - 1), "split")
     assert ids == [i for i in range(E * parts) if i % parts]
     assert layer.config.top_k == parts * changes.get("top_k", 2)
+    rules = moe_rules(layer.config, ParallelConfig(), d_ff=WIDTH, num_layers=1)
+    assert list(rules) == []  # so that its checkpoint can be read again
     assert layer.experts.w_up.shape == (E * parts, WIDTH // parts, D)
     after, split = run(layer, "dropless")
     torch.testing.assert_close(after, before, rtol=1e-5, atol=2e-6)
