@@ -43,7 +43,12 @@ class MoEConfig:
     top_k_groups: int = 1
     """... and a token chooses within its best top_k_groups of them, so that it travels to few ranks."""
     bias_update_rate: float = 1e-3
-    """With router = sigmoid: how much the balancing bias of an expert moves at every step."""
+    """With sign in `balance`: how much the balancing bias of an expert moves at every step."""
+    balance_bins: int = 1000
+    """With quantile in `balance`: bins from which an expert's quantile is read. More for softmax with many experts,
+    whose probabilities are small."""
+    balance_ema: float = 0.0
+    """With quantile in `balance`: share of the old bias in the new one."""
     routed_scale: float = 1.0
     """The weights of routed experts are multiplied by this."""
     importance_loss_coef: float = 1e-2
@@ -85,8 +90,13 @@ class MoEConfig:
     overflow: Literal["drop", "reroute"] = "drop"
     """What becomes of an assignment that finds its expert full. drop: it adds nothing, the residual carries the token.
     reroute: it asks for the token's next choice that has room, until all experts were asked."""
+    balance: Literal["auto", "none", "loss", "sign", "quantile", "loss+sign", "loss+quantile"] = "auto"
+    """How experts are kept level. loss: a loss teaches the router. sign and quantile, with softmax and sigmoid: a bias
+    on the scores, by which experts are chosen and not weighed, moves by a fixed rate against the load, or is set once
+    a step to what gives each its share of the tokens. auto: loss, with sigmoid loss+sign. A noisy router's own losses
+    have coefficients of their own."""
     balance_loss_coef: float = 1e-2
-    """Weight of the load-balancing loss, E * sum_i f_i P_i (Switch Transformers, eq. 4)."""
+    """With loss in `balance`: weight of the load-balancing loss, E * sum_i f_i P_i (Switch Transformers, eq. 4)."""
     balance_scope: Literal["global", "local", "sequence"] = "global"
     """Over which tokens that loss is taken: all of the micro-step, those of one rank, or each sequence on its own.
     `local` depends on how many ranks there are."""
@@ -108,6 +118,13 @@ class MoEConfig:
     """How the experts compute: one after another (the oracle), padded batched GEMM, grouped GEMM, or our Triton kernels
     with gather, activation and weighting fused in. auto: grouped_mm, which on CPU is a fused loop of ours; loop where
     experts differ in width."""
+
+    @property
+    def balanced_by(self) -> str:
+        """`balance`, and what auto stands for."""
+        if self.balance != "auto":
+            return self.balance
+        return "loss+sign" if self.router == "sigmoid" else "loss"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ writes into all, comparing layouts gathers them. So no other room knows how an e
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
+from moe_dist.moe.balance import Tally, reduced
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters, spec_of
@@ -70,18 +71,27 @@ class Engine(Protocol):
 
 
 class RouterLoads:
-    """Assignments to experts over the micro-steps of a step, for routers that balance themselves after it."""
+    """What routers that balance themselves after a step are told of it, summed over its micro-steps."""
 
     def __init__(self) -> None:
-        self.by_site: dict[Site, Tensor] = {}
+        self.by_site: dict[Site, Tally] = {}
 
-    def add(self, output: DecoderOutput) -> None:
+    def take(self, output: DecoderOutput) -> DecoderOutput:
+        """Adds what a micro-step counted. Returns its output without the histograms, which nobody else reads."""
         for stats in output.stats:
             earlier = self.by_site.get(stats.site)
-            self.by_site[stats.site] = stats.load_E if earlier is None else earlier + stats.load_E
+            self.by_site[stats.site] = stats.tally if earlier is None else earlier + stats.tally
+        return replace(output, stats=tuple(replace(stats, needs_EB=None) for stats in output.stats))
 
     def settle(self, model: Trainable) -> None:
-        """Tell the routers, and begin again."""
+        """Tell the routers, and begin again. Loads are of all ranks already; the histograms of all layers are summed in
+        one reduction over the ranks that hold tokens, so every rank must call."""
+        needs = {site: tally.needs_EB for site, tally in self.by_site.items() if tally.needs_EB is not None}
+        if needs:
+            ranks = model.mesh.token_ranks
+            summed = reduced(list(needs.values()), lambda flat: all_reduce(flat, ranks))
+            for site, needs_EB in zip(needs, summed, strict=True):
+                self.by_site[site] = replace(self.by_site[site], needs_EB=needs_EB)
         model.balance_routers(self.by_site)
         self.forget()
 

@@ -126,8 +126,7 @@ class DeepSpeedEngine:
         self.micro = (self.micro + 1) % self.accumulation
         if self.micro:
             self.engine.step()  # no boundary: DeepSpeed only counts
-        self.loads.add(output)
-        return output
+        return self.loads.take(output)
 
     def evaluate(
         self, tokens_BS: Tensor, targets: Tensor | None, step: StepContext, want: Want, **decoding: Any

@@ -67,8 +67,7 @@ class NativeEngine:
         if self.micro == self.accumulation:
             self.micro = 0
             self._reduce()
-        self.loads.add(output)
-        return output
+        return self.loads.take(output)
 
     @torch.no_grad()
     def evaluate(

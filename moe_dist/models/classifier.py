@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_dist.config.model import ModelConfig
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.encoder_block import Drop, EncoderBlock
+from moe_dist.moe.balance import Tally
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import own_slice
@@ -83,10 +84,11 @@ class Classifier(nn.Module):
                 stats.append(layer)
         return self._head(x_TD, mask_BS), tuple(stats)
 
-    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
+    def balance_routers(self, tallies: dict[Site, Tally]) -> None:
+        """Once an optimizer step: what routers are told of it, over all ranks and micro-steps."""
         for layer in self.moe_layers():
-            layer.router.balance(loads[layer.router.site])
+            tally = tallies[layer.router.site]
+            layer.router.balance(tally.load_E, tally.needs_EB)
 
     def moe_layers(self) -> list[MoE]:
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]

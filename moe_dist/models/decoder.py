@@ -19,6 +19,7 @@ from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
 from moe_dist.models.block import BlockReplay, DecoderBlock
+from moe_dist.moe.balance import Tally
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import all_gather, own_slice
@@ -113,12 +114,12 @@ class Decoder(nn.Module):
             return None
         return [attention.new_cache(rows, length) for attention in attentions]  # type: ignore[operator, union-attr]
 
-    def balance_routers(self, loads: dict[Site, Tensor]) -> None:
-        """Once an optimizer step: assignments to each expert, over all ranks and micro-steps."""
-        for site, load_E in loads.items():
+    def balance_routers(self, tallies: dict[Site, Tally]) -> None:
+        """Once an optimizer step: what routers are told of it, over all ranks and micro-steps."""
+        for site, tally in tallies.items():
             routed = getattr(self.blocks[site.layer], site.kind)
-            assert isinstance(routed, MoE | SwitchAttention), "loads are of routed layers"
-            routed.router.balance(load_E)
+            assert isinstance(routed, MoE | SwitchAttention), "tallies are of routed layers"
+            routed.router.balance(tally.load_E, tally.needs_EB)
 
     def _hidden(
         self, tokens_BS: Tensor, step: StepContext, caches: Sequence[KVCache] | None

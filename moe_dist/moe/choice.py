@@ -20,7 +20,8 @@ class Routing:
     experts_TK: int64, best first. weights_TK multiply the experts' outputs; fp32. preference_TE: by what experts were
     chosen, larger is better, -inf for never, not differentiable; None where nobody asks. stats: sums over tokens for
     the losses; chunks are those of the balancing scope. extra_loss: the router's own, already weighted. open_e: numbers
-    of the experts that take part, None: all. To the others no token goes; their logits are -inf.
+    of the experts that take part, None: all. To the others no token goes; their logits are -inf. needs_EB: the
+    histogram of balance.py, where the router's bias is set by it and these tokens count.
     """
 
     experts_TK: Tensor
@@ -30,6 +31,7 @@ class Routing:
     stats: TopK
     extra_loss: Tensor | None = None
     open_e: Tensor | None = None
+    needs_EB: Tensor | None = None
 
 
 @dataclass(frozen=True)

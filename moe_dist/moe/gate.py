@@ -87,7 +87,9 @@ def among_all(routing: Routing, open_e: Tensor, num_experts: int) -> Routing:
     def widen(values_XE: Tensor, fill: float) -> Tensor:
         return values_XE.new_full((len(values_XE), num_experts), fill).index_copy(1, open_e, values_XE)
 
-    preference_TE, experts_TK = routing.preference_TE, open_e[routing.experts_TK]
+    preference_TE, needs_EB, experts_TK = routing.preference_TE, routing.needs_EB, open_e[routing.experts_TK]
+    if needs_EB is not None:
+        needs_EB = needs_EB.new_zeros(num_experts, needs_EB.shape[1]).index_copy(0, open_e, needs_EB)
     stats = replace(
         routing.stats,
         experts_TK=experts_TK,
@@ -101,4 +103,5 @@ def among_all(routing: Routing, open_e: Tensor, num_experts: int) -> Routing:
         preference_TE=None if preference_TE is None else widen(preference_TE, -torch.inf),
         stats=stats,
         open_e=open_e,
+        needs_EB=needs_EB,
     )

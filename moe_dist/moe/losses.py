@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.moe.balance import Tally
 from moe_dist.moe.choice import Choice
 from moe_dist.moe.drops import PLACES, places, where_dropped
 from moe_dist.moe.router import Router
@@ -25,7 +26,8 @@ class MoEStats:
     the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. unserved: share
     of this rank's tokens that no expert took. sent_bytes: what this rank sent to others in the forward pass.
     dropped_E, dropped_S: assignments of this rank's tokens that found no place, by expert and by place in the sequence.
-    over_P: rows asked for beyond the limit of each pool, over the whole micro-step.
+    over_P: rows asked for beyond the limit of each pool, over the whole micro-step. needs_EB: of
+    this rank's tokens, for routers that ask for it (balance.py).
     """
 
     site: Site
@@ -40,6 +42,12 @@ class MoEStats:
     dropped_S: Tensor
     over_P: Tensor
     sent_bytes: int = 0
+    needs_EB: Tensor | None = None
+
+    @property
+    def tally(self) -> Tally:
+        """What the router is told of it after the step."""
+        return Tally(self.load_E, self.needs_EB)
 
     @staticmethod
     def of(choice: Choice, router: Router, step: StepContext, sent_bytes: int) -> "MoEStats":
@@ -58,7 +66,8 @@ class MoEStats:
         z = routing.stats.z_sum / tokens
         aux = torch.zeros_like(z)
         if router.has_losses:
-            aux = moe.balance_loss_coef * balance + moe.z_loss_coef * z
+            weighted = moe.balance_loss_coef * balance if "loss" in moe.balanced_by else aux
+            aux = weighted + moe.z_loss_coef * z
         if routing.extra_loss is not None:
             aux = aux + routing.extra_loss
         unserved_T = ~plan.kept_TK.any(1)
@@ -77,6 +86,7 @@ class MoEStats:
             dropped_S=dropped_S,
             over_P=plan.over_P,
             sent_bytes=sent_bytes,
+            needs_EB=routing.needs_EB,
         )
 
 

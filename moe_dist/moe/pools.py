@@ -44,7 +44,7 @@ class Pools:
 
     @staticmethod
     def of(moe: MoEConfig, floor: tuple[int, int], limit: int, open_e: Tensor | None, device: torch.device) -> "Pools":
-        """floor: pool_floor as a ratio of integers. limit: C. open_e: numbers of the experts that take part; None: all."""
+        """floor: pool_floor as a ratio of integers. limit: C. open_e: of the experts that take part; None: all."""
         open_E = torch.ones(moe.num_experts, dtype=torch.int64, device=device)
         if open_e is not None:
             open_E = torch.zeros_like(open_E).index_fill(0, open_e, 1)

@@ -17,6 +17,7 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.permute.order import traced
 from moe_dist.kernels.registry import top_k_kernel
 from moe_dist.kernels.top_k.reference import Score, TopK, best, scores_of
+from moe_dist.moe.balance import Tally
 from moe_dist.moe.choice import Routing
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
@@ -133,8 +134,13 @@ class Router(nn.Module):
         """Weights of other experts than those first chosen, whose weights are given: of rerouted assignments."""
         return self.weigh(scores_of(logits_TE, self.score).gather(1, experts_TK))
 
-    def balance(self, load_E: Tensor) -> None:
-        """Called once an optimizer step with the assignments of all ranks and micro-steps, before dropping."""
+    def balance(self, load_E: Tensor, needs_EB: Tensor | None = None) -> None:
+        """Called once an optimizer step with the assignments of all ranks and micro-steps, before dropping, and with
+        what they needed, where the router counts that."""
+
+    def no_tally(self) -> Tally:
+        """Of a rank that saw no token."""
+        return Tally(torch.zeros_like(self.open_E, dtype=torch.int64))
 
     def explicit(self, step: StepContext) -> bool:
         """Whether preferences are needed, not only the choice."""

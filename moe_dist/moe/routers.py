@@ -2,8 +2,8 @@
 
 | router        | chooses by                                        | weight                     |
 |---------------|---------------------------------------------------|----------------------------|
-| softmax       | softmax(W x), with jitter if asked for            | that, renormalised or not  |
-| sigmoid       | sigmoid(W x) + b, b balanced without a loss       | the sigmoid                |
+| softmax       | softmax(W x), with jitter and + b if asked for    | softmax, renormalised or not |
+| sigmoid       | sigmoid(W x) + b, b a balancing bias (balance.py) | the sigmoid                |
 | noisy         | W x + noise * softplus(W_noise x)                 | softmax over the chosen    |
 | expert_choice | each expert takes its best tokens                 | softmax(W x)               |
 | sinkhorn      | W x made doubly stochastic over the micro-step    | sigmoid or softmax of W x  |
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.kernels.top_k.reference import best, scores_of
+from moe_dist.moe.balance import Tally, needs_histogram, quantile_bias, sign_step
 from moe_dist.moe.choice import Routing
 from moe_dist.moe.router import Router, fp32_logits
 from moe_dist.parallel.collectives import all_gather, mean_over_group
@@ -34,23 +35,70 @@ from moe_dist.step import Site, StepContext
 _LEAST_NOISE = 1e-2
 
 
-class SoftmaxRouter(Router):
+class ScoreRouter(Router):
+    """Routers that choose by a score of each expert in [0, 1], which a balancing bias can shift: bias_E, or None."""
+
+    best_of = 1
+    """By how many of its best experts a group is ranked."""
+
+    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
+        super().__init__(moe, d_model, site, mesh, kernels)
+        self.weight = router_weight(moe.num_experts, d_model)
+        self.by_sign, self.by_quantile = ("sign" in moe.balanced_by), ("quantile" in moe.balanced_by)
+        biased = self.by_sign or self.by_quantile or moe.router == "sigmoid"
+        self.bias_E: Tensor | None
+        self.register_buffer("bias_E", torch.zeros(moe.num_experts) if biased else None)
+
+    def reset_buffers(self) -> None:
+        super().reset_buffers()
+        if self.bias_E is not None:
+            self.bias_E.zero_()
+
+    def route(self, logits_TE: Tensor, step: StepContext, chosen_TK: Tensor | None) -> Routing:
+        """By score plus bias. What the tokens needed is counted where they are chosen for in training."""
+        plain = self.bias_E is None and self.moe.num_groups == 1 and not self.explicit(step)
+        if chosen_TK is not None or plain:
+            return self.choose(logits_TE, step, chosen_TK)
+        scores_TE = scores_of(logits_TE.detach(), self.score)
+        scores_TE = self.settle(scores_TE if self.bias_E is None else scores_TE + self.bias_E, step)
+        preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, self.best_of)
+        routing = self.choose(logits_TE, step, None, preference_TE)
+        if not self.by_quantile or step.phase != "train":
+            return routing
+        assert self.bias_E is not None, "quantile balancing sets a bias"
+        real_T = None if step.real is None else step.real.mask_T
+        bins = self.moe.balance_bins
+        needs_EB = needs_histogram(preference_TE, routing.experts_TK, self.bias_E, bins, real_T)
+        return replace(routing, needs_EB=needs_EB)
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor, needs_EB: Tensor | None = None) -> None:
+        if self.bias_E is None:
+            return
+        if self.by_sign:
+            self.bias_E += self.moe.bias_update_rate * sign_step(load_E, self.open_E).to(self.bias_E)
+        if self.by_quantile:
+            assert needs_EB is not None, "counted in every forward pass in training"
+            self.bias_E.copy_(quantile_bias(needs_EB, self.bias_E, self.open_E, self.moe.top_k, self.moe.balance_ema))
+
+    def no_tally(self) -> Tally:
+        tally = super().no_tally()
+        return (
+            replace(tally, needs_EB=tally.load_E.new_zeros(len(self.open_E), self.moe.balance_bins))
+            if self.by_quantile
+            else tally
+        )
+
+
+class SoftmaxRouter(ScoreRouter):
     """p = softmax(W x), the top_k largest (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, eq. 1 and 2).
 
     jitter: in training, x is multiplied by a uniform number in [1 - jitter, 1 + jitter] for routing (Switch, sec. 2.2).
     """
 
-    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
-        super().__init__(moe, d_model, site, mesh, kernels)
-        self.weight = router_weight(moe.num_experts, d_model)
-
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
         logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices)
-        preference_TE = None
-        if chosen_TK is None and (self.explicit(step) or self.moe.num_groups > 1):
-            scores_TE = self.settle(scores_of(logits_TE.detach(), self.score), step)
-            preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=1)
-        return self.choose(logits_TE, step, chosen_TK, preference_TE)
+        return self.route(logits_TE, step, chosen_TK)
 
     def _jittered(self, x_TD: Tensor, step: StepContext) -> Tensor:
         if self.moe.jitter == 0.0 or step.phase != "train":
@@ -61,41 +109,18 @@ class SoftmaxRouter(Router):
         return x_TD.to(wide) * factor_TD.to(wide)
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(ScoreRouter):
     """s = sigmoid(W x); the top_k largest of s + b, weighed by s (DeepSeek-V3, arXiv 2412.19437, eq. 15 and 16).
 
-    b is not trained: after every step it rises by bias_update_rate for experts with less than the mean load and falls
-    for those with more (loss-free balancing, arXiv 2408.15664, algorithm 1). It is part of checkpoints. Groups are
-    ranked by the sum of their best two experts.
+    b is a balancing bias (balance.py); where nothing moves it, as under balance = loss, it stays as it was loaded.
+    Groups are ranked by the sum of their best two experts.
     """
 
     score = "sigmoid"
-
-    def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
-        super().__init__(moe, d_model, site, mesh, kernels)
-        self.weight = router_weight(moe.num_experts, d_model)
-        self.bias_E: Tensor
-        self.register_buffer("bias_E", torch.zeros(moe.num_experts))
-
-    def reset_buffers(self) -> None:
-        super().reset_buffers()
-        self.bias_E.zero_()
+    best_of = 2
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
-        logits_TE = fp32_logits(x_TD, self.weight, self.slices)
-        preference_TE = None
-        if chosen_TK is None:
-            scores_TE = self.settle(logits_TE.detach().sigmoid() + self.bias_E, step)
-            preference_TE = limit_groups(scores_TE, self.moe.num_groups, self.moe.top_k_groups, best_of=2)
-        return self.choose(logits_TE, step, chosen_TK, preference_TE)
-
-    @torch.no_grad()
-    def balance(self, load_E: Tensor) -> None:
-        # Closed experts have no load: they neither lower the mean nor rise towards it.
-        takes_part_E = self.open_E.to(load_E.device, torch.float64)
-        mean = (load_E * takes_part_E).sum() / takes_part_E.sum()
-        move_E = (mean - load_E).sign() * takes_part_E
-        self.bias_E += self.moe.bias_update_rate * move_E.to(self.bias_E)
+        return self.route(fp32_logits(x_TD, self.weight, self.slices), step, chosen_TK)
 
 
 class NoisyRouter(Router):

@@ -7,6 +7,7 @@ which torch.utils.checkpoint puts back before it runs a pass again; the step is 
 """
 
 from collections.abc import Callable, Sequence
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_dist.kernels.random import RandomKey
+from moe_dist.moe.balance import Tally, reduced
 from moe_dist.moe.router import Router
+from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import PlacedParameter, initialize
 
@@ -125,43 +128,58 @@ class KeepsStep:
 
 
 class Loads:
-    """Assignments to experts before dropping, [routers, E]: of the last forward pass, and of those in training since
-    routers were balanced by them. copies: whether ranks hold the whole layer, so that each has a load of its own; where
-    they share one, cut over a mesh, a load is that of all ranks already."""
+    """What the forward passes of a layer or model counted, router by router: in the last one, and in those in training
+    since routers were balanced by it. mesh: over which they are cut; with None each rank holds them whole, and has a
+    load of its own."""
 
-    def __init__(self, copies: bool) -> None:
-        self.copies = copies
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh = mesh
         self.last: Tensor | None = None
-        self.since_balance: Tensor | None = None
+        self.since_balance: list[Tally] | None = None
 
-    def count(self, loads: Sequence[Tensor], training: bool) -> None:
-        """Of one pass: [E] of each router. A pass that is run again was counted the first time."""
+    def count(self, tallies: Sequence[Tally], training: bool) -> None:
+        """Of one pass: of each router. A pass that is run again was counted the first time."""
         if runs_again():
             return
-        self.last = torch.stack(list(loads))
+        self.last = torch.stack([tally.load_E for tally in tallies])
         if training:
-            self.since_balance = self.last if self.since_balance is None else self.since_balance + self.last
+            earlier = self.since_balance
+            self.since_balance = list(tallies) if earlier is None else list(map(add, earlier, tallies))
 
     def forget(self) -> None:
         """For other experts, or other weights."""
         self.last = self.since_balance = None
 
     def of_last_pass(self, routers: int, num_experts: int) -> Tensor:
-        """Zeros before one."""
+        """Assignments before dropping, [routers, E]; zeros before one."""
         return torch.zeros(routers, num_experts, dtype=torch.int64) if self.last is None else self.last
 
+    def take(self, routers: Sequence[Router]) -> list[Tally]:
+        """What was counted since the last time, which is then forgotten; nothing of these routers without a pass."""
+        tallies, self.since_balance = self.since_balance, None
+        return [router.no_tally() for router in routers] if tallies is None else tallies
+
     def balance(self, routers: Sequence[Router], group: dist.ProcessGroup | None) -> None:
-        """Let routers move their biases by the load since the last time, over all ranks of `group` where they hold
-        copies: each must call, whether or not it had a load. Nothing moves where nobody had any."""
-        total, self.since_balance = self.since_balance, None
-        if self.copies and dist.is_initialized():
-            like = torch.stack([router.open_E for router in routers])
-            total = torch.zeros_like(like, dtype=torch.int64) if total is None else total.clone()
-            dist.all_reduce(total, group=group)
-            total = total if bool(total.any()) else None
-        if total is not None:
-            for router, load_E in zip(routers, total, strict=True):
-                router.balance(load_E)
+        """Let routers move their biases by what was counted since the last time."""
+        balance_routers(routers, self.take(routers), self.mesh, group)
+
+
+def balance_routers(
+    routers: Sequence[Router], tallies: Sequence[Tally], mesh: Mesh | None, group: dist.ProcessGroup | None
+) -> None:
+    """By what all ranks counted, in one reduction: over `group` without a mesh, where each rank holds all, and must
+    call whether or not it counted anything. With one, loads are of all its ranks already, and what tokens needed is
+    summed over those that hold tokens. Nothing moves where nobody had a token."""
+    loads = [tally.load_E for tally in tallies]
+    needs = [tally.needs_EB for tally in tallies if tally.needs_EB is not None]
+    if mesh is None and dist.is_initialized():
+        summed = reduced([*loads, *needs], lambda flat: dist.all_reduce(flat, group=group))
+        loads, needs = summed[: len(loads)], summed[len(loads) :]
+    elif mesh is not None and needs:
+        ranks = mesh.token_ranks
+        needs = reduced(needs, lambda flat: all_reduce(flat, ranks))
+    for number, (router, load_E) in enumerate(zip(routers, loads, strict=True)):
+        router.balance(load_E, needs[number] if needs else None)
 
 
 class WithAuxLoss(NamedTuple):

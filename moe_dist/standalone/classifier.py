@@ -84,7 +84,7 @@ class SwitchClassifier(KeepsStep, Layer):
         model = resolve_backends(model, 1, device.type)
         with device:
             self.core = Classifier(model, single_process_mesh(), max_len, self.seed, pad_id)
-        self.loads = Loads(copies=True)
+        self.loads = Loads(None)
         self.to(device)
 
     def reset_parameters(self) -> None:
@@ -115,7 +115,7 @@ class SwitchClassifier(KeepsStep, Layer):
         phase: Literal["train", "eval"] = "train" if self.training else "eval"
         context = StepContext(self.key_of("classifier", step), phase, step=step)
         logits_BC, stats = self.core.classify(ids, mask_BS, context)
-        self.loads.count([layer.load_E for layer in stats], self.training)
+        self.loads.count([layer.tally for layer in stats], self.training)
         aux_loss = torch.stack([layer.aux_loss for layer in stats]).sum()
         return logits_BC, aux_loss
 
@@ -130,7 +130,7 @@ class SwitchClassifier(KeepsStep, Layer):
             self.train(training)
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
+        """Where a bias balances (`balance`), once an optimizer step, in every layer: as `MixtureOfExperts.balance`."""
         self.loads.balance([layer.router for layer in self.moe_layers], group)
 
     @property

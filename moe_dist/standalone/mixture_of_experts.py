@@ -75,7 +75,7 @@ class MixtureOfExperts(KeepsStep, Layer):
         self.dp = mesh.dp
         with device:
             self.moe = MoE(moe, d_model, d_ff, activation, layer=0, mesh=mesh, kernels=kernels)
-        self.loads = Loads(copies=given is None)
+        self.loads = Loads(given)
         initialize(self, self.seed)
         self.to(device)
 
@@ -95,7 +95,7 @@ class MixtureOfExperts(KeepsStep, Layer):
         x_TD = x.reshape(-1, self.d_model)
         context = self._context(x, token_ids, step)
         y_TD, stats = self.moe(x_TD, context)
-        self.loads.count([stats.load_E], self.training)
+        self.loads.count([stats.tally], self.training)
         y = self._dropped_out(y_TD, context).view(x.shape)
         return WithAuxLoss(y, stats.aux_loss) if return_aux_loss else y
 
@@ -109,7 +109,7 @@ class MixtureOfExperts(KeepsStep, Layer):
         return self.loads.of_last_pass(1, self.num_experts)[0]
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step: move its bias by the load of the passes in training since.
+        """Where a bias balances (`balance`), once an optimizer step: move it by what training passes since counted.
 
         Without a mesh every rank of `group` (None: of torch.distributed's default group, where there is one) must call:
         the load is that of all of them, so that copies of the layer, as under DDP and FSDP, stay copies.

@@ -66,7 +66,7 @@ class SwitchMultiQueryAttention(KeepsStep, Layer):
         attention = resolve_attention(attention, sizes, mesh.ep.size, device.type, section="")
         with device:
             self.attention = SwitchAttention(sizes, attention, mesh, 0, resolve_kernels("auto", device.type))
-        self.loads = Loads(copies=given is None)
+        self.loads = Loads(given)
         initialize(self, self.seed)
         self.to(device)
 
@@ -101,7 +101,7 @@ class SwitchMultiQueryAttention(KeepsStep, Layer):
             bias = added_by(attn_mask != 0, x.shape[0], self.attention.heads, x.shape[1], x.shape[1])
         positions = Positions(rotary=rotary, bias=bias)
         y_TD, stats = self.attention(x.reshape(-1, self.d_model), x.shape[:2], positions, context)
-        self.loads.count([stats.load_E], self.training)
+        self.loads.count([stats.tally], self.training)
         y = y_TD.view(x.shape)
         return WithAuxLoss(y, stats.aux_loss) if return_aux_loss else y
 
@@ -111,7 +111,7 @@ class SwitchMultiQueryAttention(KeepsStep, Layer):
         return self.loads.of_last_pass(1, self.attention.config.moe.num_experts)[0]
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step: as `MixtureOfExperts.balance`."""
+        """Where a bias balances (`balance`), once an optimizer step: as `MixtureOfExperts.balance`."""
         self.loads.balance([self.attention.router], group)
 
     def extra_repr(self) -> str:

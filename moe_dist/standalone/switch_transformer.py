@@ -15,7 +15,7 @@ from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.standalone.base import Layer, WithAuxLoss, device_of, drawn_seed
+from moe_dist.standalone.base import Layer, WithAuxLoss, balance_routers, device_of, drawn_seed
 from moe_dist.standalone.switch_attention import SwitchMultiQueryAttention
 
 _EPS = 1e-5
@@ -147,7 +147,8 @@ class Transformer(Layer):
         return WithAuxLoss(logits, aux_loss) if return_aux_loss else logits
 
     def balance(self, group: dist.ProcessGroup | None = None) -> None:
-        """With router=sigmoid, once an optimizer step: as `MixtureOfExperts.balance`."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.attention.balance(group)
+        """Where a bias balances, once an optimizer step: as `MixtureOfExperts.balance`."""
+        layers = [block.attention for block in self.blocks if isinstance(block, Block)]
+        routers = [layer.attention.router for layer in layers]
+        tallies = [tally for layer, router in zip(layers, routers, strict=True) for tally in layer.loads.take([router])]
+        balance_routers(routers, tallies, self.cut_over, group)

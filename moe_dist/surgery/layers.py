@@ -26,6 +26,7 @@ Legend: E experts, F hidden units of one, D d_model.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -192,9 +193,12 @@ def split_experts(layer: "MoE", parts: int = 2) -> None:
     # What it was for one chosen expert it must be for its parts; expert_choice never looks at it.
     renormalize = moe.renormalize and (moe.top_k > 1 or moe.router == "expert_choice")
     scale = 1 if moe.router == "sigmoid" and not renormalize else parts
+    members = members_of(layer)
+    if moe.router == "softmax" and "bias_E" in members[0].row:  # beside scores that are shared out
+        members = [replace(own, row=own.row | {"bias_E": own.row["bias_E"] / parts}) for own in members]
     rebuild(
         layer,
-        [part for member in members_of(layer) for part in parts_of(member, parts, scale)],
+        [part for member in members for part in parts_of(member, parts, scale)],
         top_k=moe.top_k * parts,
         renormalize=renormalize,
         num_shared_experts=moe.num_shared_experts * parts,

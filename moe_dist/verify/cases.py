@@ -24,7 +24,8 @@ SETTING_AXES: Axes = {
     "router": ("softmax", "jitter", "groups", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"),
     "overflow": ("drop", "reroute"),
     "pool": ("1", "2", "floor"),
-    "balance": ("global", "local", "sequence"),
+    "balance": ("auto", "none", "loss", "sign", "quantile", "loss+quantile"),
+    "balance_scope": ("global", "local", "sequence"),
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
     "attention": ("multi_query", "options", "dropout", "switch", "routed"),
@@ -43,7 +44,8 @@ class Setting:
     router: str = "softmax"
     overflow: str = "drop"
     pool: str = "1"
-    balance: str = "global"
+    balance: str = "auto"
+    balance_scope: str = "global"
     experts: str = "grouped_mm"
     recompute: str = "none"
     attention: str = "multi_query"
@@ -52,7 +54,7 @@ class Setting:
         plain = Setting()
         extra = [
             f"{name} {getattr(self, name)}"
-            for name in ("router", "overflow", "pool", "balance", "experts", "recompute", "attention")
+            for name in ("router", "overflow", "pool", "balance", "balance_scope", "experts", "recompute", "attention")
             if getattr(self, name) != getattr(plain, name)
         ]
         return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
@@ -98,7 +100,7 @@ _ROUTERS: dict[str, dict[str, object]] = {
     "softmax": {},
     "jitter": {"jitter": 0.1},
     "groups": {"num_groups": 2, "top_k_groups": 1},
-    "sigmoid": {"router": "sigmoid", "bias_update_rate": 0.01},
+    "sigmoid": {"router": "sigmoid"},
 }
 
 
@@ -138,11 +140,13 @@ def settings_of(axes: Axes) -> tuple[Setting, ...]:
 
 
 def every_setting() -> tuple[Setting, ...]:
-    """All combinations of what decides who is dropped; each other axis varied on its own, its product takes days."""
+    """All combinations of what decides who is dropped; each other axis varied on its own, its product takes days, but
+    for the ways to balance, with either router that they are for."""
     core = ("top_k", "drops", "accumulation")
     combined = settings_of({name: SETTING_AXES[name] for name in core})
     others = {name: values[1:] for name, values in SETTING_AXES.items() if name not in core}
-    return combined + tuple(Setting(**{name: value}) for name, values in others.items() for value in values)
+    alone = tuple(Setting(**{name: value}) for name, values in others.items() for value in values)
+    return combined + alone + settings_of({"router": ("sigmoid",), "balance": others["balance"]})
 
 
 def layouts_of(axes: Axes) -> tuple[LayoutCase, ...]:
@@ -181,18 +185,22 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "drop_policy": setting.drops if setting.drops in ("score", "random") else "position",
         "drop_order": "choice" if setting.drops == "choice" else "token",
         "overflow": setting.overflow,
-        "balance_scope": setting.balance,
+        "balance": setting.balance,
+        "balance_scope": setting.balance_scope,
         "dispatch": kind,
         "wire": "padded" if layout.dispatch == "padded" else "ragged",
         "overlap_chunks": 2 if overlap else 1,
         "experts": setting.experts,
     }
     moe |= _POOLS[setting.pool]
+    if setting.balance == "sign" or (setting.balance == "auto" and setting.router == "sigmoid"):
+        moe |= {"bias_update_rate": 0.01}
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
     attention = _ATTENTIONS[setting.attention]
     if setting.attention == "switch":
         pool = _POOLS[setting.pool] | ({"num_experts": 8} if setting.pool != "1" else {})  # none is cut by ep = 4
-        attention = attention | {"moe": _SWITCH_EXPERTS | {"drop_order": moe["drop_order"]} | pool}
+        as_of_feed_forwards = {key: moe[key] for key in ("drop_order", "balance")}
+        attention = attention | {"moe": _SWITCH_EXPERTS | as_of_feed_forwards | pool}
     model |= {"attention": attention}
     engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
     # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random

@@ -41,7 +41,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
         (LayoutCase(ep="4"), LayoutCase(ep="2", tp="2", sp="on", zero="0"), LayoutCase(ep="1", zero="1")),
     ),
     (
-        Setting(router="sigmoid", overflow="reroute", balance="sequence", accumulation="4"),
+        Setting(router="sigmoid", overflow="reroute", balance_scope="sequence", accumulation="4"),
         (
             LayoutCase(ep="2", tp="2", etp="2", zero="1"),
             LayoutCase(ep="4", tp="2", sp="on", dispatch="hierarchical"),
@@ -49,7 +49,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
         ),
     ),
     (
-        Setting(router="noisy", balance="local", recompute="activation"),
+        Setting(router="noisy", balance_scope="local", recompute="activation"),
         (LayoutCase(ep="4", dispatch="all_gather"), LayoutCase(ep="1", tp="2", etp="4", zero="3")),
     ),
     (
@@ -60,6 +60,14 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     (Setting(router="hash", overflow="reroute"), (LayoutCase(ep="4", tp="2", zero="1"),)),
     (Setting(router="jitter", top_k="1", recompute="block"), (LayoutCase(ep="4", tp="2", sp="on"),)),
     (Setting(router="groups", drops="random", overflow="reroute"), (LayoutCase(ep="4", dispatch="overlap"),)),
+    (
+        Setting(router="sigmoid", balance="quantile", accumulation="4", recompute="block"),
+        (LayoutCase(ep="2", tp="2", sp="on"), LayoutCase(ep="4", tp="2", zero="3")),
+    ),
+    (Setting(balance="loss+quantile", attention="switch"), (LayoutCase(ep="2", tp="2", zero="1"),)),
+    (Setting(balance="sign"), (LayoutCase(ep="2", tp="2"),)),
+    (Setting(balance="none"), (LayoutCase(ep="2"),)),
+    (Setting(router="sigmoid", balance="loss"), (LayoutCase(ep="2"),)),
     (Setting(attention="options"), (LayoutCase(ep="2", tp="2", sp="on", zero="1"),)),
     (Setting(attention="dropout"), (LayoutCase(ep="4", tp="2", sp="on"),)),
     (Setting(attention="switch", recompute="block"), (LayoutCase(ep="4", tp="2", zero="3"),)),

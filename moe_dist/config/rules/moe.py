@@ -1,9 +1,10 @@
 """Rules of a section of MoE layers: model.moe, model.attention.moe, or the arguments of a layer that stands alone."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, unused
+from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, share, unused
 from moe_dist.config.schema import ParallelConfig
 
 _LARGEST: dict[str, float] = dict(
@@ -11,7 +12,8 @@ _LARGEST: dict[str, float] = dict(
     num_shared_experts=1024,
     min_capacity=MANY,
     sinkhorn_iterations=1000,
-    bias_update_rate=1.0,  # the scores that it is added to lie between 0 and 1
+    balance_bins=2**20,
+    bias_update_rate=1.0,  # the scores that the bias is added to lie between 0 and 1
     balance_loss_coef=1000.0,
     z_loss_coef=1000.0,
     importance_loss_coef=1000.0,
@@ -23,7 +25,11 @@ _USES: Uses = {
     "jitter": ("router", "softmax"),
     "num_groups": ("router", "softmax sigmoid"),
     "top_k_groups": ("router", "softmax sigmoid"),
-    "bias_update_rate": ("router", "sigmoid"),
+    "bias_update_rate": ("balance", "sign loss+sign"),
+    "balance_bins": ("balance", "quantile loss+quantile"),
+    "balance_ema": ("balance", "quantile loss+quantile"),
+    "balance_loss_coef": ("balance", "loss loss+sign loss+quantile"),
+    "balance_scope": ("balance", "loss loss+sign loss+quantile"),
     "importance_loss_coef": ("router", "noisy"),
     "load_loss_coef": ("router", "noisy"),
     "sinkhorn_iterations": ("router", "sinkhorn"),
@@ -41,11 +47,13 @@ def moe_rules(
     yield from at_least(1, moe, section, "top_k every num_groups top_k_groups sinkhorn_iterations overlap_chunks")
     yield from at_least(1, moe, section, "capacity_pool")
     yield from between(moe, section, "pool_floor", 0.0, 1.0)
+    yield from at_least(10, moe, section, "balance_bins")
     yield from at_least(0, moe, section, "num_experts num_shared_experts min_capacity jitter bias_update_rate")
     yield from at_least(0, moe, section, "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
     yield from between(moe, section, "routed_scale", 1e-4, 1e4)
     yield from at_most(moe, section, **_LARGEST)
-    yield from unused(moe, section, _USES)
+    yield from share(moe, section, "balance_ema")
+    yield from unused(replace(moe, balance=moe.balanced_by), section, _USES)  # type: ignore[arg-type]
     if moe.num_experts == 0:
         if moe.num_shared_experts > 0:
             yield (
@@ -71,6 +79,7 @@ def moe_rules(
     yield from _capacity_rules(moe, num_layers, section)
     yield from _pool_rules(moe, parallel, section)
     yield from _router_rules(moe, section)
+    yield from _balance_rules(moe, section)
     yield from _dispatch_rules(moe, parallel, section)
 
 
@@ -197,6 +206,30 @@ def _router_rules(moe: MoEConfig, section: str) -> Iterator[str]:
         yield (
             f"top_k_groups={moe.top_k_groups} is larger than num_groups={moe.num_groups}; "
             f"lower {key(section, 'top_k_groups')}"
+        )
+
+
+def _balance_rules(moe: MoEConfig, section: str) -> Iterator[str]:
+    where = key(section, "balance")
+    ways = moe.balanced_by.split("+")
+    if moe.router not in ("softmax", "sigmoid") and ("sign" in ways or "quantile" in ways):
+        yield (
+            f"balance={moe.balance} adds a bias to the scores of router=softmax or sigmoid, not {moe.router}; "
+            f"set {where} to auto"
+        )
+    if moe.router == "hash" and "loss" in ways and moe.balance != "auto":
+        yield f"balance={moe.balance} needs a router that learns, not hash; set {where} to none"
+    if "quantile" not in ways:
+        return
+    if moe.top_k == moe.num_experts:
+        yield (
+            f"balance={moe.balance} has nothing to level where every token goes to all experts, "
+            f"top_k=num_experts={moe.top_k}; set {where} to none"
+        )
+    if moe.num_groups > 1:
+        yield (
+            f"balance={moe.balance} asks what a token must beat, which is nothing outside the best of "
+            f"num_groups={moe.num_groups} groups; set {key(section, 'num_groups')} to 1, or {where} to sign"
         )
 
 

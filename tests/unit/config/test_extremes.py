@@ -22,6 +22,7 @@ BASES: dict[str, dict[str, Any]] = {
     "default": {},
     "sigmoid": {"model__moe__router": "sigmoid"},
     "noisy": {"model__moe__router": "noisy"},
+    "quantile": {"model__moe__balance": "loss+quantile"},
     "sinkhorn": {"model__moe__router": "sinkhorn"},
     "hierarchical": {"model__moe__dispatch": "hierarchical"},
     "switch": {"model__attention__kind": "switch", "model__attention__moe__router": "sigmoid"},

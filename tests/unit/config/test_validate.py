@@ -166,7 +166,40 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__moe__top_k": 1, "model__moe__renormalize": False},
         ),
         ("sinkhorn_iterations=9 is of router=sinkhorn, not softmax", {"model__moe__sinkhorn_iterations": 9}),
-        ("bias_update_rate=0.1 is of router=sigmoid, not softmax", {"model__moe__bias_update_rate": 0.1}),
+        (
+            "bias_update_rate=0.1 is of balance=sign or loss+sign, not loss; set model.moe.bias_update_rate",
+            {"model__moe__bias_update_rate": 0.1},
+        ),
+        (
+            "balance_loss_coef=0.1 is of balance=loss or loss+sign or loss+quantile, not quantile",
+            {"model__moe__balance": "quantile", "model__moe__balance_loss_coef": 0.1},
+        ),
+        (
+            "balance_scope=local is of balance=loss or loss+sign or loss+quantile, not none",
+            {"model__moe__balance": "none", "model__moe__balance_scope": "local"},
+        ),
+        ("balance_ema=0.5 is of balance=quantile or loss+quantile, not loss", {"model__moe__balance_ema": 0.5}),
+        ("balance_bins=99 is of balance=quantile or loss+quantile, not loss", {"model__moe__balance_bins": 99}),
+        (
+            "balance_ema=1.0 is outside 0 <= balance_ema < 1",
+            {"model__moe__balance": "quantile", "model__moe__balance_ema": 1.0},
+        ),
+        (
+            "balance=loss+sign adds a bias to the scores of router=softmax or sigmoid, not noisy",
+            {"model__moe__balance": "loss+sign", "model__moe__router": "noisy"},
+        ),
+        (
+            "balance=loss needs a router that learns, not hash",
+            {"model__moe__balance": "loss", "model__moe__router": "hash"},
+        ),
+        (
+            "balance=quantile has nothing to level where every token goes to all experts, top_k=num_experts=8",
+            {"model__moe__balance": "quantile", "model__moe__top_k": 8},
+        ),
+        (
+            "balance=quantile asks what a token must beat, which is nothing outside the best of num_groups=2 groups",
+            {"model__moe__balance": "quantile", "model__moe__num_groups": 2, "model__moe__top_k_groups": 1},
+        ),
         ("load_loss_coef=0.1 is of router=noisy, not softmax", {"model__moe__load_loss_coef": 0.1}),
         (
             "wire=padded is of dispatch=auto or all_to_all, not all_gather",

@@ -83,7 +83,7 @@ def test_a_pass_that_is_run_again_is_the_same_pass(name: str, reentrant: bool) -
     for layer in (plain, again):
         for part in layer.modules():
             if isinstance(part, MixtureOfExperts | SwitchMultiQueryAttention):
-                assert part.step == 2 and int(part.loads.since_balance.sum()) == 2 * 24 * 2
+                assert part.step == 2 and int(part.loads.since_balance[0].load_E.sum()) == 2 * 24 * 2
 
 
 def test_a_pass_that_cannot_be_repeated_is_refused() -> None:

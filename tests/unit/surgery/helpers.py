@@ -25,7 +25,7 @@ def layer_of(mesh: Mesh | None = None, seed: int = 0, d_ff: list[int] | None = N
         model = replace(model, moe=replace(model.moe, d_ff=d_ff))
     layer = moe_layer(model, layer=0, mesh=mesh or single_process_mesh())
     initialize(layer, seed)
-    if hasattr(layer.router, "bias_E"):
+    if getattr(layer.router, "bias_E", None) is not None:
         layer.router.bias_E.copy_(torch.linspace(-0.1, 0.1, layer.config.num_experts))
     return layer
 

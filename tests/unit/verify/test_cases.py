@@ -86,7 +86,8 @@ def test_every_setting_is_a_valid_config(setting: Setting) -> None:
     assert (moe.capacity_factor is None) == (setting.drops == "dropless")
     assert moe.drop_policy == {"dropless": "position", "choice": "position"}.get(setting.drops, setting.drops)
     assert moe.drop_order == ("choice" if setting.drops == "choice" else "token")
-    assert (moe.overflow, moe.balance_scope) == (setting.overflow, setting.balance)
+    assert (moe.overflow, moe.balance_scope) == (setting.overflow, setting.balance_scope)
+    assert moe.balance == setting.balance
     assert setting.router in (moe.router, "jitter", "groups")
 
 

@@ -16,11 +16,11 @@ OPTIONS = Options((), (), steps=1)
 CPU = torch.device("cpu")
 # Every value of every axis of the settings once.
 SETTINGS = (
-    Setting(top_k="1", balance="sequence"),
+    Setting(top_k="1", balance_scope="sequence"),
     Setting(drops="score", router="jitter", attention="options"),
     Setting(drops="random", overflow="reroute", router="groups", experts="bmm"),
     Setting(router="sigmoid", attention="switch", recompute="block"),
-    Setting(router="noisy", balance="local", experts="loop", recompute="activation"),
+    Setting(router="noisy", balance_scope="local", experts="loop", recompute="activation"),
     Setting(router="expert_choice", attention="dropout"),
     Setting(router="sinkhorn", drops="dropless"),
     Setting(router="hash", accumulation="4"),
