@@ -107,7 +107,9 @@ class MoEConfig:
     across nodes in fewer, larger messages. all_gather: every rank of the group sees all tokens. auto: local at ep = 1,
     else all_to_all."""
     wire: Literal["ragged", "padded"] = "ragged"
-    """all_to_all messages: exactly the rows kept, or blocks padded to the largest so that all messages are equal."""
+    """all_to_all messages. ragged: exactly the rows kept; the host waits for their number. padded: blocks of equal size
+    for every pool of experts; under a capacity limit a GPU is not asked for numbers, as a block has room for all that
+    the limit lets in. Under global scope that is up to ep times what is sent on average; local scope wastes less."""
     wire_dtype: Literal["same", "bf16", "fp8"] = "same"
     """Precision of rows between ranks: that of the activations, or less. fp8 (e4m3, one scale a row) is for the way to
     the experts; the way back and gradients then travel in bf16."""
@@ -125,6 +127,10 @@ class MoEConfig:
         if self.balance != "auto":
             return self.balance
         return "loss+sign" if self.router == "sigmoid" else "loss"
+
+    def schedule_phase(self, step: int) -> int:
+        """How many entries of capacity_schedule have begun; the capacity factor is the same until that changes."""
+        return sum(first <= step for first in self.capacity_schedule)
 
 
 @dataclass(kw_only=True, slots=True)

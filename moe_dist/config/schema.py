@@ -51,6 +51,10 @@ class EngineConfig:
     """bf16: parameters and activations in bfloat16, master weights, gradients' accumulation and moments in fp32."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm. null: no clipping."""
+    cuda_graph: bool = False
+    """With native, on a GPU: record micro-steps once and replay them, so that the host launches one thing instead of
+    thousands. For models whose shapes depend on no data: capacity limits with wire = padded, or all experts on each
+    rank; without anything random in the forward pass."""
 
 
 @dataclass(kw_only=True, slots=True)

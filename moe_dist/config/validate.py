@@ -6,6 +6,7 @@ what to change.
 
 from moe_dist.config.rules.attention import attention_rules, routed_rules
 from moe_dist.config.rules.batch import BatchShape, batch_rules, batch_shape
+from moe_dist.config.rules.graph import graph_rules
 from moe_dist.config.rules.memory import memory_rules
 from moe_dist.config.rules.model import model_rules
 from moe_dist.config.rules.moe import moe_rules
@@ -35,6 +36,7 @@ def validate(config: Config, world_size: int, memory: int | None = None) -> Batc
             *moe_rules(model.moe, parallel, d_ff=model.d_ff, num_layers=num_layers),
             *parallel_rules(parallel, model, train.seq_len, world_size),
             *engine_rules(config.engine),
+            *graph_rules(config),
             *optim_rules(config.optim),
             *task_rules(config),
             *train_rules(train),

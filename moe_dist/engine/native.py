@@ -1,6 +1,7 @@
 """The oracle: plain torch, gradients all-reduced by group, one global norm, AdamW.
 
 Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulated gradients and the moments are fp32.
+With `cuda_graph`, micro-steps are replayed as graphs (graphs.py), and accumulated gradients keep their memory.
 """
 
 import math
@@ -21,6 +22,7 @@ from moe_dist.engine.base import (
     decay_groups,
     held_buffers,
 )
+from moe_dist.engine.graphs import StepGraphs
 from moe_dist.engine.shares import copies, shares
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
@@ -37,6 +39,7 @@ class NativeEngine:
         self.model, self.mesh, self.grad_clip, self.accumulation = model, mesh, engine.grad_clip, accumulation
         self.micro, self.loads = 0, RouterLoads()
         params = list(model.parameters())
+        self.graphs = StepGraphs(mesh, params[0].device) if engine.cuda_graph else None
         self.low_precision = engine.precision == "bf16"
         if self.low_precision:
             masters = [p.detach().clone() for p in params]
@@ -58,16 +61,26 @@ class NativeEngine:
         )
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
+        if self.graphs is None:
+            output = self._micro_step(tokens_BS, targets, step)
+        else:
+            self.mesh.trail.enter("forward and backward")
+            config = self.model.config
+            phases = (moe.schedule_phase(step.step) for moe in (config.moe, config.attention.moe))
+            kind = (self.micro, *phases)
+            output = self.graphs.run(kind, self._micro_step, tokens_BS, targets, step)
+        self.micro = (self.micro + 1) % self.accumulation
+        return self.loads.take(output)
+
+    def _micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
         self.mesh.trail.enter("forward")
-        output = self.model(tokens_BS, targets, step)
+        output: DecoderOutput = self.model(tokens_BS, targets, step)
         self.mesh.trail.enter("backward")
         (output.loss / self.accumulation).backward()
         self._accumulate()
-        self.micro += 1
-        if self.micro == self.accumulation:
-            self.micro = 0
+        if self.micro + 1 == self.accumulation:
             self._reduce()
-        return self.loads.take(output)
+        return output
 
     @torch.no_grad()
     def evaluate(
@@ -86,14 +99,18 @@ class NativeEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         self._refresh()
         self.loads.settle(self.model)
         return norm
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         self.loads.forget()
+
+    def _clear(self) -> None:
+        if self.graphs is None:  # else the first micro-step of a step writes over them
+            self.optimizer.zero_grad(set_to_none=True)
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         parameters = list(logical_parameters(self.model))
@@ -120,7 +137,12 @@ class NativeEngine:
         """Move .grad from the compute parameters to the masters. Experts that saw no token count as zero."""
         for param, master in self.masters.items():
             grad = torch.zeros_like(master) if param.grad is None else param.grad.to(master.dtype)
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            if master.grad is None:
+                master.grad = grad
+            elif self.micro == 0:
+                master.grad.copy_(grad)
+            else:
+                master.grad.add_(grad)
             param.grad = None
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import newest_told
 from moe_dist.config import Config
 from moe_dist.config.load import load_config
+from moe_dist.config.model import ModelConfig
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.task import Task
 
@@ -84,6 +85,7 @@ def checkpoint_to_continue(
     if newest is None:
         raise ValueError(f"{folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
     run = Manifest.load(newest).run
+    run["model"] = _completed(run.get("model"), json.loads(json.dumps(asdict(ModelConfig()))), mine["model"])
     differ = [name for name, value in mine.items() if run.get(name) != value]
     refused = [name for name in differ if name not in override]
     if refused:
@@ -96,6 +98,14 @@ def checkpoint_to_continue(
     for name in differ:
         say(f"overridden: {_difference(name, run.get(name), mine[name])}")
     return newest
+
+
+def _completed(there: Any, default: Any, mine: Any) -> Any:
+    """What a checkpoint says of the model, with the defaults of options that are younger than it."""
+    if not isinstance(there, dict):
+        return there
+    known = {name: _completed(value, default.get(name), mine.get(name)) for name, value in there.items()}
+    return {name: value for name, value in default.items() if name in mine and name not in known} | known
 
 
 def _without(values: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:

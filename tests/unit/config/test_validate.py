@@ -90,6 +90,31 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__moe__num_shared_experts": 3, "model__moe__d_ff": 5, "parallel__tp": 2},
         ),
         ("sequence_parallel=true needs tp > 1", {"parallel__sequence_parallel": True}),
+        (
+            "cuda_graph=true is of engine.name=native, not deepspeed",
+            {"engine__cuda_graph": True, "engine__name": "deepspeed", "engine__zero_stage": 1},
+        ),
+        (
+            "cuda_graph=true would draw the same jitter=0.1 in every step; change model.moe.jitter",
+            {"engine__cuda_graph": True, "model__moe__jitter": 0.1},
+        ),
+        (
+            "cuda_graph=true would draw the same drop_policy=random in every step; change model.moe.drop_policy",
+            {"engine__cuda_graph": True, "model__moe__drop_policy": "random"},
+        ),
+        (
+            "experts=loop asks the host in every step, which cuda_graph=true cannot; change model.moe.experts",
+            {"engine__cuda_graph": True, "model__moe__experts": "loop"},
+        ),
+        (
+            "cuda_graph=true needs sizes that no data changes, and capacity_factor=null has none",
+            {"engine__cuda_graph": True, "model__moe__capacity_factor": None, "parallel__ep": 2},
+        ),
+        (
+            "cuda_graph=true over 2 expert ranks needs dispatch all_to_all, wire padded and overlap_chunks 1, "
+            "not auto, ragged and 1; change model.moe",
+            {"engine__cuda_graph": True, "parallel__ep": 2},
+        ),
         ("zero_stage=4 is outside 0 to 3", {"engine__name": "deepspeed", "engine__zero_stage": 4}),
         ("zero_stage=-1 is outside 0 to 3", {"engine__zero_stage": -1}),
         ("zero_stage=1 needs engine.name deepspeed", {"engine__zero_stage": 1}),
