@@ -18,9 +18,11 @@ from moe_dist.kernels.permute.reference import combine_rows, gather_rows
 from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.block import moe_layer
+from moe_dist.moe import capacity
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice import Choice, Routing
-from moe_dist.moe.dispatch import make_dispatcher
+from moe_dist.moe.dispatch import all_to_all, make_dispatcher
+from moe_dist.moe.dispatch import base as base_dispatch
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel import collectives
 from moe_dist.parallel.collectives import all_reduce
@@ -307,6 +309,38 @@ def check_unequal_tokens_under_capacity_are_refused() -> None:
         assert "tokens" in message and "give" in message, message
 
 
+def check_blocks_of_fixed_size_are_the_same() -> None:
+    """What a GPU does on the padded wire, where it is not asked for counts: the same as by counts, also in unequal
+    loads, pools, parts of experts, and where ranks share a limit or have one each."""
+    base = MoEConfig(num_experts=E, top_k=2, capacity_factor=0.8, dispatch="all_to_all", wire="padded", experts="bmm")
+    cases = [
+        Case(base),
+        Case(replace(base, capacity_pool=2, pool_floor=0.5)),
+        Case(replace(base, top_k=1, experts="loop", overflow="reroute")),
+        Case(replace(base, capacity_scope="local")),
+        Case(replace(base, capacity_factor=1.0, top_k=1), one_sided()),
+    ]
+    for case in cases:
+        for ep, tp, etp in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 1)):
+            mesh = mesh_of(ep, tp, etp)
+            own = part_of(mesh.dp.rank, (T // mesh.dp.size,) * mesh.dp.size)
+            expected, _ = case.run(mesh, case.moe, own)
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (capacity, all_to_all, base_dispatch):
+                    patch.setattr(module, "readable", lambda x: False)
+                found, _ = case.run(mesh, case.moe, own)
+            assert (found.load, found.kept) == (expected.load, expected.kept), case
+            for name in ("y_TD", "grad_x_TD", "grad_weights_TK"):
+                actual, wanted = getattr(found, name), getattr(expected, name)
+                assert (actual is None) == (wanted is None)
+                if actual is not None:
+                    where = f"{name}, {mesh.layout}, {case.moe}"
+                    torch.testing.assert_close(actual, wanted, **FLOAT64, msg=lambda text, w=where: f"{w} {text}")
+            assert_same(found.grads, expected.grads, **FLOAT64)
+            if ep > 1:
+                assert found.sent_bytes >= expected.sent_bytes > 0
+
+
 def check_local_capacity_is_each_ranks_own() -> None:
     """capacity_scope local: every rank drops what it would drop alone."""
     moe = MoEConfig(num_experts=E, top_k=2, capacity_factor=0.5, capacity_scope="local", dispatch="all_to_all")
@@ -331,5 +365,6 @@ def test_four_ranks_mean_what_one_process_means() -> None:
             check_nodes,
             check_unequal_tokens_under_capacity_are_refused,
             check_local_capacity_is_each_ranks_own,
+            check_blocks_of_fixed_size_are_the_same,
         ],
     )

@@ -91,6 +91,8 @@ def in_parts(choice: Choice, parts: int) -> Choice:
         kept_TK=each(plan.kept_TK),
         counts_WE=each(plan.counts_WE),
         kept_WE=each(plan.kept_WE),
-        pool=plan.pool * parts,
+        # Parts of a pool's experts may lie on several ranks: each has room for what the pool takes.
+        capacity=plan.pool_rows,
+        pool=1,
     )
     return replace(choice, plan=finer, weights_TK=each(choice.weights_TK))

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_dist.moe.capacity
@@ -16,7 +18,7 @@ import moe_dist.moe.dispatch.all_to_all
 import moe_dist.moe.dispatch.base
 from moe_dist.config.model import MoEConfig
 from moe_dist.moe.layer import MoE
-from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from tests.unit.helpers import context
 
 T, D, E = 37, 8, 6
@@ -151,6 +153,34 @@ def test_how_often_a_layer_waits(
         found_by(layer, list(layer.parameters()), x_TD)
     after = seen.index("cpu") if "cpu" in seen else len(seen)
     assert seen[: after + 1] == expected
+
+
+@pytest.fixture
+def eight_ranks() -> Iterator[Mesh]:
+    """One rank of eight that are not there: exchanges return at once, with anything."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield create_mesh(8, 1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_rank_of_eight_runs_without_numbers_and_is_one_graph(top_k: int, scope: Any, eight_ranks: Mesh) -> None:
+    moe = replace(STATIC, num_experts=16, top_k=top_k, experts="grouped_mm", capacity_scope=scope)
+    with FakeTensorMode():
+        layer = MoE(moe, D, 12, "swiglu", layer=0, mesh=eight_ranks)
+        x_TD = torch.empty(T, D, requires_grad=True)
+        y_TD, stats = layer(x_TD, context())
+        (y_TD.sum() + stats.aux_loss).backward()
+        assert x_TD.grad is not None and stats.sent_bytes > 0
+    if scope == "local":
+        return
+    torch._dynamo.reset()
+    layer = MoE(moe, D, 12, "swiglu", layer=0, mesh=eight_ranks)
+    x_TD = torch.randn(T, D, requires_grad=True)
+    y_TD, stats = torch.compile(layer, fullgraph=True, backend="aot_eager")(x_TD, context())
+    (y_TD.sum() + stats.aux_loss).backward()
+    assert y_TD.shape == x_TD.shape and x_TD.grad is not None
 
 
 @pytest.mark.parametrize("experts", ["bmm", "grouped_mm"])
