@@ -127,13 +127,14 @@ def run(section: Section, folder: Path, seconds: float, rehearse: bool) -> Resul
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     output = log.read_text(encoding="utf-8", errors="replace")
-    return Result(section, code, time.monotonic() - began, output, found_by(section, folder, output))
+    found = found_by(section, folder, output, stopped=code is None)
+    return Result(section, code, time.monotonic() - began, output, found)
 
 
-def found_by(section: Section, folder: Path, output: str) -> Any:
+def found_by(section: Section, folder: Path, output: str, stopped: bool) -> Any:
     """The numbers that a section left, perhaps not all of them."""
     if section.name == "tests":
-        return counts_of(folder / "tests.xml") or counts_in(output)
+        return counts_in(output) if stopped else counts_of(folder / "tests.xml")
     file = folder / f"{section.name}.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -154,7 +155,7 @@ def counts_of(file: Path) -> dict[str, Any] | None:
 
 
 def counts_in(output: str) -> dict[str, Any]:
-    """The same from the lines that pytest wrote as tests ended, where it was killed before it could write its XML."""
+    """The same from the lines that pytest wrote as tests ended: a stopped run's XML also has those that had not."""
     ended: dict[str, list[str]] = {outcome: [] for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     for line in output.splitlines():
         if match := OUTCOME.search(line):
