@@ -1,8 +1,8 @@
 """Training steps launched kernel by kernel, and replayed as CUDA graphs (engine.cuda_graph): times, and the same bits.
 
 Each row trains the same model twice from the same start on the same tokens: steps of two micro-steps, native engine,
-bf16. Prints Markdown; `--json FILE` keeps the numbers; exit code 1 when weights differ. A part of launch/gpu.sh; without
-a GPU, `--rehearse` trains once and replays nothing.
+bf16. Prints Markdown; `--json FILE` keeps the numbers; exit code 1 when weights differ. A part of launch/gpu.sh;
+without a GPU, `--rehearse` trains once and replays nothing.
 """
 
 import argparse

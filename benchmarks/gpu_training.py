@@ -1,7 +1,9 @@
 """The quickstart's configuration on the GPU: beside the CPU, in bf16, under ZeRO-1, resumed bit by bit, and as text.
 
-Each line starts `moe-dist train` as a user would, one rank, several at once. Prints Markdown; `--json FILE` keeps the
-numbers; exit code 1 when something that must hold does not. A part of launch/gpu.sh.
+Each run starts `moe-dist train` as a user would, one rank, several runs at once; most of its time is its start. What is
+compared with the CPU waits for that run, which starts first. A line of Markdown tells each thing when it has ended;
+`--json FILE` keeps the numbers, rewritten each time; exit code 1 when something that must hold does not. A part of
+launch/gpu.sh.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ("--engine.name", "native", "--engine.zero-stage", "0")
 TINY = ("--model.d-model", "32", "--model.num-layers", "2", "--model.d-ff", "32", "--train.seq-len", "32")
+TOGETHER = 4  # runs at once
 FIRST = 5  # steps in which losses must be near the CPU's: rounding grows while training goes on
 LOSS_TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}  # nats
 
@@ -62,7 +65,11 @@ class Bench:
 
     def must(self, holds: bool, what: str) -> None:
         if not holds:
-            self.problems.append(what)
+            self.problem(what)
+
+    def problem(self, what: str) -> None:
+        self.problems.append(what)
+        print("\n".join(["", "**Problem**", "", "```", what, "```", ""]), flush=True)
 
 
 def losses(records: list[dict[str, Any]]) -> list[float]:
@@ -73,36 +80,33 @@ def farthest(one: list[dict[str, Any]], other: list[dict[str, Any]], steps: int 
     return max(abs(a - b) for a, b in zip(losses(one)[:steps], losses(other)[:steps], strict=True))
 
 
-def against_cpu(bench: Bench) -> dict[str, Any]:
-    """The same steps on the CPU, and on the GPU in several ways."""
-    variants: dict[str, tuple[str, ...]] = {
+def variants(bench: Bench) -> dict[str, tuple[str, ...]]:
+    """Ways to train on the GPU whose first losses must be near the CPU's."""
+    ways: dict[str, tuple[str, ...]] = {
         "fp32": NATIVE,
-        "fp32, kernels torch": (*NATIVE, "--model.kernels", "torch"),
-        "fp32, ZeRO-1": ("--engine.zero-stage", "1"),
         "bf16": (*NATIVE, "--engine.precision", "bf16"),
-        "bf16, experts triton": (*NATIVE, "--engine.precision", "bf16", "--model.moe.experts", "triton"),
         "bf16, ZeRO-1": ("--engine.zero-stage", "1", "--engine.precision", "bf16"),
+        "bf16, experts triton": (*NATIVE, "--engine.precision", "bf16", "--model.moe.experts", "triton"),
         "bf16, ZeRO-3": ("--engine.zero-stage", "3", "--engine.precision", "bf16"),
+        "fp32, ZeRO-1": ("--engine.zero-stage", "1"),
+        "fp32, kernels torch": (*NATIVE, "--model.kernels", "torch"),
     }
-    if bench.rehearsed:
-        variants = {name: variants[name] for name in ("fp32", "bf16, ZeRO-1")}
-    found: dict[str, Any] = {}
-    with ThreadPoolExecutor(4) as pool:
-        cpu = pool.submit(bench.train, "cpu", "cpu", *NATIVE, "--model.kernels", "torch")
-        jobs = {
-            name: pool.submit(bench.train, name.replace(" ", "-").replace(",", ""), bench.gpu, *flags)
-            for name, flags in variants.items()
-        }
-        reference = cpu.result()
-        for name, job in jobs.items():
-            records = guarded(bench, name, job.result)
-            if records is None:
-                continue
-            off, limit = farthest(reference, records, FIRST), LOSS_TOLERANCE[name[:4]]
-            bench.must(off <= limit, f"{name}: first losses differ from the CPU's by {off:.1e}, more than {limit:.0e}")
-            far = farthest(reference, records)
-            found[name] = {"first_difference": off, "largest_difference": far, "last_loss": losses(records)[-1]}
-    return {"cpu_last_loss": losses(reference)[-1], "steps": len(reference), "variants": found}
+    return {name: ways[name] for name in ("fp32", "bf16, ZeRO-1")} if bench.rehearsed else ways
+
+
+def on_cpu(bench: Bench) -> list[dict[str, Any]]:
+    """The reference."""
+    return bench.train("cpu", "cpu", *NATIVE, "--model.kernels", "torch")
+
+
+def compared(bench: Bench, name: str, flags: tuple[str, ...], cpu: Future[list[dict[str, Any]]]) -> dict[str, float]:
+    """The steps of the reference on the GPU, in one way."""
+    records = bench.train(name.replace(" ", "-").replace(",", ""), bench.gpu, *flags)
+    reference, limit = cpu.result(), LOSS_TOLERANCE[name[:4]]
+    off = farthest(reference, records, FIRST)
+    bench.must(off <= limit, f"{name}: first losses differ from the CPU's by {off:.1e}, more than {limit:.0e}")
+    far = farthest(reference, records)
+    return {"first_difference": off, "largest_difference": far, "last_loss": losses(records)[-1]}
 
 
 def resumed(bench: Bench) -> dict[str, Any]:
@@ -153,48 +157,58 @@ def guarded(bench: Bench, name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        bench.problems.append(f"{name}: {error}")
+        bench.problem(f"{name}: {error}")
         return None
 
 
-def page(found: dict[str, Any], problems: list[str]) -> str:
-    lines = []
-    if found.get("against_cpu"):
-        against = found["against_cpu"]
-        lines += [f"{against['steps']} steps; the CPU's last loss is {against['cpu_last_loss']:.5f}.", ""]
-        lines += [
-            f"| on the GPU | last loss | farthest from the CPU, first {FIRST} steps | any step |",
-            "|---|---|---|---|",
-        ]
-        for name, row in against["variants"].items():
-            far = f"{row['first_difference']:.1e} | {row['largest_difference']:.1e}"
-            lines.append(f"| {name} | {row['last_loss']:.5f} | {far} |")
-    if found.get("resumed"):
-        lines += ["", "Resumed under train.deterministic: " + json.dumps(found["resumed"])]
-    if found.get("whole_job"):
-        whole = dict(found["whole_job"])
-        text = whole.pop("text")
-        lines += ["", "The whole job (DeepSpeed ZeRO-1, fp32): " + json.dumps(whole), "", "```", text.strip(), "```"]
-    for problem in problems:
-        lines += ["", "**Problem**", "", "```", problem, "```"]
-    return "\n".join(lines)
+def line(name: str, result: Any) -> str:
+    """What is printed of one thing that has ended."""
+    if name == "cpu":
+        return f"- CPU, {len(result)} steps: last loss {losses(result)[-1]:.5f}"
+    if name == "resumed":
+        return f"- Resumed under train.deterministic: {json.dumps(result)}"
+    if name == "whole_job":
+        return f"- The whole job (DeepSpeed ZeRO-1, fp32), beside the others: {json.dumps(result)}"
+    near = f"{result['first_difference']:.1e} in the first {FIRST} steps, {result['largest_difference']:.1e} in any"
+    return f"- {name}: last loss {result['last_loss']:.5f}; farthest from the CPU's {near}"
+
+
+def run_all(bench: Bench, json_file: Path | None) -> None:
+    """All at once, TOGETHER at a time, in this order; each is told and kept when it ends."""
+    found: dict[str, Any] = {"variants": {}}
+    pool = ThreadPoolExecutor(TOGETHER)
+    cpu = pool.submit(on_cpu, bench)
+    jobs: dict[Future[Any], str] = {cpu: "cpu"}
+    jobs |= {pool.submit(part, bench): part.__name__ for part in (whole_job, resumed)}
+    jobs |= {pool.submit(compared, bench, name, flags, cpu): name for name, flags in variants(bench).items()}
+    try:
+        for job in as_completed(jobs):
+            name = jobs[job]
+            result = guarded(bench, name, job.result)
+            if name == "cpu":
+                found["cpu_losses"] = result and losses(result)
+            elif name in ("whole_job", "resumed"):
+                found[name] = result
+            else:
+                found["variants"][name] = result
+            if result is not None:
+                print(line(name, result), flush=True)
+            if json_file:
+                kept = found | {"problems": bench.problems}
+                json_file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
     parser.add_argument("--json", type=Path)
     own = parser.parse_args()
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="moe_dist-gpu-") as folder:
-        bench = Bench(Path(folder), gpu, *((4, 4, TINY, True) if own.rehearse else (40, 500, ())))
-        for part in (against_cpu, resumed, whole_job):
-            found[part.__name__] = guarded(bench, part.__name__, lambda part=part: part(bench))
-            if own.json:
-                kept = found | {"problems": bench.problems}
-                own.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    print(page(found, bench.problems))
+        bench = Bench(Path(folder), gpu, *((4, 4, TINY, True) if own.rehearse else (20, 150, ())))
+        run_all(bench, own.json)
     return 1 if bench.problems else 0
 
 
