@@ -76,8 +76,8 @@ SECTIONS = (
     Section("e", "layer", "One MoE layer beside other systems', bf16, forward and backward", 0.36, 2),
     Section("f", "attention", "Attention beside SDPA", 0.08, 3, page=False),
     Section("g", "waits", "Where a step waits for the host, and where its time goes", 0.10, 4),
-    Section("i", "graph", "Steps replayed as CUDA graphs", 0.10, 4),
-    Section("h", "tune", "Blocks of the experts' Triton kernels", 0.20, 5),
+    Section("i", "graph", "Steps replayed as CUDA graphs", 0.10, 5),
+    Section("h", "tune", "Blocks of the experts' Triton kernels", 0.20, 6),
 )
 USUAL = "abcdefgi"
 
