@@ -102,9 +102,11 @@ def start_exchange(
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
     group.note("all_to_all")
-    at_once = not torch.compiler.is_compiling()  # a compiled graph orders its exchanges itself
-    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group.process_group, async_op=at_once)
-    return Pending(out, x, work)
+    sizes = (list(receive), list(send))
+    if torch.compiler.is_compiling():  # a compiled graph orders its exchanges itself
+        dist.all_to_all_single(out, x, *sizes, group=group.process_group)
+        return Pending(out)
+    return Pending(out, x, dist.all_to_all_single(out, x, *sizes, group=group.process_group, async_op=True))
 
 
 class _WithGradient(torch.autograd.Function):

@@ -154,11 +154,11 @@ def test_low_precision_in_larger_shapes(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_buffers_come_uninitialised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Filled with NaN, nothing of it may be left: not in zero rows, not in the gradients of idle experts."""
+    order = order_of(CHOICES["empty experts"], 4)
     empty, empty_like = torch.Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kind: empty(*args, **kind).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *args: empty_like(*args).fill_(torch.nan))
     for dtype in (torch.float64, torch.bfloat16):
-        order = order_of(CHOICES["empty experts"], 4)
         args = inputs(order, "swiglu", True, dtype=dtype)
         y = run(order, "swiglu", args)
         grads = torch.autograd.grad(y.sum(), args)

@@ -22,6 +22,7 @@ from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from tests.unit.helpers import context
 
 T, D, E = 37, 8, 6
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of Triton kernels
 STATIC = MoEConfig(num_experts=E, top_k=2, d_ff=12, capacity_factor=0.7, dispatch="all_to_all", wire="padded")
 AT_HOME = replace(STATIC, dispatch="local", wire="ragged")
 
@@ -87,11 +88,11 @@ def test_numbers_are_those_of_a_dispatch_that_looks(moe: MoEConfig, experts: str
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("moe", [STATIC, AT_HOME], ids=["padded", "at home"])
 def test_triton_kernels_never_look_past_the_rows(moe: MoEConfig, blind: Callable[[], None]) -> None:
-    x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(2))
-    plain = layer_of(replace(moe, experts="loop"), torch.float32)
+    x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    plain = layer_of(replace(moe, experts="loop"), torch.float32).to(DEVICE)
     wanted = found_by(plain, list(plain.parameters()), x_TD)
     blind()
-    layer = layer_of(replace(moe, experts="triton"), torch.float32, kernels="triton")
+    layer = layer_of(replace(moe, experts="triton"), torch.float32, kernels="triton").to(DEVICE)
     torch.testing.assert_close(found_by(layer, list(layer.parameters()), x_TD), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -144,9 +145,9 @@ def test_how_often_a_layer_waits(
     moe: MoEConfig, experts: str, expected: list[str], blind: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward of one layer. Once the counts are on the host (`cpu`), its own arithmetic is no wait."""
-    kernels = "triton" if experts == "triton" else "torch"
-    layer = layer_of(replace(moe, experts=experts), torch.float32, kernels)  # type: ignore[arg-type]
-    x_TD = torch.randn(T, D)
+    kernels, device = ("triton", DEVICE) if experts == "triton" else ("torch", "cpu")
+    layer = layer_of(replace(moe, experts=experts), torch.float32, kernels).to(device)  # type: ignore[arg-type]
+    x_TD = torch.randn(T, D, device=device)
     found_by(layer, list(layer.parameters()), x_TD)  # which experts are open is read once
     blind()
     with looks(monkeypatch) as seen:
