@@ -55,19 +55,22 @@ _UNEQUAL = (
 )
 
 
-def expert_capacity(
-    capacity_factor: float | None, top_k: int, tokens: int, num_experts: int, min_capacity: int
-) -> int | None:
-    """Rows one expert takes; None is no limit. The product is exact: 1.1 * 10 is 11, not 11.000000000000002."""
-    return None if capacity_factor is None else _rows(_ratio(capacity_factor), top_k, tokens, num_experts, min_capacity)
-
-
-def _ratio(capacity_factor: float) -> tuple[int, int]:
+def exact_ratio(capacity_factor: float) -> tuple[int, int]:
+    """1.1 is (11, 10). Taken beforehand, as torch.compile knows integers and no fractions."""
     return Fraction(str(capacity_factor)).as_integer_ratio()
 
 
-def _rows(ratio: tuple[int, int], top_k: int, tokens: int, num_experts: int, min_capacity: int) -> int:
-    return max(min_capacity, -(-ratio[0] * top_k * tokens // (ratio[1] * num_experts)))
+def expert_capacity(
+    capacity_factor: float | tuple[int, int] | None, top_k: int, tokens: int, num_experts: int, min_capacity: int
+) -> int | None:
+    """Rows one expert takes; None is no limit. The product is exact: 1.1 * 10 is 11, not 11.000000000000002.
+
+    capacity_factor: a number, or its `exact_ratio`.
+    """
+    if capacity_factor is None:
+        return None
+    over, under = capacity_factor if isinstance(capacity_factor, tuple) else exact_ratio(capacity_factor)
+    return max(min_capacity, -(-over * top_k * tokens // (under * num_experts)))
 
 
 class Capacity:
@@ -80,10 +83,9 @@ class Capacity:
         self.token_ranks = token_ranks
         self.queues = Queues(moe, site, token_ranks)
         self.by_experts = moe.router == "expert_choice"
-        # Once, because torch.compile knows integers and no fractions.
         of_layer = [self._of_layer(moe.capacity_factor), self._of_layer(moe.eval_capacity_factor)]
-        self.floor = _ratio(moe.pool_floor)
-        self.ratios = {f: _ratio(f) for f in (*of_layer, *moe.capacity_schedule.values()) if f is not None}
+        self.floor = exact_ratio(moe.pool_floor)
+        self.ratios = {f: exact_ratio(f) for f in (*of_layer, *moe.capacity_schedule.values()) if f is not None}
 
     def factor(self, step: StepContext) -> float | None:
         """The capacity factor in force: of the phase, the layer and the step."""
@@ -102,9 +104,8 @@ class Capacity:
         tokens = experts_TK.shape[0] * self.queues.peers.size if step.real is None else step.real.total
         taking_part = moe.num_experts if routing.open_e is None else len(routing.open_e)
         factor = self.factor(step)
-        limit = None
-        if factor is not None:
-            limit = _rows(self.ratios[factor], moe.top_k, tokens, taking_part, moe.min_capacity)
+        ratio = None if factor is None else self.ratios[factor]
+        limit = expert_capacity(ratio, moe.top_k, tokens, taking_part, moe.min_capacity)
         counts_WE = all_gather(routing.stats.counts_QE.sum(0)[None], self.token_ranks)
         real_TK = None if step.real is None else step.real.mask_T[:, None].expand_as(experts_TK).contiguous()
         if real_TK is None:

@@ -113,7 +113,9 @@ def check_expert_gradients_twice_too_large_are_found() -> None:
 def check_one_more_row_per_expert_is_found() -> None:
     """Only layouts are patched: by a capacity that is counted over more than one rank."""
 
-    def generous(factor: float | None, top_k: int, tokens: int, num_experts: int, min_capacity: int) -> int | None:
+    def generous(
+        factor: tuple[int, int] | None, top_k: int, tokens: int, num_experts: int, min_capacity: int
+    ) -> int | None:
         limit = expert_capacity(factor, top_k, tokens, num_experts, min_capacity)
         return limit if limit is None or not patched else limit + 1
 
