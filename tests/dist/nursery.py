@@ -26,8 +26,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moe_dist.parallel.launch import Rank, start, stop
 
@@ -45,6 +46,12 @@ GRACE = 5.0
 
 class RankError(AssertionError):
     """A rank raised, was killed or left early. The message holds its traceback."""
+
+
+class Work(Protocol):
+    """What a child of a nursery does."""
+
+    def run(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,7 @@ class Job:
 
     def run(self) -> None:
         try:
-            os.setsid()
-            os.chdir(self.working_directory)
-            os.environ.clear()
-            os.environ.update(self.environment)
+            move_to(self.working_directory, self.environment)
             worker, args = pickle.loads(self.call)
             start(Rank(self.rank, self.ranks, self.rank, self.ranks, file=f"{self.folder}/store"), "cpu")
             worker(*args)
@@ -97,9 +101,12 @@ class Nursery:
         )
         theirs.close()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, work: Work, output: int | None = None) -> None:
+        """output: the open file that the child prints to; None for the nursery's own."""
         self.busy = True
-        self.connection.send(job)
+        self.connection.send((work, output is not None))
+        if output is not None:
+            send_handle(self.connection, output, self._process.pid)
 
     def child(self) -> int:
         """Its process id."""
@@ -125,17 +132,37 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     while True:
         try:
-            job: Job = connection.recv()
+            work, prints = connection.recv()
         except EOFError:
             return
-        child = multiprocessing.get_context("fork").Process(target=job.run)
+        output = recv_handle(connection) if prints else None
+        child = multiprocessing.get_context("fork").Process(target=_live, args=(work, output))
         child.start()
+        if output is not None:
+            os.close(output)  # who reads it waits until nobody has it open
         connection.send(child.pid)
         if child.sentinel not in wait([connection, child.sentinel]):  # the tests are over, or gave up
             kill(child.pid)
         child.join()
         with suppress(BrokenPipeError):
             connection.send(child.exitcode)
+
+
+def _live(work: Work, output: int | None) -> None:
+    os.setsid()
+    if output is not None:
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.close(output)
+        # The nursery's own believe that they write to what it prints to, perhaps a file.
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1, errors="backslashreplace")
+    work.run()
+
+
+def move_to(working_directory: str, environment: dict[str, str]) -> None:
+    os.chdir(working_directory)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def kill(child: int) -> None:
@@ -153,22 +180,26 @@ def close_nurseries() -> None:
         _NURSERIES.popitem()[1].close()
 
 
+def nursery_of(rank: int) -> Nursery:
+    if rank not in _NURSERIES:
+        _NURSERIES[rank] = Nursery(rank)
+    return _NURSERIES[rank]
+
+
 def on_ranks(worker: Callable[..., None], ranks: int, *args: Any) -> None:
     """worker(*args) on `ranks` new processes of this machine that form a process group; they end before this returns.
 
     worker must be importable. The ranks have this process's environment and working directory. Raises RankError where
     a rank fails; the others have a few seconds to end, and are killed then.
     """
-    for rank in range(ranks):
-        if rank not in _NURSERIES:
-            _NURSERIES[rank] = Nursery(rank)
+    nurseries = [nursery_of(rank) for rank in range(ranks)]
     call, environment = pickle.dumps((worker, args)), dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         jobs = [Job(rank, ranks, call, folder, os.getcwd(), environment) for rank in range(ranks)]
         try:
-            codes = _run({_NURSERIES[job.rank]: job for job in jobs})
+            codes = _run(dict(zip(nurseries, jobs, strict=True)))
         finally:
-            if any(_NURSERIES[rank].busy for rank in range(ranks)):  # one has died, or was left in mid-sentence
+            if any(nursery.busy for nursery in nurseries):  # one has died, or was left in mid-sentence
                 close_nurseries()
         if any(codes.values()):
             raise RankError("\n".join(_ending(jobs[rank], code) for rank, code in codes.items() if code))

@@ -1,4 +1,7 @@
-"""`moe-dist train` from end to end, as a user starts it: run folder, refusals, death, exact resume, layouts."""
+"""`moe-dist train` from end to end, as a user starts it: run folder, refusals, death, exact resume, layouts.
+
+Runs that others are compared with start faster (`forked`): no bit may depend on it.
+"""
 
 import json
 import os
@@ -16,6 +19,7 @@ import yaml
 from safetensors import safe_open
 
 from moe_dist.chaos.fault import Fault, Plan
+from moe_dist.chaos.ranks import Ranks
 from moe_dist.checkpoint.reshard import Reader
 from moe_dist.cli import main
 from moe_dist.config import Config
@@ -23,6 +27,7 @@ from moe_dist.config.load import load_config
 from moe_dist.disk import locked
 from moe_dist.train.record.board import SYSTEM
 from tests.dist.helpers import TINY, forget_process_group
+from tests.dist.programs import forked_ranks
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -90,16 +95,31 @@ def start(
             "sys.exit(main([*sys.argv[1:], '--optim.lr', '0.5'] if os.environ['RANK'] == '1' else sys.argv[1:]))\n"
         )
     if killed_at is not None:
-        fault = Fault(kind="kill", rank=0, step=killed_at + 1, phase="data")
-        plan = Plan(faults=[fault], journal=str(folder), checkpoints=str(folder / "runs" / name / "checkpoints"))
-        (folder / "plan.json").write_text(json.dumps(asdict(plan)))
-        program = ["-m", "moe_dist.chaos.inject", str(folder / "plan.json")]
+        program = ["-m", *killed(folder, name, killed_at)]
     command = [*torchrun, *program, "train", str(folder / "tiny.yaml"), "--run.name", name, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     printed = done.stdout + done.stderr
     assert (done.returncode == 0) is works, printed
     return printed
+
+
+def forked(ranks: int, folder: Path, name: str, *flags: str, killed_at: int | None = None) -> None:
+    """The same command without torchrun, by ranks that have imported everything."""
+    program = ["moe_dist.cli"] if killed_at is None else killed(folder, name, killed_at)
+    command, log = [*program, "train", str(folder / "tiny.yaml"), "--run.name", name, *flags], folder / f"{name}.log"
+    with forked_ranks(), Ranks(command, ranks, log) as started:
+        ends = started.wait(200, lambda: 20.0)
+    codes = [end.code for end in ends]
+    assert codes == [0] * ranks if killed_at is None else codes[0] == -9 and 0 not in codes, log.read_text()
+
+
+def killed(folder: Path, name: str, step: int) -> list[str]:
+    """The module, and its first argument, that kills rank 0 after that step."""
+    fault = Fault(kind="kill", rank=0, step=step + 1, phase="data")
+    plan = Plan(faults=[fault], journal=str(folder), checkpoints=str(folder / "runs" / name / "checkpoints"))
+    (folder / "plan.json").write_text(json.dumps(asdict(plan)))
+    return ["moe_dist.chaos.inject", str(folder / "plan.json")]
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -196,12 +216,15 @@ def check_second_starts(folder: Path, run: Path, capsys: pytest.CaptureFixture[s
     assert not (run.parent / "fresh").exists()
 
 
-def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...]) -> None:
+def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...], torchrun: bool) -> None:
     """Rank 0 is killed three steps after its checkpoint, in the middle of a line; the run goes on from there."""
     run, whole = folder / "runs" / f"{name}-killed", folder / "runs" / name
-    said = start(2, folder, run.name, *flags, killed_at=KILLED_AT, works=False)
-    assert f"moe-dist: rank 0 on {socket.gethostname()} died of signal 9 (SIGKILL): by the system for want of" in said
-    assert "Traceback" not in said
+    if torchrun:
+        said = start(2, folder, run.name, *flags, killed_at=KILLED_AT, works=False)
+        by_whom = f"moe-dist: rank 0 on {socket.gethostname()} died of signal 9 (SIGKILL): by the system for want of"
+        assert by_whom in said and "Traceback" not in said
+    else:
+        forked(2, folder, run.name, *flags, killed_at=KILLED_AT)
     assert [record["step"] for record in records(run)] == list(range(1, KILLED_AT + 1))
     assert json.loads((run / "status.json").read_text())["state"] != "finished"
     with (run / "metrics.jsonl").open("a") as file:
@@ -209,7 +232,8 @@ def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...]) ->
     draft = run / "checkpoints" / ".step-000020"  # as if killed while saving
     draft.mkdir()
     (draft / "rank-00001.safetensors").write_bytes(b"half")
-    start(2, folder, run.name, *flags, "--resume", "--run.async-save")  # which writes the same bytes
+    resume = start if torchrun else forked
+    resume(2, folder, run.name, *flags, "--resume", "--run.async-save")  # which writes the same bytes
     assert deterministic(run) == deterministic(whole)
     assert stored(run, STEPS) == stored(whole, STEPS)
     assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": STEPS}
@@ -220,10 +244,10 @@ def check_killed_and_resumed(folder: Path, name: str, flags: tuple[str, ...]) ->
 def test_a_killed_run_resumes_bit_by_bit(engine: str, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     flags = ("--parallel.ep", "2", *(ZERO1 if engine == "zero1" else ()))
-    start(2, tmp_path, engine, *flags)
+    forked(2, tmp_path, engine, *flags)
     if engine == "native":
         check_run_folder(tmp_path / "runs" / engine, config, world=2, ep=2)
-    check_killed_and_resumed(tmp_path, engine, flags)
+    check_killed_and_resumed(tmp_path, engine, flags, torchrun=engine == "native")
 
 
 def test_one_rank_two_experts_groups_two_tensor_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,8 +257,8 @@ def test_one_rank_two_experts_groups_two_tensor_slices(tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert re.search(r"step 20/20 .*loss", printed) and "sample after" in printed
     check_run_folder_of_one(runs / "one", config)
-    start(2, tmp_path, "tp2", "--parallel.tp", "2", "--parallel.sequence-parallel")
-    start(2, tmp_path, "ep2", "--parallel.ep", "2", *ZERO1)
+    forked(2, tmp_path, "tp2", "--parallel.tp", "2", "--parallel.sequence-parallel")
+    forked(2, tmp_path, "ep2", "--parallel.ep", "2", *ZERO1)
     refusal = start(2, tmp_path, "tp2", "--parallel.tp", "2", works=False)
     assert refusal.count("already holds a run") == 1 and refusal.count("\n") == 2, refusal  # said by one rank of two
     assert f" on {socket.gethostname()} ended with exit code 2\n" in refusal

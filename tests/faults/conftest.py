@@ -1,12 +1,13 @@
 """Ranks of these tests share few cores: one thread each, also in the processes they start."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from moe_dist.chaos.series import Series
+from tests.dist.programs import forked_ranks
 from tests.faults.helpers import series
 
 if TYPE_CHECKING:
@@ -24,7 +25,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Serie
     def of(steps: int) -> Series:
         if steps not in made:
             made[steps] = series(folder / str(steps), steps)
-            assert made[steps].start().codes == [0, 0], made[steps].starts[0].said
+            with forked_ranks():
+                assert made[steps].start().codes == [0, 0], made[steps].starts[0].said
         return made[steps]
 
     return of
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Ranks that have imported everything: for faults that come later."""
+    with forked_ranks():
+        yield

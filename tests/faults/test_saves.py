@@ -16,6 +16,8 @@ from moe_dist.chaos.series import Series
 from moe_dist.checkpoint.store import checkpoints
 from tests.faults.helpers import series
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Reference = Callable[[int], Series]
 EVERY = 5
 

@@ -15,6 +15,8 @@ from moe_dist.train.exit_codes import DIVERGED, REPLICAS_DIFFER
 from moe_dist.train.record.status import read_status
 from tests.faults.helpers import ended_alone, native, series
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 Reference = Callable[[int], Series]
 FULL = "File too large"
 

@@ -12,7 +12,9 @@ from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.triton import combine_rows, gather_rows, sort_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LENGTHS = (0, 1, 67, 300)
+SIZES = [(1, 1), (2, 5), (3, 8), (8, 60), (4, 128)]  # top_k, num_experts
+# The kernels take 256 assignments at a time: the longest of each size make 2 to 4 such blocks.
+LENGTHS = [(length, *size) for size in SIZES for length in (0, 1, 67, 300) if length * size[0] <= 1000]
 
 
 def check_order(experts_XK: Tensor, kept_XK: Tensor | None, num_experts: int) -> None:
@@ -44,8 +46,7 @@ def some_assignments(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("top_k, num_experts", [(1, 1), (2, 5), (3, 8), (8, 60), (4, 128)])
+@pytest.mark.parametrize("length, top_k, num_experts", LENGTHS)
 @pytest.mark.parametrize("kept_share", [None, 0.6, 0.0])
 def test_sort(length: int, top_k: int, num_experts: int, kept_share: float | None) -> None:
     check_order(*some_assignments(length, top_k, num_experts, kept_share), num_experts)
@@ -64,7 +65,7 @@ def test_sort_all_on_one_expert_and_dropped_ones_anywhere() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    length=st.integers(0, 600),
+    length=st.integers(0, 300),
     top_k=st.integers(1, 3),
     num_experts=st.integers(1, 40),
     kept_share=st.none() | st.sampled_from([0.0, 0.1, 0.9]),
