@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+import pytest
 import torch
 
 from moe_dist.engine.native import NativeEngine
@@ -86,7 +87,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
 ]
 
 
-def options(setting: Setting, *layouts: LayoutCase, steps: int = 10) -> Options:
+def options(setting: Setting, *layouts: LayoutCase, steps: int = 5) -> Options:
     return Options((setting,), layouts, steps)
 
 
@@ -145,6 +146,7 @@ def check_nothing_compared_is_no_proof() -> None:
     assert not run_cases(options(Setting(), LayoutCase(ep="3"), steps=1), CPU)
 
 
+@pytest.mark.timeout(900)
 def test_layouts_agree_and_lies_are_found() -> None:
     run_checks(
         4,
