@@ -37,8 +37,15 @@ class Contestant:
 
 
 def contestants(cell: Cell, w: Weights, device: torch.device) -> dict[str, Contestant]:
-    """Ours first, the bound last."""
+    """Ours first, the bound last. Ours with a limit also in pools, and in blocks of the padded wire."""
     found = {"moe_dist": Contestant(Ours(cell, w, device))}
+    if cell.capacity is not None:
+        pools, padded = (
+            Ours(cell, w, device, capacity_pool=4),
+            Ours(cell, w, device, dispatch="all_to_all", wire="padded"),
+        )
+        found["moe_dist, pools of 4"] = Contestant(pools, exact=False, note="drops less")
+        found["moe_dist, padded wire"] = Contestant(padded)
     found |= dict(_peers(cell, w, device))
     return found | {"dense bound": Contestant(Dense(cell, w), exact=False)}
 

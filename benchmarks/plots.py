@@ -51,7 +51,7 @@ def _panel(axis: Axes, cell: dict[str, Any]) -> None:
     bound = seconds.pop("dense bound")
     names = sorted(seconds, key=lambda name: seconds[name], reverse=True)
     ratios = [seconds[name] / bound for name in names]
-    colors = [OURS if name == "moe_dist" else PEERS for name in names]
+    colors = [OURS if name.startswith("moe_dist") else PEERS for name in names]
     axis.barh(range(len(names)), [min(ratio, LONGEST) for ratio in ratios], color=colors, height=0.72)
     for index, ratio in enumerate(ratios):
         cut = " →" if ratio > LONGEST else ""

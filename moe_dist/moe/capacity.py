@@ -117,10 +117,8 @@ class Capacity:
             kept_TK = kept_TK if real_TK is None else real_TK
             over_P = counts_WE.new_zeros(moe.num_experts // moe.capacity_pool)
         else:
-            pools, asked_XE = (
-                Pools.of(moe, self.floor, limit, routing.open_e, experts_TK.device),
-                self.queues.limited(counts_WE),
-            )
+            pools = Pools.of(moe, self.floor, limit, routing.open_e, experts_TK.device)
+            asked_XE = self.queues.limited(counts_WE)
             if moe.over_budget == "error" and step.phase == "train":
                 pools.refuse_over(asked_XE, limit, Fraction(moe.top_k * tokens, taking_part), self.site)
             first = Ask(experts_TK, real_TK, counts_WE, routing.weights_TK.detach(), "drop")
