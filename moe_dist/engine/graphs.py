@@ -7,7 +7,7 @@ micro-steps, since the first one writes gradients that the others add to and the
 pool of memory. The optimizer stays outside: whether a step is left out is decided on the host.
 
 A graph repeats numbers that the host gave it. So nothing random may be in it, which the rules see to
-(config/rules/engine.py), and another capacity factor of the schedule is another graph.
+(config/rules/graph.py), and another capacity factor of the schedule is another graph.
 """
 
 from collections.abc import Callable

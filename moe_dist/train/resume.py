@@ -47,7 +47,7 @@ def identity(config: Config, task: Task) -> dict[str, Any]:
         "seed": train.seed,
         "seq_len": train.seq_len,
         "global_batch": train.global_batch,
-        "model": _without(json.loads(json.dumps(asdict(config.model))), _NOT_THE_MODEL),  # with keys as read back
+        "model": _model_settings(config.model),
     }
 
 
@@ -85,7 +85,7 @@ def checkpoint_to_continue(
     if newest is None:
         raise ValueError(f"{folder.checkpoints} holds no complete checkpoint to resume from: start without --resume")
     run = Manifest.load(newest).run
-    run["model"] = _completed(run.get("model"), json.loads(json.dumps(asdict(ModelConfig()))), mine["model"])
+    run["model"] = _completed(run.get("model"), _model_settings(ModelConfig()))
     differ = [name for name, value in mine.items() if run.get(name) != value]
     refused = [name for name in differ if name not in override]
     if refused:
@@ -100,12 +100,15 @@ def checkpoint_to_continue(
     return newest
 
 
-def _completed(there: Any, default: Any, mine: Any) -> Any:
+def _model_settings(model: ModelConfig) -> Any:
+    return _without(json.loads(json.dumps(asdict(model))), _NOT_THE_MODEL)  # with keys as read back
+
+
+def _completed(there: Any, default: Any) -> Any:
     """What a checkpoint says of the model, with the defaults of options that are younger than it."""
-    if not isinstance(there, dict):
+    if not (isinstance(there, dict) and isinstance(default, dict)):
         return there
-    known = {name: _completed(value, default.get(name), mine.get(name)) for name, value in there.items()}
-    return {name: value for name, value in default.items() if name in mine and name not in known} | known
+    return default | {name: _completed(value, default.get(name)) for name, value in there.items()}
 
 
 def _without(values: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
