@@ -5,14 +5,12 @@ bf16. Prints Markdown; `--json FILE` keeps the numbers; exit code 1 when weights
 without a GPU, `--rehearse` trains once and replays nothing.
 """
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_machine import seconds_of
+from gpu_machine import seconds_of, section_parser
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
@@ -87,9 +85,7 @@ def compared(shape: Any, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
-    parser.add_argument("--json", type=Path)
+    parser = section_parser(__doc__)
     own = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {}

@@ -7,19 +7,17 @@ compared with plain maths in fp32, but for Transformers', whose routers choose i
 it is known; `--json FILE` keeps the numbers.
 """
 
-import argparse
 import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from cells import Cell, Weights, plain
-from gpu_machine import matmul_rate, seconds_of
+from gpu_machine import matmul_rate, seconds_of, section_parser
 from moe_layer import training
 from peers import Contestant, Dense, Liger, Mixtral, Ours, Scatter, SortedGroupedMM, Switch
 from torch import Tensor
@@ -118,9 +116,7 @@ def markdown(cell: Cell, name: str, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
-    parser.add_argument("--json", type=Path)
+    parser = section_parser(__doc__)
     own = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if own.rehearse else torch.bfloat16

@@ -97,10 +97,16 @@ def page(found: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def section_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every section of launch/gpu.sh is asked with."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
     parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = section_parser(__doc__)
     own = parser.parse_args()
     found = measure(torch.device("cuda" if torch.cuda.is_available() else "cpu"), own.rehearse)
     if own.json:

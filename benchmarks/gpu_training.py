@@ -6,7 +6,6 @@ compared with the CPU waits for that run, which starts first. A line of Markdown
 launch/gpu.sh.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_machine import section_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ("--engine.name", "native", "--engine.zero-stage", "0")
@@ -201,9 +201,7 @@ def run_all(bench: Bench, json_file: Path | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
-    parser.add_argument("--json", type=Path)
+    parser = section_parser(__doc__)
     own = parser.parse_args()
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="moe_dist-gpu-") as folder:

@@ -7,19 +7,17 @@ kernels/grouped_mm/tiles.py by hand. Kernels are compiled by several processes f
 Not part of a plain launch/gpu.sh: `launch/gpu.sh --sections h`.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from cells import SHAPES
-from gpu_machine import seconds_of
+from gpu_machine import seconds_of, section_parser
 
 from moe_dist.kernels.grouped_mm.tiles import ExpertTiling, ProductBlock, choose_expert_tiling
 from moe_dist.kernels.grouped_mm.triton import feed_forward
@@ -104,10 +102,8 @@ def timed(experts: Experts, device: torch.device, rounds: int, kernels: list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
+    parser = section_parser(__doc__)
     parser.add_argument("--letters", default="qm", help="shapes of benchmarks/cells.py")
-    parser.add_argument("--json", type=Path)
     own = parser.parse_args()
     if own.rehearse:
         device, letters, tokens, dtype = torch.device("cpu"), "t", 8, torch.float32

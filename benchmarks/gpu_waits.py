@@ -6,7 +6,6 @@ FREE must not wait at all: exit code 1 if one does. A step waits once, for the g
 Prints Markdown; `--json FILE` keeps the numbers. A part of launch/gpu.sh.
 """
 
-import argparse
 import json
 import traceback
 import warnings
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from cells import Cell, Weights
-from gpu_machine import seconds_of
+from gpu_machine import seconds_of, section_parser
 from moe_layer import training
 from peers import Contestant, Ours
 from torch.autograd import DeviceType
@@ -126,9 +125,7 @@ def tell(name: str, more: str, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, also on CPU")
-    parser.add_argument("--json", type=Path)
+    parser = section_parser(__doc__)
     own = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {"layers": {}, "steps": {}, "profiles": {}}
