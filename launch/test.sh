@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs, then checks style, layout, types and numbers: launch/test.sh [PYTEST ARGUMENTS].
-# Slow tests are left out; `launch/test.sh -m ''` runs everything. Tests run in 2 to 8 workers, one for each core;
+# Slow tests are left out; `launch/test.sh -m ''` runs everything. Tests run in 3 to 8 workers, one more than cores;
 # `launch/test.sh -n 0` runs them in one process, as plain `pytest` does: with --pdb or -s, for example.
 # As root on Debian or Ubuntu it installs Slurm from the distribution for tests/slurm; elsewhere those tests skip.
 set -euo pipefail
@@ -25,4 +25,4 @@ ruff format --check
 lint-imports
 mypy
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)))')"
-pytest -n "$((cores < 2 ? 2 : cores > 8 ? 8 : cores))" "$@"
+pytest -n "$((cores < 2 ? 3 : cores > 7 ? 8 : cores + 1))" "$@"

@@ -2,7 +2,7 @@
 test is told by an earlier one which rank it is.
 
 Those outside `tests/unit` and `tests/gpu` start ranks, Slurm or whole programs, and some of them watch the clock: one
-worker takes them all, in the order of their files, while the others take the rest.
+worker takes those of `tests/dist`, one the others, each in the order of their files.
 """
 
 import os
@@ -19,13 +19,15 @@ BESIDE_OTHERS = ("tests/unit/", "tests/gpu/")
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class ProcessesOneByOne(LoadScopeScheduling):
+    class ProcessesInTwoQueues(LoadScopeScheduling):
         """Tests of one scope go to one worker, the largest scope first."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if nodeid.startswith(BESIDE_OTHERS) else "processes"
+            if nodeid.startswith(BESIDE_OTHERS):
+                return nodeid
+            return "ranks" if nodeid.startswith("tests/dist/") else "programs"
 
-    return ProcessesOneByOne(config, log)
+    return ProcessesInTwoQueues(config, log)
 
 
 @pytest.fixture(autouse=True)

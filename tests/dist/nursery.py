@@ -12,6 +12,7 @@ A nursery imports, and does nothing else: a thread or a CUDA context would not s
 
 import atexit
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -112,11 +113,11 @@ class Nursery:
         """Its process id."""
         return int(self.connection.recv())
 
-    def ended(self) -> int:
-        """The child's exit code, minus the signal where one killed it."""
-        code = int(self.connection.recv())
+    def ended(self) -> tuple[int, float]:
+        """The child's exit code, minus the signal where one killed it, and when on the clock of all processes."""
+        code, when = self.connection.recv()
         self.busy = False
-        return code
+        return code, when
 
     def close(self) -> None:
         """Its child, if it has one, ends too."""
@@ -129,6 +130,7 @@ def serve(descriptor: int) -> None:
     faulthandler.enable()
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # children need not look through what was imported, nor copy it by looking
     connection = Connection(descriptor)
     while True:
         try:
@@ -145,7 +147,7 @@ def serve(descriptor: int) -> None:
             kill(child.pid)
         child.join()
         with suppress(BrokenPipeError):
-            connection.send(child.exitcode)
+            connection.send((child.exitcode, time.monotonic()))
 
 
 def _live(work: Work, output: int | None) -> None:
@@ -210,7 +212,7 @@ def _run(jobs: dict[Nursery, Job]) -> dict[int, int]:
     for nursery, job in jobs.items():
         nursery.begin(job)
     running = {nursery.connection: (nursery, nursery.child()) for nursery in jobs}
-    codes: dict[int, int] = {}
+    endings: dict[int, tuple[int, float]] = {}
     deadline = None
     while running:
         try:
@@ -222,14 +224,14 @@ def _run(jobs: dict[Nursery, Job]) -> dict[int, int]:
             raise
         for connection in ended:
             nursery, _ = running.pop(connection)
-            codes[jobs[nursery].rank] = nursery.ended()
+            endings[jobs[nursery].rank] = nursery.ended()
         if not ended:
             for _, child in running.values():
                 kill(child)
             deadline = None
-        elif deadline is None and any(codes.values()):
+        elif deadline is None and any(code for code, _ in endings.values()):
             deadline = time.monotonic() + GRACE
-    return codes
+    return {rank: code for rank, (code, _) in sorted(endings.items(), key=lambda ending: ending[1][1])}
 
 
 def _ending(job: Job, code: int) -> str:

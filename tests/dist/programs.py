@@ -50,7 +50,7 @@ class ForkedRank:
 
     def wait(self) -> int:
         if self._code is None:
-            self._code = self._nursery.ended()
+            self._code, _ = self._nursery.ended()
         return self._code
 
 

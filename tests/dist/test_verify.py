@@ -87,7 +87,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
 ]
 
 
-def options(setting: Setting, *layouts: LayoutCase, steps: int = 5) -> Options:
+def options(setting: Setting, *layouts: LayoutCase, steps: int = 3) -> Options:
     return Options((setting,), layouts, steps)
 
 
