@@ -12,7 +12,7 @@ python="${MOE_DIST_PYTHON:-$root/.venv/bin/python}"
 if [[ -z "${MOE_DIST_PYTHON:-}" && ! -x "$python" ]]; then
   python=python3
 fi
-if ! "$python" -c 'import torch' 2>/dev/null; then
+if ! "$python" -c 'import importlib.util as i; exit(i.find_spec("torch") is None)'; then
   echo "$python has no torch: run launch/install.sh, or name an interpreter that has with MOE_DIST_PYTHON" >&2
   exit 1
 fi

@@ -1,8 +1,8 @@
 """Which tests may run beside others when pytest-xdist spreads them over workers, as `launch/test.sh` does; and that no
 test is told by an earlier one which rank it is.
 
-Those outside `tests/unit` and `tests/gpu` start ranks, Slurm or whole programs, and some of them watch the clock: one
-worker takes those of `tests/dist`, one the others, each in the order of their files.
+Those that start ranks use all cores, and some of them watch the clock: one worker takes them all, in the order of their
+files. Those that start Slurm and whole programs mostly wait: another worker takes them.
 """
 
 import os
@@ -12,22 +12,20 @@ from typing import Any
 import pytest
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-BESIDE_OTHERS = ("tests/unit/", "tests/gpu/")
+QUEUES = {"tests/dist/": "ranks", "tests/faults/": "ranks", "tests/slurm/": "programs", "tests/examples/": "programs"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class ProcessesInTwoQueues(LoadScopeScheduling):
+    class TwoQueues(LoadScopeScheduling):
         """Tests of one scope go to one worker, the largest scope first."""
 
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(BESIDE_OTHERS):
-                return nodeid
-            return "ranks" if nodeid.startswith("tests/dist/") else "programs"
+            return next((queue for folder, queue in QUEUES.items() if nodeid.startswith(folder)), nodeid)
 
-    return ProcessesInTwoQueues(config, log)
+    return TwoQueues(config, log)
 
 
 @pytest.fixture(autouse=True)

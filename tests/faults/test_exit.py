@@ -11,6 +11,7 @@ from moe_dist.chaos.fault import Fault
 from moe_dist.chaos.series import Series
 from moe_dist.train.exit_codes import CRASH_LOOP, INTERRUPTED, SAVED, STALLED
 from moe_dist.train.record.status import read_status
+from tests.dist.programs import forked_ranks
 from tests.faults.helpers import ended_alone, native, series
 
 STALL = 4.0
@@ -69,7 +70,8 @@ def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path, stopped: int
     assert "of step 7" in status["reason"] and f"moe-dist: {status['reason']}" in start.said
     seconds = [end.time - start.fired[0][1]["time"] for end in start.ends]
     assert all(STALL <= each < STALL + 5 for each in seconds), seconds
-    assert run.start([], "--resume", "--train.steps", "10").codes == [0, 0], run.starts[-1].said
+    with forked_ranks():
+        assert run.start([], "--resume", "--train.steps", "10").codes == [0, 0], run.starts[-1].said
     lines = [json.loads(line)["step"] for line in (run.run / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 11)) and run.starts[-1].first_step() == 6
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from moe_dist.chaos.damage import whole
 from moe_dist.chaos.fault import Fault
 from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series
+from tests.dist.programs import forked_ranks
 from tests.faults.helpers import BATCH, series
 
 Reference = Callable[[int], Series]
@@ -27,25 +29,29 @@ def draw(by: random.Random, number: int, begin: int, steps: int, stride: int, re
     return [Fault(kind="kill", rank=rank, step=step, phase=phase, later=by.uniform(0, 0.1)), last]
 
 
-def check_kills(folder: Path, reference: Series, steps: int, kills: int, *flags: Sequence[str]) -> None:
-    """flags: of each start in turn."""
+def check_kills(
+    folder: Path, reference: Series, steps: int, kills: int, *flags: Sequence[str], forked: bool = False
+) -> None:
+    """flags: of each start in turn. forked: starts that die on the way to their first step are real ones, no others."""
     run, by, ready = series(folder, steps), random.Random(7), 10.0
     deaths = 0
     for number in range(kills):
         good = whole(run.checkpoints)
         begin = good[-1] if good else 0
         faults = draw(by, number, begin, steps, 2 * steps // kills, ready)
-        start = run.start(faults, "--resume", "auto", *flags[number % len(flags)])
+        with forked_ranks() if forked and number % 2 == 0 else nullcontext():
+            start = run.start(faults, "--resume", "auto", *flags[number % len(flags)])
         deaths += start.codes[faults[0].rank] == -9
         first = start.first_step()
         assert first in (None, begin + 1), (first, good, start.said)
         if first is not None:
-            ready = start.noted(0, "phase")[0]["time"] - start.began
+            ready = start.noted(0, "phase")[0]["time"] - start.began if not forked else ready
             assert not any(end.killed for end in start.ends), start.said  # who has lost a peer ends by itself
         after = whole(run.checkpoints)
         assert not good or (after and after[-1] >= good[-1]), (good, after)
     assert deaths == kills
-    assert run.start().codes == [0, 0], run.starts[-1].said
+    with forked_ranks() if forked else nullcontext():
+        assert run.start().codes == [0, 0], run.starts[-1].said
     assert losses(run, reference, steps) == []
     history = run.samples()
     assert sorted(history) == list(range(1, steps + 1))
@@ -54,7 +60,7 @@ def check_kills(folder: Path, reference: Series, steps: int, kills: int, *flags:
 
 
 def test_three_kills(tmp_path: Path, reference: Reference) -> None:
-    check_kills(tmp_path, reference(40), 40, 3, [], [ASYNC])
+    check_kills(tmp_path, reference(40), 40, 3, [], [ASYNC], forked=True)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(900)
 def test_every_section(tmp_path: Path) -> None:
-    done = report(tmp_path / "report", "--rehearse", "--minutes", "14", "--sections", "abcdefghi")
+    done = report(tmp_path / "report", "--rehearse", "--minutes", "30", "--sections", "abcdefghi")
     page = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr + page
     found = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
