@@ -120,6 +120,11 @@ class MoEConfig:
     """How the experts compute: one after another (the oracle), padded batched GEMM, grouped GEMM, or our Triton kernels
     with gather, activation and weighting fused in. auto: grouped_mm, which on CPU is a fused loop of ours; loop where
     experts differ in width."""
+    cpu_products: Literal["auto", "measured", "onednn", "mixed", "mkl"] = "auto"
+    """With experts = grouped_mm on CPU in fp32, who computes products: oneDNN, MKL, or oneDNN into the hidden units and
+    MKL out of them. auto: onednn, or mkl where torch has no oneDNN. measured: the fastest of them for this machine and
+    shape, found out in seconds when a run starts anew and kept in its config.yaml; a run started anew may then be
+    rounded otherwise."""
 
     @property
     def balanced_by(self) -> str:

@@ -11,7 +11,7 @@ from moe_dist.config.model import AttentionConfig, HeadSizes, ModelConfig, MoECo
 from moe_dist.config.rules.parts import key
 from moe_dist.kernels.attention.flash import flash_provider
 from moe_dist.kernels.grouped_mm.cpu import replaces
-from moe_dist.kernels.grouped_mm.onednn import fp32_products
+from moe_dist.kernels.grouped_mm.onednn import describe_products
 from moe_dist.kernels.registry import check_triton
 
 Kernels = Literal["auto", "torch", "triton"]
@@ -99,9 +99,8 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     moe = model.moe
     if moe.num_experts == 0:
         return named
-    experts = moe.experts + (
-        f" (cpu loop, fused; fp32 products {fp32_products()})" if replaces(moe.experts, device_type) else ""
-    )
+    products = f"fp32 products {describe_products(moe.cpu_products)}"
+    experts = moe.experts + (f" (cpu loop, fused; {products})" if replaces(moe.experts, device_type) else "")
     return named | {"dispatch": _describe_dispatch(moe), "experts": experts}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm import cpu, reference
+from moe_dist.kernels.grouped_mm.onednn import named
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.backend import permutation
 from moe_dist.kernels.permute.order import RowOrder
@@ -50,6 +51,7 @@ class Experts(nn.Module):
         self.d_model = d_model
         self.activation = activation
         self.backend = moe.experts
+        self.products = moe.cpu_products
         self.kernels = kernels
         self.permute = permutation(kernels)
         self.recompute = recompute
@@ -143,7 +145,7 @@ class Experts(nn.Module):
         widths: tuple[int, ...] | None,
     ) -> Tensor:
         if cpu.replaces(self.backend, x_XD.device.type) and order.fullest is None:
-            return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths)
+            return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths, named(self.products))
         if self.backend == "triton":
             from moe_dist.kernels.grouped_mm.triton import feed_forward as fused
 

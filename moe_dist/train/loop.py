@@ -25,7 +25,7 @@ from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.flops import executed_flops
-from moe_dist.parallel.mesh import Mesh, create_mesh
+from moe_dist.parallel.mesh import Layout, Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, lost_ranks_told, require_same
 from moe_dist.parallel.trail import Trail
 from moe_dist.plan.memory import Held, explained
@@ -37,6 +37,7 @@ from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
 from moe_dist.train.opening import opening_lines
+from moe_dist.train.products import products_chosen
 from moe_dist.train.record.history import recent_losses
 from moe_dist.train.record.metrics import MetricsWriter, moe_record
 from moe_dist.train.record.profile import matmul_peak, memory_bytes
@@ -68,10 +69,11 @@ class Trainer:
         self.shape: BatchShape = validate(config, world)
         self.task: Task = make_task(config)
         require_same("what ranks read from data.paths", self.task.digest)
-        model = resolve_backends(self.task.model, config.parallel.expert_ranks, device.type, config.train.seq_len)
-        config = replace(config, model=model)
-        self.config, self.device, self.console = config, device, console
-        parallel = config.parallel
+        self.device, self.console, parallel = device, console, config.parallel
+        layout = Layout(world, parallel.ep, parallel.tp, etp=parallel.etp)
+        model = products_chosen(self.task.model, config, self.shape, layout, device, self._say)
+        model = resolve_backends(model, parallel.expert_ranks, device.type, config.train.seq_len)
+        self.config = config = replace(config, model=model)
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
         self.mesh: Mesh = create_mesh(

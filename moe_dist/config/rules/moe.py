@@ -37,6 +37,7 @@ _USES: Uses = {
     "drop_order": ("drop_policy", "position"),
     "wire": ("dispatch", "auto all_to_all"),
     "overlap_chunks": ("dispatch", "auto all_to_all"),
+    "cpu_products": ("experts", "auto grouped_mm"),
 }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_dist.kernels.activation import activate_backward_into, activate_into, gated
-from moe_dist.kernels.grouped_mm.onednn import ROUNDING, add_linear, linear, rows_computed
+from moe_dist.kernels.grouped_mm.onednn import CHOICES, ROUNDING, Products, add_linear, linear, rows_computed
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import sum_rows
@@ -44,14 +44,16 @@ def feed_forward(
     w: ExpertWeights,
     activation: str,
     widths: tuple[int, ...] | None = None,
+    products: Products = CHOICES[0],
 ) -> Tensor:
     """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of assignment (x, k): [X, D] -> [X, D].
 
     Differentiable in x, weights (None: all 1) and whatever `w` has; idle experts get zero gradients. `widths`: hidden
     units of each expert where they differ; then gate, up and out are [sum of widths, D] and their biases [sum].
+    `products`: who computes them in fp32 (onednn.py).
     """
     assert gated(activation) == (w.gate is not None), f"{activation}: gate {'missing' if w.gate is None else 'given'}"
-    return _FeedForward.apply(order, activation, widths, x_XD.contiguous(), weights_XK, *w)
+    return _FeedForward.apply(order, activation, widths, products, x_XD.contiguous(), weights_XK, *w)
 
 
 class _Span(NamedTuple):
@@ -73,6 +75,7 @@ class _FeedForward(torch.autograd.Function):
         order: RowOrder,
         name: str,
         widths: tuple[int, ...] | None,
+        products: Products,
         x_XD: Tensor,
         weights_XK: Tensor | None,
         *parts: Tensor | None,
@@ -86,13 +89,13 @@ class _FeedForward(torch.autograd.Function):
                 pre += [None, None]
                 continue
             x_cD = _gather(x_XD, order.source_R, span, x_CD)
-            gate_cF = None if own.gate is None else linear(x_cD, own.gate, own.gate_bias)
-            up_cF = linear(x_cD, own.up, own.up_bias)
+            gate_cF = None if own.gate is None else linear(x_cD, own.gate, own.gate_bias, products=products)
+            up_cF = linear(x_cD, own.up, own.up_bias, products=products)
             act_cF = activate_into(gate_cF, up_cF, name, _activation_buffer(up_cF, name))
-            linear(act_cF, own.out.t(), own.out_bias, out=y_RD[span.padded])
+            linear(act_cF, own.out.t(), own.out_bias, out=y_RD[span.padded], products=products)
             pre += [gate_cF, up_cF]
         ctx.save_for_backward(x_XD, weights_XK, *parts, *pre)
-        ctx.order, ctx.name, ctx.widths, ctx.spans = order, name, widths, spans
+        ctx.order, ctx.name, ctx.widths, ctx.spans, ctx.products = order, name, widths, spans, products
         return sum_rows(y_RD, weights_XK, order)
 
     @staticmethod
@@ -116,7 +119,7 @@ class _FeedForward(torch.autograd.Function):
                 continue
             x_cD = _gather(x_XD, order.source_R, span, x_CD)
             grad_cD = _gather(grad_XD, order.source_R, span, grad_CD)
-            hidden = _through_activation(grad_cD, gate_cF, up_cF, own, ctx.name)
+            hidden = _through_activation(grad_cD, gate_cF, up_cF, own, ctx.name, ctx.products)
             weight_c = None
             if weight_R is not None and dots_R is not None:
                 dots_R[span.start : span.stop] = hidden.dots(grad_cD, own)[: span.stop - span.start]
@@ -125,12 +128,12 @@ class _FeedForward(torch.autograd.Function):
                 x_cD.mul_(weight_c[:, None])
                 grad_cD.mul_(weight_c[:, None])
             hidden.into_parameters(x_cD, grad_cD, weight_c, grad)
-            hidden.into_rows(own, grad_x_RD[span.padded])
+            hidden.into_rows(own, grad_x_RD[span.padded], ctx.products)
         grad_weights_XK = None
         if weights_XK is not None:
             grad_weights_XK = weights_XK.new_zeros(weights_XK.shape)
             grad_weights_XK.view(-1)[order.slots_R] = dots_R
-        return None, None, None, sum_rows(grad_x_RD, weights_XK, order), grad_weights_XK, *grads
+        return None, None, None, None, sum_rows(grad_x_RD, weights_XK, order), grad_weights_XK, *grads
 
 
 class _Hidden(NamedTuple):
@@ -161,17 +164,18 @@ class _Hidden(NamedTuple):
             elif grad_bias_F is not None:
                 torch.sum(hidden_cF, 0, out=grad_bias_F)
 
-    def into_rows(self, own: ExpertWeights, out_cD: Tensor) -> None:
+    def into_rows(self, own: ExpertWeights, out_cD: Tensor, products: Products) -> None:
         """Fill the gradient of the rows, without their weight."""
-        linear(self.grad_up_cF, own.up.t(), out=out_cD)
+        linear(self.grad_up_cF, own.up.t(), out=out_cD, products=products)
         if own.gate is not None and self.grad_gate_cF is not None:
-            add_linear(self.grad_gate_cF, own.gate.t(), out_cD)
+            add_linear(self.grad_gate_cF, own.gate.t(), out_cD, products=products)
 
 
 def _through_activation(
-    grad_cD: Tensor, gate_cF: Tensor | None, up_cF: Tensor, own: ExpertWeights, name: str
+    grad_cD: Tensor, gate_cF: Tensor | None, up_cF: Tensor, own: ExpertWeights, name: str, products: Products
 ) -> _Hidden:
-    grad_act_cF, act_cF, grad_up_cF = linear(grad_cD, own.out), _activation_buffer(up_cF, name), torch.empty_like(up_cF)
+    grad_act_cF = linear(grad_cD, own.out, products=products)
+    act_cF, grad_up_cF = _activation_buffer(up_cF, name), torch.empty_like(up_cF)
     grad_gate_cF = None if gate_cF is None else torch.empty_like(gate_cF)
     activate_backward_into(grad_act_cF, gate_cF, up_cF, name, act_cF, grad_gate_cF, grad_up_cF)
     return _Hidden(act_cF, grad_act_cF, grad_gate_cF, grad_up_cF)

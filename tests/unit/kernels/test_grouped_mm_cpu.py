@@ -1,12 +1,16 @@
 """The experts on CPU against one row after the other in float64: outputs and all gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.kernels.activation import NAMES, gated
-from moe_dist.kernels.grouped_mm import cpu
+from moe_dist.kernels.grouped_mm import cpu, onednn
+from moe_dist.kernels.grouped_mm.onednn import Products
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 
@@ -61,8 +65,14 @@ def inputs(
     ]
 
 
-def run(order: RowOrder, activation: str, args: list[Tensor | None], widths: tuple[int, ...] | None = None) -> Tensor:
-    return cpu.feed_forward(args[0], args[1], order, ExpertWeights(*args[2:]), activation, widths)
+def run(
+    order: RowOrder,
+    activation: str,
+    args: list[Tensor | None],
+    widths: tuple[int, ...] | None = None,
+    products: Products = onednn.CHOICES[0],
+) -> Tensor:
+    return cpu.feed_forward(args[0], args[1], order, ExpertWeights(*args[2:]), activation, widths, products)
 
 
 def plain(order: RowOrder, activation: str, args: list[Tensor | None], widths: tuple[int, ...] | None = None) -> Tensor:
@@ -95,8 +105,14 @@ def all_of(y: Tensor, args: list[Tensor | None], grad: Tensor) -> list[Tensor]:
     return [y.detach()] + [torch.zeros_like(a) if g is None else g for a, g in zip(given, found, strict=True)]
 
 
-def compare(order: RowOrder, activation: str, args: list[Tensor | None], widths: tuple[int, ...] | None = None) -> None:
-    y = run(order, activation, args, widths)
+def compare(
+    order: RowOrder,
+    activation: str,
+    args: list[Tensor | None],
+    widths: tuple[int, ...] | None = None,
+    products: Products = onednn.CHOICES[0],
+) -> None:
+    y = run(order, activation, args, widths, products)
     grad = torch.randn_like(y)
     wide = [None if arg is None else arg.detach().double().requires_grad_() for arg in args]
     wanted = all_of(plain(order, activation, wide, widths), wide, grad.double())
@@ -150,6 +166,55 @@ def test_low_precision_in_larger_shapes(monkeypatch: pytest.MonkeyPatch) -> None
     order = RowOrder.of(experts_XK, torch.rand(150, 2, generator=generator) < 0.8, 5)
     for dtype in (torch.bfloat16, torch.float32):
         compare(order, "swiglu", inputs(order, "swiglu", dtype=dtype))
+
+
+class _Calls(TorchDispatchMode):
+    """Counts products: of oneDNN's operator, and of torch.mm, which is MKL's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in ("_linear_pointwise", "mm", "addmm", "addmm_"):
+            self.names.append("onednn" if name == "_linear_pointwise" else "mkl")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("products", onednn.CHOICES)
+def test_who_computes_products(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are the same but for rounding. Of one expert's seven products forward and backward, beside three for
+    its weights' gradients, three go into hidden units and three out of them; one of those adds."""
+    monkeypatch.setitem(globals(), "D", 48)
+    monkeypatch.setitem(globals(), "HIDDEN", 64)
+    order = order_of([[0]] * 40, 1)
+    for activation in ("swiglu", "relu"):
+        for bias in (True, False):
+            compare(order, activation, inputs(order, activation, bias, dtype=torch.float32), products=products)
+    args = inputs(order, "swiglu", dtype=torch.float32)
+    with _Calls() as calls:
+        run(order, "swiglu", args, products=products).sum().backward()
+    by_onednn = {"onednn": 6, "mixed": 3, "mkl": 0}[products]
+    assert [calls.names.count(name) for name in ("onednn", "mkl")] == [by_onednn, 9 - by_onednn]
+
+
+@pytest.mark.parametrize("products", onednn.CHOICES)
+def test_a_row_does_not_hang_on_the_others(products: Products, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, whether its expert has 1 or 300 of them."""
+    monkeypatch.setitem(globals(), "D", 48)
+    monkeypatch.setitem(globals(), "HIDDEN", 64)
+    args = inputs(order_of([[0]] * 300, 1), "swiglu", weighted=False, dtype=torch.float32)
+    everything = run(order_of([[0]] * 300, 1), "swiglu", args, products=products)
+    for count in (1, 7, 33, 150):
+        few = run(order_of([[0]] * count, 1), "swiglu", [args[0][:count], *args[1:]], products=products)
+        assert torch.equal(few, everything[:count]), count
+
+
+def test_products_are_named() -> None:
+    assert onednn.named("auto") == onednn.CHOICES[0]
+    with pytest.raises(ValueError, match=r"cpu_products=measured: this torch has .*mkl; `measured` is what `moe-dist"):
+        onednn.named("measured")
 
 
 def test_buffers_come_uninitialised(monkeypatch: pytest.MonkeyPatch) -> None:
