@@ -5,14 +5,14 @@ rows keeps min(L, n C) of them, whatever `drop_policy`, `drop_order` and `pool_f
 
     expected share dropped = sum over pools of E[max(0, L - n C)] / (tokens top_k)
 
-| experts are chosen with     | pool 1                              | pools of n > 1                                      |
-|-----------------------------|-------------------------------------|-----------------------------------------------------|
-| equal shares: chance        | L is Binomial(tokens, top_k / E)    | top_k = 1: Binomial(tokens, n / E); else a sum over |
-|                             |                                     | tokens of hypergeometric counts                     |
-| measured shares s_e         | L is Binomial(tokens, top_k s_e)    | top_k = 1: Binomial with the pool's share; else a   |
-|                             |                                     | sum of the counts of choices.py: the shares do not  |
-|                             |                                     | say which experts are chosen together, and of all   |
-|                             |                                     | answers the one of greatest entropy is taken        |
+| experts are chosen with | pool 1: L is               | pools of n > 1, L is                                         |
+|-------------------------|----------------------------|--------------------------------------------------------------|
+| equal shares: chance    | Binomial(tokens, top_k/E)  | top_k = 1: Binomial(tokens, n / E); else a sum over tokens   |
+|                         |                            | of hypergeometric counts                                     |
+| measured shares s_e     | Binomial(tokens, top_k s_e)| top_k = 1: Binomial with the pool's share; else a sum of the |
+|                         |                            | counts of choices.py: shares do not say which experts are    |
+|                         |                            | chosen together, so of all answers the one of greatest       |
+|                         |                            | entropy is taken                                             |
 
 So a measured drop rate = chance + imbalance + rest, where imbalance is what the unequal shares add and rest is what
 random routing does not explain: tokens of a batch that are alike, shares that change within the steps averaged over,
