@@ -87,7 +87,10 @@ def _size(power: float, seeds: int, alpha: float) -> float:
 def _power(size: float, seeds: int, alpha: float) -> float:
     """size: effect over deviation, not negative."""
     limit, shift = float(stats.t.isf(alpha / 2, seeds - 1)), size * math.sqrt(seeds)
-    return float(stats.nct.sf(limit, seeds - 1, shift) + stats.nct.cdf(-limit, seeds - 1, shift))
+    shown = float(stats.nct.sf(limit, seeds - 1, shift))
+    if shift < 5:  # beyond, the wrong sign is shown in less than 3e-7, which scipy may give as NaN
+        shown += float(stats.nct.cdf(-limit, seeds - 1, shift))
+    return shown
 
 
 def _check(deviation: float, seeds: int, alpha: float, comparisons: int) -> None:

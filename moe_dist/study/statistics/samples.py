@@ -30,7 +30,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 BySeed = Mapping[int, float]
 """A measured number of each seed."""
@@ -77,7 +77,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | 
     if count < FEWEST_SEEDS:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
-    reach = float(stats.t.isf((1 - confidence) / 2, count - 1)) * error
+    reach = float(special.stdtrit(count - 1, (1 + confidence) / 2)) * error
     return Interval(mean - reach, mean + reach)
 
 

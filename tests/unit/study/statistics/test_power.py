@@ -23,7 +23,7 @@ def test_the_minimum_detectable_effect_is_seen_in_four_of_five_simulations(seeds
 
 @pytest.mark.parametrize("seeds", [4, 5, 10, 30])
 def test_power_is_that_of_statsmodels(seeds: int) -> None:
-    for size in (0.3, 1.0, 2.0):
+    for size in (0.3, 0.6, 0.9):
         assert power(3 * size, 3.0, seeds) == pytest.approx(TTestPower().power(size, seeds, 0.05), abs=1e-6)
 
 

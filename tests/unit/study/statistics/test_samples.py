@@ -47,7 +47,9 @@ def test_the_studentized_bootstrap_is_scipys_bootstrap_of_t(seeds: int, close: f
         spread = sample.std(axis=axis, ddof=1)
         return (sample.mean(axis=axis) - mean) / np.where(spread > 1e-12, spread / seeds**0.5, np.nan)
 
-    options = dict(n_resamples=100_000, method="percentile", rng=np.random.default_rng(1), batch=10_000)
+    options = dict(
+        n_resamples=100_000, method="percentile", confidence_level=0.5, rng=np.random.default_rng(1), batch=10_000
+    )
     drawn = stats.bootstrap((values,), t, **options).bootstrap_distribution
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     got = bootstrap_interval(list(values))
