@@ -7,7 +7,8 @@
 | power.py      | how large the noise is, and which effect so many seeds can show                            |
 | ties.py       | which points cannot be told apart, instead of a ranking                                    |
 | drops.py      | which drops chance alone explains, which the experts' unequal shares                       |
-| exchange.py   | loss against compute, and what a loss is worth in compute and in speed                     |
+| exchange.py   | loss against compute: the law of a ladder, and whether it predicts the largest size        |
+| speed.py      | what a loss and a throughput are worth together, against the baseline                      |
 | scaling.py    | loss in active parameters, experts and tokens, with the capacity factor beside             |
 | pareto.py     | which points nothing cheaper beats, and which factor to recommend                          |
 
