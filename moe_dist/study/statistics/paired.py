@@ -171,16 +171,16 @@ def holm(p: Mapping[Key, float]) -> dict[Key, float]:
 
 def p_of_zero(differences: list[float]) -> float:
     """Two-sided, of the mean difference being zero. Where all differences are equal: 1 if they are zero, else 0."""
-    return 2 * min(0.5, _p_beyond(differences, 0.0), _p_beyond([-each for each in differences], 0.0))
+    return 2 * min(0.5, p_beyond(differences, 0.0), p_beyond([-each for each in differences], 0.0))
 
 
 def p_within(differences: list[float], matters: float) -> float:
     """Of the mean difference being as large as `matters` or larger, of either sign: small where it is shown to lie
     within."""
-    return max(_p_beyond(differences, -matters), _p_beyond([-each for each in differences], -matters))
+    return max(p_beyond(differences, -matters), p_beyond([-each for each in differences], -matters))
 
 
-def _p_beyond(differences: list[float], limit: float) -> float:
+def p_beyond(differences: list[float], limit: float) -> float:
     """One-sided p of the mean being `limit` or less."""
     excess = float(np.mean(differences)) - limit
     error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
