@@ -120,8 +120,8 @@ def recommend(points: Mapping[str, Candidate], *, matters: float, alpha: float =
         reasons.append(f"{name} has the lowest loss of {len(points)} points, and nothing cheaper comes near it")
     else:
         reasons.append(
-            f"{name} costs {points[name].cost / points[best].cost:.3g} times what {best} does, whose loss is the lowest, "
-            f"and its loss differs by {rivals[name].mean:+.3g}, p = {_p(rivals[name])}"
+            f"{name} costs {points[name].cost / points[best].cost:.3g} times what {best} does, whose loss is lowest, "
+            f"and its own differs by {rivals[name].mean:+.3g}, p = {_p(rivals[name])}"
         )
     if shown != name:
         reasons.append(f"{len(seeds)} seeds do not show that it is worse by less than {matters:g}; for {shown} they do")

@@ -17,7 +17,8 @@ def candidates(
 
 def test_standings() -> None:
     """b beats c, which costs more; d is as good as b for more; e is the best and the dearest."""
-    points = candidates({"a": (1, 3.5), "b": (2, 3.0), "c": (3, 3.2), "d": (4, 3.0), "e": (5, 2.5)})
+    means = {"a": (1, 3.5), "b": (2, 3.0), "c": (3, 3.2), "d": (4, 3.0), "e": (5, 2.5)}
+    points = candidates(means, seed=1)
     found = {place.name: place for place in pareto(points)}
     assert [found[name].standing for name in "abe"] == [Standing.FRONT] * 3
     assert (found["c"].standing, found["c"].against) == (Standing.DOMINATED, ("b",))
@@ -64,8 +65,8 @@ def test_doubt_is_told() -> None:
 
 
 def test_bootstrap_shares_by_hand() -> None:
-    """Differences 0, 0 and 3 against limit 1.5: the mean 1 moves to 1 + (mean* - 1) sqrt(3 / 2). mean* is 0, 1, 2, 3 with
-    probabilities 8, 12, 6, 1 of 27: it is below 1.5 in the first two, 20 / 27."""
+    """Differences 0, 0 and 3 against limit 1.5: the mean 1 moves to 1 + (mean* - 1) sqrt(3 / 2). mean* is 0, 1, 2, 3
+    with probabilities 8, 12, 6, 1 of 27: it is below 1.5 in the first two, 20 / 27."""
     cheap, dear = by_seed([5.0, 5.0, 8.0]), by_seed([5.0, 5.0, 5.0])
     found = recommend({"dear": Candidate(2, dear), "cheap": Candidate(1, cheap)}, matters=1.5)
     assert found.chosen["cheap"] == pytest.approx(20 / 27)

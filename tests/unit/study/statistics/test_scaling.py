@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused() -> None:
     good = Observation(1e6, 4, 1e7, None, 0, 3.0)
     with pytest.raises(ValueError, match="no run to fit"):
         scaling([])
-    with pytest.raises(ValueError, match="baseline's capacity factor 2.0: name one of \\[None\\]"):
+    with pytest.raises(ValueError, match=r"baseline's capacity factor 2.0: name one of \[None\]"):
         scaling([good], baseline=2.0)
     with pytest.raises(ValueError, match="1 runs for 1 terms"):
         scaling([good])
