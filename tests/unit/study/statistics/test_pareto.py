@@ -65,10 +65,10 @@ def test_doubt_is_told() -> None:
 
 
 def test_bootstrap_shares_by_hand() -> None:
-    """Differences 0, 0 and 3 against limit 1.5: the mean 1 moves to 1 + (mean* - 1) sqrt(3 / 2). mean* is 0, 1, 2, 3
-    with probabilities 8, 12, 6, 1 of 27: it is below 1.5 in the first two, 20 / 27."""
+    """Differences 0, 0 and 3 against limit 2.1: the mean 1 moves to 1 + (mean* - 1) sqrt(3 / 2). mean* is 0, 1, 2, 3
+    with probabilities 8, 12, 6, 1 of 27: 1 + sqrt(3 / 2) is above 2.1, so 20 / 27."""
     cheap, dear = by_seed([5.0, 5.0, 8.0]), by_seed([5.0, 5.0, 5.0])
-    found = recommend({"dear": Candidate(2, dear), "cheap": Candidate(1, cheap)}, matters=1.5)
+    found = recommend({"dear": Candidate(2, dear), "cheap": Candidate(1, cheap)}, matters=2.1)
     assert found.chosen["cheap"] == pytest.approx(20 / 27)
 
 
