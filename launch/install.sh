@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with moe_dist in it: launch/install.sh [EXTRAS], for example `launch/install.sh dev,bench`.
+# Makes .venv with moe_dist in it: launch/install.sh [EXTRAS], for example `launch/install.sh dev,bench,study`.
 # Returns at once when nothing changed. Needs python3 with venv, and a C++ compiler for DeepSpeed's optimizers.
 #
 #   PYTHON            interpreter that makes .venv (default: python3)

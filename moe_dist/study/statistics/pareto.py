@@ -1,0 +1,168 @@
+"""Which points nothing cheaper beats, and which capacity factor to recommend.
+
+cost is time, FLOPs, bytes or memory: one number of a point, taken as known. Losses have the noise of their seeds, so a
+point stands
+
+| standing     | when, among the points that cost no more than it                                          |
+|--------------|-------------------------------------------------------------------------------------------|
+| dominated    | the loss of one is told to be lower                                                       |
+| inside noise | no loss is told to be lower, but that of one is not told to be higher either              |
+| front        | the losses of all are told to be higher, or nothing costs as little                       |
+
+by paired tests of all pairs with Holm (ties.py).
+
+The recommended point is the cheapest whose loss is not worse than the best one's by both measures: told apart by paired
+tests with Holm, and by a mean of more than the smallest difference that matters. Few seeds tell little apart, so three
+numbers say how far to trust it: `shown`, the cheapest point that is shown not to be worse by as much as matters (one-
+sided tests with Holm); the share of bootstrap draws of the seeds in which each point is the cheapest within what
+matters of the draw's best; and the seeds. Draws are stretched about the mean by sqrt(n / (n - 1)), which makes their
+variance that of a mean of n. The best of many points is partly the luckiest; that makes the others look worse than
+they are, so the advice errs towards the dearer.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from moe_dist.study.statistics.paired import Comparison, compare, holm, p_beyond
+from moe_dist.study.statistics.samples import FEWEST_SEEDS, BySeed, check_finite, check_share, draws
+from moe_dist.study.statistics.ties import groups
+
+
+class Standing(StrEnum):
+    FRONT = "front"
+    INSIDE_NOISE = "inside noise"
+    DOMINATED = "dominated"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """cost: in any unit that all share, more is worse. losses: nats, of each seed."""
+
+    cost: float
+    losses: BySeed
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Of one point. against: the points that dominate it, or that it is not told apart from, which cost no more."""
+
+    name: str
+    cost: float
+    loss: float
+    standing: Standing
+    against: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """name: None with fewer than three seeds that all points have, as are best and shown. best: the lowest mean loss.
+    chosen: by point, the share of draws. left_seeds: those that some point lacks. reasons: sentences."""
+
+    name: str | None
+    best: str | None
+    shown: str | None
+    chosen: dict[str, float]
+    seeds: tuple[int, ...]
+    left_seeds: tuple[int, ...]
+    reasons: tuple[str, ...]
+
+
+def pareto(points: Mapping[str, Candidate], *, same_cost: float = 0.0, alpha: float = 0.05) -> list[Place]:
+    """The standing of each point, in their order. same_cost: relative; costs that differ by less are equal, for times
+    that were measured. Raises ValueError for what is not finite, and points without losses."""
+    _check(points)
+    if not 0 <= same_cost < 1:
+        raise ValueError(f"same_cost={same_cost}: give the relative difference that does not count, 0 to 1")
+    apart = groups({name: point.losses for name, point in points.items()}, alpha=alpha).apart
+    places = []
+    for name, point in points.items():
+        rivals = [
+            other for other, rival in points.items() if other != name and rival.cost <= point.cost * (1 + same_cost)
+        ]
+        lower = tuple(other for other in rivals if (other, name) in apart)
+        tied = tuple(other for other in rivals if (name, other) not in apart)
+        standing = Standing.DOMINATED if lower else Standing.INSIDE_NOISE if tied else Standing.FRONT
+        places.append(Place(name, point.cost, _mean(point.losses), standing, lower or tied))
+    return places
+
+
+def recommend(points: Mapping[str, Candidate], *, matters: float, alpha: float = 0.05) -> Recommendation:
+    """matters: the smallest difference of losses that matters, in nats. Raises ValueError for what is not finite, no
+    points, points without losses, and numbers out of range."""
+    _check(points)
+    check_share(alpha, "alpha")
+    if not points:
+        raise ValueError("no point to recommend")
+    if not (math.isfinite(matters) and matters > 0):
+        raise ValueError(f"matters={matters}: the smallest difference that matters is more than 0")
+    seeds = tuple(sorted(set.intersection(*(set(point.losses) for point in points.values()))))
+    left = tuple(sorted(set().union(*(point.losses for point in points.values())).difference(seeds)))
+    if len(seeds) < FEWEST_SEEDS:
+        few = f"{len(seeds)} seeds are common to all points, and a recommendation needs {FEWEST_SEEDS}"
+        return Recommendation(None, None, None, {}, seeds, left, (few,))
+    losses = {name: {seed: point.losses[seed] for seed in seeds} for name, point in points.items()}
+    best = min(losses, key=lambda name: _mean(losses[name]))
+    family = compare({name: each for name, each in losses.items() if name != best}, losses[best], alpha=alpha)
+    rivals = {each.name: each for each in family}
+    not_worse = holm({name: _p_of_worse(each, matters) for name, each in rivals.items()})
+    by_cost = sorted(points, key=lambda name: points[name].cost)
+    name = next(each for each in by_cost if each == best or not _worse(rivals[each], matters, alpha))
+    shown = next(each for each in by_cost if each == best or not_worse[each] <= alpha)
+    chosen = _chosen(losses, by_cost, matters)
+    reasons = []
+    for each in by_cost[: by_cost.index(name)]:
+        reasons.append(f"{each} is cheaper, and worse than {best} by {rivals[each].mean:.3g}, p = {_p(rivals[each])}")
+    if name == best:
+        reasons.append(f"{name} has the lowest loss of {len(points)} points, and nothing cheaper comes near it")
+    else:
+        reasons.append(
+            f"{name} costs {points[name].cost / points[best].cost:.3g} times what {best} does, whose loss is lowest, "
+            f"and its own differs by {rivals[name].mean:+.3g}, p = {_p(rivals[name])}"
+        )
+    if shown != name:
+        reasons.append(f"{len(seeds)} seeds do not show that it is worse by less than {matters:g}; for {shown} they do")
+    reasons.append(f"it is the cheapest within {matters:g} of the best in {chosen[name]:.0%} of bootstrap draws")
+    return Recommendation(name, best, shown, chosen, seeds, left, tuple(reasons))
+
+
+def _worse(rival: Comparison, matters: float, alpha: float) -> bool:
+    assert rival.mean is not None and rival.p_holm is not None
+    return rival.mean > matters and rival.p_holm <= alpha
+
+
+def _p_of_worse(rival: Comparison, matters: float) -> float:
+    """One-sided, of being worse by what matters or more."""
+    return p_beyond([-each for each in rival.pairs.differences.values()], -matters)
+
+
+def _p(rival: Comparison) -> str:
+    return f"{rival.p_holm:.2g}"
+
+
+def _chosen(losses: Mapping[str, BySeed], by_cost: list[str], matters: float) -> dict[str, float]:
+    """By point, how often it is the cheapest within what matters of the best."""
+    values_NP = np.array([list(losses[name].values()) for name in by_cost]).T
+    count = len(values_NP)
+    counts_DN, weights_D = draws(count)
+    mean_P = values_NP.mean(0)
+    means_DP = mean_P + (counts_DN @ (values_NP - mean_P) / count) * math.sqrt(count / (count - 1))
+    first_D = (means_DP <= means_DP.min(1, keepdims=True) + matters).argmax(1)
+    shares = np.bincount(first_D, weights_D, len(by_cost))
+    return {name: float(shares[by_cost.index(name)]) for name in losses}
+
+
+def _mean(losses: BySeed) -> float:
+    return float(np.mean(list(losses.values())))
+
+
+def _check(points: Mapping[str, Candidate]) -> None:
+    for name, point in points.items():
+        check_finite(point.losses, name)
+        if not point.losses:
+            raise ValueError(f"{name} has no loss of any seed: leave it out and say so")
+        if not (math.isfinite(point.cost) and point.cost > 0):
+            raise ValueError(f"{name}: a cost of {point.cost} is none; give a number above 0")
