@@ -27,6 +27,7 @@ from moe_dist.config.schema import RunConfig
 from moe_dist.config.values import user_path
 
 Scalar = bool | int | float | str | None
+CAPACITY = "model.moe.capacity_factor"
 
 _SOURCE = "point: "  # opens every line that parse_dict complains with
 _OWN_KEYS = {

@@ -8,12 +8,12 @@ from typing import Any
 
 from moe_dist.config import Config, ModelConfig
 from moe_dist.disk import replace_text
+from moe_dist.study.answer import against_dropless, dropped_by_chance
 from moe_dist.study.cells import Cell, cells
 from moe_dist.study.figure import draw
-from moe_dist.study.grid import Scalar, Study, axis_names, show
+from moe_dist.study.grid import CAPACITY, Scalar, Study, axis_names, show
 from moe_dist.study.measure import loss_unit
 
-CAPACITY = "model.moe.capacity_factor"
 _MEASURED = {
     "validation_loss_capped": ("validation loss, capped", "{:.4f}", 1.0),
     "validation_bits_per_byte": ("validation bits/byte", "{:.4f}", 1.0),
@@ -52,6 +52,7 @@ def markdown(study: Study, latest: dict[str, dict[str, Any]]) -> str:
         if record["status"] != "finished":
             lines.append(f"- {point.name}: {record['status']} {record['reason']}".rstrip())
     lines += ["", f"![{name}]({name}.png)", "", *table(study, grid), "", _legend(grid), ""]
+    lines += [*against_dropless(study, grid), ""]
     lines += ["## Again", "", "```", f"moe-dist study run {path}", f"moe-dist study report {path}", "```", ""]
     lines += ["## Setting", "", *_setting(study, grid), ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n")
@@ -63,9 +64,16 @@ def table(study: Study, grid: Sequence[Cell]) -> list[str]:
     paired = CAPACITY in study.file.axes and None in study.file.axes[CAPACITY]
     measured = {name: how for name, how in _MEASURED.items() if any(cell.values(name) for cell in grid)}
     head = [*names.values(), "seeds", "validation loss", *(["minus dropless"] if paired else [])]
-    head += [*(title for title, _, _ in measured.values()), "training loss", "dropped, end", "dropped, whole run"]
+    head += [
+        *(title for title, _, _ in measured.values()),
+        "training loss",
+        "dropped, end",
+        "by chance",
+        "dropped, whole run",
+    ]
     head += ["fullest expert", "step", "rows to experts", "crossing ranks"]
     rows = [head, ["---"] * len(head)]
+    by_chance = {tuple(p.axes.values()): dropped_by_chance(p.config, study.file.ranks) for p in study.points}
     for cell in grid:
         row = [label(key, value) for key, value in cell.axes.items()]
         row += [str(len(cell.records)), spread(cell.values("validation_loss"), "{:.4f}")]
@@ -75,6 +83,7 @@ def table(study: Study, grid: Sequence[Cell]) -> list[str]:
         row += [
             spread(cell.values("loss"), "{:.4f}"),
             spread(cell.values("drop_rate"), "{:.2f} %", 100),
+            "–" if (chance := by_chance[tuple(cell.axes.values())]) is None else f"{100 * chance:.2f} %",
             spread(cell.values("drop_rate_whole_run"), "{:.2f} %", 100),
             spread(cell.values("load_max_over_mean"), "{:.2f}"),
             spread(cell.values("step_seconds"), "{:.1f} ms", 1e3),
@@ -125,6 +134,7 @@ _LEGEND = """validation drops nothing, unless it is capped.
 
 - minus dropless: the difference to the dropless run of the same seed
 - dropped: share of assignments, over the last quarter of the run and over all of it
+- by chance: what uniform random routing would drop: the rest of the drops is imbalance
 - fullest expert: its load over the mean load, before dropping, in the last quarter
 - step: median time of an optimizer step
 - rows to experts: bytes of kept rows in a step, over all layers and ranks

@@ -15,5 +15,5 @@
 Seeds are the unit everywhere: tokens, steps and layers of one run are not repetitions. Fewer than three seeds give no
 interval. A number that is not finite, and a seed that one side lacks, are named and never left out in silence.
 
-Needs the extra `study` (scipy, statsmodels); import it where it is used.
+scaling.py needs the extra `study` (statsmodels). All of it is imported where it is used: scipy is slow to load.
 """

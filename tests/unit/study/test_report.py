@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.study.answer import dropped_by_chance
 from moe_dist.study.cells import Cell, cells
 from moe_dist.study.command import study as command_line
 from moe_dist.study.figure import draw, x_places
+from moe_dist.study.grid import CAPACITY
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.report import CAPACITY, markdown, spread, table, write_report
+from moe_dist.study.report import markdown, spread, table, write_report
 from moe_dist.study.runner import Runner
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
@@ -34,6 +36,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "validation bits/byte": "4.0000",
         "training loss": "7.0000 ± 0.7071",
         "dropped, end": "50.00 %",
+        "by chance": f"{100 * dropped_by_chance(study.points[0].config, 1):.2f} %",
         "dropped, whole run": "87.50 %",
         "fullest expert": "1.50",
         "step": "1125.0 ms",
