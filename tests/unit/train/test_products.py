@@ -9,7 +9,7 @@ import torch
 
 from moe_dist.config import BatchShape
 from moe_dist.config.load import dump_config
-from moe_dist.kernels.grouped_mm.measure import median_turns, seconds_of_products
+from moe_dist.kernels.grouped_mm.measure import fastest_turns, seconds_of_products
 from moe_dist.kernels.grouped_mm.onednn import CHOICES, Products
 from moe_dist.parallel.mesh import Layout
 from moe_dist.train import products
@@ -52,12 +52,14 @@ def test_every_choice_takes_its_turn_and_the_first_turn_does_not_count() -> None
     turns: list[Products] = []
 
     def turn(choice: Products) -> float:
+        """The first turn is the fastest; after it each choice takes longer every time."""
         turns.append(choice)
-        return 1000.0 if len(turns) <= len(CHOICES) else float(1 + CHOICES.index(choice))
+        number = (len(turns) - 1) // len(CHOICES)
+        return 0.0 if number == 0 else float(10 * CHOICES.index(choice) + number)
 
-    seconds = median_turns(turn)
-    assert [seconds[choice] for choice in CHOICES] == [(1 + place) / 2 for place in range(len(CHOICES))]
-    assert turns == list(CHOICES) * 6
+    seconds = fastest_turns(turn)
+    assert [8 * seconds[choice] for choice in CHOICES] == [10 * place + 1 for place in range(len(CHOICES))]
+    assert turns == list(CHOICES) * 5
 
 
 def test_what_is_measured_is_the_experts_loop() -> None:
