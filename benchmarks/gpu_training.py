@@ -91,7 +91,8 @@ def variants(bench: Bench) -> dict[str, tuple[str, ...]]:
         "fp32, ZeRO-1": ("--engine.zero-stage", "1"),
         "fp32, kernels torch": (*NATIVE, "--model.kernels", "torch"),
     }
-    return {name: ways[name] for name in ("bf16, ZeRO-1",)} if bench.rehearsed else ways
+    one = "bf16, ZeRO-1"
+    return {one: ways[one]} if bench.rehearsed else ways
 
 
 def on_cpu(bench: Bench) -> list[dict[str, Any]]:

@@ -99,8 +99,9 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     moe = model.moe
     if moe.num_experts == 0:
         return named
-    products = f"fp32 products {describe_products(moe.cpu_products)}"
-    experts = moe.experts + (f" (cpu loop, fused; {products})" if replaces(moe.experts, device_type) else "")
+    experts: str = moe.experts
+    if replaces(moe.experts, device_type):
+        experts += f" (cpu loop, fused; fp32 products {describe_products(moe.cpu_products)})"
     return named | {"dispatch": _describe_dispatch(moe), "experts": experts}
 
 

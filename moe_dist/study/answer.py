@@ -3,13 +3,13 @@
 Both are made of statistics/; here is only which numbers of a study go into them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from moe_dist.config import Config
 from moe_dist.config.rules.batch import batch_shape
 from moe_dist.moe.capacity import expert_capacity
 from moe_dist.study.cells import Cell
-from moe_dist.study.grid import CAPACITY, Scalar, Study, axis_names, show
+from moe_dist.study.grid import CAPACITY, Study, axis_names, in_words
 from moe_dist.study.statistics.drops import uniform_drops
 from moe_dist.study.statistics.paired import Comparison, compare
 from moe_dist.study.statistics.power import noise_floor
@@ -23,11 +23,7 @@ def against_dropless(study: Study, grid: Sequence[Cell]) -> list[str]:
     groups = [(cell, _capped(cell, grid)) for cell in grid if cell.axes.get(CAPACITY, 0) is None]
     groups = [(baseline, capped) for baseline, capped in groups if baseline.records and capped]
     alpha = 0.05 / max(1, len(groups))
-    rows = [
-        [name, *_numbers(each)]
-        for baseline, capped in groups
-        for name, each in _compared(study, baseline, capped, alpha)
-    ]
+    rows = [_row(each) for baseline, capped in groups for each in _compared(study, baseline, capped, alpha)]
     if not rows:
         return []
     head = ["", "minus dropless", "interval", "p (Holm)", "shown with 80%", "verdict"]
@@ -69,18 +65,13 @@ def _capped(baseline: Cell, grid: Sequence[Cell]) -> list[Cell]:
     ]
 
 
-def _compared(study: Study, baseline: Cell, capped: Sequence[Cell], alpha: float) -> Iterator[tuple[str, Comparison]]:
+def _compared(study: Study, baseline: Cell, capped: Sequence[Cell], alpha: float) -> list[Comparison]:
     names = axis_names(list(study.file.axes))
-
-    def name(axes: dict[str, Scalar]) -> str:
-        return ", ".join(f"{names[key]} {show(value)}" for key, value in axes.items())
-
-    points = {name(cell.axes): cell.by_seed("validation_loss") for cell in capped}
-    for each in compare(points, baseline.by_seed("validation_loss"), alpha=alpha):
-        yield each.name, each
+    points = {in_words(cell.axes, names): cell.by_seed("validation_loss") for cell in capped}
+    return compare(points, baseline.by_seed("validation_loss"), alpha=alpha)
 
 
-def _numbers(each: Comparison) -> list[str]:
+def _row(each: Comparison) -> list[str]:
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
@@ -88,6 +79,7 @@ def _numbers(each: Comparison) -> list[str]:
     left = [("without its pair", each.pairs.only_point), ("missing", each.pairs.only_baseline)]
     words = [each.words, *(f"seeds {', '.join(map(str, seeds))} {why}" for why, seeds in left if seeds)]
     return [
+        each.name,
         shown(each.mean, "+.4f"),
         interval,
         shown(each.p_holm, ".3f"),

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moe_dist.study.grid import Scalar, axis_names, show
+from moe_dist.study.grid import Scalar, axis_names, in_words, show
 from moe_dist.study.measure import loss_unit
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _series(grid: Sequence["Cell"], x_axis: str) -> dict[str, list["Cell"]]:
     names = axis_names(list(grid[0].axes))
     series: dict[str, list[Cell]] = {}
     for cell in grid:
-        rest = ", ".join(f"{names[key]} {show(value)}" for key, value in cell.axes.items() if key != x_axis)
+        rest = in_words({key: value for key, value in cell.axes.items() if key != x_axis}, names)
         series.setdefault(rest, []).append(cell)
     return series
 

@@ -12,7 +12,7 @@ Points are numbered with the seeds varying fastest, and named by what tells them
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -140,6 +140,11 @@ def axis_names(keys: Sequence[str]) -> dict[str, str]:
             parts += 1
         names[key] = ending(key, parts)
     return names
+
+
+def in_words(axes: Mapping[str, Scalar], names: Mapping[str, str]) -> str:
+    """The values of some axes. names: of `axis_names`."""
+    return ", ".join(f"{names[key]} {show(value)}" for key, value in axes.items())
 
 
 def show(value: Scalar) -> str:

@@ -1,7 +1,7 @@
 """The report of a study: a table over seeds, a figure and how to get them again. A function of the ledger alone."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,6 +13,7 @@ from moe_dist.study.cells import Cell, cells
 from moe_dist.study.figure import draw
 from moe_dist.study.grid import CAPACITY, Scalar, Study, axis_names, show
 from moe_dist.study.measure import loss_unit
+from moe_dist.study.statistics.paired import pair
 
 _MEASURED = {
     "validation_loss_capped": ("validation loss, capped", "{:.4f}", 1.0),
@@ -73,17 +74,18 @@ def table(study: Study, grid: Sequence[Cell]) -> list[str]:
     ]
     head += ["fullest expert", "step", "rows to experts", "crossing ranks"]
     rows = [head, ["---"] * len(head)]
-    by_chance = {tuple(p.axes.values()): dropped_by_chance(p.config, study.file.ranks) for p in study.points}
+    configs = {tuple(point.axes.values()): point.config for point in study.points}  # of one seed each
     for cell in grid:
+        by_chance = dropped_by_chance(configs[tuple(cell.axes.values())], study.file.ranks)
         row = [label(key, value) for key, value in cell.axes.items()]
         row += [str(len(cell.records)), spread(cell.values("validation_loss"), "{:.4f}")]
         if paired:
-            row.append(spread(list(_minus_dropless(cell, grid)), "{:+.4f}"))
+            row.append(spread(_minus_dropless(cell, grid), "{:+.4f}"))
         row += [spread(cell.values(name), form, scale) for name, (_, form, scale) in measured.items()]
         row += [
             spread(cell.values("loss"), "{:.4f}"),
             spread(cell.values("drop_rate"), "{:.2f} %", 100),
-            "–" if (chance := by_chance[tuple(cell.axes.values())]) is None else f"{100 * chance:.2f} %",
+            spread([] if by_chance is None else [by_chance], "{:.2f} %", 100),
             spread(cell.values("drop_rate_whole_run"), "{:.2f} %", 100),
             spread(cell.values("load_max_over_mean"), "{:.2f}"),
             spread(cell.values("step_seconds"), "{:.1f} ms", 1e3),
@@ -114,15 +116,12 @@ def label(key: str, value: Scalar) -> str:
     return "dropless" if key == CAPACITY and value is None else show(value)
 
 
-def _minus_dropless(cell: Cell, grid: Sequence[Cell]) -> Iterator[float]:
+def _minus_dropless(cell: Cell, grid: Sequence[Cell]) -> list[float]:
     """Validation loss minus that of the dropless run that shares all else, seed by seed."""
     if cell.axes[CAPACITY] is None:
-        return
+        return []
     other = next(each for each in grid if each.axes == cell.axes | {CAPACITY: None})
-    dropless = {record["seed"]: record["validation_loss"] for record in other.records}
-    for record in cell.records:
-        if record["validation_loss"] is not None and dropless.get(record["seed"]) is not None:
-            yield record["validation_loss"] - dropless[record["seed"]]
+    return list(pair(cell.by_seed("validation_loss"), other.by_seed("validation_loss")).differences.values())
 
 
 def _legend(grid: Sequence[Cell]) -> str:

@@ -14,9 +14,8 @@ Legend: E experts, P pools of n neighbours, J = top_k + 1 coefficients or counts
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from moe_dist.study.statistics.samples import Floats
 
 _SURE = 1e-9  # an expert that so few tokens pass over is taken for one that all choose
 _CLOSE = 1e-8

@@ -36,7 +36,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from moe_dist.study.statistics.choices import Floats, choices_in_pools
+from moe_dist.study.statistics.choices import choices_in_pools
+from moe_dist.study.statistics.samples import Floats
 
 
 @dataclass(frozen=True, slots=True)
