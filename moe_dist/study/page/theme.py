@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import ListedColormap, Normalize, to_rgb
@@ -78,7 +79,7 @@ HEAT = ListedColormap([LIGHT[f"heat-{level}"] for level in range(_LEVELS)], name
 
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
 _VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()} | {"#000000": "var(--ink)"}
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
     "font.size": 9,
@@ -94,7 +95,7 @@ _SETTINGS: dict[str, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
-    "axes.prop_cycle": matplotlib.cycler(color=[colour for colour, _ in SERIES]),
+    "axes.prop_cycle": cycler(color=[colour for colour, _ in SERIES]),
     "grid.color": RULE,
     "grid.linewidth": 0.7,
     "xtick.color": FAINT,
@@ -126,8 +127,8 @@ def style() -> AbstractContextManager[None]:
 
 
 def heat_map(axes: Axes, values: ArrayLike, low: float, high: float) -> QuadMesh:
-    """values [rows, columns], the first row on top; NaN stays empty. Every cell is a shape of its own, so that its colour
-    follows the theme. Returns what a colour bar takes."""
+    """values [rows, columns], the first row on top; NaN stays empty. Every cell is a shape of its own, so that its
+    colour follows the theme. Returns what a colour bar takes."""
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(np.asarray(values, dtype=float)),
         cmap=HEAT,
@@ -161,8 +162,8 @@ def svg_of(figure: Figure) -> str:
     text = _own_names(text)
     width, height = _size(text)
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width * _PIXELS:g}" '
-        f'height="{height * _PIXELS:g}" viewBox="0 0 {width:g} {height:g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{width * _PIXELS:g}" height="{height * _PIXELS:g}" viewBox="0 0 {width:g} {height:g}" '
         'style="fill: var(--ink); stroke-linejoin: round; stroke-linecap: butt">'
     )
     return head + re.sub(r"\s*\n\s*", "\n", text[text.index(">") + 1 :])
