@@ -1,88 +1,252 @@
-"""What the seeds can tell: every capacity factor against dropless, and the drops that chance alone explains.
+"""The question of a study and its answer in two sentences.
 
-Both are made of statistics/; here is only which numbers of a study go into them.
+| sentence | says                                                                                                     |
+|----------|----------------------------------------------------------------------------------------------------------|
+| first    | of each comparison that the question names whether it is worse, better, equivalent or not distinguishable |
+| second   | which point to take by the question's cost, with the share of bootstrap draws that take it               |
+
+All named comparisons are one family (Holm), whatever settings they span, and the intervals in the sentence hold at once
+with 95%. Without a question there is no claim. The numbers are those of statistics/paired.py and pareto.py.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from moe_dist.config import Config
-from moe_dist.config.rules.batch import batch_shape
-from moe_dist.moe.capacity import expert_capacity
-from moe_dist.study.cells import Cell
-from moe_dist.study.grid import CAPACITY, Study, axis_names, in_words
-from moe_dist.study.statistics.drops import uniform_drops
-from moe_dist.study.statistics.paired import Comparison, compare
-from moe_dist.study.statistics.power import noise_floor
+from moe_dist.study.cells import Cell, called
+from moe_dist.study.costs import cost
+from moe_dist.study.families import Families, Match, compared, families, settings_of
+from moe_dist.study.grid import Study, axis_names
+from moe_dist.study.metric import lower_is_better, title
+from moe_dist.study.statistics.paired import Comparison, Verdict
+from moe_dist.study.statistics.pareto import Candidate, Recommendation, recommend
+from moe_dist.study.statistics.power import NoiseFloor, noise_floor
+from moe_dist.study.statistics.ties import groups
+from moe_dist.study.study_file import Question
+
+_MANY = 6  # clauses that a sentence can hold
+HOW = """question:
+  baseline: {model.moe.capacity_factor: null}
+  smallest_difference: 0.01
+  decide_by: time"""
 
 
-def against_dropless(study: Study, grid: Sequence[Cell]) -> list[str]:
-    """Lines of Markdown; none where the study has no dropless runs beside capped ones.
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """For one setting; without a recommendation, why."""
 
-    All comparisons of the page are one family, of which each baseline's points have an equal share of the 5%.
-    """
-    groups = [(cell, _capped(cell, grid)) for cell in grid if cell.axes.get(CAPACITY, 0) is None]
-    groups = [(baseline, capped) for baseline, capped in groups if baseline.records and capped]
-    alpha = 0.05 / max(1, len(groups))
-    rows = [_row(each) for baseline, capped in groups for each in _compared(study, baseline, capped, alpha)]
-    if not rows:
-        return []
-    head = ["", "minus dropless", "interval", "p (Holm)", "shown with 80%", "verdict"]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    floor = noise_floor({str(number): cell.by_seed("validation_loss") for number, cell in enumerate(grid)})
-    told = "" if floor is None else f" Seeds of one point spread by {floor.deviation:.4f}."
+    setting: str
+    recommendation: Recommendation | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """asked: the question in words. sentences: the answer. comparisons: those that the question names, in the order of
+    families.named. ties: what may not be ranked. floor: of the metric over seeds."""
+
+    question: Question | None
+    families: Families
+    asked: str
+    sentences: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    advice: tuple[Advice, ...]
+    ties: tuple[str, ...]
+    floor: NoiseFloor | None
+
+
+def answer(study: Study, grid: Sequence[Cell]) -> Answer:
+    question = study.file.question
+    found = families(study, grid, question)
+    metric = "validation_loss" if question is None else question.metric
+    floor = noise_floor({str(number): cell.by_seed(metric) for number, cell in enumerate(grid)})
+    if question is None:
+        said = (
+            "No question was stated before the runs, so nothing here is a claim: every comparison is exploratory.",
+            "State one in the study's file, with a `question:` that names baseline, metric and the smallest difference "
+            "that matters.",
+        )
+        return Answer(None, found, "", said, (), (), (), floor)
+    asked = _asked(study, found, question)
+    with_results = [match for match in found.named if match.cell.values(metric) or match.baseline.values(metric)]
+    if not with_results:
+        said = ("No point that the question names has finished, so it has no answer yet.",)
+        return Answer(question, found, asked, said, (), (), (), floor)
+    comparisons = compared(found.named, metric, matters=question.smallest_difference)
+    advice = _advice(found.named, question)
+    return Answer(
+        question,
+        found,
+        asked,
+        (_verdicts(found.named, comparisons, question), _recommended(advice, question)),
+        tuple(comparisons),
+        advice,
+        _ties(found.named, metric),
+        floor,
+    )
+
+
+def verdict_of(each: Comparison, question: Question) -> str:
+    """In the words of a table."""
+    if each.verdict in (Verdict.LARGER, Verdict.SMALLER):
+        return _better_or_worse(each.verdict, question.metric)
+    return str(each.verdict)
+
+
+def _asked(study: Study, found: Families, question: Question) -> str:
+    names = axis_names(list(study.points[0].axes))
+    points = list(dict.fromkeys(match.short for match in found.named))
+    settings = [setting for setting in dict.fromkeys(match.setting for match in found.named) if setting]
+    over = f", in {len(settings)} settings" if len(settings) > 1 else f", at {settings[0]}" if settings else ""
+    matters = "" if question.smallest_difference is None else f" by as much as {question.smallest_difference:g}"
+    what = called(question.baseline, names)
+    return (
+        f"Does {title(question.metric)} at {_listed(points)} differ from {what}{matters}{over}, and which is the "
+        f"cheapest by {question.decide_by}?"
+    )
+
+
+def _verdicts(matches: Sequence[Match], comparisons: Sequence[Comparison], question: Question) -> str:
+    if len(matches) <= _MANY:
+        clauses = [_clause(match, each, question) for match, each in zip(matches, comparisons, strict=True)]
+        return _capital("; ".join(clauses)) + "."
+    clauses = []
+    baseline = _listed(list(dict.fromkeys(match.baseline_short for match in matches)))
+    for verdict, number in Counter(each.verdict for each in comparisons).items():
+        of_it = [each for each in comparisons if each.verdict is verdict]
+        clauses.append(f"{number} {_summary(verdict, of_it, question)}")
+    return f"Of {len(matches)} comparisons with {baseline}, {_listed(clauses)}."
+
+
+def _clause(match: Match, each: Comparison, question: Question) -> str:
+    name, other = match.within, match.baseline_short
+    seeds = len(each.pairs.differences)
+    match each.verdict:
+        case Verdict.TOO_FEW_SEEDS:
+            mean = (
+                "" if each.mean is None else f": its mean difference to {other} is {each.mean:+.3g}, without interval"
+            )
+            return f"{name} has {_count(seeds, 'seed')} with {'their' if seeds != 1 else 'its'} pair, and an interval needs 3{mean}"
+        case Verdict.NOT_DISTINGUISHABLE:
+            return f"{name} is not distinguishable from {other} at {seeds} seeds: smaller than {each.at_most:.3g}"
+    assert each.mean is not None and each.together is not None
+    if each.verdict is Verdict.EQUIVALENT:
+        return (
+            f"{name} differs from {other} by less than the {question.smallest_difference:g} that matters "
+            f"({each.mean:+.3g}, p = {each.p_equivalent:.2g})"
+        )
+    low, high = each.together.low, each.together.high
+    if each.mean < 0:
+        low, high = -high, -low
+    word = _better_or_worse(each.verdict, question.metric)
+    return f"{name} is {word} than {other} by {abs(each.mean):.3g} ({low:.3g} to {high:.3g})"
+
+
+def _summary(verdict: Verdict, of_it: Sequence[Comparison], question: Question) -> str:
+    if verdict is Verdict.TOO_FEW_SEEDS:
+        return "with fewer than 3 seeds, which give no interval"
+    if verdict is Verdict.NOT_DISTINGUISHABLE:
+        return f"not distinguishable (smaller than {_range([each.at_most or 0.0 for each in of_it])})"
+    if verdict is Verdict.EQUIVALENT:
+        return f"different by less than the {question.smallest_difference:g} that matters"
+    sizes = [abs(each.mean or 0.0) for each in of_it]
+    return f"{_better_or_worse(verdict, question.metric)} by {_range(sizes)}"
+
+
+def _better_or_worse(verdict: Verdict, metric: str) -> str:
+    return "worse" if (verdict is Verdict.LARGER) == lower_is_better(metric) else "better"
+
+
+def _advice(matches: Sequence[Match], question: Question) -> tuple[Advice, ...]:
+    return tuple(_advice_at(setting, cells, question) for setting, cells in settings_of(matches).items())
+
+
+def _advice_at(setting: str, cells: dict[str, Cell], question: Question) -> Advice:
+    metric, by = question.metric, question.decide_by
+    if question.smallest_difference is None:
+        return Advice(setting, None, "the question states no `smallest_difference`")
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    with_results = {name: cell for name, cell in cells.items() if cell.values(metric)}
+    if len(with_results) < len(cells):
+        missing = [name for name in cells if name not in with_results]
+        return Advice(setting, None, f"{_listed(missing)} {'has' if len(missing) == 1 else 'have'} no result")
+    prices = {name: cost(cell, by) for name, cell in with_results.items()}
+    if None in prices.values():
+        return Advice(setting, None, f"the ledger has no {by} of {_listed([n for n in prices if prices[n] is None])}")
+    candidates = {
+        name: Candidate(prices[name] or 0.0, cell.by_seed(metric, sign)) for name, cell in with_results.items()
+    }
+    found = recommend(candidates, matters=question.smallest_difference)
+    return Advice(setting, found, "" if found.name else found.reasons[0])
+
+
+def _recommended(advice: Sequence[Advice], question: Question) -> str:
+    by, metric = question.decide_by, title(question.metric)
+    given = [each for each in advice if each.recommendation is not None and each.recommendation.name is not None]
+    if not given:
+        return f"Nothing is recommended: {_listed(list(dict.fromkeys(each.why_not for each in advice)))}."
+    if len(advice) == 1 and (one := given[0].recommendation) is not None and one.name is not None:
+        return (
+            f"By {by} take {one.name}: the cheapest whose {metric} is not worse than the best by more than "
+            f"{question.smallest_difference:g}, as it is in {one.chosen[one.name]:.0%} of bootstrap draws of "
+            f"{len(one.seeds)} seeds."
+        )
+    clauses = []
+    if len(given) <= _MANY:
+        clauses = [f"{name} at {setting} ({share:.0%})" for name, setting, share in _taken(given)]
+    else:
+        for name, number in Counter(name for name, _, _ in _taken(given)).most_common():
+            shares = [share for other, _, share in _taken(given) if other == name]
+            clauses.append(f"{name} in {number} of {len(advice)} settings ({_range(shares, '.0%')})")
+    rest = [each for each in advice if each not in given]
+    none = f"; none is recommended at {_listed([each.setting for each in rest][:_MANY])}" if rest else ""
+    return (
+        f"By {by} take {_listed(clauses)}: the cheapest whose {metric} is not worse than the best by more than "
+        f"{question.smallest_difference:g}, with the share of bootstrap draws that say so{none}."
+    )
+
+
+def _taken(given: Sequence[Advice]) -> list[tuple[str, str, float]]:
     return [
-        "## Against dropless",
-        "",
-        *lines,
-        "",
-        f"Validation loss, seed by seed: the mean difference with its {1 - alpha:.4g} t interval; p after Holm; the "
-        "difference that so many seeds would show in 80 of 100 studies. Without any effect, a study in 20 has a claim "
-        f"in this table.{told}",
+        (one.name, each.setting, one.chosen[one.name])
+        for each in given
+        if (one := each.recommendation) is not None and one.name is not None
     ]
 
 
-def dropped_by_chance(config: Config, ranks: int) -> float | None:
-    """Share of assignments that uniform random routing would drop, 0 to 1; None where no theory covers the settings:
-    factors by layer or step, rerouting, expert choice, attention experts, texts with padding."""
-    moe = config.model.moe
-    if moe.num_experts == 0 or isinstance(moe.capacity_factor, list) or moe.capacity_schedule:
-        return None
-    if moe.router == "expert_choice" or moe.overflow == "reroute" or config.model.attention.kind == "switch":
-        return None
-    if config.task == "classification":
-        return None
-    shape, tp = batch_shape(config.train, ranks // config.parallel.tp), config.parallel.tp
-    mine = shape.micro_batch * shape.seq_len // tp
-    tokens = shape.micro_step_sequences * shape.seq_len if moe.capacity_scope == "global" else mine
-    capacity = expert_capacity(moe.capacity_factor, moe.top_k, tokens, moe.num_experts, moe.min_capacity)
-    return uniform_drops(tokens, moe.top_k, moe.num_experts, capacity, moe.capacity_pool).rate
+def _ties(matches: Sequence[Match], metric: str) -> tuple[str, ...]:
+    """Where points cannot be told apart, the sentence that refuses to rank them."""
+    said = []
+    for setting, cells in settings_of(matches).items():
+        values = {name: cell.by_seed(metric) for name, cell in cells.items() if cell.values(metric)}
+        found = groups(values)
+        where = f"At {setting}: " if setting else ""
+        order = " < ".join("{" + ", ".join(group) + "}" if len(group) > 1 else group[0] for group in found.groups)
+        tied = [group for group in found.groups if len(group) > 1]
+        if tied:
+            told = f"{where}{title(metric)} is in the order {order}; " if len(found.groups) > 1 else where
+            inside = " and ".join(_listed(list(group)) for group in tied)
+            said.append(
+                _capital(f"{told}within {inside} no ranking is given, since not all of them can be told apart.")
+            )
+        elif len(found.groups) > 1:
+            said.append(_capital(f"{where}{title(metric)} is in the order {order}, and all can be told apart."))
+    return tuple(said)
 
 
-def _capped(baseline: Cell, grid: Sequence[Cell]) -> list[Cell]:
-    """Those that share all else with it."""
-    return [
-        cell for cell in grid if cell.records and cell is not baseline and cell.axes | {CAPACITY: None} == baseline.axes
-    ]
+def _listed(parts: Sequence[str]) -> str:
+    """'a, b and c'"""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _compared(study: Study, baseline: Cell, capped: Sequence[Cell], alpha: float) -> list[Comparison]:
-    names = axis_names(list(study.file.axes))
-    points = {in_words(cell.axes, names): cell.by_seed("validation_loss") for cell in capped}
-    return compare(points, baseline.by_seed("validation_loss"), alpha=alpha)
+def _range(values: Sequence[float], form: str = ".3g") -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
-def _row(each: Comparison) -> list[str]:
-    def shown(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
-    interval = "–" if each.interval is None else f"{each.interval.low:+.4f} to {each.interval.high:+.4f}"
-    left = [("without its pair", each.pairs.only_point), ("missing", each.pairs.only_baseline)]
-    words = [each.words, *(f"seeds {', '.join(map(str, seeds))} {why}" for why, seeds in left if seeds)]
-    return [
-        each.name,
-        shown(each.mean, "+.4f"),
-        interval,
-        shown(each.p_holm, ".3f"),
-        shown(each.detectable, ".4f"),
-        "; ".join(words),
-    ]
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe_dist.config.flags import Parser
 from moe_dist.config.values import user_path
@@ -13,7 +14,8 @@ _ABOUT = """A study trains every combination of some settings with several seeds
 
 run     trains the points that have not finished, one after another; start it again to continue, or beside itself
 list    says how far each point is
-report  draws the figure (PNG and SVG) and writes report.md from the ledger, for as many points as have finished
+report  writes a page (HTML and Markdown, with its figures and data) of as many points as have finished: the question
+        and its answer first; with --check it only says whether the design supports the question
 """
 
 
@@ -30,10 +32,18 @@ def study(args: Sequence[str]) -> int:
                 return Runner(chosen).run(points)
         case "list":
             return _list(chosen, options.count, options.point)
-    from moe_dist.study.report import write_report
+    return _report(chosen, options.check, options.output)
 
-    written = write_report(chosen, Ledger(chosen.ledger).latest())
-    print("\n".join(str(path) for path in written) or f"{chosen.ledger}: no point has finished yet")
+
+def _report(chosen: Study, only_check: bool, output: Path | None) -> int:
+    from moe_dist.study.report import check_study, write_report
+
+    if only_check:
+        findings = check_study(chosen)
+        print("\n".join(f"{each.level}: {each.line}" for each in findings) or "The design supports the question.")
+        return int(any(each.level == "violation" for each in findings))
+    written = write_report(chosen, output)
+    print("\n".join(str(path) for path in written[:2]) or f"{chosen.ledger}: no point has finished yet")
     return 0 if written else 1
 
 
@@ -55,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("run", "list", "report"):
         command = commands.add_parser(name, prog=f"moe-dist study {name}")
         command.add_argument("study", type=user_path, metavar="STUDY.yaml")
-        if name != "report":
+        if name == "report":
+            command.add_argument(
+                "--check", action="store_true", help="only check the design; exit code 1 on violations"
+            )
+            command.add_argument("--output", type=user_path, metavar="FOLDER", help="of the page; else the study's own")
+        else:
             command.add_argument("--point", type=int, metavar="N", help="this point alone, from 0; for job arrays")
         if name == "list":
             command.add_argument("--count", action="store_true", help="print how many points there are")

@@ -25,6 +25,7 @@ from moe_dist.config.parse import parse_as, parse_dict
 from moe_dist.config.read import read_yaml
 from moe_dist.config.schema import RunConfig
 from moe_dist.config.values import user_path
+from moe_dist.study.study_file import Question
 
 Scalar = bool | int | float | str | None
 CAPACITY = "model.moe.capacity_factor"
@@ -55,6 +56,7 @@ class StudyFile:
     """train.seed of the repetitions."""
     ranks: int = 1
     """Processes of this machine that train one point."""
+    question: Question | None = None
     root: str = "runs/studies"
     """From the folder you are in, like run.root."""
 

@@ -29,17 +29,23 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
-    def records(self) -> list[dict[str, Any]]:
-        """All whole lines, in order. Raises ValueError when one of them is not JSON."""
+    def read(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """(all lines that can be read, in order; a complaint for each other one: file, line, first characters)."""
         if not self.path.exists():
-            return []
-        records = []
+            return [], []
+        records, complaints = [], []
         for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                raise ValueError(f"{self.path}, line {number} is not JSON; remove or mend it: {line[:80]!r}") from None
-        return records
+                record = json.loads(line)
+                record["point"], record["status"]
+                records.append(record)
+            except (ValueError, KeyError, TypeError):
+                complaints.append(f"{self.path}, line {number} cannot be read, and is left out: {line[:60]!r}")
+        return records, complaints
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines that can be read, in order."""
+        return self.read()[0]
 
     def latest(self) -> dict[str, dict[str, Any]]:
         """The last line of each point."""

@@ -113,17 +113,22 @@ def pair(point: BySeed, baseline: BySeed, name: str = "point") -> Pairs:
 def compare(
     points: Mapping[str, BySeed], baseline: BySeed, *, matters: float | None = None, alpha: float = 0.05
 ) -> list[Comparison]:
-    """A family of points, each with the baseline, in their order. The family is what the question named before the
-    runs; points with fewer than three pairs make no claim and do not count in it.
+    """A family of points, each with the baseline, in their order; arguments and errors as `compare_pairs`, and
+    ValueError for values that are not finite."""
+    pairs = {name: pair(values, baseline, name) for name, values in points.items()}
+    return compare_pairs(pairs, matters=matters, alpha=alpha)
+
+
+def compare_pairs(pairs: Mapping[str, Pairs], *, matters: float | None = None, alpha: float = 0.05) -> list[Comparison]:
+    """A family of differences, each to a baseline of its own, in their order. The family is what the question named
+    before the runs; points with fewer than three pairs make no claim and do not count in it.
 
     matters: the smallest difference that matters, in the metric's unit; None: nothing is called equivalent. alpha: how
-    often any claim of the family may be false. Raises ValueError for values that are not finite, or numbers out of
-    range.
+    often any claim of the family may be false. Raises ValueError for numbers out of range.
     """
     check_share(alpha, "alpha")
     if matters is not None and not (math.isfinite(matters) and matters > 0):
         raise ValueError(f"matters={matters}: the smallest difference that matters is more than 0, or None")
-    pairs = {name: pair(values, baseline, name) for name, values in points.items()}
     tested = {name: each.differences for name, each in pairs.items() if len(each.differences) >= FEWEST_SEEDS}
     p = {name: p_of_zero(list(differences.values())) for name, differences in tested.items()}
     p_holm = holm(p)

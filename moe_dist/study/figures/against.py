@@ -1,0 +1,101 @@
+"""Losses, evaluations and drops against one axis: dots of seeds, means with t intervals, dropless to the right."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from matplotlib.axes import Axes
+
+from moe_dist.study.figures.canvas import LINES, PANELS, left_out, look, panels
+from moe_dist.study.page.model import Figure, Value
+from moe_dist.study.page.theme import svg_of
+from moe_dist.study.statistics.samples import BySeed, t_interval
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """One place on the x axis. beyond: dropless, which is reached by a dotted line. values: metric -> by seed."""
+
+    label: str
+    x: float
+    beyond: bool
+    values: Mapping[str, BySeed]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """group: its panel. name: in the legend, empty where there is one line alone."""
+
+    group: str
+    name: str
+    stops: Sequence[Stop]
+
+
+def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str, float]]) -> Figure:
+    """metrics: name -> (title, scale). One row of panels a group, one column a metric."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line.group, []).append(line)
+    shown = dict(list(groups.items())[:PANELS])
+    with panels(len(shown), len(metrics)) as (figure, grid):
+        for row, (group, members) in zip(grid, shown.items(), strict=True):
+            for axes, (metric, (title, scale)) in zip(row, metrics.items(), strict=True):
+                for number, line in enumerate(members[:LINES]):
+                    _draw(axes, line, metric, scale, number)
+                _label(axes, members, x_name, f"{title}\n{group}" if group else title)
+                if "drop" in metric:
+                    axes.set_ylim(bottom=0)
+            if len(members) > 1:
+                row[0].legend()
+        svg = svg_of(figure)
+    drawn = sum(min(LINES, len(members)) for members in shown.values())
+    return Figure(
+        name="against",
+        title=f"Losses, evaluations and drops against {x_name}",
+        caption="A dot a seed; the line joins means; bars are 95% t intervals of the mean over seeds (three at least), "
+        "which hold what all points of a seed share: differences seed by seed are narrower, and stand in the answer."
+        + left_out(drawn, len(lines), "lines"),
+        svg=svg,
+        columns=["group", "line", x_name, "metric", "seed", "value", "mean", "low", "high"],
+        rows=_rows(lines, metrics),
+    )
+
+
+def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int) -> None:
+    color, marker = look(number)
+    stops = sorted((stop for stop in line.stops if stop.values.get(metric)), key=lambda stop: stop.x)
+    means = [scale * fmean(stop.values[metric].values()) for stop in stops]
+    inside = [at for at, stop in enumerate(stops) if not stop.beyond]
+    axes.plot([stops[at].x for at in inside], [means[at] for at in inside], color=color, label=line.name)
+    if inside and len(inside) < len(stops):
+        ends = [inside[-1], len(stops) - 1]
+        axes.plot([stops[at].x for at in ends], [means[at] for at in ends], color=color, linestyle=(0, (2, 2)))
+    for stop, mean in zip(stops, means, strict=True):
+        values = [scale * value for value in stop.values[metric].values()]
+        interval = t_interval(values)
+        if interval is not None:
+            axes.vlines(stop.x, interval.low, interval.high, color=color, linewidth=1.1)
+        axes.plot(stop.x, mean, color=color, marker="_", markersize=12, markeredgewidth=1.6)
+        axes.plot([stop.x] * len(values), values, marker, color=color, markersize=3.6, alpha=0.75)
+
+
+def _label(axes: Axes, lines: Sequence[Line], x_name: str, title: str) -> None:
+    ticks = {stop.x: stop.label for line in lines for stop in line.stops}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xlabel(x_name)
+    axes.set_title(title)
+    axes.margins(x=0.08)
+
+
+def _rows(lines: Sequence[Line], metrics: Mapping[str, tuple[str, float]]) -> list[list[Value]]:
+    rows: list[list[Value]] = []
+    for line in lines:
+        for stop in line.stops:
+            for metric in metrics:
+                values = stop.values.get(metric) or {}
+                interval = t_interval(list(values.values()))
+                low, high = (None, None) if interval is None else (interval.low, interval.high)
+                for seed, value in values.items():
+                    mean = fmean(values.values())
+                    rows.append([line.group, line.name, stop.label, metric, seed, value, mean, low, high])
+    return rows

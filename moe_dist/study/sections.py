@@ -1,0 +1,211 @@
+"""The sections of a report that no question names: which numbers of a study go into which figure."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from moe_dist.study.cells import Cell, called, label
+from moe_dist.study.costs import COSTS, cost, costs_of
+from moe_dist.study.families import Families, baseline_of
+from moe_dist.study.figures.against import Line, Stop, against
+from moe_dist.study.figures.canvas import LINES, places_of
+from moe_dist.study.figures.drops_by_place import drops_by_place
+from moe_dist.study.figures.drops_over_run import drops_over_run
+from moe_dist.study.figures.drops_split import drops_split, split_layers
+from moe_dist.study.figures.ladder import held_out_in_words, ladder_figure
+from moe_dist.study.figures.loads import loads
+from moe_dist.study.figures.pareto import Priced, pareto_figure
+from moe_dist.study.grid import CAPACITY, Study, axis_names
+from moe_dist.study.ladder import Ladders, ladders
+from moe_dist.study.metric import lower_is_better, title
+from moe_dist.study.page.model import Part, Prose, Section, Table, Value
+from moe_dist.study.reduced import Reduced, reduce_points
+from moe_dist.study.theory import competition
+
+_NATS = ("validation_loss", "validation_loss_capped", "loss")
+
+
+def x_axis(study: Study) -> str:
+    """The axis that figures are drawn against: the question's, else the capacity factor, else the first."""
+    axes = list(study.points[0].axes)
+    asked = [] if study.file.question is None else list(study.file.question.baseline)
+    return next((key for key in (*asked, CAPACITY) if key in axes), axes[0])
+
+
+def run_section(study: Study, grid: Sequence[Cell], metric: str) -> Section:
+    key = x_axis(study)
+    names = axis_names(list(grid[0].axes))
+    places = places_of([cell.axes[key] for cell in grid])
+    wanted = dict.fromkeys(
+        [metric, "validation_loss", "validation_loss_capped", "validation_accuracy", "loss", "drop_rate"]
+    )
+    metrics = {
+        name: (title(name) + (" (%)" if _is_share(name) else ""), 100.0 if _is_share(name) else 1.0)
+        for name in wanted
+        if any(cell.values(name) for cell in grid)
+    }
+    by_rest: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in grid:
+        by_rest.setdefault(tuple(value for axis, value in cell.axes.items() if axis != key), []).append(cell)
+    rest = [axis for axis in grid[0].axes if axis != key]
+    depth = next(depth for depth in range(len(rest) + 1) if _fullest(by_rest, depth) <= LINES)
+    lines = []
+    for members in by_rest.values():
+        axes = members[0].axes
+        stops = [
+            Stop(
+                label(key, cell.axes[key]),
+                places[cell.axes[key]],
+                cell.axes[key] is None,
+                {name: cell.by_seed(name) for name in metrics},
+            )
+            for cell in members
+        ]
+        lines.append(Line(called(axes, names, rest[:depth]), called(axes, names, rest[depth:]), stops))
+    return Section(f"Against {names[key]}", [against(lines, names[key], metrics)], exploratory=True)
+
+
+def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> list[Section]:
+    """What the layers did with their tokens; those that a question compares come first."""
+    names = axis_names(list(grid[0].axes))
+    asked = [cell for match in found.named for cell in (match.cell, match.baseline)]
+    ordered = list({id(cell): cell for cell in (*asked, *grid)}.values())
+    reduced: dict[str, Reduced] = {}
+    splits, uncovered = {}, []
+    for cell in ordered:
+        paths = [point.folder / "measurements.jsonl" for point in cell.points if _finished(cell, point.name)]
+        one = reduce_points(paths)
+        if one is None:
+            continue
+        name = called(cell.axes, names)
+        reduced[name] = one
+        of = competition(cell.points[0].config, study.file.ranks)
+        if of is None:
+            uncovered.append(name)
+        elif of.capacity is not None and (split := split_layers(one, of)):
+            splits[name] = split
+    if not reduced:
+        said = "Drops by layer, place and expert are left out: the points have no measurements by layer."
+        return [Section("Drops and load", [Prose([said])], exploratory=True)]
+    parts: list[Part] = []
+    dropping = {name: one for name, one in reduced.items() if one.drop_rate_FL.max() > 0}
+    if dropping:
+        parts.append(drops_over_run(dropping))
+    else:
+        parts.append(Prose(["No layer dropped anything."]))
+    if splits:
+        parts.append(drops_split(splits))
+    if uncovered:
+        some = f"{uncovered[0]} and {len(uncovered) - 1} more" if len(uncovered) > 1 else uncovered[0]
+        parts.append(Prose([f"No theory of chance covers the settings of {some}, so their drops are not split."]))
+    if dropping and (places := drops_by_place(dropping)) is not None:
+        parts.append(places)
+    with_loads = {name: one for name, one in reduced.items() if "load" in one.counts}
+    if with_loads:
+        parts.append(loads(with_loads))
+    return [Section("Drops and load", parts, exploratory=True)]
+
+
+def pareto_section(grid: Sequence[Cell], metric: str) -> list[Section]:
+    with_values = [cell for cell in grid if cell.values(metric)]
+    known = costs_of(with_values)
+    if len(with_values) < 2 or not known:
+        said = "The front of loss and cost is left out: it needs two points with a cost in the ledger."
+        return [Section("What it costs", [Prose([said])], exploratory=True)]
+    names = axis_names(list(grid[0].axes))
+    points = {
+        called(cell.axes, names): Priced(cell.by_seed(metric), {by: cost(cell, by) or 0.0 for by in known})
+        for cell in with_values
+    }
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    figure = pareto_figure(points, {by: COSTS[by] for by in known}, title(metric), sign)
+    missing = [by for by in COSTS if by not in known]
+    parts: list[Part] = [figure]
+    if missing:
+        parts.append(Prose([f"Left out, since the ledger has none or 0 of them: {', '.join(missing)}."]))
+    return [Section("What it costs", parts, exploratory=True)]
+
+
+def ladder_section(study: Study, grid: Sequence[Cell], found: Families, metric: str) -> list[Section]:
+    of = metric if metric in _NATS else "validation_loss"
+    try:
+        result = ladders(study, grid, baseline_of(study, study.file.question), of)
+    except ValueError as error:
+        return [Section("Loss against compute", [Prose([f"Left out: {error}."])], exploratory=True)]
+    if not result.ladders:
+        return [Section("Loss against compute", [Prose([result.left_out])], exploratory=True)]
+    words = [held_out_in_words(ladder) for ladder in result.ladders]
+    parts: list[Part] = [
+        ladder_figure(result.ladders, title(of)),
+        Prose([*words, result.left_out] if result.left_out else words),
+    ]
+    parts.append(_laws_table(result))
+    if result.speeds:
+        parts.append(_speeds_table(result))
+    return [Section("Loss against compute", parts, exploratory=True)]
+
+
+def scaling_section(study: Study, grid: Sequence[Cell], metric: str) -> list[Section]:
+    from moe_dist.study.regression import regression
+
+    return [Section("Scaling", regression(study, grid, metric), exploratory=True)]
+
+
+def _laws_table(result: Ladders) -> Table:
+    rows: list[list[Value]] = []
+    for ladder in result.ladders:
+        fit, held = ladder.fit, ladder.held_out
+        row: list[Value] = [ladder.setting or "all", len(ladder.sizes), fit.seeds]
+        for value, interval in ((fit.law.floor, fit.floor), (fit.law.exponent, fit.exponent)):
+            row += [value, *((None, None) if interval is None else (interval.low, interval.high))]
+        inside = "–" if held.inside is None else "inside" if held.inside else "outside"
+        row += [fit.residual, held.predicted, held.measured, held.error, inside]
+        rows.append(row)
+    columns = ["setting", "sizes", "seeds", "L0", "L0, low", "L0, high", "a", "a, low", "a, high", "residual"]
+    columns += ["largest, predicted", "largest, measured", "error", "95% interval"]
+    formats = dict.fromkeys(columns[3:13], ".4g") | {"residual": ".2%", "error": "+.2%"}
+    note = (
+        "L = L0 + A C^-a by least Huber loss, with bootstrap intervals; the largest size is predicted from the others."
+    )
+    return Table(name="laws", title="The laws", columns=columns, rows=rows, formats=formats, note=note)
+
+
+def _speeds_table(result: Ladders) -> Table:
+    columns = ["setting", result.axis, "point", "effective compute", "low", "high", "throughput", "effective speed"]
+    columns += ["speed, low", "speed, high", "over L0 and a, least", "over L0 and a, most"]
+    rows: list[list[Value]] = []
+    for each in result.speeds:
+        of = each.effective
+        row: list[Value] = [each.setting or "all", each.size, of.name, of.compute]
+        row += [None, None] if of.compute_interval is None else [of.compute_interval.low, of.compute_interval.high]
+        row += [of.throughput, of.speed]
+        row += [None, None] if of.speed_interval is None else [of.speed_interval.low, of.speed_interval.high]
+        row += [None, None] if each.range is None else list(each.range)
+        rows.append(row)
+    note = (
+        "Ratios to the baseline of the same size. Compute: by loss alone, what the baseline would need for the same "
+        "loss. Speed: that times throughput. Intervals hold the noise of the seeds; the last two columns how the speed "
+        "changes over the ends of the intervals of L0 and a."
+    )
+    return Table(
+        name="speeds",
+        title="Effective compute and speed",
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[3:], ".3f"),
+        note=note,
+    )
+
+
+def _is_share(name: str) -> bool:
+    return "accuracy" in name or name == "drop_rate"
+
+
+def _fullest(by_rest: dict[tuple[object, ...], list[Cell]], depth: int) -> int:
+    groups: dict[tuple[object, ...], int] = {}
+    for rest in by_rest:
+        groups[rest[:depth]] = groups.get(rest[:depth], 0) + 1
+    return max(groups.values())
+
+
+def _finished(cell: Cell, name: str) -> bool:
+    return any(record["point"] == name for record in cell.records)
