@@ -21,6 +21,7 @@ from moe_dist.study.metric import lower_is_better, title
 from moe_dist.study.statistics.paired import Comparison, Verdict
 from moe_dist.study.statistics.pareto import Candidate, Recommendation, recommend
 from moe_dist.study.statistics.power import NoiseFloor, noise_floor
+from moe_dist.study.statistics.samples import FEWEST_SEEDS
 from moe_dist.study.statistics.ties import groups
 from moe_dist.study.study_file import Question
 
@@ -124,9 +125,9 @@ def _clause(match: Match, each: Comparison, question: Question) -> str:
     match each.verdict:
         case Verdict.TOO_FEW_SEEDS:
             mean = (
-                "" if each.mean is None else f": its mean difference to {other} is {each.mean:+.3g}, without interval"
+                "" if each.mean is None else f": the mean difference to {other} is {each.mean:+.3g}, without interval"
             )
-            return f"{name} has {_count(seeds, 'seed')} with {'their' if seeds != 1 else 'its'} pair, and an interval needs 3{mean}"
+            return f"{name} has {_count(seeds, 'pair')} of seeds, and an interval needs {FEWEST_SEEDS}{mean}"
         case Verdict.NOT_DISTINGUISHABLE:
             return f"{name} is not distinguishable from {other} at {seeds} seeds: smaller than {each.at_most:.3g}"
     assert each.mean is not None and each.together is not None
@@ -144,7 +145,7 @@ def _clause(match: Match, each: Comparison, question: Question) -> str:
 
 def _summary(verdict: Verdict, of_it: Sequence[Comparison], question: Question) -> str:
     if verdict is Verdict.TOO_FEW_SEEDS:
-        return "with fewer than 3 seeds, which give no interval"
+        return f"with fewer than {FEWEST_SEEDS} pairs of seeds, which give no interval"
     if verdict is Verdict.NOT_DISTINGUISHABLE:
         return f"not distinguishable (smaller than {_range([each.at_most or 0.0 for each in of_it])})"
     if verdict is Verdict.EQUIVALENT:

@@ -1,19 +1,20 @@
 """Does the design support the question? What a study has to be for its answer to hold, checked on the ledger.
 
-| check        | of which points        | violated when                                                                   |
-|--------------|------------------------|---------------------------------------------------------------------------------|
-| ledger       | all                    | a line of the ledger could not be read                                          |
-| finished     | all                    | one failed, or has no result yet                                                |
-| seeds        | all                    | fewer than three                                                                |
-| pairs        | compared               | a seed has only one side, or no baseline shares all else                        |
-| budget       | of one `equal`         | tokens, FLOPs or time differ; without `equal`, between a point and its baseline |
-| schedule     | compared               | warm-up or evaluations are at other fractions, or a run left its decay early    |
-| evaluations  | capped                 | the capped or the dropless evaluation is missing                                |
-| steadiness   | all                    | steps were skipped or rolled back                                               |
-| software     | all                    | versions or revision differ                                                     |
-| machine      | all                    | host, CPU, threads or device differ: times are not comparable                   |
-| data         | all                    | digests differ                                                                  |
-| same start   | of one seed            | seeds of weights or of data order differ                                        |
+| check       | of which points | violated when                                                                        |
+|-------------|-----------------|--------------------------------------------------------------------------------------|
+| ledger      | all             | a line of the ledger could not be read                                               |
+| finished    | all             | one failed, or has no result yet                                                     |
+| seeds       | all             | fewer than three                                                                     |
+| pairs       | compared        | a seed has only one side, or no baseline shares all else                             |
+| budget      | see right       | of all under `equal`: tokens, FLOPs or time differ; else between a point and its     |
+|             |                 | baseline the tokens                                                                  |
+| schedule    | compared        | warm-up or evaluations are at other fractions; of all: a run left its decay early    |
+| evaluations | all             | there is no dropless validation loss; a warning where a capped point lacks its own   |
+| steadiness  | all             | steps were skipped or rolled back                                                    |
+| software    | all             | versions or revision differ                                                          |
+| machine     | all             | host, CPU, threads or device differ: times are not comparable                        |
+| data        | all             | digests differ                                                                       |
+| same start  | of one seed     | seeds of weights or of data order differ                                             |
 
 A violation leads the report and ends `--check` with 1; a warning is said beside the answer.
 """
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 from moe_dist.study.cells import Cell
 from moe_dist.study.families import Families
-from moe_dist.study.grid import CAPACITY, Study
+from moe_dist.study.grid import Study
 from moe_dist.study.metric import title
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
 
@@ -126,7 +127,7 @@ def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "seeds",
-            f"the {planned} repetitions of a point are {len(weights)} seeds of weights times {len(data)} of data order, "
+            f"the {planned} repetitions of a point are {len(weights)} seeds of weights by {len(data)} of data order, "
             "which share their noise: intervals take them for independent, and are too narrow",
             (),
             "give every repetition seeds of its own for claims",

@@ -95,7 +95,7 @@ def short_name(axes: dict[str, Scalar], names: dict[str, str], baseline: dict[st
     """The values of the baseline's keys: alone where it has one, '1.0'."""
     values = {key: axes[key] for key in axes if key in baseline}
     if len(values) == 1:
-        return called(values, {key: "" for key in values}).strip()
+        return called(values, dict.fromkeys(values, "")).strip()
     return called(values, names)
 
 

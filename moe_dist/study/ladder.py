@@ -7,6 +7,7 @@ speed against the baseline of its own size (speed.py), and how they change over 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moe_dist.study.cells import Cell, called
 from moe_dist.study.families import short_name
@@ -98,7 +99,7 @@ def _is_ladder(axis: str, cells: Sequence[Cell]) -> bool:
 
 def _climbs(compute: Sequence[float]) -> bool:
     steps = sorted(compute)
-    apart = all(high > low * _APART for low, high in zip(steps, steps[1:], strict=False))
+    apart = all(high > low * _APART for low, high in pairwise(steps))
     return len(steps) >= _SIZES and apart and steps[-1] >= _SPAN * steps[0]
 
 

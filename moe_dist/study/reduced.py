@@ -49,7 +49,7 @@ def reduce_points(paths: Sequence[Path]) -> Reduced | None:
     if not found or len({(one.layers, one.fractions, tuple(one.counts)) for one in found}) > 1:
         return None
     counts = {
-        name: tuple(np.sum(parts, axis=0) for parts in zip(*(one.counts[name] for one in found)))
+        name: tuple(np.sum(parts, axis=0) for parts in zip(*(one.counts[name] for one in found), strict=True))
         for name in found[0].counts
     }
     rates_FL = np.mean([one.drop_rate_FL for one in found], axis=0)

@@ -39,8 +39,8 @@ def regression(study: Study, grid: Sequence[Cell], metric: str, floor: float = 0
     said = [f"`{name}` is left out: it {why}." for name, why in found.left_out.items()]
     said += [f"{note[:1].upper()}{note[1:]}." for note in found.notes]
     note = (
-        f"log({title(of)} - {floor:.4g}) by least squares over {len(runs)} runs: exponents, and for each capacity factor "
-        f"what it adds against {against}; residuals of {found.deviation:.2%}."
+        f"log({title(of)} - {floor:.4g}) by least squares over {len(runs)} runs: exponents, and for each capacity "
+        f"factor what it adds against {against}; residuals of {found.deviation:.2%}."
     )
     table = Table(
         name="scaling",

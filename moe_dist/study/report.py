@@ -21,6 +21,7 @@ from moe_dist.study.metric import title
 from moe_dist.study.page.model import Figure, Notice, Page, Prose, Section, Table
 from moe_dist.study.page.write import write_page
 from moe_dist.study.sections import dispatch_section, ladder_section, pareto_section, run_section, scaling_section
+from moe_dist.study.study_file import Question
 from moe_dist.study.tables import (
     cells_table,
     checks_table,
@@ -29,7 +30,6 @@ from moe_dist.study.tables import (
     failed_table,
     setting_table,
 )
-from moe_dist.study.study_file import Question
 
 
 def write_report(study: Study, folder: Path | None = None) -> list[Path]:
@@ -102,8 +102,8 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
         floor = f"Seeds of one point spread by {found.floor.deviation:.3g}{between} in {title(metric)}."
     if found.comparisons:
         note = (
-            f"{title(metric)}, seed by seed, minus the baseline with its 95% t interval, the intervals that hold all at "
-            "once, and the bootstrap's; p before and after Holm over the family; the p of a difference that matters; "
+            f"{title(metric)}, seed by seed, minus the baseline with its 95% t interval, the intervals that hold all "
+            "at once, and the bootstrap's; p before and after Holm over the family; the p of a difference that matters; "
             f"the effect that so many seeds show in 80 of 100 studies. {floor}"
         )
         table = comparisons_table(

@@ -1,7 +1,6 @@
 """The sections of a report that no question names: which numbers of a study go into which figure."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from moe_dist.study.cells import Cell, called, label
 from moe_dist.study.costs import COSTS, cost, costs_of

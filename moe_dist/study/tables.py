@@ -38,8 +38,8 @@ _PLAIN = {
 }
 
 CELLS_NOTE = """Mean ± sample standard deviation over seeds. Losses in {unit}; validation drops nothing, unless it is
-capped. Minus the baseline: seed by seed. Dropped: share of assignments, over the last quarter of the run and over all of
-it. By chance: what uniform random routing would drop. Fullest expert: its load over the mean load before dropping, in
+capped. Minus the baseline: seed by seed. Dropped: share of assignments, over the last quarter of the run and over all
+of it. By chance: what uniform random routing would drop. Fullest expert: its load over the mean load before dropping, in
 the last quarter.""".replace("\n", " ")
 
 

@@ -57,7 +57,8 @@ def held_out_in_words(ladder: Ladder) -> str:
     """One sentence: whether the law predicts what it has not seen."""
     held, setting = ladder.held_out, f"At {ladder.setting} " if ladder.setting else ""
     measured = fmean(ladder.rungs[-1].losses.values())
-    said = f"{setting}the law of the smaller sizes predicts {held.predicted:.4g} for {ladder.sizes[-1]}, where {measured:.4g} was measured"
+    predicts = f"the law of the smaller sizes predicts {held.predicted:.4g} for {ladder.sizes[-1]}"
+    said = f"{setting}{predicts}, where {measured:.4g} was measured"
     if held.interval is None:
         return f"{said[:1].upper()}{said[1:]} (no interval: fewer than three seeds)."
     where = "inside" if held.inside else "outside"
