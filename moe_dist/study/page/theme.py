@@ -60,6 +60,10 @@ LIGHT: dict[str, str] = {
     "faint": FAINT,
     "rule": RULE,
     "paper": PAPER,
+    "shade": "#f5f6f8",
+    "violation-ink": "#b3261e",
+    "warning-ink": "#8a5a00",
+    "good-ink": "#1a7346",
     **{f"series-{number}": colour for number, (colour, _) in enumerate(SERIES)},
     **{f"heat-{level}": colour for level, colour in enumerate(_between(_HEAT_LIGHT, _LEVELS))},
 }
@@ -70,6 +74,10 @@ DARK: dict[str, str] = {
     "faint": "#9aa3ae",
     "rule": "#30363d",
     "paper": "#14171b",
+    "shade": "#1c2026",
+    "violation-ink": "#ff8a80",
+    "warning-ink": "#e8b450",
+    "good-ink": "#5fcf94",
     **{f"series-{number}": colour for number, colour in enumerate(_SERIES_DARK)},
     **{f"heat-{level}": colour for level, colour in enumerate(_between(_HEAT_DARK, _LEVELS))},
 }
@@ -77,8 +85,9 @@ DARK: dict[str, str] = {
 HEAT = ListedColormap([LIGHT[f"heat-{level}"] for level in range(_LEVELS)], name="moe_dist_heat")
 """For numbers that have a least one: shares, loads, rates. For text over it: ink below the middle, paper above."""
 
-_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
+FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
 _VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()} | {"#000000": "var(--ink)"}
+_LAID_OUT: Any = {"figure.constrained_layout.use": False, "figure.autolayout": False}
 _SETTINGS: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout on every machine
@@ -147,9 +156,11 @@ def svg_of(figure: Figure) -> str:
     """The figure as `<svg>...</svg>` to stand in a page: colours are CSS variables, nothing applies beyond it, and its
     names meet no other figure's. The same figure gives the same bytes."""
     file = io.StringIO()
-    with style():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once: a second time would move things a little
+    engine = figure.get_layout_engine()
+    with style(), matplotlib.rc_context(_LAID_OUT):
+        if engine is not None:  # once: a second time would move things a little, and takes as long as the drawing does
+            engine.execute(figure)
+            figure.set_layout_engine(None)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].strip()
@@ -174,7 +185,12 @@ def standalone(svg: str) -> str:
     text = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: LIGHT.get(found[1], found[0]), svg)
     head, body = text.split(">", 1)
     ground = f'<rect width="100%" height="100%" rx="6" style="fill: {PAPER}"/>'
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head} font-family="{_FONTS}">\n{ground}{body}\n'
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head} font-family="{FONTS}">\n{ground}{body}\n'
+
+
+def plain(text: str) -> str:
+    """For text of others in a figure, in which matplotlib would take $ for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _own_names(text: str) -> str:
