@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_dist.study.cells import Cell, called
+from moe_dist.study.cells import Cell
 from moe_dist.study.costs import cost
 from moe_dist.study.families import Families, Match, compared, families, settings_of
-from moe_dist.study.grid import Study, axis_names
+from moe_dist.study.grid import Study
 from moe_dist.study.metric import lower_is_better, title
 from moe_dist.study.statistics.paired import Comparison, Verdict
 from moe_dist.study.statistics.pareto import Candidate, Recommendation, recommend
@@ -68,11 +68,11 @@ def answer(study: Study, grid: Sequence[Cell]) -> Answer:
             "that matters.",
         )
         return Answer(None, found, "", said, (), (), (), floor)
-    asked = _asked(study, found, question)
+    asked = _asked(found, question)
     with_results = [match for match in found.named if match.cell.values(metric) or match.baseline.values(metric)]
     if not with_results:
-        said = ("No point that the question names has finished, so it has no answer yet.",)
-        return Answer(question, found, asked, said, (), (), (), floor)
+        none = ("No point that the question names has finished, so it has no answer yet.",)
+        return Answer(question, found, asked, none, (), (), (), floor)
     comparisons = compared(found.named, metric, matters=question.smallest_difference)
     advice = _advice(found.named, question)
     return Answer(
@@ -94,13 +94,12 @@ def verdict_of(each: Comparison, question: Question) -> str:
     return str(each.verdict)
 
 
-def _asked(study: Study, found: Families, question: Question) -> str:
-    names = axis_names(list(study.points[0].axes))
+def _asked(found: Families, question: Question) -> str:
     points = list(dict.fromkeys(match.short for match in found.named))
     settings = [setting for setting in dict.fromkeys(match.setting for match in found.named) if setting]
     over = f", in {len(settings)} settings" if len(settings) > 1 else f", at {settings[0]}" if settings else ""
     matters = "" if question.smallest_difference is None else f" by as much as {question.smallest_difference:g}"
-    what = called(question.baseline, names)
+    what = _listed(list(dict.fromkeys(match.baseline_short for match in found.named)))
     return (
         f"Does {title(question.metric)} at {_listed(points)} differ from {what}{matters}{over}, and which is the "
         f"cheapest by {question.decide_by}?"
@@ -124,9 +123,7 @@ def _clause(match: Match, each: Comparison, question: Question) -> str:
     seeds = len(each.pairs.differences)
     match each.verdict:
         case Verdict.TOO_FEW_SEEDS:
-            mean = (
-                "" if each.mean is None else f": the mean difference to {other} is {each.mean:+.3g}, without interval"
-            )
+            mean = "" if each.mean is None else f": its mean difference to {other}, {each.mean:+.3g}, has none"
             return f"{name} has {_count(seeds, 'pair')} of seeds, and an interval needs {FEWEST_SEEDS}{mean}"
         case Verdict.NOT_DISTINGUISHABLE:
             return f"{name} is not distinguishable from {other} at {seeds} seeds: smaller than {each.at_most:.3g}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from moe_dist.study.grid import CAPACITY, Point, Scalar, Study, show
+from moe_dist.study.grid import CAPACITY, Point, Scalar, Study, axis_names, show
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,13 @@ def label(key: str, value: Scalar) -> str:
     return "dropless" if key == CAPACITY and value is None else show(value)
 
 
-def called(axes: Mapping[str, Scalar], names: Mapping[str, str], keys: Sequence[str] | None = None) -> str:
-    """A cell in words, or what some keys say of it: 'num_experts 4, dropless'. names: of `axis_names`."""
-    chosen = axes if keys is None else {key: axes[key] for key in axes if key in keys}
-    return ", ".join(
-        label(key, value) if label(key, value) == "dropless" else f"{names[key]} {show(value)}"
-        for key, value in chosen.items()
-    )
+def names_of(grid: Sequence[Cell]) -> dict[str, str]:
+    """Axis -> its short name, of those that vary; of all where none does."""
+    varied = {key for key in grid[0].axes if len({str(cell.axes[key]) for cell in grid}) > 1}
+    return {key: name for key, name in axis_names(list(grid[0].axes)).items() if key in varied or not varied}
+
+
+def called(axes: Mapping[str, Scalar], names: Mapping[str, str]) -> str:
+    """What the axes with a name say of a cell, in words: 'num_experts 4, dropless'. names: of `names_of`, or some."""
+    values = {key: label(key, value) for key, value in axes.items() if key in names}
+    return ", ".join(text if text == "dropless" else f"{names[key]} {text}" for key, text in values.items())

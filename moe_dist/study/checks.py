@@ -19,7 +19,7 @@
 A violation leads the report and ends `--check` with 1; a warning is said beside the answer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -222,25 +222,24 @@ def _steadiness(records: Sequence[Record]) -> Iterator[Finding]:
 
 def _same_everywhere(records: Sequence[Record]) -> Iterator[Finding]:
     rerun = "run all points under one, or take the difference as part of what is compared"
-    kinds: list[tuple[str, str, Callable[[Record], Any], str]] = [
-        ("software", "revision", lambda record: record.get("revision"), rerun),
-        ("machine", "device", lambda record: record.get("device"), "times are not comparable: run all points on one"),
-        ("data", "data digest", lambda record: record.get("data_digest"), "the corpora differ: run all points on one"),
+    kinds = [
+        ("software", "revision", "", rerun),
+        ("machine", "device", "", "times are not comparable: run all points on one"),
+        ("data", "data_digest", "", "the corpora differ: run all points on one"),
     ]
     for section, check in (("versions", "software"), ("machine", "machine")):
-        for key in sorted({key for record in records for key in record.get(section) or {}}):
-            if key == "device":
-                continue
-            kinds.append((check, key, lambda record, s=section, k=key: (record.get(s) or {}).get(k), rerun))
-    for check, what, value_of, remedy in kinds:
+        keys = sorted({key for record in records for key in record.get(section) or {}} - {"device"})
+        kinds += [(check, key, section, rerun) for key in keys]
+    for check, what, section, remedy in kinds:
         values: dict[str, list[str]] = {}
         for record in records:
-            if (value := value_of(record)) is not None:
+            home = (record.get(section) or {}) if section else record
+            if (value := home.get(what)) is not None:
                 values.setdefault(str(value), []).append(record["point"])
         if len(values) > 1:
             rarest = min(values.values(), key=len)
             told = ", ".join(f"{value} of {_points(points)}" for value, points in list(values.items())[:_SHOWN])
-            yield Finding("violation", check, f"{what} differs: {told}", tuple(rarest), remedy)
+            yield Finding("violation", check, f"{what.replace('_', ' ')} differs: {told}", tuple(rarest), remedy)
 
 
 def _same_start(study: Study, records: Sequence[Record]) -> Iterator[Finding]:

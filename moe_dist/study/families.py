@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_dist.study.cells import Cell, called
-from moe_dist.study.grid import CAPACITY, Scalar, Study, axis_names
+from moe_dist.study.cells import Cell, called, label, names_of
+from moe_dist.study.grid import CAPACITY, Scalar, Study
 from moe_dist.study.statistics.paired import Comparison, compare_pairs, pair
 from moe_dist.study.study_file import Question
 
@@ -42,8 +42,10 @@ def families(study: Study, grid: Sequence[Cell], question: Question | None) -> F
     if baseline is None:
         return Families((), (), ())
     by_axes = {tuple(sorted(cell.axes.items(), key=lambda item: item[0])): cell for cell in grid}
-    names = axis_names(list(grid[0].axes)) if grid else {}
-    named, others, lonely = [], [], []
+    names = names_of(grid)
+    named: list[Match] = []
+    others: list[Match] = []
+    lonely: list[str] = []
     for cell in grid:
         wanted = cell.axes | baseline
         if wanted == cell.axes:
@@ -94,9 +96,10 @@ def settings_of(matches: Sequence[Match]) -> dict[str, dict[str, Cell]]:
 def short_name(axes: dict[str, Scalar], names: dict[str, str], baseline: dict[str, Scalar]) -> str:
     """The values of the baseline's keys: alone where it has one, '1.0'."""
     values = {key: axes[key] for key in axes if key in baseline}
-    if len(values) == 1:
-        return called(values, dict.fromkeys(values, "")).strip()
-    return called(values, names)
+    if len(values) > 1:
+        return called(values, names)
+    ((key, value),) = values.items()
+    return label(key, value)
 
 
 def _is_named(cell: Cell, question: Question) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from moe_dist.study.cells import Cell, called
+from moe_dist.study.cells import Cell, called, names_of
 from moe_dist.study.families import short_name
-from moe_dist.study.grid import Scalar, Study, axis_names, show
+from moe_dist.study.grid import Scalar, Study, show
 from moe_dist.study.statistics.exchange import HeldOut, LawFit, Rung, fit_law, hold_out
 from moe_dist.study.statistics.speed import EffectiveSpeed, Measured, effective_speeds, sensitivity
 
@@ -59,7 +59,7 @@ def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] |
     if axis is None:
         few = f"no axis of the grid has {_SIZES} sizes of compute over a factor of {_SPAN:g} with all else the same"
         return Ladders("", (), (), f"Loss against compute is left out: {few}.")
-    names = axis_names(list(grid[0].axes))
+    names = names_of(grid)
     found: list[Ladder] = []
     speeds: list[Speed] = []
     settings = _settings(of_baseline, axis)

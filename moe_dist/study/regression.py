@@ -6,6 +6,7 @@ from moe_dist.study.cells import Cell
 from moe_dist.study.grid import Study
 from moe_dist.study.metric import title
 from moe_dist.study.page.model import Part, Prose, Table, Value
+from moe_dist.study.statistics.samples import Interval
 
 _TERMS = ("active_parameters", "experts", "tokens")
 
@@ -55,7 +56,7 @@ def regression(study: Study, grid: Sequence[Cell], metric: str, floor: float = 0
 
 def _rows(grid: Sequence[Cell], metric: str) -> list[tuple[float, float, float, float | None, int, float]]:
     """(active parameters, experts, tokens, capacity factor, seed, loss) of each run that has them."""
-    found = []
+    found: list[tuple[float, float, float, float | None, int, float]] = []
     for cell in grid:
         moe = cell.points[0].config.model.moe
         if moe.num_experts == 0 or isinstance(moe.capacity_factor, list):
@@ -67,5 +68,5 @@ def _rows(grid: Sequence[Cell], metric: str) -> list[tuple[float, float, float, 
     return found
 
 
-def _ends(interval: object) -> tuple[Value, Value]:
-    return (None, None) if interval is None else (interval.low, interval.high)  # type: ignore[attr-defined]
+def _ends(interval: Interval | None) -> tuple[Value, Value]:
+    return (None, None) if interval is None else (interval.low, interval.high)

@@ -62,7 +62,7 @@ def page_of(study: Study) -> Page | None:
     sections = [
         *_answer_sections(study, found, grid, metric),
         Section("Checks", [checks_table(findings)]),
-        run_section(study, grid, metric),
+        run_section(study, grid, found.families, metric),
         *dispatch_section(study, grid, found.families),
         *pareto_section(grid, metric),
         *ladder_section(study, grid, found.families, metric),
@@ -102,9 +102,9 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
         floor = f"Seeds of one point spread by {found.floor.deviation:.3g}{between} in {title(metric)}."
     if found.comparisons:
         note = (
-            f"{title(metric)}, seed by seed, minus the baseline with its 95% t interval, the intervals that hold all "
-            "at once, and the bootstrap's; p before and after Holm over the family; the p of a difference that matters; "
-            f"the effect that so many seeds show in 80 of 100 studies. {floor}"
+            f"{title(metric)}, seed by seed, minus the baseline, with 95% t intervals; p after Holm over the family; "
+            "the difference that so many seeds show in 80 of 100 studies; p before Holm, and of a difference that "
+            f"matters; intervals that hold all at once with 95%, and of the bootstrap. {floor}"
         )
         table = comparisons_table(
             "comparisons", "Named comparisons", found.families.named, found.comparisons, asked, note

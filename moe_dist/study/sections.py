@@ -1,8 +1,9 @@
 """The sections of a report that no question names: which numbers of a study go into which figure."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from moe_dist.study.cells import Cell, called, label
+from moe_dist.study.cells import Cell, called, label, names_of
 from moe_dist.study.costs import COSTS, cost, costs_of
 from moe_dist.study.families import Families, baseline_of
 from moe_dist.study.figures.against import Line, Stop, against
@@ -13,13 +14,16 @@ from moe_dist.study.figures.drops_split import drops_split, split_layers
 from moe_dist.study.figures.ladder import held_out_in_words, ladder_figure
 from moe_dist.study.figures.loads import loads
 from moe_dist.study.figures.pareto import Priced, pareto_figure
-from moe_dist.study.grid import CAPACITY, Study, axis_names
+from moe_dist.study.grid import CAPACITY, Scalar, Study, axis_names
 from moe_dist.study.ladder import Ladders, ladders
 from moe_dist.study.metric import lower_is_better, title
 from moe_dist.study.page.model import Part, Prose, Section, Table, Value
 from moe_dist.study.reduced import Reduced, reduce_points
+from moe_dist.study.statistics.paired import pair
+from moe_dist.study.statistics.samples import BySeed
 from moe_dist.study.theory import competition
 
+_MINUS = "minus_baseline"
 _NATS = ("validation_loss", "validation_loss_capped", "loss")
 
 
@@ -30,42 +34,55 @@ def x_axis(study: Study) -> str:
     return next((key for key in (*asked, CAPACITY) if key in axes), axes[0])
 
 
-def run_section(study: Study, grid: Sequence[Cell], metric: str) -> Section:
+def run_section(study: Study, grid: Sequence[Cell], found: Families, metric: str) -> Section:
+    """Losses, evaluations and drops against the axis that is asked about."""
     key = x_axis(study)
-    names = axis_names(list(grid[0].axes))
-    places = places_of([cell.axes[key] for cell in grid])
-    wanted = dict.fromkeys(
-        [metric, "validation_loss", "validation_loss_capped", "validation_accuracy", "loss", "drop_rate"]
-    )
+    name = axis_names(list(grid[0].axes))[key]
+    wanted = [metric, "validation_loss", "validation_loss_capped", "validation_accuracy", "loss", "drop_rate"]
     metrics = {
-        name: (title(name) + (" (%)" if _is_share(name) else ""), 100.0 if _is_share(name) else 1.0)
-        for name in wanted
-        if any(cell.values(name) for cell in grid)
+        each: (title(each) + (" (%)" if _is_share(each) else ""), 100.0 if _is_share(each) else 1.0)
+        for each in dict.fromkeys(wanted)
+        if any(cell.values(each) for cell in grid)
     }
-    by_rest: dict[tuple[object, ...], list[Cell]] = {}
-    for cell in grid:
-        by_rest.setdefault(tuple(value for axis, value in cell.axes.items() if axis != key), []).append(cell)
+    minus = {
+        id(match.cell): pair(match.cell.by_seed(metric), match.baseline.by_seed(metric)).differences
+        for match in (*found.named, *found.others)
+    }
+    if any(minus.values()):
+        metrics = {_MINUS: (f"{title(metric)}, minus baseline", 100.0 if _is_share(metric) else 1.0)} | metrics
+    values = {
+        id(cell): {each: cell.by_seed(each) for each in metrics} | {_MINUS: minus.get(id(cell), {})} for cell in grid
+    }
+    return Section(f"Against {name}", [against(_lines(grid, key, values), name, metrics)], exploratory=True)
+
+
+def _lines(grid: Sequence[Cell], key: str, values: Mapping[int, Mapping[str, BySeed]]) -> list[Line]:
+    """One for each combination of the other axes, in panels of as many as stay readable. values: by id of a cell."""
+    names, places = names_of(grid), places_of([cell.axes[key] for cell in grid])
     rest = [axis for axis in grid[0].axes if axis != key]
-    depth = next(depth for depth in range(len(rest) + 1) if _fullest(by_rest, depth) <= LINES)
-    lines = []
-    for members in by_rest.values():
-        axes = members[0].axes
-        stops = [
-            Stop(
-                label(key, cell.axes[key]),
-                places[cell.axes[key]],
-                cell.axes[key] is None,
-                {name: cell.by_seed(name) for name in metrics},
-            )
-            for cell in members
-        ]
-        lines.append(Line(called(axes, names, rest[:depth]), called(axes, names, rest[depth:]), stops))
-    return Section(f"Against {names[key]}", [against(lines, names[key], metrics)], exploratory=True)
+    by_rest: dict[tuple[Scalar, ...], list[Cell]] = {}
+    for cell in grid:
+        by_rest.setdefault(tuple(cell.axes[axis] for axis in rest), []).append(cell)
+    depth = next(
+        depth for depth in range(len(rest) + 1) if max(Counter(at[:depth] for at in by_rest).values()) <= LINES
+    )
+    of_panel, of_line = ({axis: names[axis] for axis in part if axis in names} for part in (rest[:depth], rest[depth:]))
+    return [
+        Line(
+            called(members[0].axes, of_panel),
+            called(members[0].axes, of_line),
+            [
+                Stop(label(key, cell.axes[key]), places[cell.axes[key]], cell.axes[key] is None, values[id(cell)])
+                for cell in members
+            ],
+        )
+        for members in by_rest.values()
+    ]
 
 
 def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> list[Section]:
     """What the layers did with their tokens; those that a question compares come first."""
-    names = axis_names(list(grid[0].axes))
+    names = names_of(grid)
     asked = [cell for match in found.named for cell in (match.cell, match.baseline)]
     ordered = list({id(cell): cell for cell in (*asked, *grid)}.values())
     reduced: dict[str, Reduced] = {}
@@ -107,20 +124,23 @@ def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> lis
 def pareto_section(grid: Sequence[Cell], metric: str) -> list[Section]:
     with_values = [cell for cell in grid if cell.values(metric)]
     known = costs_of(with_values)
-    if len(with_values) < 2 or not known:
-        said = "The front of loss and cost is left out: it needs two points with a cost in the ledger."
+    same = [by for by in known if len({cost(cell, by) for cell in with_values}) == 1]
+    known = [by for by in known if by not in same]
+    if not known:
+        said = "The front of loss and cost is left out: the ledger has no cost in which the points differ."
         return [Section("What it costs", [Prose([said])], exploratory=True)]
-    names = axis_names(list(grid[0].axes))
+    names = names_of(grid)
     points = {
         called(cell.axes, names): Priced(cell.by_seed(metric), {by: cost(cell, by) or 0.0 for by in known})
         for cell in with_values
     }
     sign = 1.0 if lower_is_better(metric) else -1.0
     figure = pareto_figure(points, {by: COSTS[by] for by in known}, title(metric), sign)
-    missing = [by for by in COSTS if by not in known]
+    missing = [by for by in COSTS if by not in (*known, *same)]
     parts: list[Part] = [figure]
-    if missing:
-        parts.append(Prose([f"Left out, since the ledger has none or 0 of them: {', '.join(missing)}."]))
+    for kinds, why in ((missing, "the ledger has none or 0 of them"), (same, "all points cost the same")):
+        if kinds:
+            parts.append(Prose([f"Left out, since {why}: {', '.join(kinds)}."]))
     return [Section("What it costs", parts, exploratory=True)]
 
 
@@ -197,13 +217,6 @@ def _speeds_table(result: Ladders) -> Table:
 
 def _is_share(name: str) -> bool:
     return "accuracy" in name or name == "drop_rate"
-
-
-def _fullest(by_rest: dict[tuple[object, ...], list[Cell]], depth: int) -> int:
-    groups: dict[tuple[object, ...], int] = {}
-    for rest in by_rest:
-        groups[rest[:depth]] = groups.get(rest[:depth], 0) + 1
-    return max(groups.values())
 
 
 def _finished(cell: Cell, name: str) -> bool:

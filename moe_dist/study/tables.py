@@ -15,6 +15,7 @@ from moe_dist.study.measure import loss_unit
 from moe_dist.study.metric import spread, title
 from moe_dist.study.page.model import Table, Value
 from moe_dist.study.statistics.paired import Comparison, pair
+from moe_dist.study.statistics.samples import Interval
 from moe_dist.study.study_file import Question
 from moe_dist.study.theory import dropped_by_chance
 
@@ -39,8 +40,8 @@ _PLAIN = {
 
 CELLS_NOTE = """Mean ± sample standard deviation over seeds. Losses in {unit}; validation drops nothing, unless it is
 capped. Minus the baseline: seed by seed. Dropped: share of assignments, over the last quarter of the run and over all
-of it. By chance: what uniform random routing would drop. Fullest expert: its load over the mean load before dropping, in
-the last quarter.""".replace("\n", " ")
+of it. By chance: what uniform random routing would drop. Fullest expert: its load over the mean load before dropping,
+in the last quarter.""".replace("\n", " ")
 
 
 def cells_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell], metric: str) -> Table:
@@ -70,19 +71,18 @@ def cells_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell
 def comparisons_table(
     name: str, heading: str, matches: Sequence[Match], found: Sequence[Comparison], question: Question, note: str
 ) -> Table:
-    columns = ["point", "baseline", "metric", "seeds", "minus baseline", "low", "high", "all at once, low", "high, all"]
-    columns += ["bootstrap, low", "high, bootstrap", "p", "p (Holm)", "p (equivalent)", "shown with 80%", "verdict"]
+    columns = ["point", "baseline", "seeds", "minus baseline", "low", "high", "p (Holm)", "verdict", "shown with 80%"]
+    columns += ["p", "p (equivalent)", "all at once, low", "all at once, high", "bootstrap, low", "bootstrap, high"]
     rows: list[list[Value]] = []
     for match, each in zip(matches, found, strict=True):
         left = [("without their pair", each.pairs.only_point), ("missing", each.pairs.only_baseline)]
         words = [verdict_of(each, question), *(f"seeds {_seeds(seeds)} {why}" for why, seeds in left if seeds)]
-        row: list[Value] = [match.name, match.baseline_short, title(question.metric), len(each.pairs.differences)]
-        row.append(each.mean)
-        for interval in (each.interval, each.together, each.bootstrap):
-            row += [None, None] if interval is None else [interval.low, interval.high]
-        row += [each.p, each.p_holm, each.p_equivalent, each.detectable, "; ".join(words)]
-        rows.append(row)
-    formats = dict.fromkeys(columns[4:11], "+.4f") | dict.fromkeys(columns[11:14], ".3g") | {"shown with 80%": ".4f"}
+        row: list[Value] = [match.name, match.baseline_short, len(each.pairs.differences), each.mean]
+        row += [*_ends(each.interval), each.p_holm, "; ".join(words), each.detectable, each.p, each.p_equivalent]
+        rows.append([*row, *_ends(each.together), *_ends(each.bootstrap)])
+    signed = [*columns[3:6], *columns[11:]]
+    formats = dict.fromkeys(signed, "+.4f") | dict.fromkeys(("p", "p (Holm)", "p (equivalent)"), ".3g")
+    formats["shown with 80%"] = ".4f"
     return Table(name=name, title=heading, columns=columns, rows=rows, formats=formats, note=note)
 
 
@@ -131,10 +131,12 @@ def checks_table(findings: Sequence[Finding]) -> Table:
         rows += [[name, each.level, each.what, ", ".join(each.points), each.remedy] for each in of_it]
         if not of_it:
             rows.append([name, "kept", "", "", ""])
+    if not findings:
+        rows = [row[:2] for row in rows]
     return Table(
         name="checks",
         title="Does the design support the question?",
-        columns=["check", "result", "what", "points", "what to do"],
+        columns=["check", "result", "what", "points", "what to do"][: len(rows[0])],
         rows=rows,
     )
 
@@ -183,6 +185,10 @@ def setting_table(study: Study, grid: Sequence[Cell]) -> Table:
         if value
     ]
     return Table(name="setting", title="Setting", columns=["what", "value"], rows=lines)
+
+
+def _ends(interval: Interval | None) -> list[Value]:
+    return [None, None] if interval is None else [interval.low, interval.high]
 
 
 def _form(name: str) -> tuple[str, float]:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import LINES, PANELS, left_out, look, panels
+from moe_dist.study.figures.canvas import LINES, PANELS, left_out, legend, look, panels
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.statistics.samples import BySeed, t_interval
@@ -45,15 +45,14 @@ def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str,
                 _label(axes, members, x_name, f"{title}\n{group}" if group else title)
                 if "drop" in metric:
                     axes.set_ylim(bottom=0)
-            if len(members) > 1:
-                row[0].legend()
+        legend(figure, grid[0][0])
         svg = svg_of(figure)
     drawn = sum(min(LINES, len(members)) for members in shown.values())
     return Figure(
         name="against",
         title=f"Losses, evaluations and drops against {x_name}",
         caption="A dot a seed; the line joins means; bars are 95% t intervals of the mean over seeds (three at least), "
-        "which hold what all points of a seed share: differences seed by seed are narrower, and stand in the answer."
+        "which hold what all points of a seed share; those of minus baseline, which is taken seed by seed, do not."
         + left_out(drawn, len(lines), "lines"),
         svg=svg,
         columns=["group", "line", x_name, "metric", "seed", "value", "mean", "low", "high"],

@@ -25,8 +25,21 @@ _WIDTH, _HEIGHT = 3.1, 2.7
 def panels(rows: int, columns: int, height: float = _HEIGHT) -> Iterator[tuple[Figure, list[list[Axes]]]]:
     """In the style of the page, inches as on paper."""
     with style():
-        figure = Figure(figsize=(_WIDTH * columns, height * rows))
+        figure = Figure(figsize=(_WIDTH * columns, height * rows + 0.3))
         yield figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Below all panels, of the lines in one of them."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3))
+
+
+def panel_rows(count: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of so many panels."""
+    columns = min(columns, count)
+    return -(-count // columns), columns
 
 
 def look(number: int) -> tuple[str, str]:

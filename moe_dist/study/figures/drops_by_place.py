@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_dist.study.figures.canvas import LINES, left_out, look, panels, spread_over
+from moe_dist.study.figures.canvas import LINES, left_out, legend, look, panels, spread_over
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced
@@ -37,8 +37,7 @@ def drops_by_place(cells: Mapping[str, Reduced]) -> Figure | None:
             axes.set_title(title)
             axes.set_ylim(bottom=0)
         grid[0][0].set_ylabel("assignments dropped (%)")
-        if len(shown) > 1:
-            grid[0][0].legend()
+        legend(figure, grid[0][0])
         svg = svg_of(figure)
     return Figure(
         name="drops-by-place",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import LINES, PANELS, left_out, look, panels, spread_over
+from moe_dist.study.figures.canvas import LINES, PANELS, left_out, legend, look, panel_rows, panels, spread_over
 from moe_dist.study.page.model import Figure
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -13,8 +13,7 @@ from moe_dist.study.reduced import Reduced, layer_name
 def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
     """cells: name -> the mean over its seeds."""
     shown = spread_over(list(cells), PANELS)
-    columns = min(3, len(shown))
-    with panels(-(-len(shown) // columns), columns) as (figure, grid):
+    with panels(*panel_rows(len(shown), 3)) as (figure, grid):
         every = [axes for row in grid for axes in row]
         top = max(float(cells[name].drop_rate_FL.max()) for name in shown)
         for axes, name in zip(every, shown, strict=False):
@@ -25,7 +24,7 @@ def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
             axes.set_visible(False)
         for row in grid:
             row[0].set_ylabel("assignments dropped (%)")
-        every[0].legend()
+        legend(figure, every[0])
         svg = svg_of(figure)
     layers = max(len(one.layers) for one in cells.values())
     return Figure(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import PANELS, left_out, look, panels, spread_over
+from moe_dist.study.figures.canvas import PANELS, left_out, legend, look, panel_rows, panels, spread_over
 from moe_dist.study.page.model import Figure
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -37,8 +37,7 @@ def split_layers(one: Reduced, of: Competition) -> list[LayerSplit]:
 def drops_split(cells: Mapping[str, Sequence[LayerSplit]]) -> Figure:
     """cells: name -> its layers."""
     shown = spread_over(list(cells), PANELS)
-    columns = min(3, len(shown))
-    with panels(-(-len(shown) // columns), columns) as (figure, grid):
+    with panels(*panel_rows(len(shown), 3)) as (figure, grid):
         every = [axes for row in grid for axes in row]
         for axes, name in zip(every, shown, strict=False):
             _draw(axes, cells[name])
@@ -47,7 +46,7 @@ def drops_split(cells: Mapping[str, Sequence[LayerSplit]]) -> Figure:
             axes.set_visible(False)
         for row in grid:
             row[0].set_ylabel("assignments dropped (%)")
-        every[0].legend()
+        legend(figure, every[0])
         svg = svg_of(figure)
     return Figure(
         name="drops-split",

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import numpy as np
 
-from moe_dist.study.figures.canvas import look, panels
+from moe_dist.study.figures.canvas import legend, look, panels
 from moe_dist.study.ladder import Ladder
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import svg_of
@@ -19,7 +19,7 @@ def ladder_figure(ladders: Sequence[Ladder], metric: str) -> Figure:
             law, held = ladder.fit.law, ladder.held_out
             compute = [rung.compute for rung in ladder.rungs]
             line = np.geomspace(min(compute), max(compute), 60)
-            losses.plot(line, [law.loss(each) for each in line], color=color, label=ladder.setting or "law")
+            losses.plot(line, [law.loss(each) for each in line], color=color, label=ladder.setting)
             for size, rung in zip(ladder.sizes, ladder.rungs, strict=True):
                 values = list(rung.losses.values())
                 off = [100 * (value / law.loss(rung.compute) - 1) for value in values]
@@ -29,8 +29,8 @@ def ladder_figure(ladders: Sequence[Ladder], metric: str) -> Figure:
                     rows.append([ladder.setting, size, rung.compute, seed, value, law.loss(rung.compute)])
             residuals.plot(held.compute, 100 * held.error, "x", color=color, markersize=8, markeredgewidth=1.8)
             if held.interval is not None:
-                ends = [100 * (held.measured / end - 1) for end in (held.interval.high, held.interval.low)]
-                residuals.vlines(held.compute, *ends, color=color, linewidth=1.0)
+                low, high = (100 * (held.measured / end - 1) for end in (held.interval.high, held.interval.low))
+                residuals.vlines(held.compute, low, high, color=color, linewidth=1.0)
             rows.append(
                 [ladder.setting, f"{ladder.sizes[-1]}, held out", held.compute, None, held.measured, held.predicted]
             )
@@ -40,7 +40,7 @@ def ladder_figure(ladders: Sequence[Ladder], metric: str) -> Figure:
         for axes in (losses, residuals):
             axes.set_xscale("log")
             axes.set_xlabel("FLOPs of a run")
-        losses.legend()
+        legend(figure, losses)
         svg = svg_of(figure)
     return Figure(
         name="ladder",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_dist.study.figures.canvas import PANELS, left_out, panels, spread_over
+from moe_dist.study.figures.canvas import PANELS, left_out, panel_rows, panels, spread_over
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import heat_map, svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -13,9 +13,8 @@ from moe_dist.study.statistics.samples import Floats
 
 def loads(cells: Mapping[str, Reduced]) -> Figure:
     shown = spread_over(list(cells), PANELS)
-    columns = min(3, len(shown))
     over_mean = {name: over_means(one) for name, one in cells.items()}
-    with panels(-(-len(shown) // columns), columns, height=2.2) as (figure, grid):
+    with panels(*panel_rows(len(shown), 3), height=2.2) as (figure, grid):
         every = [axes for row in grid for axes in row]
         top = max(float(np.nanmax(over_mean[name])) for name in shown)
         for axes, name in zip(every, shown, strict=False):

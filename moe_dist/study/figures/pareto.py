@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import look, panels
+from moe_dist.study.figures.canvas import legend, look, panel_rows, panels
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import FAINT, svg_of
 from moe_dist.study.statistics.pareto import Candidate, Place, Standing, pareto
@@ -41,8 +41,7 @@ def fronts(points: Mapping[str, Priced], costs: Sequence[str], sign: float) -> d
 def pareto_figure(points: Mapping[str, Priced], titles: Mapping[str, str], metric: str, sign: float) -> Figure:
     """titles: cost -> the name of its axis."""
     found = fronts(points, list(titles), sign)
-    columns = min(2, len(titles))
-    with panels(-(-len(titles) // columns), columns) as (figure, grid):
+    with panels(*panel_rows(len(titles), 2)) as (figure, grid):
         every = [axes for row in grid for axes in row]
         for axes, (cost, title) in zip(every, titles.items(), strict=False):
             _draw(axes, points, found[cost], sign)
@@ -50,7 +49,7 @@ def pareto_figure(points: Mapping[str, Priced], titles: Mapping[str, str], metri
             axes.set_ylabel(metric)
         for axes in every[len(titles) :]:
             axes.set_visible(False)
-        every[0].legend()
+        legend(figure, every[0])
         svg = svg_of(figure)
     rows: list[list[Value]] = []
     for cost, places in found.items():
@@ -80,7 +79,7 @@ def _draw(axes: Axes, points: Mapping[str, Priced], places: Sequence[Place], sig
             [sign * place.loss for place in of_it],
             marker,
             color=color,
-            label=str(standing) if of_it else "_",
+            label=str(standing),
         )
         for place in of_it:
             interval: Interval | None = t_interval(list(points[place.name].values.values()))

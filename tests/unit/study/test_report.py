@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from moe_dist.study.figure import draw, x_places
 
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
@@ -12,7 +13,6 @@ from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.study.answer import dropped_by_chance
 from moe_dist.study.cells import Cell, cells
 from moe_dist.study.command import study as command_line
-from moe_dist.study.figure import draw, x_places
 from moe_dist.study.grid import CAPACITY
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.report import markdown, spread, table, write_report
