@@ -38,7 +38,7 @@ def run_section(study: Study, grid: Sequence[Cell], found: Families, metric: str
     """Losses, evaluations and drops against the axis that is asked about."""
     key = x_axis(study)
     name = axis_names(list(grid[0].axes))[key]
-    wanted = [metric, "validation_loss", "validation_loss_capped", "validation_accuracy", "loss", "drop_rate"]
+    wanted = [metric, "validation_loss", "validation_loss_capped", "drop_rate", "validation_accuracy", "loss"]
     metrics = {
         each: (title(each) + (" (%)" if _is_share(each) else ""), 100.0 if _is_share(each) else 1.0)
         for each in dict.fromkeys(wanted)
@@ -83,8 +83,8 @@ def _lines(grid: Sequence[Cell], key: str, values: Mapping[int, Mapping[str, ByS
 def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> list[Section]:
     """What the layers did with their tokens; those that a question compares come first."""
     names = names_of(grid)
-    asked = [cell for match in found.named for cell in (match.cell, match.baseline)]
-    ordered = list({id(cell): cell for cell in (*asked, *grid)}.values())
+    asked = {id(cell) for match in found.named for cell in (match.cell, match.baseline)}
+    ordered = sorted(grid, key=lambda cell: id(cell) not in asked)
     reduced: dict[str, Reduced] = {}
     splits, uncovered = {}, []
     for cell in ordered:

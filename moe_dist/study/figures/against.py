@@ -6,10 +6,14 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import LINES, PANELS, left_out, legend, look, panels
+from moe_dist.study.figures.canvas import LINES, PANELS, from_zero, left_out, legend, look, panel_rows, panels
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.statistics.samples import BySeed, t_interval
+
+_COLUMNS = 3
+_METRICS = 4
+"""Columns where every group has a row of its own: the first so many metrics are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +36,25 @@ class Line:
 
 
 def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str, float]]) -> Figure:
-    """metrics: name -> (title, scale). One row of panels a group, one column a metric."""
+    """metrics: name -> (title, scale), the most important first. Of several groups each has its own row of panels."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.group, []).append(line)
     shown = dict(list(groups.items())[:PANELS])
-    with panels(len(shown), len(metrics)) as (figure, grid):
-        for row, (group, members) in zip(grid, shown.items(), strict=True):
-            for axes, (metric, (title, scale)) in zip(row, metrics.items(), strict=True):
-                for number, line in enumerate(members[:LINES]):
-                    _draw(axes, line, metric, scale, number)
-                _label(axes, members, x_name, f"{title}\n{group}" if group else title)
-                if "drop" in metric:
-                    axes.set_ylim(bottom=0)
-        legend(figure, grid[0][0])
+    columns = _COLUMNS if len(shown) == 1 else _METRICS
+    drawn_metrics = list(metrics.items())[: None if len(shown) == 1 else _METRICS]
+    wanted = [(group, metric) for group in shown for metric in drawn_metrics]
+    with panels(*panel_rows(len(wanted), columns)) as (figure, grid):
+        every = [axes for row in grid for axes in row]
+        for axes, (group, (metric, (title, scale))) in zip(every, wanted, strict=False):
+            for number, line in enumerate(shown[group][:LINES]):
+                _draw(axes, line, metric, scale, number)
+            _label(axes, shown[group], x_name, f"{title}\n{group}" if group else title)
+            if "drop" in metric:
+                from_zero(axes)
+        for axes in every[len(wanted) :]:
+            axes.set_visible(False)
+        legend(figure, every[0])
         svg = svg_of(figure)
     drawn = sum(min(LINES, len(members)) for members in shown.values())
     return Figure(
@@ -53,7 +62,8 @@ def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str,
         title=f"Losses, evaluations and drops against {x_name}",
         caption="A dot a seed; the line joins means; bars are 95% t intervals of the mean over seeds (three at least), "
         "which hold what all points of a seed share; those of minus baseline, which is taken seed by seed, do not."
-        + left_out(drawn, len(lines), "lines"),
+        + left_out(drawn, len(lines), "lines")
+        + left_out(len(drawn_metrics), len(metrics), "numbers"),
         svg=svg,
         columns=["group", "line", x_name, "metric", "seed", "value", "mean", "low", "high"],
         rows=_rows(lines, metrics),

@@ -42,6 +42,11 @@ def panel_rows(count: int, columns: int) -> tuple[int, int]:
     return -(-count // columns), columns
 
 
+def from_zero(axes: Axes) -> None:
+    """Rates and shares: an axis that starts at 0, with room above what is drawn."""
+    axes.set_ylim(0, max(1.08 * axes.get_ylim()[1], 1e-9))
+
+
 def look(number: int) -> tuple[str, str]:
     """Colour and marker of a series."""
     return SERIES[number % len(SERIES)]

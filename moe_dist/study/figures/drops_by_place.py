@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_dist.study.figures.canvas import LINES, left_out, legend, look, panels, spread_over
+from moe_dist.study.figures.canvas import LINES, from_zero, left_out, legend, look, panels, spread_over
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced
@@ -35,7 +35,7 @@ def drops_by_place(cells: Mapping[str, Reduced]) -> Figure | None:
                     color, marker = look(number)
                     axes.plot(100 * rates, color=color, marker=marker, label=name)
             axes.set_title(title)
-            axes.set_ylim(bottom=0)
+            from_zero(axes)
         grid[0][0].set_ylabel("assignments dropped (%)")
         legend(figure, grid[0][0])
         svg = svg_of(figure)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import PANELS, left_out, legend, look, panel_rows, panels, spread_over
+from moe_dist.study.figures.canvas import PANELS, from_zero, left_out, legend, look, panel_rows, panels, spread_over
 from moe_dist.study.page.model import Figure
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -75,4 +75,4 @@ def _draw(axes: Axes, layers: Sequence[LayerSplit]) -> None:
     ticks = spread_over(range(len(layers)), 8)
     axes.set_xticks(ticks, [layers[at].layer.removeprefix("layer ") for at in ticks])
     axes.set_xlabel("layer")
-    axes.set_ylim(bottom=0)
+    from_zero(axes)

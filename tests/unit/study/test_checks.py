@@ -1,0 +1,148 @@
+"""Every check of the design, violated once; and the exit code of `--check`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.study.answer import answer
+from moe_dist.study.cells import cells
+from moe_dist.study.checks import Finding, check
+from moe_dist.study.command import study as command_line
+from moe_dist.study.grid import CAPACITY, Point, Study
+from moe_dist.study.ledger import Ledger
+from tests.unit.study.synthetic import QUESTION, STUDY, plant, planted_losses, planted_study
+
+LOSS = planted_losses({0.5: 0.03, 1.0: 0.0, 0.75: 0.0, None: 0.0})
+FIRST = "capacity_factor=0.5-seed=0"
+
+
+def findings(study: Study, change: Any = None, spoil: str = "") -> list[Finding]:
+    """spoil: a line that is none, at the end."""
+    plant(study, LOSS, change=change)
+    with study.ledger.open("a") as file:
+        file.write(spoil)
+    ledger = Ledger(study.ledger)
+    latest, grid = ledger.latest(), cells(study, ledger.latest())
+    return check(study, grid, latest, answer(study, grid).families, ledger.read()[1])
+
+
+def only(name: str, **fields: Any) -> Any:
+    return lambda point: fields if point.name == name else {}
+
+
+def capped(**fields: Any) -> Any:
+    return lambda point: fields if point.axes[CAPACITY] is not None else {}
+
+
+def test_a_whole_study_keeps_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = planted_study(tmp_path)
+    assert findings(study) == []
+    assert command_line(["report", str(study.path), "--check"]) == 0
+    assert capsys.readouterr().out == "The design supports the question.\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "said", "points"),
+    [
+        (only(FIRST, status="failed", reason="no luck"), "finished", "1 point failed and is left out", (FIRST,)),
+        (only(FIRST, validation_loss=None), "pairs", "seeds 0 of capacity_factor 0.5 or its baseline lack", (FIRST,)),
+        (
+            capped(tokens=51_712),
+            "budget",
+            "capacity_factor 0.5 was trained on 51712 tokens and its baseline on 51200",
+            5,
+        ),
+        (only(FIRST, steps=99), "schedule", "ended at another step than the schedule does", (FIRST,)),
+        (
+            capped(schedule={"steps": 100, "warmup_steps": 10, "evaluations": 4}),
+            "schedule",
+            "capacity_factor 0.5 has warm-up over steps 0.1 and its baseline 0.02",
+            5,
+        ),
+        (
+            capped(schedule={"steps": 100, "warmup_steps": 2, "evaluations": 8}),
+            "schedule",
+            "capacity_factor 0.5 has evaluations 8 and its baseline 4",
+            5,
+        ),
+        (lambda point: {"validation_loss": None}, "evaluations", "there is no dropless validation loss", 15),
+        (only(FIRST, validation_loss_capped=None), "evaluations", "no validation loss with the capacity", (FIRST,)),
+        (only(FIRST, skipped_steps=1), "steadiness", "skipped steps", (FIRST,)),
+        (only(FIRST, roll_backs=2), "steadiness", "were rolled back", (FIRST,)),
+        (only(FIRST, revision="def"), "software", "revision differs: def of 1 point, abc of 14 points", (FIRST,)),
+        (only(FIRST, versions={"torch": "2.8", "moe_dist": "1"}), "software", "torch differs", (FIRST,)),
+        (
+            only(FIRST, machine={"host": "h", "cpu": "c", "threads": 1, "device": "cpu"}),
+            "machine",
+            "threads differs: 1 of 1 point, 2 of 14 points",
+            (FIRST,),
+        ),
+        (only(FIRST, device="cuda"), "machine", "device differs: cuda of 1 point", (FIRST,)),
+        (only(FIRST, data_digest="d1"), "data", "data digest differs: d1 of 1 point", (FIRST,)),
+        (
+            only(FIRST, seeds={"weights": 0, "data": 7}),
+            "same start",
+            "seed 0 stands for seeds 0, 7 of data, so nothing is paired",
+            2,
+        ),
+    ],
+)
+def test_each_is_seen_and_told(
+    tmp_path: Path, change: Any, name: str, said: str, points: tuple[str, ...] | int
+) -> None:
+    study = planted_study(tmp_path)
+    (found,) = [each for each in findings(study, change) if each.check == name and said in each.what][:1]
+    assert len(found.points) == points if isinstance(points, int) else found.points == points
+    assert found.remedy and said in found.line
+    exit_code = command_line(["report", str(study.path), "--check"])
+    assert exit_code == (0 if found.level == "warning" else 1)
+
+
+def test_missing_points_few_seeds_and_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = planted_study(tmp_path, STUDY.replace("[0, 1, 2, 3, 4]", "[0, 1]") + QUESTION)
+    found = findings(study, spoil="{broken\n")
+    assert [each.check for each in found] == ["ledger", "seeds"]
+    assert "line 7 cannot be read" in found[0].what and found[1].what == "2 of each point, and an interval needs 3"
+    lines = study.ledger.read_text().splitlines()
+    study.ledger.write_text("\n".join(lines[1:6]) + "\n")
+    assert command_line(["report", str(study.path), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert f"violation: finished: 1 point has no result yet ({FIRST}); run `moe-dist study run {study.path}`" in out
+    more = planted_study(tmp_path / "more")
+    plant(more, LOSS)
+    more.ledger.write_text("".join(more.ledger.read_text().splitlines(keepends=True)[3:]))
+    assert command_line(["report", str(more.path), "--check"]) == 1
+    assert "seeds: fewer than 3 have finished" in capsys.readouterr().out
+
+
+def test_a_point_without_a_baseline_is_named(tmp_path: Path) -> None:
+    """None of the grid has the baseline's other key."""
+    text = STUDY.replace("axes:", "axes:\n  model.moe.top_k: [1, 2]")
+    study = planted_study(tmp_path, text + QUESTION)
+    alone = [point for point in study.points if point.axes != {"model.moe.top_k": 2, CAPACITY: None}]
+    study = Study(study.path, study.file, tuple(alone))
+    found = findings(study)
+    (lonely,) = (each for each in found if each.what.startswith("the grid has no baseline"))
+    assert lonely.points == ("top_k 2, capacity_factor 0.5", "top_k 2, capacity_factor 1.0")
+
+
+def test_lines_name_few_points_and_count_the_rest() -> None:
+    line = Finding("violation", "steadiness", "skipped steps", tuple("abcdef"), "lower optim.lr").line
+    assert line == "steadiness: skipped steps (a, b, c, d and 2 more); lower optim.lr"
+
+
+def test_the_worst_leads_the_page(tmp_path: Path) -> None:
+    study = planted_study(tmp_path)
+    plant(study, LOSS, change=only(FIRST, skipped_steps=1, validation_loss_capped=None))
+    assert command_line(["report", str(study.path)]) == 0
+    page = (study.folder / "report.md").read_text()
+    assert page.index("skipped steps") < page.index("no validation loss with the capacity") < page.index("**Does")
+    assert json.loads(study.ledger.read_text().splitlines()[0])["point"] == FIRST
+
+
+def test_seeds_that_share_noise_are_warned_of(tmp_path: Path) -> None:
+    """Two seeds of weights by two of data order are no four repetitions."""
+    study = planted_study(tmp_path)
+    assert isinstance(study.points[0], Point)
