@@ -190,7 +190,7 @@ def _manifest(snapshot: Snapshot, info: RunInfo, shards: list[ShardFile], valida
         step=snapshot.step,
         skipped=snapshot.skipped,
         validation_loss=validation_loss,
-        data_position=Position(seed=info.data_seed, next_step=snapshot.step),
+        data_position=Position(seed=info.seed if info.data_seed is None else info.data_seed, next_step=snapshot.step),
         random_state=Position(seed=info.seed, next_step=snapshot.step),
         run=info.run,
         config=info.config,

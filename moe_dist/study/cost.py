@@ -15,6 +15,7 @@ Legend: T tokens that compete, K top_k, E experts, C rows of an expert.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 from moe_dist.config import Config, MoEConfig
 from moe_dist.config.model import CapacityFactor, ModelConfig
@@ -74,7 +75,7 @@ def in_force(moe: MoEConfig, step: int) -> CapacityFactor:
 
 def buffer_rows(config: Config, ranks: int) -> float:
     """Places that all experts have for an assignment, at the end of training; infinite without a limit."""
-    steps, model = list(_spans(config))[-1]
+    *_, (_, model) = _spans(config)
     places = [_places(config, model.moe, factor, ranks) for factor in _by_layer(model)]
     return sum(places) / max(1, len(places))
 
@@ -84,7 +85,7 @@ def _spans(config: Config) -> Iterator[tuple[int, ModelConfig]]:
     model, steps = config.model, config.train.steps
     moes = (model.moe, model.attention.moe)
     bounds = sorted({0, steps, *(first for moe in moes for first in moe.capacity_schedule if 0 < first < steps)})
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         moe, attention = (replace(each, capacity_factor=in_force(each, first), capacity_schedule={}) for each in moes)
         yield last - first, replace(model, moe=moe, attention=replace(model.attention, moe=attention))
 

@@ -112,7 +112,7 @@ def _keys(file: StudyFile) -> Iterator[str]:
     """No key is set in two places, nor by the study itself."""
     places = _places(file)
     overrides = {inner for key, value in file.overrides.items() for inner in settings(key, value)}
-    for where, keys in [*places.items(), ("overrides", overrides)]:
+    for keys in [*places.values(), overrides]:
         for key in sorted(keys & _OWN_KEYS.keys()):
             yield f"{key} is set by the study itself; {_OWN_KEYS[key]}"
     for (one, ones), (other, others) in itertools.combinations([*places.items(), ("overrides", overrides)], 2):

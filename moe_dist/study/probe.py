@@ -98,7 +98,7 @@ def probe_path(folder: Path) -> Path:
 
 
 def read_probe(folder: Path) -> Probe | None:
-    """What was measured for the study in `folder`; None where nothing was. Raises ValueError for a file that is none."""
+    """Of the study in `folder`; None where nothing was measured. Raises ValueError for a file that is none."""
     path = probe_path(folder)
     if not path.exists():
         return None
