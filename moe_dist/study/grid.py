@@ -16,7 +16,7 @@ and named by what tells them apart: capacity_factor=0.5-seed=0.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class Invalid:
 class Study:
     """A study that has been checked: the configuration of every one of `points` is valid on `ranks` ranks.
 
-    invalid: only for `plan`; else there is none. left_out: points that `exclude` matches.
+    invalid: only for `plan`; else there is none. left_out: points that `exclude` matches. residuals: by which share
+    each point misses the budget that is to be equal; empty without one.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class Study:
     points: tuple[Point, ...]
     invalid: tuple[Invalid, ...] = ()
     left_out: int = 0
+    residuals: dict[str, float] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -165,6 +167,7 @@ def _study(path: Path, file: StudyFile, base: Config, planning: bool) -> Study:
         raise ValueError("\n".join(twice))
     budget = _budget(path, file, base, [draft.config for draft in drafts], planning)
     points: list[Point] = []
+    residuals: dict[str, float] = {}
     first: dict[str, str] = {}  # what makes a run, but where it lies -> the point that is it
     for draft in drafts:
         try:
@@ -176,11 +179,13 @@ def _study(path: Path, file: StudyFile, base: Config, planning: bool) -> Study:
         if twin != draft.name:
             reasons[draft.name].append(f"is {twin} over again: values such as 1 and 1.0 are equal; keep one")
             continue
+        if budget is not None:
+            residuals[draft.name] = budget.residual(config)
         folder = user_path(file.root) / file.name / draft.name
         config = replace(config, run=replace(config.run, root=str(folder), name="run"))
         points.append(Point(len(points), draft.name, draft.axes, draft.number, config, folder, draft.seeds))
     invalid = tuple(Invalid(name, tuple(reasons[name])) for name in names if name in reasons)
-    return Study(path, labelled(file), tuple(points), invalid, file.size - len(names))
+    return Study(path, labelled(file), tuple(points), invalid, file.size - len(names), residuals)
 
 
 def _grid(file: StudyFile) -> Iterator[tuple[dict[str, Any], str, int, dict[str, int]]]:

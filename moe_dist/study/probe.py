@@ -91,6 +91,11 @@ class Probe:
         """Mean over the points."""
         return sum(each.start_seconds for each in self.points) / len(self.points)
 
+    @property
+    def bytes_per_step(self) -> float:
+        """That a run writes beside checkpoints; the larger of the points."""
+        return max(each.bytes_per_step for each in self.points)
+
 
 def probe_path(folder: Path) -> Path:
     """folder: of the study."""
