@@ -19,7 +19,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 
   train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
   status RUN | CONFIG [flags]   how far that run is
-  study run|list|report STUDY   a grid of runs over capacity factors and seeds
+  study plan|run|report STUDY   a grid of runs over capacity factors and seeds
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model

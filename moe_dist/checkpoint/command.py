@@ -17,7 +17,7 @@ _DTYPES: dict[str, Dtype] = {"fp32": "F32", "bf16": "BF16"}  # the names of argu
 _HIGHLIGHTS = (
     "model.d_model model.num_layers model.num_heads model.num_kv_heads model.moe.num_experts model.moe.top_k "
     "model.moe.capacity_factor parallel.ep parallel.tp engine.name engine.zero_stage engine.precision optim.lr "
-    "train.steps train.seq_len train.global_batch train.seed"
+    "train.steps train.seq_len train.global_batch train.seed train.data_seed"
 )
 
 

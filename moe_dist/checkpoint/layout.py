@@ -83,12 +83,14 @@ class Position:
 class RunInfo:
     """What a run writes into each of its checkpoints.
 
-    run: what it must agree on to be continued. config: all of it, resolved, as plain data.
+    run: what it must agree on to be continued. config: all of it, resolved, as plain data. seed: of random numbers;
+    data_seed: of data order; null: seed.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    data_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

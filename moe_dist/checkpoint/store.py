@@ -186,13 +186,12 @@ def _complete(path: Path) -> bool:
 
 
 def _manifest(snapshot: Snapshot, info: RunInfo, shards: list[ShardFile], validation_loss: float | None) -> Manifest:
-    position = Position(seed=info.seed, next_step=snapshot.step)
     return Manifest(
         step=snapshot.step,
         skipped=snapshot.skipped,
         validation_loss=validation_loss,
-        data_position=position,
-        random_state=position,
+        data_position=Position(seed=info.seed if info.data_seed is None else info.data_seed, next_step=snapshot.step),
+        random_state=Position(seed=info.seed, next_step=snapshot.step),
         run=info.run,
         config=info.config,
         kinds=list(STATE_KINDS),

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moe_dist.config.schema import Config
 
@@ -166,5 +167,12 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def _sections(cls: type) -> dict[str, type]:
-    """The fields of a dataclass that are dataclasses themselves."""
-    return {key: hint for key, hint in get_type_hints(cls).items() if isinstance(hint, type) and is_dataclass(hint)}
+    """The fields of a dataclass that are dataclasses themselves, or null."""
+    hints = {
+        key: (hint, *get_args(hint)) if get_origin(hint) in (Union, UnionType) else (hint,)
+        for key, hint in get_type_hints(cls).items()
+    }
+    found = {
+        key: [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)] for key, kinds in hints.items()
+    }
+    return {key: kinds[0] for key, kinds in found.items() if kinds}

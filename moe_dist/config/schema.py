@@ -129,11 +129,18 @@ class TrainConfig:
     Fix this one, not micro_batch, and the tokens that compete for capacity stay the same for every dp."""
     seed: int = 0
     """Of initial weights, data order and random dropping."""
+    data_seed: int | None = None
+    """Of data order, where it is to change apart from the rest. null: seed."""
     threads: int | None = None
     """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that the rank may use / ranks that share them."""
     deterministic: bool = False
     """Refuse operations whose last digits differ from run to run, so that a resumed run is bit-equal on GPUs too (same
     machine, same layout); slower there. On CPU runs repeat bit by bit anyway."""
+
+    @property
+    def order_seed(self) -> int:
+        """`data_seed`, and what null stands for."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,6 +157,9 @@ class RunConfig:
     """Steps between progress lines. metrics.jsonl has every step."""
     eval_every: int = 200
     """Steps between evaluations; there is always one at the end."""
+    evaluations: int | None = None
+    """In place of eval_every: so many evaluations, at equal fractions of the run, the last at its end. null:
+    eval_every."""
     eval_sequences: int = 64
     """Validation sequences (texts, with task = classification) per evaluation; fewer when there are fewer."""
     save_every: int = 500

@@ -7,12 +7,13 @@ parameters.py, which asks the model.)
 |----------|------------------------------------------------|--------------------------------------------------------|
 | nominal  | top_k; under expert_choice those that take it  | MFU: dropped work counts, so dropping does not lower it |
 | executed | those that computed one of its assignments     | MFU across capacity factors                             |
+| at most  | nominal, less what no capacity could hold      | plans and budgets of runs that have not begun           |
 
 Legend: L layers, D d_model, F d_ff, E experts, K experts of a token, H query heads, G key/value heads, P width of a
 head, S sequence, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -70,6 +71,24 @@ def executed_flops(model: ModelConfig, nominal: float, tokens: float, layers: It
     return outside * tokens + 3 * 2 * done
 
 
+def flops_at_most(model: ModelConfig, nominal: float, kept: Sequence[float], kept_by_attention: float = 1.0) -> float:
+    """FLOPs of one token if of the assignments of each MoE layer no more than that share can be computed.
+
+    nominal: of one token, from one of the functions above. kept: for each MoE layer, 0 to 1. kept_by_attention: of the
+    assignments of attention experts in each layer.
+    """
+    never = _met_expert_matrices(model) - _met_expert_matrices(model, kept, kept_by_attention)
+    return nominal - 3 * 2 * float(never)
+
+
+def expert_rows_per_token(model: ModelConfig, kept: Sequence[float], kept_by_attention: float = 1.0) -> float:
+    """Rows of a token that experts receive, over all layers; arguments as in `flops_at_most`."""
+    rows = sum(share * float(experts_of_a_token(model.moe, index)) for index, share in enumerate(kept))
+    if model.attention.kind == "switch":
+        rows += kept_by_attention * model.num_layers * model.attention.moe.top_k
+    return rows
+
+
 def experts_of_a_token(moe: MoEConfig, index: int) -> Fraction:
     """K of MoE layer number `index`: top_k; under expert_choice the mean over tokens of those that take it, as
     capacity_factor says (capacity_schedule is for executed_flops)."""
@@ -96,14 +115,18 @@ def _active_block_matrices(model: ModelConfig) -> float:
     return float(blocks + _met_expert_matrices(model))
 
 
-def _met_expert_matrices(model: ModelConfig) -> Fraction:
-    """Matrix parameters of routed and attention experts of all blocks that one token meets, on average."""
+def _met_expert_matrices(
+    model: ModelConfig, kept: Sequence[float] | None = None, kept_by_attention: float = 1.0
+) -> Fraction:
+    """Matrix parameters of routed and attention experts of all blocks that one token meets, on average. kept: the share
+    of each MoE layer's assignments that is computed; all of None."""
     met = Fraction(0)
-    for index in range(_moe_layers(model)):
+    for index, share in enumerate([1.0] * _moe_layers(model) if kept is None else kept):
         each = _expert_matrices(model, "feed_forward")
-        met += experts_of_a_token(model.moe, index) * Fraction(sum(each), len(each))
+        met += Fraction(share) * experts_of_a_token(model.moe, index) * Fraction(sum(each), len(each))
     if model.attention.kind == "switch":
-        met += model.num_layers * model.attention.moe.top_k * _expert_matrices(model, "attention")[0]
+        heads = model.attention.moe.top_k * _expert_matrices(model, "attention")[0]
+        met += Fraction(kept_by_attention) * model.num_layers * heads
     return met
 
 

@@ -108,7 +108,8 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
         for piece in engine.held(kind):
             piece.values.copy_(values[piece.name].detach().view(-1))
     manifest = reader.manifest
-    info = RunInfo(run=manifest.run, config=manifest.config, seed=manifest.data_position.seed)
+    seeds = dict(seed=manifest.random_state.seed, data_seed=manifest.data_position.seed)
+    info = RunInfo(run=manifest.run, config=manifest.config, **seeds)
     Saver(output / "checkpoints", engine.mesh, Retention(), info).save(engine, manifest.step)
     stop()
     moe = replace(config.model.moe, num_experts=changed.num_experts, d_ff=changed.d_ff, num_groups=changed.num_groups)

@@ -28,7 +28,8 @@ class Keeper:
     ) -> None:
         run = config.run
         retention = Retention(keep_last=run.keep_last, keep_every=run.keep_every, keep_best=run.keep_best)
-        info = RunInfo(run=identity, config=asdict(config), seed=config.train.seed)
+        train = config.train
+        info = RunInfo(run=identity, config=asdict(config), seed=train.seed, data_seed=train.order_seed)
         self.folder, self.engine, self.say = folder, engine, say
         self.saver = Saver(folder.checkpoints, engine.mesh, retention, info, run.async_save, say)
         self.saved: int | None = None

@@ -85,7 +85,7 @@ class Trainer:
             sequence_parallel=parallel.sequence_parallel,
         )
         self.sampler = SequenceSampler(
-            self.task.num_places, self.task.width, config.train.global_batch, config.train.seed
+            self.task.num_places, self.task.width, config.train.global_batch, config.train.order_seed
         )
         with torch.device("meta"):
             held = Held.by(self.task.build(config.model, self.mesh))

@@ -23,7 +23,8 @@ Resume = Literal["never", "auto", "must"]
 OVERRIDES = {
     "data": "other data: steps go on counting, and read what the new data has at their place",
     "tokenizer": "another tokenizer, under which ids mean other texts",
-    "seed": "another seed: another order of the data from here on",
+    "seed": "another seed: another order of the data from here on, unless data_seed names it",
+    "data_seed": "another seed of the data's order",
     "seq_len": "sequences of another length, so another order of the data",
     "global_batch": "another number of sequences a step, so another order of the data",
     "model": "another model: parameters with another shape or name, and their moments, begin anew",
@@ -46,6 +47,7 @@ def identity(config: Config, task: Task) -> dict[str, Any]:
         "data": task.digest,
         "tokenizer": task.tokenizer,
         "seed": train.seed,
+        "data_seed": None if train.order_seed == train.seed else train.order_seed,  # as in checkpoints older than it
         "seq_len": train.seq_len,
         "global_batch": train.global_batch,
         "model": _model_settings(config.model),
@@ -58,7 +60,7 @@ def as_configured(folder: Path, config: Config) -> bool:
 
     def settings(of: Config) -> dict[str, Any]:
         values = asdict(of)
-        train = {name: values["train"][name] for name in ("seed", "seq_len", "global_batch")}
+        train = {name: values["train"][name] for name in ("seed", "data_seed", "seq_len", "global_batch")}
         return {"data": values["data"], "model": _without(values["model"], _HOW), **train}
 
     path = folder / "config.yaml"

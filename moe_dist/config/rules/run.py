@@ -57,14 +57,18 @@ def train_rules(train: TrainConfig) -> Iterator[str]:
     yield from at_most(train, "train", steps=MANY, seq_len=2**24, threads=1024)
     yield from at_most(train, "train", global_batch=2**24, micro_batch=2**24, accumulation=2**24)
     yield from between(train, "train", "seed", 0, 2**63 - 1)
+    yield from between(train, "train", "data_seed", 0, 2**63 - 1)
 
 
 def run_rules(run: RunConfig) -> Iterator[str]:
     yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
+    yield from at_least(1, run, "run", "evaluations")
     yield from at_least(0, run, "run", "sample_tokens")
     yield from above_zero(run, "run", "time_limit", "null is no limit")
     yield from at_most(run, "run", log_every=MANY, eval_every=MANY, eval_sequences=MANY, save_every=MANY)
-    yield from at_most(run, "run", keep_last=MANY, keep_every=MANY, sample_tokens=2**20, time_limit=_TEN_YEARS)
+    yield from at_most(
+        run, "run", evaluations=MANY, keep_last=MANY, keep_every=MANY, sample_tokens=2**20, time_limit=_TEN_YEARS
+    )
     if run.keep_every is not None and run.save_every >= 1 and run.keep_every % run.save_every:
         yield (
             f"keep_every={run.keep_every} is not a multiple of save_every={run.save_every}, so its steps have no "

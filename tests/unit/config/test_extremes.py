@@ -34,7 +34,7 @@ BASES: dict[str, dict[str, Any]] = {
     "classification": {"task": "classification"},
     "zero": {"engine__name": "deepspeed", "engine__zero_stage": 3},
 }
-UNBOUNDED = {"train.seed"}
+UNBOUNDED = {"train.seed", "train.data_seed"}
 
 
 def numbers(hint: Any) -> list[Any]:

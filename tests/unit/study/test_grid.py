@@ -47,7 +47,7 @@ def test_names_of_axes_are_as_short_as_they_can_be() -> None:
         ("name: toy", "", "name: missing"),
         ("seeds: [0, 1]", "seeds: [0, x]", "seeds.1: 'x' is not an integer"),
         ("seeds: [0, 1]", "seeds: []", "seeds is empty"),
-        ("seeds: [0, 1]", "seeds: [1, 1]", "2 points would be called capacity_factor=0.5-seed=1"),
+        ("seeds: [0, 1]", "seeds: [1, 1]", "seeds has 1 2 times: its points would be the same; list every seed once"),
         ("seeds: [0, 1]", "ranks: 0", "ranks=0 is below 1"),
         ("name: toy", "name: ../toy", "name='../toy' is not a simple file name"),
         ("capacity_factor:", "capacty_factor:", "moe.capacty_factor: unknown key; did you mean capacity_factor?"),

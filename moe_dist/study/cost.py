@@ -1,0 +1,133 @@
+"""What a configuration is planned to spend, before anything runs: FLOPs, rows of experts, tokens.
+
+| number | how                                                                                                       |
+|--------|-----------------------------------------------------------------------------------------------------------|
+| FLOPs  | the nominal ones of a token (models/flops.py), less the expert rows that no capacity could hold            |
+| rows   | at most: K a token, or what the experts have places for, whichever is less                                |
+
+A limit of C rows leaves places for at most E * C of K * T assignments, so at a capacity factor below 1 at least the
+rest is not computed, however the router balances; counting it would call a run of factor 0.5 twice as dear in experts
+as it can be. What imbalance drops beyond that nobody knows before, and counts. Buffers are not counted: experts compute
+the rows that came.
+
+Legend: T tokens that compete, K top_k, E experts, C rows of an expert.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+from moe_dist.config import Config, MoEConfig
+from moe_dist.config.model import CapacityFactor, ModelConfig
+from moe_dist.config.rules.batch import batch_shape
+from moe_dist.engine.base import compute_dtype
+from moe_dist.models.flops import (
+    classifier_flops_per_token,
+    expert_rows_per_token,
+    flops_at_most,
+    train_flops_per_token,
+)
+from moe_dist.moe.capacity import expert_capacity
+
+
+def planned_tokens(config: Config) -> float:
+    """Tokens of the whole run, padding included."""
+    train = config.train
+    return float(train.steps * train.global_batch * train.seq_len)
+
+
+def planned_flops(config: Config, ranks: int) -> float:
+    """FLOPs of the whole run, forward and backward, at most."""
+    tokens = config.train.global_batch * config.train.seq_len
+    return sum(steps * tokens * _flops_per_token(config, model, ranks) for steps, model in _spans(config))
+
+
+def planned_rows_bytes(config: Config, ranks: int) -> float:
+    """Bytes of the rows that experts receive in the whole run, over all layers and ranks, at most; as the ledger's
+    dispatch_rows_bytes, which is of a step."""
+    row = config.model.d_model * compute_dtype(config.engine.precision).itemsize
+    tokens = config.train.global_batch * config.train.seq_len
+    return sum(steps * tokens * _rows_per_token(config, model, ranks) * row for steps, model in _spans(config))
+
+
+def planned_crossing_bytes(config: Config, ranks: int) -> float:
+    """Bytes that cross between ranks in the forward passes of the whole run, there and back, if each rank's experts are
+    asked for equally often; as the ledger's dispatch_bytes, which is of a step."""
+    ep, moe = config.parallel.ep, config.model.moe
+    if ep == 1:
+        return 0.0
+    size = compute_dtype(config.engine.precision).itemsize
+    there, back = {"same": (size, size), "bf16": (2, 2), "fp8": (1, 2)}[moe.wire_dtype]
+    share = (there + back) / size * (ep - 1) / ep
+    return planned_rows_bytes(config, ranks) * share
+
+
+def forward_flops(config: Config) -> float:
+    """Of one token in evaluation, which drops nothing."""
+    return _nominal(config, config.model) / 3
+
+
+def in_force(moe: MoEConfig, step: int) -> CapacityFactor:
+    """The capacity factor of training step `step`, counted from 0."""
+    begun = [first for first in moe.capacity_schedule if first <= step]
+    return moe.capacity_schedule[max(begun)] if begun else moe.capacity_factor
+
+
+def buffer_rows(config: Config, ranks: int) -> float:
+    """Places that all experts have for an assignment, at the end of training; infinite without a limit."""
+    *_, (_, model) = _spans(config)
+    places = [_places(config, model.moe, factor, ranks) for factor in _by_layer(model)]
+    return sum(places) / max(1, len(places))
+
+
+def _spans(config: Config) -> Iterator[tuple[int, ModelConfig]]:
+    """(steps, the model as it is in them): one, but for each entry of a capacity_schedule."""
+    model, steps = config.model, config.train.steps
+    moes = (model.moe, model.attention.moe)
+    bounds = sorted({0, steps, *(first for moe in moes for first in moe.capacity_schedule if 0 < first < steps)})
+    for first, last in pairwise(bounds):
+        moe, attention = (replace(each, capacity_factor=in_force(each, first), capacity_schedule={}) for each in moes)
+        yield last - first, replace(model, moe=moe, attention=replace(model.attention, moe=attention))
+
+
+def _flops_per_token(config: Config, model: ModelConfig, ranks: int) -> float:
+    return flops_at_most(model, _nominal(config, model), *_shares(config, model, ranks))
+
+
+def _rows_per_token(config: Config, model: ModelConfig, ranks: int) -> float:
+    return expert_rows_per_token(model, *_shares(config, model, ranks))
+
+
+def _nominal(config: Config, model: ModelConfig) -> float:
+    count = classifier_flops_per_token if config.task == "classification" else train_flops_per_token
+    return count(model, config.train.seq_len)
+
+
+def _shares(config: Config, model: ModelConfig, ranks: int) -> tuple[list[float], float]:
+    """The most that can be kept of the assignments of each MoE layer, and of attention experts', 0 to 1."""
+    layers = [min(1.0, _places(config, model.moe, factor, ranks)) for factor in _by_layer(model)]
+    attention, factor = model.attention.moe, model.attention.moe.capacity_factor
+    if model.attention.kind != "switch" or isinstance(factor, list):
+        return layers, 1.0
+    return layers, min(1.0, _places(config, attention, factor, ranks))
+
+
+def _by_layer(model: ModelConfig) -> list[float | None]:
+    moe = model.moe
+    layers = model.num_layers // moe.every if moe.num_experts else 0
+    return moe.capacity_factor if isinstance(moe.capacity_factor, list) else [moe.capacity_factor] * layers
+
+
+def _places(config: Config, moe: MoEConfig, factor: float | None, ranks: int) -> float:
+    """Places of all experts of a layer over its assignments. Under expert_choice the count of FLOPs has it already."""
+    if factor is None:
+        return float("inf")
+    if moe.router == "expert_choice":
+        return 1.0
+    tp = config.parallel.tp
+    shape = batch_shape(config.train, ranks // tp)
+    whole = moe.capacity_scope == "global"
+    tokens = shape.seq_len * shape.micro_step_sequences if whole else shape.seq_len * shape.micro_batch // tp
+    capacity = expert_capacity(factor, moe.top_k, tokens, moe.num_experts, moe.min_capacity)
+    assert capacity is not None
+    return moe.num_experts * capacity / (moe.top_k * tokens)
