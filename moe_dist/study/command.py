@@ -1,6 +1,7 @@
 """`moe-dist study run | list | report STUDY.yaml`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from moe_dist.config.flags import Parser
@@ -11,7 +12,7 @@ from moe_dist.study.ledger import Ledger
 
 _ABOUT = """A study trains every combination of some settings with several seeds, and reports what they did.
 
-run     trains the points that have not finished, one after another; start it again to continue, or beside itself
+run     trains the points that have not finished, at_once at a time; start it again to continue, or beside itself
 list    says how far each point is
 report  draws the figure (PNG and SVG) and writes report.md from the ledger, for as many points as have finished
 """
@@ -27,12 +28,13 @@ def study(args: Sequence[str]) -> int:
 
             points = chosen.points if options.point is None else [chosen.point(options.point)]
             with output_never_fatal():  # hours of work, whose record is the ledger
-                return Runner(chosen).run(points)
+                _readable(chosen)
+                return Runner(chosen, at_once=options.at_once).run(points)
         case "list":
             return _list(chosen, options.count, options.point)
     from moe_dist.study.report import write_report
 
-    written = write_report(chosen, Ledger(chosen.ledger).latest())
+    written = write_report(chosen, _readable(chosen).latest())
     print("\n".join(str(path) for path in written) or f"{chosen.ledger}: no point has finished yet")
     return 0 if written else 1
 
@@ -41,12 +43,20 @@ def _list(chosen: Study, count: bool, point: int | None) -> int:
     if count:
         print(len(chosen.points))
         return 0
-    from moe_dist.study.runner import state
+    from moe_dist.study.state import state
 
-    latest = Ledger(chosen.ledger).latest()
+    latest = _readable(chosen).latest()
     for each in chosen.points if point is None else [chosen.point(point)]:
         print(f"{each.index:3d}  {each.name}  {state(each, latest)}")
     return 0
+
+
+def _readable(chosen: Study) -> Ledger:
+    """The ledger, once its lines that cannot be read are told."""
+    ledger = Ledger(chosen.ledger)
+    for complaint in ledger.read()[1]:
+        print(f"moe-dist: {complaint}", file=sys.stderr, flush=True)
+    return ledger
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("study", type=user_path, metavar="STUDY.yaml")
         if name != "report":
             command.add_argument("--point", type=int, metavar="N", help="this point alone, from 0; for job arrays")
+        if name == "run":
+            command.add_argument("--at-once", type=int, metavar="N", help="points at a time, in place of the study's")
         if name == "list":
             command.add_argument("--count", action="store_true", help="print how many points there are")
     return parser

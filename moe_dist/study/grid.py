@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_dist.config import Config, validate
 from moe_dist.config.load import dump_config, load_config
@@ -35,6 +35,7 @@ _OWN_KEYS = {
     "run.name": "a point is named by its axes",
     "run.root": "set root at the top of the study",
 }
+_SUBMITTED = ("array", "dependency", "parsable", "test-only", "wait", "wrap")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +58,14 @@ class StudyFile:
     """Processes of this machine that train one point."""
     root: str = "runs/studies"
     """From the folder you are in, like run.root."""
+    executor: Literal["local", "slurm"] = "local"
+    """Who runs the points: `moe-dist study run` itself, or Slurm, by way of `moe-dist study submit`."""
+    at_once: int = 1
+    """Points at a time."""
+    retries: int = 1
+    """How often a point that has failed is tried again."""
+    slurm: dict[str, Scalar] = field(default_factory=dict)
+    """Options of sbatch by their long names; true for one that takes no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +192,17 @@ def _rules(file: StudyFile) -> Iterator[str]:
         yield f"name={file.name!r} is not a simple file name; make it of letters, digits, '.', '_' and '-'"
     if file.ranks < 1:
         yield f"ranks={file.ranks} is below 1; set ranks to 1 or more"
+    if file.at_once < 1:
+        yield f"at_once={file.at_once} is below 1; set how many points may run at a time, for example 1"
+    if file.retries < 0:
+        yield f"retries={file.retries} is below 0; 0 tries each point once"
+    for option, value in file.slurm.items():
+        if not re.fullmatch(r"[a-z]+(-[a-z]+)*", option):
+            yield f"slurm.{option} is not the long name of an option of sbatch; write time, not -t or --time"
+        if option in _SUBMITTED:
+            yield f"slurm.{option} is set by moe-dist study submit itself; leave it out"
+        if value is None or value is False:
+            yield f"slurm.{option}={show(value)} says nothing; leave it out (true stands for an option without a value)"
     if not file.seeds:
         yield "seeds is empty; list at least one, for example [0]"
     if not file.axes:
