@@ -1,4 +1,4 @@
-"""`moe-dist study run | list | report STUDY.yaml`."""
+"""`moe-dist study run | submit | list | report STUDY.yaml`."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ from moe_dist.study.ledger import Ledger
 _ABOUT = """A study trains every combination of some settings with several seeds, and reports what they did.
 
 run     trains the points that have not finished, at_once at a time; start it again to continue, or beside itself
+submit  hands them to Slurm as job arrays, at most at_once at a time; what follows `--` are options of sbatch
 list    says how far each point is
 report  draws the figure (PNG and SVG) and writes report.md from the ledger, for as many points as have finished
 """
@@ -20,16 +21,21 @@ report  draws the figure (PNG and SVG) and writes report.md from the ledger, for
 
 def study(args: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 1 a point failed or none has finished yet, 75 stopped by a signal."""
-    options = _parser().parse_args(list(args))
+    own, of_sbatch = _at_dashes(list(args))
+    options = _parser().parse_args(own)
+    if of_sbatch and options.command != "submit":
+        raise ValueError(
+            f"command line: {' '.join(of_sbatch)}: moe-dist study {options.command} takes nothing after --"
+        )
     chosen = load_study(options.study)
     match options.command:
         case "run":
-            from moe_dist.study.runner import Runner
+            return _run(chosen, options.point, options.at_once)
+        case "submit":
+            from moe_dist.study.slurm import submit
 
-            points = chosen.points if options.point is None else [chosen.point(options.point)]
-            with output_never_fatal():  # hours of work, whose record is the ledger
-                _readable(chosen)
-                return Runner(chosen, at_once=options.at_once).run(points)
+            _readable(chosen)
+            return submit(chosen, options.at_once, options.dry_run, of_sbatch)
         case "list":
             return _list(chosen, options.count, options.point)
     from moe_dist.study.report import write_report
@@ -37,6 +43,20 @@ def study(args: Sequence[str]) -> int:
     written = write_report(chosen, _readable(chosen).latest())
     print("\n".join(str(path) for path in written) or f"{chosen.ledger}: no point has finished yet")
     return 0 if written else 1
+
+
+def _run(chosen: Study, point: int | None, at_once: int | None) -> int:
+    if chosen.file.executor == "slurm" and point is None:
+        raise ValueError(
+            f"{chosen.path} has executor: slurm: hand it in with moe-dist study submit {chosen.path}; to run points on "
+            "this machine, name one with --point, or set executor: local"
+        )
+    from moe_dist.study.runner import Runner
+
+    points = chosen.points if point is None else [chosen.point(point)]
+    with output_never_fatal():  # hours of work, whose record is the ledger
+        _readable(chosen)
+        return Runner(chosen, at_once=at_once).run(points)
 
 
 def _list(chosen: Study, count: bool, point: int | None) -> int:
@@ -59,16 +79,25 @@ def _readable(chosen: Study) -> Ledger:
     return ledger
 
 
+def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
+    """What is before a -- and behind it."""
+    at = args.index("--") if "--" in args else len(args)
+    return args[:at], args[at + 1 :]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("moe-dist study", _ABOUT)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,list,report}")
-    for name in ("run", "list", "report"):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,submit,list,report}")
+    for name in ("run", "submit", "list", "report"):
         command = commands.add_parser(name, prog=f"moe-dist study {name}")
         command.add_argument("study", type=user_path, metavar="STUDY.yaml")
-        if name != "report":
+        if name in ("run", "list"):
             command.add_argument("--point", type=int, metavar="N", help="this point alone, from 0; for job arrays")
-        if name == "run":
+        if name in ("run", "submit"):
             command.add_argument("--at-once", type=int, metavar="N", help="points at a time, in place of the study's")
+        if name == "submit":
+            command.add_argument("--dry-run", action="store_true", help="print the calls of sbatch, and make none")
+            command.usage = "moe-dist study submit STUDY.yaml [--at-once N] [--dry-run] [-- OPTIONS OF SBATCH]"
         if name == "list":
             command.add_argument("--count", action="store_true", help="print how many points there are")
     return parser

@@ -75,7 +75,7 @@ class Ledger:
         return self._ended[point]
 
     def _follow(self) -> None:
-        another, lines = self._lines.new()
+        another, lines = self._lines.all_new()
         if another:
             self._forget()
         for line in lines:

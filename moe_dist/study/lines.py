@@ -1,9 +1,11 @@
 """The lines of a file that others append to, each read once: for whoever looks again and again. Light: no torch."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_BLOCK = 1 << 26
 _KEPT = 256  # bytes before the place that was read to, by which the file is known again
 
 
@@ -16,8 +18,8 @@ class Lines:
         self._at, self._before, self._inode = 0, b"", -1
 
     def new(self) -> tuple[bool, list[bytes]]:
-        """(whether this is another file than before, so that all lines so far are void; the lines since, without their
-        newlines). Costs one look at the file's size where nothing has come.
+        """(whether this is another file than before, so that all lines so far are void; the next lines, without their
+        newlines, of at most 64 MiB). Costs one look at the file's size where nothing has come.
 
         Another file: replaced, cut off before the place that was read to, or with other bytes just before it.
         """
@@ -30,14 +32,27 @@ class Lines:
                 if another:
                     self._forget()
                 file.seek(self._at)
-                lines = self._take(file.read())
+                data = file.read(_BLOCK)
+                lines = self._take(data)
         except FileNotFoundError:
             void = self._at > 0
             self._forget()
             return void, []
-        self._seen = seen.st_ino, seen.st_size, seen.st_mtime_ns
+        self._seen = (seen.st_ino, seen.st_size, seen.st_mtime_ns) if len(data) < _BLOCK else None
         self._inode = seen.st_ino
         return another, lines
+
+    def all_new(self) -> tuple[bool, Iterator[bytes]]:
+        """As `new`, whatever has come."""
+        another, lines = self.new()
+
+        def rest() -> Iterator[bytes]:
+            more = lines
+            while more:
+                yield from more
+                _, more = self.new()
+
+        return another, rest()
 
     def _take(self, data: bytes) -> list[bytes]:
         """data: from where the last whole line ended."""

@@ -51,17 +51,14 @@ class Standing:
         self._paces: dict[str, float] = {}
         self._work: dict[str, float] = {}
 
-    def rows(self, running: Sequence[Point]) -> list[Row]:
-        return [self._row(point) for point in running]
-
-    def frame(self, name: str, running: Sequence[Point], at_once: int) -> Group:
-        """A line of the whole study, and a table of its running points."""
-        latest, rows = self.ledger.latest(), self.rows(running)
+    def look(self, name: str, running: Sequence[Point], at_once: int) -> tuple[str, Group]:
+        """A line of the whole study; it, and a table of the running points."""
+        latest, rows = self.ledger.latest(), [self._row(point) for point in running]
         self._work = self._work or {point.name: work(point) for point in self.points}
         seconds = left_seconds(self._work, latest, rows, at_once)
-        parts = [Text(headline(name, self.points, latest, rows, seconds))]
+        line = headline(name, self.points, latest, rows, seconds)
         if not rows:
-            return Group(*parts)
+            return line, Group(Text(line))
         table = Table(box=None, pad_edge=False)
         for title in ("running", "step", "loss", "ms a step", "left"):
             table.add_column(title, justify="left" if title == "running" else "right")
@@ -71,7 +68,7 @@ class Standing:
             cells.append("" if row.left is None else duration(row.left))
             table.add_row(Text(row.point.name), *cells)
         more = [Text(f"and {len(rows) - _ROWS} more")] if len(rows) > _ROWS else []
-        return Group(*parts, table, *more)
+        return line, Group(Text(line), table, *more)
 
     def _row(self, point: Point) -> Row:
         record = last_record(point.run)
@@ -126,7 +123,8 @@ class Screen:
         now = time.monotonic()
         if self._live is not None and now - self._shown >= _EVERY:
             self._shown = now
-            self._live.update(self._standing.frame(self._name, running, self._at_once), refresh=True)
+            _, shown = self._standing.look(self._name, running, self._at_once)
+            self._live.update(shown, refresh=True)
 
 
 def headline(

@@ -27,8 +27,9 @@ from moe_dist.study.ledger import Ledger
 from moe_dist.study.live import Screen
 from moe_dist.study.local import Share, environment, on_cores, shares, visible_gpus
 from moe_dist.study.measure import identity, measure, started
-from moe_dist.study.state import lock_of, refuse_other_settings, summary
+from moe_dist.study.state import refuse_other_settings, summary
 from moe_dist.study.wake import woken
+from moe_dist.study.whereabouts import lock_of, remember
 from moe_dist.train.exit_codes import DONE, FAILED, SAVED
 from moe_dist.train.record.status import FILE, describe_status, read_status
 
@@ -93,6 +94,7 @@ class Runner:
         self._free = shares(at_once, ranks, os.sched_getaffinity(0), gpus)
         self.at_once = at_once
         self._waiting.extend(points)
+        remember(self.study)
         with woken(self._stop) as wait, Screen(self.study, self.ledger, points, at_once) as self.screen:
             try:
                 self._work(wait)

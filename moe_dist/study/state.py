@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from moe_dist.config import Config
@@ -11,12 +10,8 @@ from moe_dist.config.load import dump_config, load_config
 from moe_dist.disk import is_locked
 from moe_dist.study.grid import Point
 from moe_dist.study.measure import loss_unit
+from moe_dist.study.whereabouts import lock_of
 from moe_dist.train.record.status import describe_status, read_status
-
-
-def lock_of(point: Point) -> Path:
-    """Held by the runner of the point, and by the process that trains it."""
-    return point.folder / "lock"
 
 
 def summary(record: dict[str, Any]) -> str:

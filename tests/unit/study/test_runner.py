@@ -14,7 +14,8 @@ from moe_dist.disk import locked
 from moe_dist.study.grid import load_study
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.runner import Runner, train_command
-from moe_dist.study.state import lock_of, state
+from moe_dist.study.state import state
+from moe_dist.study.whereabouts import lock_of
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
 
