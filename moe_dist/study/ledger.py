@@ -3,7 +3,7 @@
 Lines are only ever appended, under a lock and forced onto the disk, so any number of runners may share it. A last line
 without its end, torn by a power cut, is ignored by readers and removed by the next writer; where the disk is full, what
 was written of a line is taken back. Any other line that cannot be read is named, and the rest is used: the point that
-it was is recorded again from its run.
+it was is recorded again from its run. Light: no torch.
 """
 
 import json
@@ -103,6 +103,11 @@ class Ledger:
         for start, line in lines_backwards(self.path):
             return size if start + len(line) < size else start
         return 0
+
+
+def loss_unit(record: dict[str, Any]) -> str:
+    """Of a finished point's losses."""
+    return "nats/text" if "validation_accuracy" in record else "nats/token"
 
 
 def _write(file: int, line: bytes, at: int) -> None:

@@ -2,12 +2,14 @@
 time left, which needs the FLOPs of each point (models/flops.py).
 
 Time left: a point takes as many seconds for a FLOP as the finished ones did on average, or while there are none, as the
-running ones do; a running one goes on at the pace of its last steps. Start-up and evaluations are left out.
+running ones do; a running one goes on at the pace of its last steps. Start-up, evaluations and saves are counted where
+this process has seen a point from its start to its end.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,12 +52,19 @@ class Standing:
         self.points, self.ledger = points, ledger
         self._paces: dict[str, float] = {}
         self._work: dict[str, float] = {}
+        self._besides: list[float] = []
+
+    def took(self, point: Point, seconds: float) -> None:
+        """A finished point, by the clock."""
+        record = self.ledger.of(point.name) or {}
+        self._besides.append(max(0.0, seconds - float(record.get("seconds", seconds))))
 
     def look(self, name: str, running: Sequence[Point], at_once: int) -> tuple[str, Group]:
         """A line of the whole study; it, and a table of the running points."""
         latest, rows = self.ledger.latest(), [self._row(point) for point in running]
         self._work = self._work or {point.name: work(point) for point in self.points}
-        seconds = left_seconds(self._work, latest, rows, at_once)
+        besides = fmean(self._besides) if self._besides else 0.0
+        seconds = left_seconds(self._work, latest, rows, at_once, besides)
         line = headline(name, self.points, latest, rows, seconds)
         if not rows:
             return line, Group(Text(line))
@@ -118,6 +127,10 @@ class Screen:
             self._said.add(text)
             self.say(text)
 
+    def took(self, point: Point, seconds: float) -> None:
+        """A point has finished that ran from its start to its end within so many seconds."""
+        self._standing.took(point, seconds)
+
     def show(self, running: Sequence[Point]) -> None:
         """Draw the table anew, unless that was within the last second."""
         now = time.monotonic()
@@ -153,9 +166,13 @@ def work(point: Point) -> float:
 
 
 def left_seconds(
-    work: Mapping[str, float], latest: Mapping[str, dict[str, Any]], rows: Sequence[Row], at_once: int
+    work: Mapping[str, float],
+    latest: Mapping[str, dict[str, Any]],
+    rows: Sequence[Row],
+    at_once: int,
+    besides: float = 0.0,
 ) -> float | None:
-    """work: of every point by its name. None while nothing tells.
+    """work: of every point by its name; besides: seconds that a point takes beside its steps. None while nothing tells.
 
     (what the running ones have left + what the others have to do) / at_once, at least as long as the longest running
     """
@@ -167,6 +184,7 @@ def left_seconds(
     if flops == 0:
         return None
     pace = sum(seconds for seconds, _ in seen) / flops
-    waiting = pace * sum(flops for name, flops in work.items() if name not in running and name not in finished)
+    others = [flops for name, flops in work.items() if name not in running and name not in finished]
+    waiting = pace * sum(others) + besides * len(others)
     lefts = [pace * work[name] if row.left is None else row.left for name, row in running.items()]
     return max((waiting + sum(lefts)) / at_once, *lefts, 0.0)

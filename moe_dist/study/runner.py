@@ -185,6 +185,8 @@ class Runner:
                 after = {"state": "failed", "reason": str(error)}
             if after["state"] == "finished":
                 self._finish(point)
+                if before["state"] == "none":
+                    self.screen.took(point, time.monotonic() - attempt.began)
             elif self.stopped or (after["state"] == "preempted" and after != before):
                 self._say(point, f"stopped: {describe_status(after)}; the same command continues it")
                 if not self.stopped:  # somebody asked the process alone: they want the machine

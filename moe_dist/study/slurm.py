@@ -67,19 +67,19 @@ def submit(study: Study, at_once: int | None, dry_run: bool, options: Sequence[s
             raise ValueError(
                 f"all {len(left)} points left wait or run already; to hand them in anew, scancel their job"
             )
-        previous: str | None = None
+        handed: list[str] = []
         limit = study.file.at_once if at_once is None else at_once
         for array in arrays(new, max_array_size()):
-            command = sbatch_command(study, root, array, limit, previous, options)
+            command = sbatch_command(study, root, array, limit, handed[-1] if handed else None, options)
             if dry_run:
                 print(shlex.join(command))
-                previous = "THE_JOB_BEFORE"
+                handed.append("THE_JOB_BEFORE")
                 continue
-            previous = _hand_in(study, root, command, array)
-            print(f"job {previous}: points {ranges(array.points)} of {study.file.name}, at most {limit} at once")
+            handed.append(_hand_in(study, root, command, array))
+            print(f"job {handed[-1]}: points {ranges(array.points)} of {study.file.name}, at most {limit} at once")
     if not dry_run:
-        jobs = f"squeue --array --jobs={previous}"
-        print(f"follow it with: {jobs}; moe-dist watch {study.path}; {study.folder}/slurm has what each task says")
+        print(f"  squeue --array --jobs={','.join(handed)}        which of them wait or run")
+        print(f"  moe-dist watch {study.path}        how far they are; {study.folder}/slurm has what each task says")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""How far the points of a study are, in words, and whether one may go on as it is."""
+"""How far the points of a study are, in words, and whether one may go on as it is. Light: no torch."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from moe_dist.config import Config
 from moe_dist.config.load import dump_config, load_config
 from moe_dist.disk import is_locked
 from moe_dist.study.grid import Point
-from moe_dist.study.measure import loss_unit
+from moe_dist.study.ledger import loss_unit
 from moe_dist.study.whereabouts import lock_of
 from moe_dist.train.record.status import describe_status, read_status
 
