@@ -1,6 +1,7 @@
-"""`moe-dist study plan | run | list | report STUDY.yaml`."""
+"""`moe-dist study plan | run | submit | list | report STUDY.yaml`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from moe_dist.study.ledger import Ledger
 _ABOUT = """A study trains every combination of some settings with several seeds, and reports what they did.
 
 plan    says what it will train, cost and be able to show; times a few steps of its smallest and largest point
-run     trains the points that have not finished, one after another; start it again to continue, or beside itself
+run     trains the points that have not finished, at_once at a time; start it again to continue, or beside itself
+submit  hands them to Slurm as job arrays, at most at_once at a time; what follows `--` are options of sbatch
 list    says how far each point is
 report  writes a page (HTML and Markdown, with its figures and data) of as many points as have finished: the question
         and its answer first; with --check it only says whether the design supports the question
@@ -22,32 +24,26 @@ report  writes a page (HTML and Markdown, with its figures and data) of as many 
 
 def study(args: Sequence[str]) -> int:
     """Returns the exit code: 0 done, 1 a point failed, is refused or none has finished, 75 stopped by a signal."""
-    options = _parser().parse_args(list(args))
+    own, of_sbatch = _at_dashes(list(args))
+    options = _parser().parse_args(own)
+    if of_sbatch and options.command != "submit":
+        raise ValueError(
+            f"command line: {' '.join(of_sbatch)}: moe-dist study {options.command} takes nothing after --"
+        )
     if options.command == "plan":
         return _plan(options.study, options.probe, options.json)
     chosen = load_study(options.study)
     match options.command:
         case "run":
-            from moe_dist.study.runner import Runner
+            return _run(chosen, options.point, options.at_once)
+        case "submit":
+            from moe_dist.study.slurm import submit
 
-            points = chosen.points if options.point is None else [chosen.point(options.point)]
-            with output_never_fatal():  # hours of work, whose record is the ledger
-                return Runner(chosen).run(points)
+            _readable(chosen)
+            return submit(chosen, options.at_once, options.dry_run, of_sbatch)
         case "list":
             return _list(chosen, options.count, options.point)
     return _report(chosen, options.check, options.output)
-
-
-def _report(chosen: Study, only_check: bool, output: Path | None) -> int:
-    from moe_dist.study.report import check_study, write_report
-
-    if only_check:
-        findings = check_study(chosen)
-        print("\n".join(f"{each.level}: {each.line}" for each in findings) or "The design supports the question.")
-        return int(any(each.level == "violation" for each in findings))
-    written = write_report(chosen, output)
-    print("\n".join(str(path) for path in written[:2]) or f"{chosen.ledger}: no point has finished yet")
-    return 0 if written else 1
 
 
 def _plan(path: Path, probe: bool, as_json: bool) -> int:
@@ -64,36 +60,81 @@ def _plan(path: Path, probe: bool, as_json: bool) -> int:
     return 1 if plan.study.invalid else 0
 
 
+def _report(chosen: Study, only_check: bool, output: Path | None) -> int:
+    """1 before any result; of a check, where the design breaks a rule."""
+    from moe_dist.study.report import check_study, write_report
+
+    if only_check:
+        findings = check_study(chosen)
+        print("\n".join(f"{each.level}: {each.line}" for each in findings) or "The design supports the question.")
+        return int(any(each.level == "violation" for each in findings))
+    _readable(chosen)
+    written = write_report(chosen, output)
+    print("\n".join(str(path) for path in written[:2]) or f"{chosen.ledger}: no point has finished yet")
+    return 0 if written else 1
+
+
+def _run(chosen: Study, point: int | None, at_once: int | None) -> int:
+    if chosen.file.executor == "slurm" and point is None:
+        raise ValueError(
+            f"{chosen.path} has executor: slurm: hand it in with moe-dist study submit {chosen.path}; to run points on "
+            "this machine, name one with --point, or set executor: local"
+        )
+    from moe_dist.study.runner import Runner
+
+    points = chosen.points if point is None else [chosen.point(point)]
+    with output_never_fatal():  # hours of work, whose record is the ledger
+        _readable(chosen)
+        return Runner(chosen, at_once=at_once).run(points)
+
+
 def _list(chosen: Study, count: bool, point: int | None) -> int:
     if count:
         print(len(chosen.points))
         return 0
-    from moe_dist.study.runner import state
+    from moe_dist.study.state import state
 
-    latest = Ledger(chosen.ledger).latest()
+    latest = _readable(chosen).latest()
     for each in chosen.points if point is None else [chosen.point(point)]:
         print(f"{each.index:3d}  {each.name}  {state(each, latest)}")
     return 0
 
 
+def _readable(chosen: Study) -> Ledger:
+    """The ledger, once its lines that cannot be read are told."""
+    ledger = Ledger(chosen.ledger)
+    for complaint in ledger.read()[1]:
+        print(f"moe-dist: {complaint}", file=sys.stderr, flush=True)
+    return ledger
+
+
+def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
+    """What is before a -- and behind it."""
+    at = args.index("--") if "--" in args else len(args)
+    return args[:at], args[at + 1 :]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("moe-dist study", _ABOUT)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,run,list,report}")
-    for name in ("plan", "run", "list", "report"):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,run,submit,list,report}")
+    for name in ("plan", "run", "submit", "list", "report"):
         command = commands.add_parser(name, prog=f"moe-dist study {name}")
         command.add_argument("study", type=user_path, metavar="STUDY.yaml")
         if name == "plan":
-            command.add_argument(
-                "--no-probe", dest="probe", action="store_false", help="train nothing to estimate time"
-            )
+            no_probe = "train nothing to estimate time"
+            command.add_argument("--no-probe", dest="probe", action="store_false", help=no_probe)
             command.add_argument("--json", action="store_true", help="for programs, with every point")
         if name == "report":
-            command.add_argument(
-                "--check", action="store_true", help="only check the design; exit code 1 on violations"
-            )
+            check = "only check the design; exit code 1 on violations"
+            command.add_argument("--check", action="store_true", help=check)
             command.add_argument("--output", type=user_path, metavar="FOLDER", help="of the page; else the study's own")
         if name in ("run", "list"):
             command.add_argument("--point", type=int, metavar="N", help="this point alone, from 0; for job arrays")
+        if name in ("run", "submit"):
+            command.add_argument("--at-once", type=int, metavar="N", help="points at a time, in place of the study's")
+        if name == "submit":
+            command.add_argument("--dry-run", action="store_true", help="print the calls of sbatch, and make none")
+            command.usage = "moe-dist study submit STUDY.yaml [--at-once N] [--dry-run] [-- OPTIONS OF SBATCH]"
         if name == "list":
             command.add_argument("--count", action="store_true", help="print how many points there are")
     return parser

@@ -10,6 +10,7 @@ from moe_dist.config import Config
 from moe_dist.config.load import load_config
 from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.study.grid import Point
+from moe_dist.study.ledger import loss_unit as loss_unit
 
 _LAST_STEPS = 20
 
@@ -62,11 +63,6 @@ def started(point: Point) -> str:
     """point.yaml is written once, when the point first starts."""
     seconds = (point.folder / "point.yaml").stat().st_mtime
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def loss_unit(record: dict[str, Any]) -> str:
-    """Of a finished point's losses."""
-    return "nats/text" if "validation_accuracy" in record else "nats/token"
 
 
 def _parameter_counts(config: Config) -> ParameterCounts:

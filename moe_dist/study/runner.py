@@ -1,35 +1,43 @@
-"""Runs the points of a study, one after another, each as a process of its own.
+"""Runs the points of a study on this machine, `at_once` at a time, each as a process of its own.
 
 A point that the ledger calls finished is never run again. An interrupted one continues from its newest checkpoint, or
-anew when it has none (`train --resume auto`). A failed one is written down with the reason, and the others go on; the
-next `study run` tries it again.
+anew when it has none (`train --resume auto`). A failed one is written down with the reason, and tried again when the
+others are done, up to `retries` times; the next `study run` tries it again.
 
 Several runners may work on one study: a lock on each point lets one of them train it. The training process inherits
 the lock, so also the orphan of a runner that was killed keeps others away until it is done.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from moe_dist.config import Config
-from moe_dist.config.load import dump_config, load_config
-from moe_dist.disk import locked, replace_text
-from moe_dist.parallel.slurm import leave_step
+from moe_dist.config.load import dump_config
+from moe_dist.disk import lines_backwards, locked, replace_text
 from moe_dist.study.grid import Point, Study
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.measure import identity, loss_unit, measure, started
-from moe_dist.train.record.status import describe_status, read_status
+from moe_dist.study.live import Screen
+from moe_dist.study.local import Share, environment, on_cores, shares, visible_gpus
+from moe_dist.study.measure import identity, measure, started
+from moe_dist.study.state import refuse_other_settings, summary
+from moe_dist.study.wake import woken
+from moe_dist.study.whereabouts import lock_of, remember
+from moe_dist.train.exit_codes import DONE, FAILED, SAVED
+from moe_dist.train.record.status import FILE, describe_status, read_status
 
 Command = Callable[[Path, int], list[str]]
 """(config file, ranks) -> the command that trains it, continuing what is there."""
+
+_LOOK, _LOOK_FOR_OTHERS = 1.0, 0.2  # seconds between looks at the runs, and at locks that others hold
+_TAIL = 20  # lines of a failed point's log
 
 
 def train_command(config: Path, ranks: int) -> list[str]:
@@ -42,156 +50,227 @@ def train_command(config: Path, ranks: int) -> list[str]:
     return [sys.executable, *torchrun, *train]
 
 
-class Runner:
-    """Runs points until done, or until Ctrl-C, SIGTERM, SIGHUP or SIGUSR2: then the point at hand saves and leaves."""
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    """A point whose process runs. before: the run's status and its file's time when it started; log: where in train.log
+    it begins; held: the point's lock."""
 
-    def __init__(self, study: Study, command: Command = train_command) -> None:
+    point: Point
+    share: Share
+    process: subprocess.Popen[bytes]
+    before: dict[str, Any]
+    stamp: int
+    log: int
+    held: ExitStack
+    began: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Runs points until done, or until Ctrl-C, SIGTERM, SIGHUP or SIGUSR2: then those at hand save and leave."""
+
+    def __init__(self, study: Study, command: Command = train_command, at_once: int | None = None) -> None:
+        """at_once: in place of the study's. Raises ValueError when it is below 1."""
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"--at-once {at_once} is below 1; say how many points may run at a time")
         self.study, self.command = study, command
+        self.at_once = study.file.at_once if at_once is None else at_once
         self.ledger = Ledger(study.ledger)
         self.stopped = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self.running: list[Attempt] = []
+        self._signal: int = signal.SIGTERM  # that asks processes to save
+        self._waiting: deque[Point] = deque()
+        self._busy: dict[str, Point] = {}  # that another process held when their turn came
+        self._failures = Counter[str]()  # of this start
 
     def run(self, points: Sequence[Point]) -> int:
-        """Returns the exit code: 0 all finished, 1 some failed, 75 stopped by a signal.
+        """Returns the exit code: 0 all finished, 1 some failed or a file cannot be written, 75 stopped by a signal.
 
-        Raises ValueError when a point was started earlier with other settings.
+        Raises ValueError when a point was started earlier with other settings, and for more at once than cores.
         """
         for point in points:
             refuse_other_settings(point)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-        before = {number: signal.signal(number, self._stop) for number in numbers}
-        try:
-            busy = [point for point in points if not self._attempt(point, wait=False)]
-            for point in busy:  # another runner has them: see how they end, or take over
-                self._say(point, "is being run by another process; waiting for it")
-                self._attempt(point, wait=True)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        ranks, at_once = self.study.file.ranks, min(self.at_once, len(points))
+        gpus = visible_gpus() if at_once > 1 else []
+        self._free = shares(at_once, ranks, os.sched_getaffinity(0), gpus)
+        self.at_once = at_once
+        self._waiting.extend(points)
+        remember(self.study)
+        with woken(self._stop) as wait, Screen(self.study, self.ledger, points, at_once) as self.screen:
+            try:
+                self._work(wait)
+            except OSError as error:  # a full disk
+                self.screen.say(f"stopped: {error}; when that is mended, the same command goes on, and nothing is lost")
+                return FAILED
+            finally:
+                self._leave()
         if self.stopped:
-            return os.EX_TEMPFAIL
-        latest = self.ledger.latest()
-        return 0 if all(latest.get(point.name, {}).get("status") == "finished" for point in points) else 1
+            return SAVED
+        return self._verdict(points)
 
-    def _attempt(self, point: Point, wait: bool) -> bool:
-        """Bring one point to its end; True unless another process is at it."""
-        if self.stopped or self.ledger.finished(point.name):
+    def _work(self, wait: Callable[[float], None]) -> None:
+        while self.running or (not self.stopped and (self._waiting or self._busy)):
+            self._start_more()
+            self.screen.show([attempt.point for attempt in self.running])
+            if self.running or self._busy:
+                wait(_LOOK_FOR_OTHERS if self._busy and self._free else _LOOK)
+            for attempt in [each for each in self.running if each.process.poll() is not None]:
+                self._end(attempt)
+
+    def _start_more(self) -> None:
+        while self._waiting and self._free and not self.stopped:
+            point = self._waiting.popleft()
+            if not self._begin(point):
+                self._busy[point.name] = point
+        for point in list(self._busy.values()) if not self._waiting else []:
+            if self._free and not self.stopped:  # see how the other runner ends, or take over
+                if self._begin(point):
+                    del self._busy[point.name]
+                else:
+                    self.screen.say_once(self._line(point, "is being run by another process; waiting for it"))
+
+    def _begin(self, point: Point) -> bool:
+        """Start the point's process, unless it is over already; False when another process is at it."""
+        if self.ledger.finished(point.name):
             return True
-        with locked(lock_of(point), wait) as lock:
+        with ExitStack() as held:
+            lock = held.enter_context(locked(lock_of(point), wait=False))
             if lock is None:
                 return False
             if self.ledger.finished(point.name):  # meanwhile
                 return True
             if not (point.folder / "point.yaml").exists():
                 replace_text(point.folder / "point.yaml", dump_config(point.config))
-            before = read_status(point.run)
+            try:
+                before = read_status(point.run)
+            except ValueError as error:
+                self._fail(point, str(error))
+                return True
             if before["state"] == "finished":  # trained, but its runner was killed before it could say so
-                self._record(point, measure(point))
+                self._finish(point)
                 return True
             self._say(point, "starts" if before["state"] == "none" else "goes on after: " + describe_status(before))
-            code = self._train(point, lock)
-            after = read_status(point.run)
-            if after["state"] == "finished":
-                self._record(point, measure(point))
-            elif self.stopped or (after["state"] == "preempted" and after != before):
-                self.stopped = True
-                self._say(point, f"stopped: {describe_status(after)}; the same command continues it")
-            else:
-                said = after["state"] == "failed" and after != before
-                reason = after["reason"] if said else self._last_words(point, code)
-                failure = {"status": "failed", "reason": reason, "run": str(point.run), "started": started(point)}
-                self._record(point, identity(point) | failure)
+            share, stamp, log = self._free.pop(0), _stamp(point), _size(point.folder / "train.log")
+            process = self._start(point, share, lock)
+            self.running.append(
+                Attempt(
+                    point=point, share=share, process=process, before=before, stamp=stamp, log=log, held=held.pop_all()
+                )
+            )
+        if self.stopped:  # the signal came before there was anybody to pass it on to
+            process.send_signal(self._signal)
         return True
 
-    def _train(self, point: Point, lock: int) -> int:
-        command = self.command(point.folder / "point.yaml", self.study.file.ranks)
-        with (point.folder / "train.log").open("ab") as log:
+    def _start(self, point: Point, share: Share, lock: int) -> subprocess.Popen[bytes]:
+        ranks = self.study.file.ranks
+        with (point.folder / "train.log").open("ab") as log, on_cores(share.cores):
             # A process group of its own: Ctrl-C reaches the runner alone, which asks the process to save first.
-            self._process = subprocess.Popen(
-                command,
-                env=leave_step(os.environ),
+            return subprocess.Popen(
+                self.command(point.folder / "point.yaml", ranks),
+                env=environment(share, self.at_once, ranks, os.environ),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[lock],
                 process_group=0,
             )
-            code = self._process.wait()
-        self._process = None
-        return code
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopped = True
-        if self._process is not None:
-            self._process.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM)
+    def _end(self, attempt: Attempt) -> None:
+        """The process has ended: write down how, and let go of the point."""
+        self.running.remove(attempt)
+        self._free.append(attempt.share)
+        point, before = attempt.point, attempt.before
+        with attempt.held:
+            try:
+                after = read_status(point.run)
+            except ValueError as error:
+                after = {"state": "failed", "reason": str(error)}
+            if after["state"] == "finished":
+                self._finish(point)
+                if before["state"] == "none":
+                    self.screen.took(point, time.monotonic() - attempt.began)
+            elif self.stopped or (after["state"] == "preempted" and after != before):
+                self._say(point, f"stopped: {describe_status(after)}; the same command continues it")
+                if not self.stopped:  # somebody asked the process alone: they want the machine
+                    self._stop(signal.SIGTERM)
+            else:
+                said = after["state"] == "failed" and _stamp(point) != attempt.stamp
+                self._fail(point, after["reason"] if said else None, attempt)
+
+    def _finish(self, point: Point) -> None:
+        """The run has ended well: measure it."""
+        try:
+            record = measure(point)
+        except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
+            self._fail(point, f"trained, but cannot be measured: {type(error).__name__} {error}")
+            return
+        self._record(point, record)
+
+    def _fail(self, point: Point, reason: str | None, attempt: Attempt | None = None) -> None:
+        """reason: None where the run itself has given none."""
+        tail = [] if attempt is None else log_tail(point.folder / "train.log", attempt.log)
+        if reason is None and attempt is not None:
+            code = attempt.process.returncode
+            end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            said = next((line.strip() for line in reversed(tail) if line.strip()), "")
+            reason = f"{end}; {point.folder / 'train.log'} ends with: {said[:300]}"
+        failure = {"status": "failed", "reason": " ".join(str(reason).split("\n")), "log_tail": tail}
+        self._record(point, identity(point) | failure | {"run": str(point.run), "started": started(point)})
+        self._failures[point.name] += 1
+        if self._failures[point.name] <= self.study.file.retries:
+            self._say(point, "will be tried again when the others are done")
+            self._waiting.append(point)
+        else:
+            for line in tail:
+                self.screen.say(f"    {line}")
 
     def _record(self, point: Point, record: dict[str, Any]) -> None:
+        record |= {"attempt": self.ledger.attempts(point.name) + 1}
         self.ledger.append(record)
         self._say(point, summary(record))
 
+    def _verdict(self, points: Sequence[Point]) -> int:
+        left = [point.name for point in points if not self.ledger.finished(point.name)]
+        if not left:
+            return DONE
+        if len(points) > 1:
+            print(f"{len(points) - len(left)} of {len(points)} points have finished; failed: {', '.join(left)}")
+        return FAILED
+
+    def _stop(self, number: int) -> None:
+        self.stopped = True
+        self._signal = signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM
+        for attempt in self.running:
+            attempt.process.send_signal(self._signal)
+
+    def _leave(self) -> None:
+        """After an error: what still runs saves, if it can."""
+        if self.running:
+            self._stop(signal.SIGTERM)
+        for attempt in self.running:
+            attempt.process.wait()
+            attempt.held.close()
+
     def _say(self, point: Point, text: str) -> None:
-        print(f"[{point.index + 1}/{len(self.study.points)}] {point.name}  {text}", flush=True)
+        self.screen.say(self._line(point, text))
 
-    def _last_words(self, point: Point, code: int) -> str:
-        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = (point.folder / "train.log").read_text(encoding="utf-8", errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"{end}; {point.folder / 'train.log'} ends with: {said[:300]}"
+    def _line(self, point: Point, text: str) -> str:
+        return f"[{point.index + 1}/{len(self.study.points)}] {point.name}  {text}"
 
 
-def summary(record: dict[str, Any]) -> str:
-    """A line of the ledger in a few words."""
-    if record["status"] != "finished":
-        return f"{record['status']}: {record['reason']}"
-    words = [f"finished {record['steps']} steps in {record['seconds']:.0f} s"]
-    if record["validation_loss"] is not None:
-        words.append(f"validation {record['validation_loss']:.4f} {loss_unit(record)}")
-    if record.get("validation_accuracy") is not None:
-        words.append(f"accuracy {record['validation_accuracy']:.2%}")
-    if record["drop_rate"] is not None:
-        words.append(f"dropped {record['drop_rate']:.2%}")
-    return ", ".join(words)
+def log_tail(path: Path, start: int) -> list[str]:
+    """The last lines of a log from its byte `start` on, at most 20, each cut at 300 characters."""
+    lines: list[str] = []
+    for at, line in lines_backwards(path):
+        if at < start or len(lines) == _TAIL:
+            break
+        lines.insert(0, line.decode(errors="replace").rstrip()[:300])
+    return lines
 
 
-def state(point: Point, latest: dict[str, dict[str, Any]]) -> str:
-    """How far a point is, in a line that opens with finished, running, preempted, interrupted, failed or waiting."""
-    if latest.get(point.name, {}).get("status") == "finished":
-        return summary(latest[point.name])
-    if not point.folder.exists():
-        return "waiting"
-    with locked(lock_of(point), wait=False) as lock:
-        if lock is None:
-            return "running"
-    status = read_status(point.run)
-    if status["state"] == "running":  # nobody holds its lock
-        return "interrupted"
-    if status["state"] in ("preempted", "finished"):
-        return describe_status(status)
-    return summary(latest[point.name]) if point.name in latest else "waiting"
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
-def refuse_other_settings(point: Point) -> None:
-    """Raises ValueError when the point was started earlier, and the study has been changed since."""
-    path = point.folder / "point.yaml"
-    if not path.exists():
-        return
-    before, now = dict(_flat(load_config(path))), dict(_flat(point.config))
-    changed = [f"{key} {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
-    if changed:
-        raise ValueError(
-            f"{point.folder} was started with other settings ({'; '.join(changed)}): "
-            "give the changed study another name, or remove that folder and its lines in the ledger"
-        )
-
-
-def lock_of(point: Point) -> Path:
-    return point.folder / "lock"
-
-
-def _flat(config: Config) -> list[tuple[str, str]]:
-    def walk(values: dict[str, Any], home: str) -> list[tuple[str, str]]:
-        leaves = []
-        for key, value in values.items():
-            leaves += walk(value, f"{home}{key}.") if isinstance(value, dict) else [(home + key, json.dumps(value))]
-        return leaves
-
-    return walk(asdict(config), "")
+def _stamp(point: Point) -> int:
+    """By which a status that was written again is told from the one before, whatever it says."""
+    status = point.run / FILE
+    return status.stat().st_mtime_ns if status.exists() else 0

@@ -12,6 +12,7 @@ overrides: {train.steps: 8}
 axes:
   model.moe.capacity_factor: [0.5, null]
 seeds: [0, 1]
+retries: 0
 """
 
 _TRAIN = '''

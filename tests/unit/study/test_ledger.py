@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import resource
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,69 @@ def test_a_torn_last_line_is_ignored_then_removed(tmp_path: Path, cut: int) -> N
     assert ledger.path.read_bytes() == whole + b'{"point": "c", "status": "finished"}\n'
 
 
-def test_a_bad_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_used(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.path.write_text('{"point": "a"\n{"point": "b"}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        ledger.records()
+    good = {"point": "b", "status": "finished"}
+    bad = [b'{"point": "a"', b"\xff\x00", b"", b"[1]", b'{"status": "failed"}', b'{"point": "a", "status": "fin' * 9]
+    ledger.path.write_bytes(b"\n".join([*bad[:3], json.dumps(good).encode(), *bad[3:]]) + b"\n")
+    records, complaints = ledger.read()
+    assert records == [good] and ledger.finished("b") and list(ledger.latest()) == ["b"]
+    assert [text.split(" cannot")[0] for text in complaints] == [
+        f"{ledger.path}, line {number}" for number in (1, 2, 3, 5, 6, 7)
+    ]
+    assert complaints[0].endswith("""left out: '{"point": "a"'""") and len(complaints[-1]) < len(str(ledger.path)) + 120
+    ledger.append({"point": "a", "status": "finished"})
+    assert list(ledger.latest()) == ["b", "a"] and len(ledger.read()[1]) == 6
+
+
+def test_a_reader_sees_what_came_since_and_starts_anew_with_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    reader, writer = Ledger(path), Ledger(path)
+    for number in range(5):
+        writer.append({"point": str(number % 2), "status": "failed", "number": number})
+        assert [record["number"] for record in reader.records()] == list(range(number + 1))
+    assert reader.attempts("0") == 3 and reader.attempts("1") == 2
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for change in (lines[:2], [*lines[1:], lines[0], *lines], []):  # cut; other lines, and more; nothing
+        path.write_bytes(b"".join(line + b"\n" for line in change))
+        assert reader.records() == [json.loads(line) for line in change]
+    path.unlink()
+    assert reader.records() == [] and reader.attempts("0") == 0
+
+
+def test_reading_and_writing_cost_the_same_however_long_the_file_is(tmp_path: Path) -> None:
+    """A runner asks after each of its points: it must not read all of the file each time."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    line = json.dumps({"point": "old", "status": "finished", "fill": "x" * 20_000}).encode() + b"\n"
+    ledger.path.write_bytes(line * 2000)  # 40 MB
+    assert len(ledger.records()) == 2000
+
+    def read() -> int:
+        counts = Path("/proc/self/io").read_text().split("\n")
+        return next(int(count.split()[1]) for count in counts if count.startswith("rchar"))
+
+    before = read()
+    for number in range(5):
+        ledger.append({"point": str(number), "status": "finished"})
+        assert ledger.finished(str(number))
+    assert read() - before < 5 * 100_000  # each looks at no more than the last block of 64 KiB
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    """What a limit on the size of files refuses in the middle of a line is taken back, and goes in later."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append({"point": "a", "status": "finished"})
+    before = ledger.path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(OSError, match=r"File too large.*ledger\.jsonl"):
+            ledger.append({"point": "b", "status": "finished", "fill": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ledger.path.read_bytes() == before and list(ledger.latest()) == ["a"]
+    ledger.append({"point": "b", "status": "finished"})
+    assert list(ledger.latest()) == ["a", "b"]
 
 
 def _append(path: Path, writer: int) -> None:

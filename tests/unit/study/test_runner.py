@@ -13,7 +13,9 @@ import pytest
 from moe_dist.disk import locked
 from moe_dist.study.grid import load_study
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.runner import Runner, lock_of, state, train_command
+from moe_dist.study.runner import Runner, train_command
+from moe_dist.study.state import state
+from moe_dist.study.whereabouts import lock_of
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
 
@@ -38,6 +40,7 @@ def test_every_point_runs_once_and_is_written_down(tmp_path: Path) -> None:
         "point": "capacity_factor=0.5-seed=1",
         "axes": {"model.moe.capacity_factor": 0.5},
         "seed": 1,
+        "attempt": 1,
         "status": "finished",
         "steps": 8,
         "loss": 4.0 + 3.5,  # all 8 steps: 4 + (7 + ... + 0) / 8
