@@ -150,6 +150,9 @@ class RunConfig:
     """Steps between progress lines. metrics.jsonl has every step."""
     eval_every: int = 200
     """Steps between evaluations; there is always one at the end."""
+    evaluations: int | None = None
+    """So many evaluations, at equal fractions of the schedule instead of every eval_every steps: the jth of n after
+    step ceil(j * train.steps / n), where runs of unlike length can be compared. null: eval_every decides."""
     eval_sequences: int = 64
     """Validation sequences (texts, with task = classification) per evaluation; fewer when there are fewer."""
     save_every: int = 500
@@ -162,7 +165,8 @@ class RunConfig:
     keep_every: int | None = None
     """Besides, the checkpoints of every nth step, for good; a multiple of save_every."""
     keep_best: bool = False
-    """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every."""
+    """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every, and
+    evaluations null."""
     tensorboard: bool = True
     """Write metrics for TensorBoard too."""
     sample_tokens: int = 0
