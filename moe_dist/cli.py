@@ -19,12 +19,8 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 
   train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
   status RUN | CONFIG [flags]   how far that run is
-<<<<<<< HEAD
-  study plan|run|report STUDY   a grid of runs over capacity factors and seeds
-=======
   watch [RUN | STUDY]           loss, drops and expert loads in the terminal while it runs
-  study ACTION STUDY            a grid of runs over capacity factors and seeds: run, submit, list, report
->>>>>>> w-runner
+  study ACTION STUDY            a grid of runs over capacity factors and seeds: plan, run, submit, list, report, export
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model

@@ -56,7 +56,9 @@ class StepContext:
     phase: `train` applies capacity_factor, `eval` eval_capacity_factor, `dropless` drops nothing; noise is for `train`.
     step: optimizer step, for schedules. seq_len: tokens of a sequence; None: all tokens are one. token_ids_T: ids of
     this rank's tokens, for hash routing. real: which of them are no padding; None: all. parts: ranks whose local losses
-    this process computes; one, unless a single process stands for several.
+    this process computes; one, unless a single process stands for several. frequency_V: the class of each token id by
+    how often it is in the training split. marks_XT: by what the drops of this rank's tokens are counted (moe/drops.py).
+    Where either is None, these counts are zeros.
     """
 
     key: RandomKey
@@ -67,3 +69,5 @@ class StepContext:
     token_ids_T: Tensor | None = None
     real: RealTokens | None = None
     parts: int = 1
+    frequency_V: Tensor | None = None
+    marks_XT: Tensor | None = None

@@ -158,8 +158,8 @@ class RunConfig:
     eval_every: int = 200
     """Steps between evaluations; there is always one at the end."""
     evaluations: int | None = None
-    """In place of eval_every: so many evaluations, at equal fractions of the run, the last at its end. null:
-    eval_every."""
+    """So many evaluations, at equal fractions of the schedule instead of every eval_every steps: the jth of n after
+     step ceil(j * train.steps / n), where runs of unlike length can be compared. null: eval_every decides."""
     eval_sequences: int = 64
     """Validation sequences (texts, with task = classification) per evaluation; fewer when there are fewer."""
     save_every: int = 500

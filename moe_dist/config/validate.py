@@ -40,7 +40,7 @@ def validate(config: Config, world_size: int, memory: int | None = None) -> Batc
             *optim_rules(config.optim),
             *task_rules(config),
             *train_rules(train),
-            *run_rules(config.run),
+            *run_rules(config.run, train.steps),
             *guard_rules(config.guard, config.engine),
             *(batch_rules(train, dp) if dp is not None else ()),
         ]

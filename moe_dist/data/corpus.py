@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,9 @@ class Corpus:
     name: str
     digest: str
     """SHA-256 of both splits and their lengths."""
+    document_of: Callable[[np.ndarray], np.ndarray]
+    """Offsets of tokens in the training split -> the numbers of the documents that hold them. A document is a file, a
+    record, or what an index calls so."""
     num_files: int
     """Files in the two splits; indexed: pairs of files; jsonl, csv: records."""
     made_of: Literal["files", "records"] = "files"
@@ -79,7 +83,9 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
         found = _records(config, left_out)
     documents = told_apart(_unique(found, left_out))
     _check_ids(documents, vocab_size)
-    parts = _split(documents, config.validation_fraction)
+    pieces = _split(documents, config.validation_fraction)
+    begins = np.cumsum([0, *map(len, pieces["train"])])[:-1:2]  # a separator belongs to the document before it
+    parts = {split: b"".join(data) for split, data in pieces.items()}
     for split, data in parts.items():
         _check_length(split, len(data), seq_len)
     return Corpus(
@@ -91,16 +97,17 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
         num_files=len(documents),
         made_of="files" if config.kind in ("stdlib", "text") else "records",
         left_out=left_out,
+        document_of=lambda offsets: np.searchsorted(begins, offsets, side="right") - 1,
     )
 
 
 def _indexed(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
     prefixes = [str(user_path(path)) for path in config.paths]
-    train, validation, digest = read_indexed(prefixes, vocab_size, config.validation_fraction)
+    train, validation, digest, document_of = read_indexed(prefixes, vocab_size, config.validation_fraction)
     for split, stream in (("train", train), ("validation", validation)):
         _check_length(split, len(stream), seq_len)
     name = ", ".join(config.paths)
-    return Corpus(train, validation, vocab_size, name, digest, len(config.paths), unit="token")
+    return Corpus(train, validation, vocab_size, name, digest, document_of, len(config.paths), unit="token")
 
 
 def _stdlib(left_out: LeftOut) -> list[Document]:
@@ -191,12 +198,12 @@ def _unique(documents: list[Document], left_out: LeftOut) -> list[Document]:
     return list(first.values())
 
 
-def _split(documents: list[Document], fraction: float) -> dict[str, bytes]:
-    """Cut a single file near its end; sort several into the splits by a hash of their keys."""
+def _split(documents: list[Document], fraction: float) -> dict[str, list[bytes]]:
+    """Cut a single file near its end; sort several into the splits by a hash of their keys, each before a SEPARATOR."""
     if len(documents) == 1:
         data = documents[0].data
         cut = int(len(data) * (1 - fraction))
-        return {"train": data[:cut], "validation": data[cut:]}
+        return {"train": [data[:cut]], "validation": [data[cut:]]}
     parts: dict[str, list[bytes]] = {"train": [], "validation": []}
     held_out = round(fraction * 10_000)
     for document in documents:
@@ -209,7 +216,7 @@ def _split(documents: list[Document], fraction: float) -> dict[str, bytes]:
                 f"none of the {len(documents)} files fell into the {split} split with "
                 f"data.validation_fraction={fraction}: {verb} it, or add files to data.paths"
             )
-    return {split: b"".join(data) for split, data in parts.items()}
+    return parts
 
 
 def _check_ids(documents: list[Document], vocab_size: int) -> None:

@@ -57,24 +57,50 @@ class Index:
         return self._pointers_at + 8 * self.sequences
 
 
-def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float) -> tuple[TokenStream, TokenStream, str]:
-    """(train, validation, SHA-256 of all the files and of where they are cut) of the corpora with these prefixes.
+class Documents:
+    """Numbers the documents of several corpora, of which the first `lengths` tokens each follow one another."""
+
+    def __init__(self, indices: Sequence[Index], lengths: Sequence[int]) -> None:
+        self._indices = indices
+        self._starts = np.cumsum([0, *lengths])
+        self._first = np.cumsum([0, *(index.documents for index in indices)])
+
+    def __call__(self, offsets_N: np.ndarray) -> np.ndarray:
+        """Of the tokens at these offsets, looked up in PREFIX.idx. Raises ValueError when it cannot be read."""
+        which_N = np.searchsorted(self._starts, offsets_N, side="right") - 1
+        numbers_N = np.empty(len(offsets_N), np.int64)
+        for number in np.unique(which_N).tolist():
+            index, here = self._indices[number], np.flatnonzero(which_N == number)
+            with _open(f"{index.prefix}.idx") as file:
+                inside = (offsets_N[here] - self._starts[number]).tolist()
+                found = [_last_document_from(file, index, offset) for offset in inside]
+            numbers_N[here] = self._first[number] + np.array(found)
+        return numbers_N
+
+
+def read_indexed(
+    paths: Sequence[str], vocab_size: int, fraction: float
+) -> tuple[TokenStream, TokenStream, str, "Documents"]:
+    """(train, validation, SHA-256 of all the files and of where they are cut, documents of train) of the corpora with
+    these prefixes.
 
     The last documents of each prefix are held out: those that begin past a share 1 - fraction of its tokens. If no
     document does, the last one; a single document is cut there.
 
     Raises ValueError naming file and field when anything in the files is wrong, or a token id is not below vocab_size.
     """
-    train, validation, digest, files = [], [], hashlib.sha256(), OpenFiles()
+    train, validation, indices, digest, files = [], [], [], hashlib.sha256(), OpenFiles()
     for path in paths:
         prefix = path.removesuffix(".idx").removesuffix(".bin")
         index, idx_digest = check_index(prefix)
         bin_digest, file = _check_tokens(index, vocab_size)
         cut = _cut(index, fraction)
+        indices.append(index)
         digest.update(idx_digest + bin_digest + cut.to_bytes(8, "big"))
         train.append(StoredTokens(files, file, index.dtype, 0, cut))
         validation.append(StoredTokens(files, file, index.dtype, cut, index.tokens))
-    return TokenStream(train), TokenStream(validation), digest.hexdigest()
+    documents = Documents(indices, [len(part) for part in train])
+    return TokenStream(train), TokenStream(validation), digest.hexdigest(), documents
 
 
 def check_index(prefix: str) -> tuple[Index, bytes]:

@@ -15,6 +15,7 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.encoder_block import Drop, EncoderBlock
 from moe_dist.moe.balance import Tally
+from moe_dist.moe.drops import marks
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import own_slice
@@ -66,12 +67,13 @@ class Classifier(nn.Module):
         if training and self.config.token_dropout > 0.0:
             index_BS = torch.arange(first, first + mask_BS.numel(), device=mask_BS.device).view_as(mask_BS)
             mask_BS = mask_BS & step.key.fold("token dropout").keeps(index_BS, self.config.token_dropout)
-        mask_T = mask_BS.flatten()
+        mask_T, ids_T, length = mask_BS.flatten(), own_slice(tokens_BS.flatten(), tp), tokens_BS.shape[1]
         step = replace(
             step,
-            seq_len=tokens_BS.shape[1],
-            token_ids_T=own_slice(tokens_BS.flatten(), tp),
+            seq_len=length,
+            token_ids_T=ids_T,
             real=RealTokens.of(own_slice(mask_T, tp), self.mesh.token_ranks),
+            marks_XT=marks(ids_T, self.mesh.token_ranks, length, step.frequency_V),
         )
         drop = Drop(self.config.dropout if training else 0.0, step.key, first)
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)

@@ -20,6 +20,7 @@ from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import ModelConfig
 from moe_dist.models.block import BlockReplay, DecoderBlock
 from moe_dist.moe.balance import Tally
+from moe_dist.moe.drops import marks
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import all_gather, own_slice
@@ -125,7 +126,10 @@ class Decoder(nn.Module):
         self, tokens_BS: Tensor, step: StepContext, caches: Sequence[KVCache] | None
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         model, shape = self.config, (tokens_BS.shape[0], tokens_BS.shape[1])
-        step = replace(step, seq_len=shape[1], token_ids_T=own_slice(tokens_BS.flatten(), self.mesh.tp))
+        ids_T = own_slice(tokens_BS.flatten(), self.mesh.tp)
+        step = replace(step, seq_len=shape[1], token_ids_T=ids_T)
+        if caches is None:
+            step = replace(step, marks_XT=marks(ids_T, self.mesh.token_ranks, shape[1], step.frequency_V))
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
         positions = self._positions(shape[1], x_TD, caches)
         recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None

@@ -1,7 +1,7 @@
 """The auxiliary losses of a router and the statistics of its layer; returned, never stored.
 
 Legend: T tokens on this rank, E experts, Q chunks of tokens that are balanced each on its own, W ranks of the world,
-P pools of experts, S places of a sequence.
+P pools of experts, S places of a sequence, M places of the micro-step, F classes of tokens by their frequency.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.moe.balance import Tally
 from moe_dist.moe.choice import Choice
-from moe_dist.moe.drops import PLACES, places, where_dropped
+from moe_dist.moe.drops import drops_of
 from moe_dist.moe.router import Router
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.step import Site, StepContext
@@ -25,7 +25,8 @@ class MoEStats:
     balance_loss, z_loss and entropy (nats) are means over this rank's tokens: their mean over ranks is the mean over
     the micro-step. load_E (assignments before dropping) and kept_E are sums over the whole micro-step. unserved: share
     of this rank's tokens that no expert took. sent_bytes: what this rank sent to others in the forward pass.
-    dropped_E, dropped_S: assignments of this rank's tokens that found no place, by expert and by place in the sequence.
+    dropped_E, dropped_S, dropped_M, dropped_F: assignments of this rank's tokens that found no place, by expert, by
+    place in the sequence and in the micro-step, by how frequent the token is; load_F: all of them by that (drops.py).
     over_P: rows asked for beyond the limit of each pool, over the whole micro-step. needs_EB: of
     this rank's tokens, for routers that ask for it (balance.py).
     """
@@ -40,6 +41,9 @@ class MoEStats:
     unserved: Tensor
     dropped_E: Tensor
     dropped_S: Tensor
+    dropped_M: Tensor
+    dropped_F: Tensor
+    load_F: Tensor
     over_P: Tensor
     sent_bytes: int = 0
     needs_EB: Tensor | None = None
@@ -72,7 +76,7 @@ class MoEStats:
             aux = aux + routing.extra_loss
         unserved_T = ~plan.kept_TK.any(1)
         unserved = (unserved_T if real is None else unserved_T & real.mask_T).sum() / tokens
-        dropped_E, dropped_S = _dropped(choice, router, step)
+        drops = drops_of(plan, real, step.marks_XT, by_experts=moe.router == "expert_choice")
         return MoEStats(
             site=router.site,
             aux_loss=aux / router.slices.size,
@@ -82,23 +86,11 @@ class MoEStats:
             load_E=plan.counts_WE.sum(0),
             kept_E=plan.kept_WE.sum(0),
             unserved=unserved,
-            dropped_E=dropped_E,
-            dropped_S=dropped_S,
+            **vars(drops),
             over_P=plan.over_P,
             sent_bytes=sent_bytes,
             needs_EB=routing.needs_EB,
         )
-
-
-def _dropped(choice: Choice, router: Router, step: StepContext) -> tuple[Tensor, Tensor]:
-    """(dropped_E, dropped_S). Without step.seq_len, the tokens of a tp group are one sequence."""
-    plan = choice.plan
-    if plan.capacity is None or router.moe.router == "expert_choice":  # nobody is refused
-        return torch.zeros_like(plan.counts_WE[0]), plan.counts_WE.new_zeros(PLACES)
-    tokens = len(plan.experts_TK)
-    seq_len = step.seq_len or max(1, tokens * router.slices.size)
-    place_T = places(tokens, router.slices.rank * tokens % seq_len, seq_len, plan.experts_TK.device)
-    return where_dropped(plan, step.real, place_T)
 
 
 def balance_loss(prob_sums_QE: Tensor, counts_QE: Tensor, tokens: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""`moe-dist study plan | run | submit | list | report STUDY.yaml`."""
+"""`moe-dist study plan | run | submit | list | report | export STUDY.yaml`."""
 
 import argparse
 import sys
@@ -19,6 +19,7 @@ submit  hands them to Slurm as job arrays, at most at_once at a time; what follo
 list    says how far each point is
 report  writes a page (HTML and Markdown, with its figures and data) of as many points as have finished: the question
         and its answer first; with --check it only says whether the design supports the question
+export  writes the ledger and what was measured at each fraction of the schedule as tables, Parquet or JSONL
 """
 
 
@@ -43,6 +44,8 @@ def study(args: Sequence[str]) -> int:
             return submit(chosen, options.at_once, options.dry_run, of_sbatch)
         case "list":
             return _list(chosen, options.count, options.point)
+        case "export":
+            return _export(chosen, options)
     return _report(chosen, options.check, options.output)
 
 
@@ -100,6 +103,17 @@ def _list(chosen: Study, count: bool, point: int | None) -> int:
     return 0
 
 
+def _export(chosen: Study, options: argparse.Namespace) -> int:
+    from moe_dist.study.export import export
+
+    if options.parquet is not None:
+        written = export(chosen, "parquet", options.parquet)
+    else:
+        written = export(chosen, "jsonl", options.jsonl or chosen.folder / "export")
+    print("\n".join(map(str, written)))
+    return 0
+
+
 def _readable(chosen: Study) -> Ledger:
     """The ledger, once its lines that cannot be read are told."""
     ledger = Ledger(chosen.ledger)
@@ -116,8 +130,8 @@ def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("moe-dist study", _ABOUT)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,run,submit,list,report}")
-    for name in ("plan", "run", "submit", "list", "report"):
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,run,submit,list,report,export}")
+    for name in ("plan", "run", "submit", "list", "report", "export"):
         command = commands.add_parser(name, prog=f"moe-dist study {name}")
         command.add_argument("study", type=user_path, metavar="STUDY.yaml")
         if name == "plan":
@@ -137,4 +151,13 @@ def _parser() -> argparse.ArgumentParser:
             command.usage = "moe-dist study submit STUDY.yaml [--at-once N] [--dry-run] [-- OPTIONS OF SBATCH]"
         if name == "list":
             command.add_argument("--count", action="store_true", help="print how many points there are")
+        if name == "export":
+            form = command.add_mutually_exclusive_group()
+            form.add_argument("--parquet", type=user_path, metavar="FOLDER", help="as Parquet; needs the extra `study`")
+            form.add_argument(
+                "--jsonl",
+                type=user_path,
+                metavar="FOLDER",
+                help="as JSONL; where neither is given, into ROOT/NAME/export",
+            )
     return parser

@@ -10,11 +10,10 @@ Legend: F fractions, L layers with experts, E experts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from moe_dist.study.measurements import read_measurements
+from moe_dist.study.columns import Columns, read_columns
 from moe_dist.study.statistics.samples import Floats
 
 _COUNTS = (
@@ -44,8 +43,9 @@ class Reduced:
 
 
 def reduce_points(paths: Sequence[Path]) -> Reduced | None:
-    """Of the points of a cell whose measurements are there; None of none, or where they have not the same layers."""
-    found = [one for path in paths if path.exists() and (one := reduce_lines(read_measurements(path))) is not None]
+    """Of the points of a cell whose measurements are there; None of none, or where they have not the same layers.
+    Raises ValueError for a file that cannot be read."""
+    found = [one for path in paths if path.exists() and (one := reduce_columns(read_columns(path))) is not None]
     if not found or len({(one.layers, one.fractions, tuple(one.counts)) for one in found}) > 1:
         return None
     counts = {
@@ -56,29 +56,23 @@ def reduce_points(paths: Sequence[Path]) -> Reduced | None:
     return Reduced(found[0].fractions, found[0].layers, rates_FL, counts, len(found))
 
 
-def reduce_lines(lines: Sequence[dict[str, Any]]) -> Reduced | None:
+def reduce_columns(columns: Columns) -> Reduced | None:
     """None where no layer has experts."""
-    by_layer: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        if line["layer"] is not None:
-            by_layer.setdefault((line["layer"], line["kind"]), []).append(line)
-    if not by_layer:
+    if not columns.layers:
         return None
-    fractions = tuple(sorted({line["fraction"] for members in by_layer.values() for line in members}))
-    at = {fraction: number for number, fraction in enumerate(fractions)}
-    late = {fraction for fraction in fractions if fraction > 0.75 + 1e-9} or {fractions[-1]}
-    rates_FL = np.full((len(fractions), len(by_layer)), np.nan)
+    fractions_F = columns.model["fraction"]
+    late_F = fractions_F > 0.75 + 1e-9
+    late_F[-1] = True
+    layers, rates = [], []
     counts: dict[str, list[Floats]] = {}
-    for column, members in enumerate(by_layer.values()):
-        for line in members:
-            if line.get("drop_rate") is not None:
-                rates_FL[at[line["fraction"]], column] = line["drop_rate"]
-        last = [line for line in members if line["fraction"] in late]
+    for kind, arrays in columns.layers.items():
+        layers += [(int(number), kind) for number in arrays["layer"]]
+        rates.append(arrays["drop_rate"])
         for name in _COUNTS:
-            if last and all(line.get(name) is not None for line in last):
-                counts.setdefault(name, []).append(np.array([line[name] for line in last], dtype=np.float64).sum(0))
-    whole = {name: tuple(parts) for name, parts in counts.items() if len(parts) == len(by_layer)}
-    return Reduced(fractions, tuple(by_layer), rates_FL, whole)
+            if name in arrays and arrays[name].ndim == 3:
+                counts.setdefault(name, []).extend(arrays[name][late_F].sum(0).astype(np.float64))
+    whole = {name: tuple(parts) for name, parts in counts.items() if len(parts) == len(layers)}
+    return Reduced(tuple(map(float, fractions_F)), tuple(layers), np.concatenate(rates, axis=1), whole)
 
 
 def layer_name(layer: tuple[int, str]) -> str:

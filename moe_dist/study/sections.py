@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from moe_dist.study.cells import Cell, called, label, names_of
 from moe_dist.study.costs import COSTS, cost, costs_of
 from moe_dist.study.families import Families, baseline_of
@@ -16,6 +18,7 @@ from moe_dist.study.figures.loads import loads
 from moe_dist.study.figures.pareto import Priced, pareto_figure
 from moe_dist.study.grid import CAPACITY, Scalar, Study, axis_names
 from moe_dist.study.ladder import Ladders, ladders
+from moe_dist.study.measurements import FILE
 from moe_dist.study.metric import lower_is_better, title
 from moe_dist.study.page.model import Part, Prose, Section, Table, Value
 from moe_dist.study.reduced import Reduced, reduce_points
@@ -88,7 +91,7 @@ def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> lis
     reduced: dict[str, Reduced] = {}
     splits, uncovered = {}, []
     for cell in ordered:
-        paths = [point.folder / "measurements.jsonl" for point in cell.points if _finished(cell, point.name)]
+        paths = [point.folder / FILE for point in cell.points if _finished(cell, point.name)]
         one = reduce_points(paths)
         if one is None:
             continue
@@ -103,7 +106,7 @@ def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> lis
         said = "Drops by layer, place and expert are left out: the points have no measurements by layer."
         return [Section("Drops and load", [Prose([said])], exploratory=True)]
     parts: list[Part] = []
-    dropping = {name: one for name, one in reduced.items() if one.drop_rate_FL.max() > 0}
+    dropping = {name: one for name, one in reduced.items() if np.nanmax(one.drop_rate_FL, initial=0.0) > 0}
     if dropping:
         parts.append(drops_over_run(dropping))
     else:

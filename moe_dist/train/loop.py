@@ -7,10 +7,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from logging import Logger
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -45,8 +48,10 @@ from moe_dist.train.record.progress import Progress
 from moe_dist.train.record.run_folder import RunFolder, write_together
 from moe_dist.train.record.statistics import gather_statistics
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
-from moe_dist.train.schedule import learning_rate
+from moe_dist.train.schedule import evaluates_after, learning_rate
 from moe_dist.train.task import Task, make_task
+
+_LOOKED_AT = 1024  # sequences
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Trainer:
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
             )
         self.key = RandomKey.of(config.train.seed, "train")
+        self.frequency_V = torch.from_numpy(self.task.frequencies.classes_V).to(device)
         self.folder = RunFolder(config.run.folder)
         self.row_bytes = config.model.d_model * compute_dtype(config.engine.precision).itemsize
         self.flops = self.task.flops_per_token(config.model)
@@ -149,7 +155,8 @@ class Trainer:
         def first() -> None:
             remove_drafts(self.folder.path)
             self.folder.write_config(self.config)
-            self.folder.write_environment(self.config, self.mesh, self.device, self.task.data_record())
+            data = self.task.data_record() | {"documents_per_micro_step": self._documents()}
+            self.folder.write_environment(self.config, self.mesh, self.device, data)
             self.task.prepare(self.folder)
             self.folder.write_status("running")
 
@@ -158,6 +165,13 @@ class Trainer:
             self._write(first)
             self._write(lambda: logs.append(self.folder.rank_log(self.mesh.rank)), everywhere=True)
         return logs[0]
+
+    def _documents(self) -> float:
+        """Documents that the sequences of a micro-step touch: the mean over micro-steps of the first steps, about as
+        many as have a thousand sequences."""
+        steps = range(min(self.config.train.steps, max(1, _LOOKED_AT // self.config.train.global_batch)))
+        micro_steps = (np.split(self.sampler.indices(step), self.shape.accumulation) for step in steps)
+        return fmean(self.task.documents(places) for of_step in micro_steps for places in of_step)
 
     def _write(self, work: Callable[[], None], everywhere: bool = False) -> None:
         """On rank 0, or everywhere. Raises EndRun on every rank when it failed on one: the disk may be full."""
@@ -200,6 +214,7 @@ class Trainer:
                     line = f"step {step}  going back to the last checkpoint: {health.trouble}"
                     progress.message(line)
                     log.warning(line)
+                    self._write(partial(self.folder.note_roll_back, step, health.trouble))
                     step = keeper.go_back(step, health)
                     if writer is not None:
                         writer.rewind(step)
@@ -220,11 +235,11 @@ class Trainer:
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """What the record of this step says besides, where it is time for it."""
-        done = step == self.config.train.steps
-        if not done and step % self.config.run.eval_every:
+        steps = self.config.train.steps
+        if not evaluates_after(step, steps, self.config.run):
             return {}
         record = self.task.evaluate(self.engine, self.shape, step)
-        if done:
+        if step == steps:
             record |= self.task.finish(self.engine, self.shape, step, self.folder, self._say)
         return record
 
@@ -252,7 +267,7 @@ class Trainer:
         for micro in range(shape.accumulation):
             mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
             tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
-            context = StepContext(self.key.fold(step, micro), step=step)
+            context = StepContext(self.key.fold(step, micro), step=step, frequency_V=self.frequency_V)
             outputs.append(self.engine.micro_step(tokens_BS, targets, context))
         nll, aux, layers = gather_statistics(outputs, self.mesh, self.device)
         lr = learning_rate(step, self.config.train.steps, self.config.optim)

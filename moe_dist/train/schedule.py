@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step, so a resumed run needs no scheduler state."""
+"""The learning rate, and when to evaluate, as pure functions of the step: a resumed run needs no scheduler state."""
 
 import math
 
-from moe_dist.config.schema import OptimConfig
+from moe_dist.config.schema import OptimConfig, RunConfig
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -27,6 +27,21 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     return optim.lr * (1 - (1 - optim.min_lr_ratio) * _decay(step, steps, warmup, optim))
+
+
+def evaluation_steps(steps: int, evaluations: int) -> list[int]:
+    """After which of `steps` steps the run evaluates, at most as often: at equal fractions of the schedule, after step
+    ceil(j * steps / evaluations) for j = 1, 2, ... evaluations."""
+    return [-(-number * steps // evaluations) for number in range(1, evaluations + 1)]
+
+
+def evaluates_after(step: int, steps: int, run: RunConfig) -> bool:
+    """Whether the run evaluates after step `step`, counted from 1."""
+    if step == steps:
+        return True
+    if run.evaluations is None:
+        return step % run.eval_every == 0
+    return step * run.evaluations // steps > (step - 1) * run.evaluations // steps
 
 
 def schedule_notes(steps: int, optim: OptimConfig) -> list[str]:

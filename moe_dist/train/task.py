@@ -26,6 +26,7 @@ from moe_dist.data import (
     micro_batch,
     validation_batches,
 )
+from moe_dist.data.frequency import Frequencies, token_counts
 from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
@@ -49,7 +50,8 @@ class Task(Protocol):
     digest.
 
     num_places, width: what the sampler takes as the number of tokens and the length of a sequence; a place is where a
-    sequence starts. real_share: share of a batch's tokens that are no padding.
+    sequence starts. real_share: share of a batch's tokens that are no padding. frequencies: of the
+    training split's tokens.
     """
 
     model: ModelConfig
@@ -58,6 +60,7 @@ class Task(Protocol):
     num_places: int
     width: int
     real_share: float
+    frequencies: Frequencies
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Trainable:
         """The model on this rank. model: with its backends resolved."""
@@ -73,6 +76,9 @@ class Task(Protocol):
     ) -> dict[str, float]:
         """The last step's extra, after `evaluate`; every rank must call. say: takes a line for the person who
         watches."""
+
+    def documents(self, places: np.ndarray) -> int:
+        """How many documents (texts) the training sequences at these places touch, each counted once."""
 
     def prepare(self, folder: RunFolder) -> None:
         """What the run folder must hold of the data. Rank 0 alone."""
@@ -117,6 +123,7 @@ class LanguageModelling:
         self.config, self.model, self.width = config, config.model, config.train.seq_len
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.digest, self.num_places = self.corpus.digest, len(self.corpus.train)
+        self.frequencies = Frequencies.of(token_counts(self.corpus.train, config.model.vocab_size))
         self.tokenizer = "bytes" if self.corpus.unit == "byte" else "that of the indexed files"
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Decoder:
@@ -124,6 +131,11 @@ class LanguageModelling:
 
     def batch(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
         return micro_batch(self.corpus.train, places, self.width)
+
+    def documents(self, places: np.ndarray) -> int:
+        first_N, last_N = (self.corpus.document_of(places + offset) for offset in (0, self.width - 1))
+        touched = [np.arange(first, last + 1) for first, last in zip(first_N, last_N, strict=True)]
+        return len(np.unique(np.concatenate(touched)))
 
     def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
         record = {}
@@ -177,7 +189,7 @@ class LanguageModelling:
         return rows
 
     def data_record(self) -> dict[str, Any]:
-        return self.corpus.record()
+        return self.corpus.record() | {"digest": self.digest, "frequencies": self.frequencies.record()}
 
     def describe(self) -> str:
         corpus = self.corpus
@@ -207,12 +219,18 @@ class Classification:
         # The sampler's windows are one token and its target wide, so that its last token starts none.
         self.num_places = len(self.corpus.train.labels_N) + 1
         self.real_share = float((self.corpus.train.tokens_NS != 0).mean())
+        counts_V = np.bincount(self.corpus.train.tokens_NS.flatten(), minlength=config.model.vocab_size)
+        counts_V[0] = 0  # padding
+        self.frequencies = Frequencies.of(counts_V)
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Classifier:
         return Classifier(model, mesh, self.config.train.seq_len, self.config.train.seed)
 
     def batch(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
         return _rows(self.corpus.train, places)
+
+    def documents(self, places: np.ndarray) -> int:
+        return len(np.unique(places))
 
     def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
         limit = self.config.run.eval_sequences
@@ -251,7 +269,7 @@ class Classification:
         return rows
 
     def data_record(self) -> dict[str, Any]:
-        return self.corpus.record()
+        return self.corpus.record() | {"digest": self.digest, "frequencies": self.frequencies.record()}
 
     def describe(self) -> str:
         corpus = self.corpus

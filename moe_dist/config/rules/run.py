@@ -60,21 +60,31 @@ def train_rules(train: TrainConfig) -> Iterator[str]:
     yield from between(train, "train", "data_seed", 0, 2**63 - 1)
 
 
-def run_rules(run: RunConfig) -> Iterator[str]:
-    yield from at_least(1, run, "run", "log_every eval_every eval_sequences save_every keep_last keep_every")
-    yield from at_least(1, run, "run", "evaluations")
+def run_rules(run: RunConfig, steps: int) -> Iterator[str]:
+    """steps: of training."""
+    yield from at_least(
+        1, run, "run", "log_every eval_every evaluations eval_sequences save_every keep_last keep_every"
+    )
     yield from at_least(0, run, "run", "sample_tokens")
     yield from above_zero(run, "run", "time_limit", "null is no limit")
     yield from at_most(run, "run", log_every=MANY, eval_every=MANY, eval_sequences=MANY, save_every=MANY)
-    yield from at_most(
-        run, "run", evaluations=MANY, keep_last=MANY, keep_every=MANY, sample_tokens=2**20, time_limit=_TEN_YEARS
-    )
+    yield from at_most(run, "run", keep_last=MANY, keep_every=MANY, sample_tokens=2**20, time_limit=_TEN_YEARS)
     if run.keep_every is not None and run.save_every >= 1 and run.keep_every % run.save_every:
         yield (
             f"keep_every={run.keep_every} is not a multiple of save_every={run.save_every}, so its steps have no "
             "checkpoint; change one of them"
         )
-    if run.keep_best and run.eval_every >= 1 and run.save_every % run.eval_every:
+    if run.evaluations is not None and run.evaluations > steps >= 1:
+        yield (
+            f"evaluations={run.evaluations} are more than there are steps: lower run.evaluations to at most "
+            f"train.steps={steps}"
+        )
+    if run.keep_best and run.evaluations is not None:
+        yield (
+            f"keep_best=true needs a validation loss for each checkpoint, but evaluations={run.evaluations} lie at "
+            "fractions of the schedule; set run.evaluations to null and use eval_every, or keep_best to false"
+        )
+    elif run.keep_best and run.eval_every >= 1 and run.save_every % run.eval_every:
         yield (
             f"keep_best=true needs a validation loss for each checkpoint, but save_every={run.save_every} is not a "
             f"multiple of eval_every={run.eval_every}; change one of them"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from moe_dist.study.figures.canvas import LINES, PANELS, left_out, legend, look, panel_rows, panels, spread_over
@@ -15,7 +16,7 @@ def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
     shown = spread_over(list(cells), PANELS)
     with panels(*panel_rows(len(shown), 3)) as (figure, grid):
         every = [axes for row in grid for axes in row]
-        top = max(float(cells[name].drop_rate_FL.max()) for name in shown)
+        top = max(float(np.nanmax(cells[name].drop_rate_FL)) for name in shown)
         for axes, name in zip(every, shown, strict=False):
             _draw(axes, cells[name])
             axes.set_title(name)
@@ -36,7 +37,7 @@ def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
         svg=svg,
         columns=["point", "layer", "fraction", "drop_rate"],
         rows=[
-            [name, layer_name(layer), fraction, float(one.drop_rate_FL[at, column])]
+            [name, layer_name(layer), fraction, None if np.isnan(one.drop_rate_FL[at, column]) else float(one.drop_rate_FL[at, column])]
             for name, one in cells.items()
             for column, layer in enumerate(one.layers)
             for at, fraction in enumerate(one.fractions)

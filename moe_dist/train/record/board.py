@@ -10,7 +10,15 @@ _MOE = frozenset(
     "drop_rate unserved_rate over_budget_rows load_max_over_mean balance_loss z_loss router_entropy "
     "dispatch_rows_bytes dispatch_bytes".split()
 )
-_HISTOGRAMS = ("load", "dropped_by_expert", "dropped_by_place", "over_budget_by_pool")
+_HISTOGRAMS = (
+    "load",
+    "dropped_by_expert",
+    "dropped_by_place",
+    "dropped_by_micro_step_place",
+    "dropped_by_frequency",
+    "load_by_frequency",
+    "over_budget_by_pool",
+)
 
 
 class Board:
@@ -58,7 +66,7 @@ class Board:
                     self._log_bars(f"{_tag(layer)}/{name}", layer[name], step)
 
     def _log_bars(self, tag: str, heights: list[int], step: int) -> None:
-        """A bar for each expert, place or pool, as high as its count."""
+        """A bar for each expert, place, class or pool, as high as its count."""
         self._writer.add_histogram_raw(
             tag,
             min=0,

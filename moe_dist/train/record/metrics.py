@@ -34,7 +34,9 @@ def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
     layers.
 
     Where drops happen: each layer has dropped_by_expert (whom the router chose), dropped_by_place (16 parts of the
-    sequence, from its start to its end) and over_budget_by_pool, in assignments of the whole step.
+    sequence, from its start to its end), dropped_by_micro_step_place (16 parts of the micro-step), dropped_by_frequency
+    (8 classes of tokens, the rarest first: data/frequency.py; load_by_frequency: all assignments by the same) and
+    over_budget_by_pool, in assignments of the whole step.
     """
     if not layers:
         return {}
@@ -49,6 +51,9 @@ def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
             "load": layer.load_E.tolist(),
             "dropped_by_expert": layer.dropped_E.tolist(),
             "dropped_by_place": layer.dropped_S.tolist(),
+            "dropped_by_micro_step_place": layer.dropped_M.tolist(),
+            "dropped_by_frequency": layer.dropped_F.tolist(),
+            "load_by_frequency": layer.load_F.tolist(),
             "over_budget_by_pool": layer.over_P.tolist(),
         }
         for layer in layers

@@ -7,12 +7,15 @@ runs/NAME/
   status.json        running | finished | preempted | failed, with the reason
   heartbeats/        what each rank did last         restarts.json    starts that got nowhere
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
 """
 
 import json
 import logging
+import os
 import platform
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +36,7 @@ from moe_dist.train.exit_codes import FAILED, EndRun
 from moe_dist.train.record.status import FILE as STATUS
 from moe_dist.train.record.status import read_status, write_status
 
+ROLL_BACKS = "roll_backs.jsonl"
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -70,12 +74,14 @@ class RunFolder:
         replace_text(self.path / "config.yaml", dump_config(config))
 
     def write_environment(self, config: Config, mesh: Mesh, device: torch.device, data: dict[str, Any]) -> None:
-        """data: what the splits hold and what was left out, as `Task.data_record` says it."""
+        """data: what the splits hold and what was left out, as `Task.data_record` says it, and how documents lie."""
         layout = mesh.layout
         record = {
             "packages": package_versions(),
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "host": socket.gethostname(),
+            "cpu": _cpu_name(),
             "threads_per_rank": torch.get_num_threads(),
             "backends": describe_backends(config.model, device.type),
             "layout": {name: getattr(layout, name) for name in ("world", "dp", "tp", "ep", "etp", "edp")},
@@ -89,6 +95,13 @@ class RunFolder:
 
     def write_status(self, state: str, **details: Any) -> None:
         write_status(self.path, state, **details)
+
+    def note_roll_back(self, step: int, reason: str) -> None:
+        """That the run goes back to a checkpoint after step `step`; on the disk when this returns."""
+        with (self.path / ROLL_BACKS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "reason": reason}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     @contextmanager
     def failures_noted(
@@ -158,6 +171,17 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), _machine())
+    return _machine()
+
+
+def _machine() -> str:
+    return platform.processor() or platform.machine()
 
 
 def _git_revision() -> str | None:

@@ -11,7 +11,7 @@ from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 
 _MEANS = ("aux_loss", "balance_loss", "z_loss", "entropy", "unserved")
-_OF_RANKS = ("dropped_E", "dropped_S")
+_OF_RANKS = ("dropped_E", "dropped_S", "dropped_M", "dropped_F", "load_F")
 """Counts of a rank's own tokens."""
 _OF_ALL = ("load_E", "kept_E", "over_P")
 """Counts that every rank knows of all."""
@@ -31,10 +31,10 @@ def gather_statistics(
             values.append(torch.tensor(stats.sent_bytes, device=device))
         per_micro.append(torch.stack([value.double() for value in values]))
     means = torch.stack(per_micro).mean(0)
-    counts = [_counts(output) for output in outputs]
-    sizes = [len(count) for count in counts[0]]
-    sums = [torch.stack(of_micros).sum(0).double() for of_micros in zip(*counts, strict=True)]  # exact up to 2^53
-    reduced = all_reduce(torch.cat([means, *sums]), mesh.world).cpu()
+    sizes = [len(count) for count in _counts(outputs[0])]
+    of_micros = [torch.cat([means.new_zeros(0), *_counts(output)]) for output in outputs]  # float64, exact up to 2^53
+    sums = torch.stack(of_micros).sum(0)
+    reduced = all_reduce(torch.cat([means, sums]), mesh.world).cpu()
     means, whole = reduced[: len(means)] / mesh.layout.world, iter(reduced[len(means) :].split(sizes))
     nll, aux = means[:2].tolist()
     layers = []

@@ -64,7 +64,7 @@ def test_reads_what_megatron_wrote(tmp_path: Path, dtype: type, modes: bool, mon
         ours = [index.document_start(file, document) for document in range(index.documents + 1)]
     pointers = np.append(theirs.index.sequence_pointers, expected.nbytes)
     assert ours == (pointers[theirs.document_indices] // np.dtype(dtype).itemsize).tolist()
-    train, validation, _ = read_indexed([str(prefix)], 50_000, 0.2)
+    train, validation, *_ = read_indexed([str(prefix)], 50_000, 0.2)
     assert tokens(train) + tokens(validation) == expected.tolist()
     assert len(train) in ours
 
@@ -72,7 +72,7 @@ def test_reads_what_megatron_wrote(tmp_path: Path, dtype: type, modes: bool, mon
 def test_the_last_documents_are_held_out(tmp_path: Path) -> None:
     prefix = write(tmp_path / "c", DOCUMENTS)  # documents begin at tokens 0, 4, 6, 6, 10; there are 11
     for fraction, cut in ((0.05, 10), (0.1, 10), (0.3, 10), (0.4, 6), (0.5, 6), (0.6, 4), (0.65, 4), (0.95, 4)):
-        train, validation, _ = read_indexed([str(prefix)], 1000, fraction)
+        train, validation, *_ = read_indexed([str(prefix)], 1000, fraction)
         assert tokens(train) == list(range(5, 5 + cut)), fraction
         assert tokens(validation) == list(range(5 + cut, 16)), fraction
 
@@ -250,7 +250,7 @@ def test_windows_of_a_file_are_read_as_they_are_and_no_further(tmp_path: Path, m
     documents = random_documents(3, 1000)
     whole = np.array([token for document in documents for sequence in document for token in sequence])
     prefix = write(tmp_path / "c", documents)
-    train, validation, _ = read_indexed([str(prefix)], 1000, 0.3)
+    train, validation, *_ = read_indexed([str(prefix)], 1000, 0.3)
     offsets = np.random.default_rng(0).integers(0, len(train) - 9, (5, 1)) + np.array([[0, 1, 2, 3, 7, 8, 4, 4, 9]])
     assert np.array_equal(train[offsets], whole[offsets])
     preadv = indexed.os.preadv
@@ -273,7 +273,7 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
     held = max(map(int, os.listdir("/proc/self/fd"))) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (held + number // 2, before[1]))
     try:
-        train, validation, _ = read_indexed([str(prefix) for prefix in prefixes], 1000, 0.5)
+        train, validation, *_ = read_indexed([str(prefix) for prefix in prefixes], 1000, 0.5)
         assert len(os.listdir("/proc/self/fd")) <= held  # none stays open for files that nobody has read from
         for part in (*train.parts, *validation.parts):
             part.files.most = 7
@@ -287,7 +287,7 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
 
 def test_a_file_that_is_replaced_while_it_is_not_open(tmp_path: Path) -> None:
     one, other = write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", DOCUMENTS)
-    train, _, _ = read_indexed([str(one), str(other)], 1000, 0.3)
+    train, *_ = read_indexed([str(one), str(other)], 1000, 0.3)
     train.parts[0].files.most = 1
     assert tokens(train) == [*range(5, 15)] * 2  # b is open now, a is not
     for name in "ab":
@@ -334,7 +334,7 @@ def check_mutants(folder: Path, numbers: range) -> int:
         data = mutated(good, number)
         (folder / "c.idx").write_bytes(data)
         try:
-            train, validation, _ = read_indexed([str(prefix)], 1000, 0.3)
+            train, validation, *_ = read_indexed([str(prefix)], 1000, 0.3)
         except ValueError as error:
             assert str(error).startswith((f"{prefix}.idx: ", f"{prefix}.bin: ")), f"mutant {number}: {error}"
             refused += 1

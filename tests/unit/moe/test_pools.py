@@ -17,7 +17,7 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.top_k.reference import top_k_experts
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice import DispatchPlan, Routing
-from moe_dist.moe.drops import PLACES, places, where_dropped
+from moe_dist.moe.drops import drops_of, marks
 from moe_dist.moe.gate import among_all
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import RealTokens, Site, StepContext
@@ -250,9 +250,10 @@ def test_the_host_waits_for_nothing(policy: str, floor: float) -> None:
         logits_TE = torch.randn(16, 8)
         stats = top_k_experts(logits_TE, 2)
         plan = plan_of(Routing(stats.experts_TK, stats.scores_TK, logits_TE, None, stats), **options)
-        lost = where_dropped(plan, None, places(16, 0, 8, torch.device("cpu")))
+        ids_T = torch.zeros(16, dtype=torch.int64)
+        lost = drops_of(plan, None, marks(ids_T, Group(), 8, torch.arange(8)))
     assert plan.kept_TK.shape == (16, 2) and plan.kept_WE.shape == (1, 8) and plan.over_P.shape == (4,)
-    assert [len(counts) for counts in lost] == [8, PLACES]
+    assert [len(counts) for counts in vars(lost).values()] == [8, 16, 16, 8, 8]
 
 
 def over_budget(routing: Routing, phase: str = "train", **moe: object) -> DispatchPlan:

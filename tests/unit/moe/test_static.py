@@ -17,8 +17,10 @@ import moe_dist.moe.capacity
 import moe_dist.moe.dispatch.all_to_all
 import moe_dist.moe.dispatch.base
 from moe_dist.config.model import MoEConfig
+from moe_dist.moe.drops import marks
 from moe_dist.moe.layer import MoE
-from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
+from moe_dist.parallel.mesh import Group, Mesh, create_mesh, single_process_mesh
+from moe_dist.step import StepContext
 from tests.unit.helpers import context
 
 T, D, E = 37, 8, 6
@@ -46,10 +48,16 @@ def layer_of(moe: MoEConfig, dtype: torch.dtype = torch.float64, kernels: str = 
     return layer
 
 
+def marked(x_TD: Tensor) -> StepContext:
+    """As in a run, with tokens of classes 0, 1, 2, ..., 7, 0, ..."""
+    ids_T = torch.arange(len(x_TD), device=x_TD.device)
+    return replace(context(), marks_XT=marks(ids_T, Group(), 16, ids_T % 8))
+
+
 def found_by(layer: Callable[..., Any], parameters: list[Tensor], x_TD: Tensor) -> list[Tensor]:
     """Output, losses, what was kept, and all gradients."""
     x_TD = x_TD.clone().requires_grad_()
-    y_TD, stats = layer(x_TD, context())
+    y_TD, stats = layer(x_TD, marked(x_TD))
     loss = (y_TD * torch.linspace(-1, 1, y_TD.numel(), dtype=y_TD.dtype).view_as(y_TD)).sum() + stats.aux_loss
     gradients = torch.autograd.grad(loss, [x_TD, *parameters])
     return [y_TD.detach(), stats.aux_loss.detach(), stats.kept_E.to(y_TD), *gradients]
@@ -179,7 +187,7 @@ def test_a_rank_of_eight_runs_without_numbers_and_is_one_graph(top_k: int, scope
     torch._dynamo.reset()
     layer = MoE(moe, D, 12, "swiglu", layer=0, mesh=eight_ranks)
     x_TD = torch.randn(T, D, requires_grad=True)
-    y_TD, stats = torch.compile(layer, fullgraph=True, backend="aot_eager")(x_TD, context())
+    y_TD, stats = torch.compile(layer, fullgraph=True, backend="aot_eager")(x_TD, marked(x_TD))
     (y_TD.sum() + stats.aux_loss).backward()
     assert y_TD.shape == x_TD.shape and x_TD.grad is not None
 

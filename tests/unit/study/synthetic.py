@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_dist.study.grid import Point, Study, load_study
+from moe_dist.study.measurements import FILE, write_measurements
 
 Loss = Callable[[Point, np.random.Generator], float]
 QUESTION = """
@@ -142,6 +143,5 @@ def plant_measurements(
             }
             lines.append(head | line)
     point.folder.mkdir(parents=True, exist_ok=True)
-    path = point.folder / "measurements.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_measurements(point.folder / FILE, lines)
     return lines

@@ -17,7 +17,13 @@ from moe_dist.train.record.board import board_scalars
 from moe_dist.train.record.history import last_logged_step, recent_losses
 from moe_dist.train.record.metrics import MetricsWriter, moe_record
 
-LOST = ("dropped_by_expert", "dropped_by_place", "over_budget_by_pool")
+LOST = (
+    "dropped_by_expert",
+    "dropped_by_place",
+    "over_budget_by_pool",
+    "dropped_by_micro_step_place",
+    "dropped_by_frequency",
+)
 
 
 def layer_load(site: Site, load_E: list[int], kept_E: list[int], sent_bytes: int = 0, **changes: float) -> MoEStats:
@@ -26,6 +32,8 @@ def layer_load(site: Site, load_E: list[int], kept_E: list[int], sent_bytes: int
     lost = loads["load_E"] - loads["kept_E"]
     places = torch.tensor([0] * 15 + [int(lost.sum())])
     loads |= {"dropped_E": lost, "dropped_S": places, "over_P": lost.sum()[None]}  # one pool
+    rare = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0])
+    loads |= {"dropped_M": places, "dropped_F": rare * lost.sum(), "load_F": rare * loads["load_E"].sum()}
     means = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     return MoEStats(site, **means, **loads, sent_bytes=sent_bytes)
 
@@ -69,6 +77,9 @@ def test_moe_record_by_hand() -> None:
             "load": [6, 2],
             "dropped_by_expert": [2, 0],
             "dropped_by_place": [0] * 15 + [2],
+            "dropped_by_micro_step_place": [0] * 15 + [2],
+            "dropped_by_frequency": [2] + [0] * 7,
+            "load_by_frequency": [8] + [0] * 7,
             "over_budget_by_pool": [2],
         },
         {
@@ -81,6 +92,9 @@ def test_moe_record_by_hand() -> None:
             "load": [4, 4],
             "dropped_by_expert": [0, 0],
             "dropped_by_place": [0] * 16,
+            "dropped_by_micro_step_place": [0] * 16,
+            "dropped_by_frequency": [0] * 8,
+            "load_by_frequency": [8] + [0] * 7,
             "over_budget_by_pool": [0],
         },
     ]
@@ -277,7 +291,8 @@ def test_tensorboard_shows_the_run_once_after_a_rewind(tmp_path: Path) -> None:
     assert histogram.histogram_value.bucket == [5.0, 0.0, 3.0]
     assert histogram.histogram_value.bucket_limit == [1.0, 2.0, 3.0]
     bars = {name: board.Histograms(f"moe/layer_0/{name}")[0].histogram_value.bucket for name in LOST}
-    assert bars == {LOST[0]: [1.0, 0.0, 0.0], LOST[1]: [0.0] * 15 + [1.0], LOST[2]: [1.0]}
+    later = {LOST[3]: [0.0] * 15 + [1.0], LOST[4]: [1.0] + [0.0] * 7}
+    assert bars == {LOST[0]: [1.0, 0.0, 0.0], LOST[1]: [0.0] * 15 + [1.0], LOST[2]: [1.0], **later}
 
 
 def test_a_board_that_cannot_be_written_is_told_once_and_left_alone(tmp_path: Path) -> None:
