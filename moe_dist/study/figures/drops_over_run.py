@@ -37,7 +37,12 @@ def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
         svg=svg,
         columns=["point", "layer", "fraction", "drop_rate"],
         rows=[
-            [name, layer_name(layer), fraction, None if np.isnan(one.drop_rate_FL[at, column]) else float(one.drop_rate_FL[at, column])]
+            [
+                name,
+                layer_name(layer),
+                fraction,
+                None if np.isnan(one.drop_rate_FL[at, column]) else float(one.drop_rate_FL[at, column]),
+            ]
             for name, one in cells.items()
             for column, layer in enumerate(one.layers)
             for at, fraction in enumerate(one.fractions)
