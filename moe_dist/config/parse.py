@@ -155,6 +155,7 @@ def sections_of(cls: type, home: str = "") -> Iterator[tuple[str, type]]:
         yield from sections_of(section, path)
 
 
+@cache  # hundreds of points ask for the same
 def field_types(cls: type) -> dict[str, Any]:
     """The type of every key below a dataclass of the schema that is no section, by its dotted name."""
     homes = [("", cls), *sections_of(cls)]

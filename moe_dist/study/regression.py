@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from moe_dist.study.cells import Cell
-from moe_dist.study.grid import Study
 from moe_dist.study.metric import title
 from moe_dist.study.page.model import Part, Prose, Table, Value
 from moe_dist.study.statistics.samples import Interval
@@ -11,10 +10,9 @@ from moe_dist.study.statistics.samples import Interval
 _TERMS = ("active_parameters", "experts", "tokens")
 
 
-def regression(study: Study, grid: Sequence[Cell], metric: str, floor: float = 0.0) -> list[Part]:
-    """floor: L0 of the study's ladder, or 0."""
-    of = metric if metric in ("validation_loss", "validation_loss_capped", "loss") else "validation_loss"
-    rows = _rows(grid, of)
+def regression(grid: Sequence[Cell], metric: str, floor: float) -> list[Part]:
+    """metric: a loss in nats. floor: L0 of the study's ladder, or 0."""
+    rows = _rows(grid, metric)
     varied = [term for at, term in enumerate(_TERMS) if len({row[at] for row in rows}) > 1]
     if not varied:
         return [Prose(["Scaling is left out: active parameters, experts and tokens are the same in all points."])]
@@ -40,7 +38,7 @@ def regression(study: Study, grid: Sequence[Cell], metric: str, floor: float = 0
     said = [f"`{name}` is left out: it {why}." for name, why in found.left_out.items()]
     said += [f"{note[:1].upper()}{note[1:]}." for note in found.notes]
     note = (
-        f"log({title(of)} - {floor:.4g}) by least squares over {len(runs)} runs: exponents, and for each capacity "
+        f"log({title(metric)} - {floor:.4g}) by least squares over {len(runs)} runs: exponents, and for each capacity "
         f"factor what it adds against {against}; residuals of {found.deviation:.2%}."
     )
     table = Table(

@@ -20,7 +20,7 @@ from moe_dist.study.ledger import Ledger
 from moe_dist.study.metric import title
 from moe_dist.study.page.model import Figure, Notice, Page, Prose, Section, Table
 from moe_dist.study.page.write import write_page
-from moe_dist.study.sections import dispatch_section, ladder_section, pareto_section, run_section, scaling_section
+from moe_dist.study.sections import compute_sections, dispatch_section, pareto_section, run_section
 from moe_dist.study.study_file import Question
 from moe_dist.study.tables import (
     cells_table,
@@ -65,8 +65,7 @@ def page_of(study: Study) -> Page | None:
         run_section(study, grid, found.families, metric),
         *dispatch_section(study, grid, found.families),
         *pareto_section(grid, metric),
-        *ladder_section(study, grid, found.families, metric),
-        *scaling_section(study, grid, metric),
+        *compute_sections(study, grid, metric),
         Section("Points", [_cells_table(study, grid, found, metric), costs_table(grid), *([failed] if failed else [])]),
     ]
     return Page(

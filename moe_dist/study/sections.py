@@ -22,6 +22,7 @@ from moe_dist.study.measurements import FILE
 from moe_dist.study.metric import lower_is_better, title
 from moe_dist.study.page.model import Part, Prose, Section, Table, Value
 from moe_dist.study.reduced import Reduced, reduce_points
+from moe_dist.study.regression import regression
 from moe_dist.study.statistics.paired import pair
 from moe_dist.study.statistics.samples import BySeed
 from moe_dist.study.theory import competition
@@ -147,29 +148,28 @@ def pareto_section(grid: Sequence[Cell], metric: str) -> list[Section]:
     return [Section("What it costs", parts, exploratory=True)]
 
 
-def ladder_section(study: Study, grid: Sequence[Cell], found: Families, metric: str) -> list[Section]:
+def compute_sections(study: Study, grid: Sequence[Cell], metric: str) -> list[Section]:
+    """Loss against compute, and how it scales: over the floor L0 of the ladder where there is one."""
     of = metric if metric in _NATS else "validation_loss"
+    parts: list[Part] = []
+    floor = 0.0
     try:
         result = ladders(study, grid, baseline_of(study, study.file.question), of)
     except ValueError as error:
-        return [Section("Loss against compute", [Prose([f"Left out: {error}."])], exploratory=True)]
-    if not result.ladders:
-        return [Section("Loss against compute", [Prose([result.left_out])], exploratory=True)]
-    words = [held_out_in_words(ladder) for ladder in result.ladders]
-    parts: list[Part] = [
-        ladder_figure(result.ladders, title(of)),
-        Prose([*words, result.left_out] if result.left_out else words),
+        parts.append(Prose([f"Left out: {error}."]))
+    else:
+        if result.ladders:
+            floor = min(ladder.fit.law.floor for ladder in result.ladders)
+            words = [held_out_in_words(ladder) for ladder in result.ladders]
+            words += [result.left_out] if result.left_out else []
+            parts += [ladder_figure(result.ladders, title(of)), Prose(words), _laws_table(result)]
+            parts += [_speeds_table(result)] if result.speeds else []
+        else:
+            parts.append(Prose([result.left_out]))
+    return [
+        Section("Loss against compute", parts, exploratory=True),
+        Section("Scaling", regression(grid, of, floor), exploratory=True),
     ]
-    parts.append(_laws_table(result))
-    if result.speeds:
-        parts.append(_speeds_table(result))
-    return [Section("Loss against compute", parts, exploratory=True)]
-
-
-def scaling_section(study: Study, grid: Sequence[Cell], metric: str) -> list[Section]:
-    from moe_dist.study.regression import regression
-
-    return [Section("Scaling", regression(study, grid, metric), exploratory=True)]
 
 
 def _laws_table(result: Ladders) -> Table:

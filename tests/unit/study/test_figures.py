@@ -1,0 +1,236 @@
+"""Every figure's data equals the ledger's and the measurements', by sums of our own."""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moe_dist.study.figures.canvas import places_of, spread_over
+from moe_dist.study.grid import Study
+from moe_dist.study.report import write_report
+from moe_dist.study.statistics.drops import uniform_drops
+from tests.unit.study.synthetic import (
+    QUESTION,
+    STUDY,
+    plant,
+    plant_measurements,
+    planted_losses,
+    planted_study,
+)
+
+LAYERS, EXPERTS, FRACTIONS = 2, 8, 4
+
+
+class Written:
+    """A report of 15 points with measurements: its tables, ledger, and lines by (cell, seed)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.study: Study = planted_study(folder)
+        plant(self.study, planted_losses({0.5: 0.05, 1.0: 0.004, None: 0.0}))
+        self.lines: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+        for point in self.study.points:
+            factor = point.config.model.moe.capacity_factor
+            drop = 0.0 if factor is None else 0.1 / float(factor)  # type: ignore[arg-type]
+            name = "dropless" if factor is None else f"capacity_factor {factor}"
+            self.lines[name].append(plant_measurements(point, LAYERS, EXPERTS, FRACTIONS, point.index, drop))
+        self.files = write_report(self.study)
+        self.ledger = [json.loads(line) for line in self.study.ledger.read_text().splitlines()]
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        with (self.study.folder / "data" / f"{name}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    def late(self, name: str, layer: int | None = None) -> Iterator[dict[str, Any]]:
+        """Layer lines of the last quarter: of four fractions the last."""
+        for lines in self.lines[name]:
+            for line in lines:
+                if line["fraction"] == 1.0 and line["layer"] is not None and layer in (None, line["layer"]):
+                    yield line
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return Written(tmp_path_factory.mktemp("study"))
+
+
+def test_every_figure_has_its_drawing_and_its_data(written: Written) -> None:
+    names = {path.stem for path in written.files if path.suffix == ".svg"}
+    assert names == {"against", "drops-over-run", "drops-split", "drops-by-place", "loads", "pareto"}
+    assert all((written.study.folder / "data" / f"{name}.csv").stat().st_size > 100 for name in names)
+    assert {path.name for path in written.files} > {"report.html", "report.md", "comparisons.csv", "points.csv"}
+
+
+def test_losses_are_the_ledgers(written: Written) -> None:
+    rows = written.table("against")
+    labels = {0.5: "0.5", 1.0: "1.0", None: "dropless"}
+    for metric in ("validation_loss", "validation_loss_capped", "loss", "drop_rate"):
+        of_it = [row for row in rows if row["metric"] == metric]
+        assert {(row["capacity_factor"], int(row["seed"])): float(row["value"]) for row in of_it} == {
+            (labels[line["axes"]["model.moe.capacity_factor"]], line["seed"]): line[metric] for line in written.ledger
+        }
+    half = [line["validation_loss"] for line in written.ledger if line["axes"]["model.moe.capacity_factor"] == 0.5]
+    none = [line["validation_loss"] for line in written.ledger if line["axes"]["model.moe.capacity_factor"] is None]
+    row = next(row for row in rows if row["metric"] == "minus_baseline" and row["capacity_factor"] == "0.5")
+    interval = stats.ttest_rel(half, none).confidence_interval()
+    assert [float(row[key]) for key in ("mean", "low", "high")] == pytest.approx(
+        [np.mean(half) - np.mean(none), interval.low, interval.high]
+    )
+
+
+def test_drops_over_the_run_are_means_of_seeds(written: Written) -> None:
+    rows = {(r["point"], r["layer"], r["fraction"]): float(r["drop_rate"]) for r in written.table("drops-over-run")}
+    assert len(rows) == 2 * LAYERS * FRACTIONS  # dropless is not among them
+    of_seeds = [
+        line["drop_rate"]
+        for lines in written.lines["capacity_factor 1.0"]
+        for line in lines
+        if (line["layer"], line["fraction"]) == (1, 0.5)
+    ]
+    assert len(of_seeds) == 5 and rows["capacity_factor 1.0", "layer 1", "0.5"] == pytest.approx(fmean(of_seeds))
+
+
+def test_drops_are_split_by_theory(written: Written) -> None:
+    rows = {(row["point"], row["layer"]): row for row in written.table("drops-split")}
+    assert len(rows) == 2 * LAYERS
+    for (name, layer), row in rows.items():
+        number = int(layer.split()[1])
+        late = list(written.late(name, number))
+        dropped, load = (sum(sum(line[key]) for line in late) for key in ("dropped_by_expert", "load"))
+        assert float(row["measured"]) == pytest.approx(dropped / load)
+        capacity = 64 if name.endswith("0.5") else 128  # of 512 tokens that choose 2 of 8
+        assert float(row["chance"]) == pytest.approx(uniform_drops(512, 2, 8, capacity).rate)
+        parts = [float(row[part]) for part in ("chance", "imbalance", "rest")]
+        assert sum(parts) == pytest.approx(float(row["measured"])) and parts[1] >= 0
+
+
+def test_drops_by_place_are_over_equal_parts(written: Written) -> None:
+    table = written.table("drops-by-place")
+    rows = {(row["point"], row["by"], int(row["part"])): float(row["drop_rate"]) for row in table}
+    assert len(rows) == 2 * (16 + 16 + 8)
+    late = list(written.late("capacity_factor 0.5"))
+    load = sum(sum(line["load"]) for line in late)
+    for kind, key in (("sequence", "dropped_by_place"), ("micro-step", "dropped_by_micro_step_place")):
+        dropped = sum(line[key][3] for line in late)
+        assert rows["capacity_factor 0.5", kind, 3] == pytest.approx(dropped / (load / 16))
+    dropped, asked = (sum(line[f"{what}_by_frequency"][7] for line in late) for what in ("dropped", "load"))
+    assert rows["capacity_factor 0.5", "frequency", 7] == pytest.approx(dropped / asked)
+
+
+def test_loads_are_over_their_layers_mean(written: Written) -> None:
+    rows = {(row["point"], row["layer"], int(row["expert"])): row for row in written.table("loads")}
+    assert len(rows) == 3 * LAYERS * EXPERTS
+    loads = np.sum([line["load"] for line in written.late("dropless", 1)], axis=0)
+    for expert in range(EXPERTS):
+        row = rows["dropless", "layer 1", expert]
+        assert float(row["load"]) == loads[expert]
+        assert float(row["load_over_mean"]) == pytest.approx(loads[expert] / loads.mean())
+
+
+def test_the_front_is_of_times_and_losses(written: Written) -> None:
+    rows = {(row["point"], row["cost"]): row for row in written.table("pareto")}
+    assert {cost for _, cost in rows} == {"time"}  # all else costs the same
+    assert [float(rows[f"capacity_factor {f}", "time"]["value"]) for f in (0.5, 1.0)] == pytest.approx([10.0, 10.0])
+    assert float(rows["dropless", "time"]["value"]) == pytest.approx(12.0)
+    assert rows["capacity_factor 0.5", "time"]["standing"] == "dominated"
+    assert rows["capacity_factor 0.5", "time"]["against"] == "capacity_factor 1.0"
+    assert rows["capacity_factor 1.0", "time"]["standing"] == "front"
+    means = fmean(
+        line["validation_loss"] for line in written.ledger if line["axes"]["model.moe.capacity_factor"] == 1.0
+    )
+    assert float(rows["capacity_factor 1.0", "time"]["mean"]) == pytest.approx(means)
+
+
+def test_the_same_ledger_gives_the_same_files(written: Written) -> None:
+    first = [path.read_bytes() for path in written.files]
+    assert [path.read_bytes() for path in write_report(written.study)] == first
+
+
+def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
+    assert places_of([0.5, 1.0, 2.0, None]) == {0.5: 0.5, 1.0: 1.0, 2.0: 2.0, None: 2.75}
+    assert places_of([4, None]) == {4: 4.0, None: 5.0}
+    assert places_of(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
+    assert places_of([True, False]) == {True: 0.0, False: 1.0}
+
+
+def test_few_are_drawn_of_many() -> None:
+    assert spread_over("abc", 6) == ["a", "b", "c"]
+    assert spread_over(range(100), 6) == [0, 20, 40, 59, 79, 99]
+
+
+LADDER = """
+name: ladder
+base: base.yaml
+axes:
+  model.moe.capacity_factor: [1.0, null]
+vary_together:
+  size:
+    s: {train.steps: 100}
+    m: {train.steps: 300}
+    l: {train.steps: 900}
+    xl: {train.steps: 2700}
+    xxl: {train.steps: 8100}
+seeds: [0, 1, 2, 3]
+"""
+
+
+def test_a_planted_ladder_comes_back(tmp_path: Path) -> None:
+    """L = 1.8 + A C^-0.2, of which the capped points get the loss of 0.9 of their compute at 1.2 of the speed."""
+    study = planted_study(tmp_path, LADDER + QUESTION)
+    common = 0.002 * np.random.default_rng(1).standard_normal(10)
+
+    def loss(point: Any, rng: np.random.Generator) -> float:
+        compute = 1e9 * point.config.train.steps * (1.0 if point.config.model.moe.capacity_factor is None else 0.9)
+        return float((1.8 + 250 * compute**-0.2) * np.exp(common[point.seed] + 0.0005 * rng.standard_normal()))
+
+    plant(study, loss)
+    write_report(study)
+    folder = study.folder / "data"
+
+    def table(name: str) -> list[dict[str, str]]:
+        with (folder / f"{name}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    (law,) = table("laws")
+    assert float(law["a, low"]) <= 0.2 <= float(law["a, high"]) and law["sizes"] == "5"
+    assert float(law["L0, low"]) <= 1.8 <= float(law["L0, high"]) and law["95% interval"] == "inside"
+    speeds = {row["size"]: row for row in table("speeds")}
+    assert list(speeds) == ["s", "m", "l", "xl", "xxl"]
+    for row in speeds.values():
+        assert float(row["effective compute"]) == pytest.approx(0.9, abs=0.06)
+        assert float(row["throughput"]) == pytest.approx(1.2)
+        assert float(row["speed, low"]) <= float(row["effective speed"]) <= float(row["speed, high"])
+        assert float(row["over L0 and a, least"]) <= float(row["effective speed"]) <= float(row["over L0 and a, most"])
+    losses = [row for row in table("ladder") if row["seed"]]
+    ledger = [json.loads(line) for line in study.ledger.read_text().splitlines()]
+    dropless = [line for line in ledger if line["axes"]["model.moe.capacity_factor"] is None]
+    assert sorted(float(row["loss"]) for row in losses) == sorted(line["validation_loss"] for line in dropless)
+    (held_out,) = (row for row in table("ladder") if not row["seed"])
+    assert float(held_out["loss"]) == pytest.approx(fmean(x["validation_loss"] for x in dropless if x["steps"] == 8100))
+    page = (study.folder / "report.md").read_text()
+    assert "The law of the smaller sizes predicts" in page and "inside its 95% interval" in page
+    terms = {row["term"]: row for row in table("scaling")}
+    assert {"exponent of tokens", "capacity factor 1.0"} == set(terms)
+    assert float(terms["exponent of tokens"]["value"]) == pytest.approx(-0.2, abs=0.02)
+
+
+def test_what_the_grid_does_not_have_is_left_out_in_words(tmp_path: Path) -> None:
+    study = planted_study(tmp_path, STUDY)
+    plant(study, planted_losses({0.5: 0.05, 1.0: 0.004, None: 0.0}))
+    names = {path.stem for path in write_report(study) if path.suffix == ".svg"}
+    page = (study.folder / "report.md").read_text()
+    assert names == {"against", "pareto"}
+    for said in (
+        "the points have no measurements by layer",
+        "no axis of the grid has 4 sizes of compute",
+        "Scaling is left out: active parameters, experts and tokens are the same in all points",
+        "No question was stated before the runs",
+        "How to state a question",
+    ):
+        assert said in page, said
