@@ -3,7 +3,7 @@
     /usr/bin/time -v python benchmarks/study_report.py /tmp/big --make      # once: about a gigabyte
     /usr/bin/time -v python benchmarks/study_report.py /tmp/big
 
-The numbers are made up; files are as a run's. --lines leaves out the arrays beside measurements.jsonl, so that the lines
+The numbers are made up; files are as a run's. --lines removes the arrays beside measurements.jsonl, so that the lines
 themselves are read.
 """
 

@@ -6,14 +6,14 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import LINES, PANELS, from_zero, left_out, legend, look, panel_rows, panels
+from moe_dist.study.figures.canvas import LINES, from_zero, left_out, legend, look, panel_rows, panels
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.statistics.samples import BySeed, t_interval
 
 _COLUMNS = 3
-_METRICS = 4
-"""Columns where every group has a row of its own: the first so many metrics are drawn."""
+_GROUPS, _METRICS = 4, 3
+"""Rows and columns of several groups: the first so many are drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str,
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.group, []).append(line)
-    shown = dict(list(groups.items())[:PANELS])
+    shown = dict(list(groups.items())[:_GROUPS])
     columns = _COLUMNS if len(shown) == 1 else _METRICS
     drawn_metrics = list(metrics.items())[: None if len(shown) == 1 else _METRICS]
     wanted = [(group, metric) for group in shown for metric in drawn_metrics]
@@ -79,13 +79,12 @@ def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int) -> Non
     if inside and len(inside) < len(stops):
         ends = [inside[-1], len(stops) - 1]
         axes.plot([stops[at].x for at in ends], [means[at] for at in ends], color=color, linestyle=(0, (2, 2)))
-    for stop, mean in zip(stops, means, strict=True):
-        values = [scale * value for value in stop.values[metric].values()]
-        interval = t_interval(values)
-        if interval is not None:
-            axes.vlines(stop.x, interval.low, interval.high, color=color, linewidth=1.1)
-        axes.plot(stop.x, mean, color=color, marker="_", markersize=12, markeredgewidth=1.6)
-        axes.plot([stop.x] * len(values), values, marker, color=color, markersize=3.6, alpha=0.75)
+    bars = [(stop.x, t_interval(list(stop.values[metric].values()))) for stop in stops]
+    known = [(x, scale * bar.low, scale * bar.high) for x, bar in bars if bar is not None]
+    axes.vlines([x for x, _, _ in known], [low for _, low, _ in known], [high for _, _, high in known], color=color)
+    axes.plot([stop.x for stop in stops], means, "_", color=color, markersize=12, markeredgewidth=1.6)
+    dots = [(stop.x, scale * value) for stop in stops for value in stop.values[metric].values()]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], marker, color=color, markersize=3.6, alpha=0.75)
 
 
 def _label(axes: Axes, lines: Sequence[Line], x_name: str, title: str) -> None:

@@ -37,15 +37,10 @@ def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
         svg=svg,
         columns=["point", "layer", "fraction", "drop_rate"],
         rows=[
-            [
-                name,
-                layer_name(layer),
-                fraction,
-                None if np.isnan(one.drop_rate_FL[at, column]) else float(one.drop_rate_FL[at, column]),
-            ]
+            [name, layer_name(layer), fraction, None if rate != rate else rate]
             for name, one in cells.items()
-            for column, layer in enumerate(one.layers)
-            for at, fraction in enumerate(one.fractions)
+            for layer, rates in zip(one.layers, one.drop_rate_FL.T.tolist(), strict=True)
+            for fraction, rate in zip(one.fractions, rates, strict=True)
         ],
     )
 

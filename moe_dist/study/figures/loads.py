@@ -10,9 +10,13 @@ from moe_dist.study.page.theme import heat_map, svg_of
 from moe_dist.study.reduced import Reduced, layer_name
 from moe_dist.study.statistics.samples import Floats
 
+_SQUARES = 3000
+"""Each is a shape of its own in the page."""
+
 
 def loads(cells: Mapping[str, Reduced]) -> Figure:
-    shown = spread_over(list(cells), PANELS)
+    squares = max(sum(len(load_E) for load_E in one.counts["load"]) for one in cells.values())
+    shown = spread_over(list(cells), max(2, min(PANELS, _SQUARES // squares)))
     over_mean = {name: over_means(one) for name, one in cells.items()}
     with panels(*panel_rows(len(shown), 3), height=2.2) as (figure, grid):
         every = [axes for row in grid for axes in row]

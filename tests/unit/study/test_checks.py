@@ -10,7 +10,7 @@ from moe_dist.study.answer import answer
 from moe_dist.study.cells import cells
 from moe_dist.study.checks import Finding, check
 from moe_dist.study.command import study as command_line
-from moe_dist.study.grid import CAPACITY, Point, Study
+from moe_dist.study.grid import CAPACITY, Study
 from moe_dist.study.ledger import Ledger
 from tests.unit.study.synthetic import QUESTION, STUDY, plant, planted_losses, planted_study
 
@@ -144,5 +144,18 @@ def test_the_worst_leads_the_page(tmp_path: Path) -> None:
 
 def test_seeds_that_share_noise_are_warned_of(tmp_path: Path) -> None:
     """Two seeds of weights by two of data order are no four repetitions."""
+    study = planted_study(tmp_path, STUDY.replace("[0, 1, 2, 3, 4]", "{weights: [0, 1], data: [0, 1]}") + QUESTION)
+    found = findings(study, lambda point: {"seeds": point.seeds})
+    assert [(each.level, each.check) for each in found] == [("warning", "seeds")]
+    assert found[0].what.startswith("the 4 repetitions of a point are 2 seeds of weights by 2 of data order")
+
+
+@pytest.mark.parametrize(("equal", "field"), [("tokens", "tokens"), ("flops", "flops"), ("time", "seconds")])
+def test_equal_budgets_are_kept_to_the_step(tmp_path: Path, equal: str, field: str) -> None:
     study = planted_study(tmp_path)
-    assert isinstance(study.points[0], Point)
+    study.file.equal = equal  # type: ignore[assignment]
+    assert findings(study, only(FIRST, **{field: None})) == []
+    value = {"tokens": 51_200, "flops": 1e11, "seconds": 10.0}[field]
+    (found,) = findings(study, only(FIRST, **{field: value * 1.2}))
+    assert found.check == "budget" and found.what.startswith(f"`equal: {equal}` is not kept: ")
+    assert findings(study, only(FIRST, **{field: value * (1.09 if equal == "time" else 1.009)})) == []

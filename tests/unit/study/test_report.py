@@ -1,51 +1,61 @@
-"""The report: numbers that can be checked by hand, and files that do not change."""
+"""The report's tables by hand, what it says of points without a result, and its command."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
-from moe_dist.study.figure import draw, x_places
 
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.study.answer import dropped_by_chance
+from moe_dist.study.answer import answer
 from moe_dist.study.cells import Cell, cells
 from moe_dist.study.command import study as command_line
-from moe_dist.study.grid import CAPACITY
+from moe_dist.study.grid import CAPACITY, Study
 from moe_dist.study.ledger import Ledger
-from moe_dist.study.report import markdown, spread, table, write_report
+from moe_dist.study.metric import lower_is_better, spread
+from moe_dist.study.page.model import Table
+from moe_dist.study.report import page_of
 from moe_dist.study.runner import Runner
+from moe_dist.study.tables import cells_table, costs_table, failed_table, setting_table
+from moe_dist.study.theory import dropped_by_chance
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
+
+
+def rows_of(table: Table) -> list[dict[str, Any]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def points_table(study: Study) -> tuple[list[Cell], list[dict[str, Any]], str]:
+    grid = cells(study, Ledger(study.ledger).latest())
+    baselines = {id(match.cell): match.baseline for match in answer(study, grid).families.others}
+    table = cells_table(study, grid, baselines, "validation_loss")
+    return grid, rows_of(table), table.note
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
     study = toy_study(tmp_path)
     Runner(study, Pretend(tmp_path)).run(study.points)
-    head, _, half, dropless = table(study, cells(study, Ledger(study.ledger).latest()))
-
-    def row(line: str) -> dict[str, str]:
-        return dict(zip(*([cell.strip() for cell in text.split("|")[1:-1]] for text in (head, line)), strict=True))
-
-    assert row(half) == {
+    grid, (half, dropless), _ = points_table(study)
+    chance = dropped_by_chance(study.points[0].config, 1)
+    assert half.pop("by chance") == pytest.approx(chance) and chance is not None
+    told = {name: value for name, value in half.items() if name not in ("C", "tokens per micro-step")}
+    assert told == {
         "capacity_factor": "0.5",
-        "seeds": "2",
+        "seeds": 2,
         "validation loss": "3.0000 ± 0.7071",  # 2.5 and 3.5
-        "minus dropless": "+0.5000",  # 2.5 - 2 and 3.5 - 3
+        "minus baseline": "+0.5000",  # 2.5 - 2 and 3.5 - 3
         "validation bits/byte": "4.0000",
         "training loss": "7.0000 ± 0.7071",
         "dropped, end": "50.00 %",
-        "by chance": f"{100 * dropped_by_chance(study.points[0].config, 1):.2f} %",
         "dropped, whole run": "87.50 %",
         "fullest expert": "1.50",
-        "step": "1125.0 ms",
-        "rows to experts": "4.500 MB",
-        "crossing ranks": "0.000 MB",
     }
-    assert row(dropless)["capacity_factor"] == "dropless"
-    assert row(dropless)["validation loss"] == "2.5000 ± 0.7071"
-    assert row(dropless)["minus dropless"] == "–"
+    assert dropless["capacity_factor"] == "dropless" and dropless["minus baseline"] == "–"
+    assert dropless["validation loss"] == "2.5000 ± 0.7071"
+    costs = rows_of(costs_table(grid))[0]
+    assert costs["step (ms)"] == pytest.approx(1125.0) and costs["rows to experts (MB a step)"] == pytest.approx(4.5)
+    assert costs["time of all steps, at the median step (s)"] == pytest.approx(9.0)
 
 
 def test_runs_are_compared_seed_by_seed(tmp_path: Path) -> None:
@@ -53,29 +63,13 @@ def test_runs_are_compared_seed_by_seed(tmp_path: Path) -> None:
     study = toy_study(tmp_path, STUDY.replace("seeds: [0, 1]", "seeds: [0, 1, 2]"))
     trouble = "if (factor, seed) in ((0.5, 0), (None, 1)): sys.exit('no luck')"
     assert Runner(study, Pretend(tmp_path, trouble)).run(study.points) == 1
-    grid = cells(study, Ledger(study.ledger).latest())
+    grid, (half, _), _ = points_table(study)
     assert [cell.values("validation_loss") for cell in grid] == [[3.5, 4.5], [2.0, 4.0]]
-    head, _, half, _ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(study, grid))
-    assert half[head.index("minus dropless")] == "+0.5000"  # of seed 2 alone
-    assert half[head.index("seeds")] == "2"
-
-
-def test_a_thin_line_joins_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = [
-        Cell({CAPACITY: x}, [{"seed": s, "validation_loss": 10 * s + x, "drop_rate": 0.0} for s in seeds])
-        for x, seeds in ((0.5, (1, 2, 3)), (1.0, (0, 2, 3)), (2.0, (0, 1, 2, 3)))
-    ]
-    drawn: list[tuple[list[float], list[float]]] = []
-    plot = Axes.plot
-
-    def note(axes: Axes, x: Any, y: Any, *args: Any, **how: Any) -> Any:
-        if how.get("alpha") == 0.5 and axes.get_ylabel() == "" and y[0] > 1:
-            drawn.append((list(x), list(y)))
-        return plot(axes, x, y, *args, **how)
-
-    monkeypatch.setattr(Axes, "plot", note)
-    draw(grid, CAPACITY, [])
-    assert drawn == [([0.5, 1.0, 2.0], [20.5, 21.0, 22.0]), ([0.5, 1.0, 2.0], [30.5, 31.0, 32.0])]
+    assert half["minus baseline"] == "+0.5000" and half["seeds"] == 2  # of seed 2 alone
+    failed = failed_table(study, Ledger(study.ledger).latest())
+    assert failed is not None
+    assert [row["point"] for row in rows_of(failed)] == ["capacity_factor=0.5-seed=0", "capacity_factor=null-seed=1"]
+    assert all("no luck" in row["end of its log"] for row in rows_of(failed))
 
 
 def test_what_was_measured_is_told_by_its_own_name(tmp_path: Path) -> None:
@@ -86,26 +80,45 @@ def test_what_was_measured_is_told_by_its_own_name(tmp_path: Path) -> None:
     indexed = "overrides: {train.steps: 8, data.kind: indexed, data.paths: [x]}"
     study = toy_study(tokens, STUDY.replace("overrides: {train.steps: 8}", indexed))
     assert Runner(study, Pretend(tokens, validation_bits_per_token=5.5)).run(study.points) == 0
-    record = Ledger(study.ledger).records()[0]
-    assert record["validation_bits_per_token"] == 5.5 and "validation_bits_per_byte" not in record
-    write_report(study, Ledger(study.ledger).latest())
-    page = (study.folder / "report.md").read_text()
-    assert "| validation bits/token |" in page and "bits/byte" not in page and "Losses are in nats/token;" in page
+    _, (half, _), note = points_table(study)
+    assert half["validation bits/token"] == "5.5000" and "validation bits/byte" not in half
+    assert "Losses in nats/token;" in note
 
     classes = "overrides: {train.steps: 8, task: classification, model.num_classes: 7, model.num_heads: 2}"
     study = toy_study(texts, STUDY.replace("overrides: {train.steps: 8}", classes))
     measured = {"validation_accuracy": 0.75, "validation_macro_f1": 0.5, "test_loss": 3.25, "test_accuracy": 0.625}
     assert Runner(study, Pretend(texts, **measured)).run(study.points) == 0
     record = Ledger(study.ledger).records()[0]
-    assert {name: record[name] for name in measured} == measured
     built = Classifier(resolve_backends(study.points[0].config.model, 1), single_process_mesh(), max_len=32)
     assert record["parameters"] == sum(param.numel() for param in built.parameters())
-    write_report(study, Ledger(study.ledger).latest())
-    page, picture = ((study.folder / name).read_text() for name in ("report.md", "toy.svg"))
-    assert "| validation accuracy | validation macro-F1 | test accuracy |" in page
-    assert "| 75.00 % | 0.5000 | 62.50 % |" in page and "bits" not in page
-    assert "Losses are in nats/text;" in page and "8 steps of 16 texts of up to 32 tokens" in page
-    assert "dropless validation accuracy (%)" in picture and "(nats/text)" in picture
+    grid, (half, _), note = points_table(study)
+    assert [half[name] for name in ("validation accuracy", "validation macro-F1", "test accuracy")] == [
+        "75.00 %",
+        "0.5000",
+        "62.50 %",
+    ]
+    assert "Losses in nats/text;" in note and half["by chance"] is None
+    setting = {row["what"]: row["value"] for row in rows_of(setting_table(study, grid))}
+    assert setting["training"] == "8 steps of 16 texts of up to 32 tokens"
+    assert setting[CAPACITY] == "0.5, dropless" and setting["seeds"] == "0, 1"
+
+
+def test_points_without_a_result_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path)
+    assert command_line(["report", str(path)]) == 1
+    assert "no point has finished yet" in capsys.readouterr().out
+    study = toy_study(tmp_path)
+    command = Pretend(tmp_path, "if factor == 0.5: sys.exit('no luck')")
+    Runner(study, command).run(study.points[1:])
+    page = page_of(study)
+    assert page is not None
+    (violations,) = (part for part in page.lead if getattr(part, "level", "") == "violation")
+    lines = "\n".join(violations.lines)  # type: ignore[union-attr]
+    assert "1 point failed and is left out of all numbers (capacity_factor=0.5-seed=1)" in lines
+    assert "1 point has no result yet (capacity_factor=0.5-seed=0)" in lines
+    assert command_line(["report", str(path), "--output", str(tmp_path / "page")]) == 0
+    assert capsys.readouterr().out.split()[-2:] == [str(tmp_path / f"page/report.{kind}") for kind in ("html", "md")]
+    assert "2 of 4 points have finished" in (tmp_path / "page/report.md").read_text()
 
 
 def test_spread() -> None:
@@ -114,33 +127,6 @@ def test_spread() -> None:
     assert spread([1, 3], "{:+.1f} s") == "+2.0 ± 1.4 s"
 
 
-def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
-    assert x_places([0.5, 1.0, 2.0, None]) == {0.5: 0.5, 1.0: 1.0, 2.0: 2.0, None: 2.75}
-    assert x_places([4, None]) == {4: 4.0, None: 5.0}
-    assert x_places(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
-    assert x_places([True, False]) == {True: 0.0, False: 1.0}
-
-
-def test_the_same_ledger_gives_the_same_files(tmp_path: Path) -> None:
-    text = "name: toy\nbase: base.yaml\naxes: {model.moe.top_k: [1, 2], model.moe.capacity_factor: [0.5, 1, null]}\n"
-    study = toy_study(tmp_path, text + "overrides: {train.steps: 8}\n")
-    assert Runner(study, Pretend(tmp_path)).run(study.points) == 0
-    latest = Ledger(study.ledger).latest()
-    paths = write_report(study, latest)
-    assert [path.name for path in paths] == ["report.md", "toy.png", "toy.svg"]
-    first = [path.read_bytes() for path in paths]
-    assert first[1].startswith(b"\x89PNG") and b"<svg" in first[2]
-    assert [path.read_bytes() for path in write_report(study, latest)] == first
-
-
-def test_points_without_a_result_are_named(tmp_path: Path) -> None:
-    path = write_study(tmp_path)
-    assert command_line(["report", str(path)]) == 1
-    study = toy_study(tmp_path)
-    command = Pretend(tmp_path, "if factor == 0.5: sys.exit('no luck')")
-    Runner(study, command).run(study.points[1:])
-    page = markdown(study, Ledger(study.ledger).latest())
-    assert "2 of 4 points have finished" in page
-    assert "- capacity_factor=0.5-seed=0: not run to its end yet" in page
-    assert "- capacity_factor=0.5-seed=1: failed exit code 1" in page
-    assert command_line(["report", str(path)]) == 0
+def test_which_way_is_better() -> None:
+    assert all(map(lower_is_better, ("validation_loss", "drop_rate", "step_seconds", "test_loss_capped")))
+    assert not any(map(lower_is_better, ("validation_accuracy", "test_macro_f1", "validation_macro_f1_capped")))
