@@ -133,6 +133,11 @@ class MoEConfig:
             return self.balance
         return "loss+sign" if self.router == "sigmoid" else "loss"
 
+    def factor_at(self, step: int) -> CapacityFactor:
+        """The capacity factor of training step `step`, counted from 0."""
+        begun = [first for first in self.capacity_schedule if first <= step]
+        return self.capacity_schedule[max(begun)] if begun else self.capacity_factor
+
     def schedule_phase(self, step: int) -> int:
         """How many entries of capacity_schedule have begun; the capacity factor is the same until that changes."""
         return sum(first <= step for first in self.capacity_schedule)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from moe_dist.config import Config, MoEConfig
-from moe_dist.config.model import CapacityFactor, ModelConfig
+from moe_dist.config.model import ModelConfig
 from moe_dist.config.rules.batch import batch_shape
 from moe_dist.engine.base import compute_dtype
 from moe_dist.models.flops import (
@@ -67,12 +67,6 @@ def forward_flops(config: Config) -> float:
     return _nominal(config, config.model) / 3
 
 
-def in_force(moe: MoEConfig, step: int) -> CapacityFactor:
-    """The capacity factor of training step `step`, counted from 0."""
-    begun = [first for first in moe.capacity_schedule if first <= step]
-    return moe.capacity_schedule[max(begun)] if begun else moe.capacity_factor
-
-
 def buffer_rows(config: Config, ranks: int) -> float:
     """Places that all experts have for an assignment, at the end of training; infinite without a limit."""
     *_, (_, model) = _spans(config)
@@ -86,7 +80,7 @@ def _spans(config: Config) -> Iterator[tuple[int, ModelConfig]]:
     moes = (model.moe, model.attention.moe)
     bounds = sorted({0, steps, *(first for moe in moes for first in moe.capacity_schedule if 0 < first < steps)})
     for first, last in pairwise(bounds):
-        moe, attention = (replace(each, capacity_factor=in_force(each, first), capacity_schedule={}) for each in moes)
+        moe, attention = (replace(each, capacity_factor=each.factor_at(first), capacity_schedule={}) for each in moes)
         yield last - first, replace(model, moe=moe, attention=replace(model.attention, moe=attention))
 
 

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_dist.config import Config, MoEConfig, validate
 from moe_dist.config.load import load_config
@@ -26,13 +26,13 @@ from moe_dist.config.parse import field_types, parse_as, parse_dict
 from moe_dist.config.read import read_yaml
 from moe_dist.config.schema import RunConfig
 from moe_dist.config.values import user_path
-from moe_dist.study.budget import Budget, make_budget
-from moe_dist.study.cost import in_force
 from moe_dist.study.family import Axes, comparisons
 from moe_dist.study.file_rules import file_rules, settings
 from moe_dist.study.names import CAPACITY, Scalar, axis_names, file_safe, in_words, label, show
-from moe_dist.study.probe import extremes, read_probe
 from moe_dist.study.study_file import StudyFile, base_path, combinations, excluded, labelled, raw_axes
+
+if TYPE_CHECKING:
+    from moe_dist.study.budget import Budget
 
 __all__ = [
     "CAPACITY",
@@ -243,10 +243,13 @@ def _configure(base: Config, changes: dict[str, Any]) -> Config:
         raise ValueError(str(error).replace(_SOURCE, "")) from None
 
 
-def _budget(path: Path, file: StudyFile, base: Config, points: list[Config], planning: bool) -> Budget | None:
+def _budget(path: Path, file: StudyFile, base: Config, points: list[Config], planning: bool) -> "Budget | None":
     """None where nothing is to be equal, and in planning where `equal: time` has no probe yet."""
     if file.equal is None or not points:
         return None
+    from moe_dist.study.budget import make_budget  # with torch, which `study list` does without
+    from moe_dist.study.probe import extremes, read_probe
+
     try:
         reference = _configure(base, _all_settings(file.overrides))
         validate(reference, file.ranks)
@@ -267,7 +270,7 @@ def _budget(path: Path, file: StudyFile, base: Config, points: list[Config], pla
     )
 
 
-def _finished(draft: _Draft, file: StudyFile, budget: Budget | None) -> Config:
+def _finished(draft: _Draft, file: StudyFile, budget: "Budget | None") -> Config:
     """The configuration with all that the study sets, but its folder. Raises ValueError when it is refused."""
     config = draft.config if budget is None else budget.fit(draft.config, not draft.sets_warmup)
     steps = config.train.steps
@@ -286,7 +289,7 @@ def _finished(draft: _Draft, file: StudyFile, budget: Budget | None) -> Config:
 def _evaluated_with_drops(moe: MoEConfig, steps: int) -> MoEConfig:
     if moe.num_experts == 0 or moe.router == "expert_choice" or moe.eval_capacity_factor is not None:
         return moe
-    factor = in_force(moe, steps - 1)
+    factor = moe.factor_at(steps - 1)
     drops = any(each is not None for each in (factor if isinstance(factor, list) else [factor]))
     return replace(moe, eval_capacity_factor=factor) if drops else moe
 

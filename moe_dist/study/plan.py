@@ -53,10 +53,10 @@ class PointCost:
 class Effect:
     """What the seeds can show.
 
-    comparisons: of the question's family. seeds: of each. spread: standard deviation over seeds of the difference to the
-    baseline; source: `pilot` or `question`. detectable: the smallest effect that 80 of 100 studies show. power: share of
-    studies that show the question's smallest difference. seeds_needed: how many seeds show it in 80 of 100; None above a
-    thousand. missing: why there is nothing to say.
+    comparisons: of the question's family. seeds: of each. spread: standard deviation over seeds of the difference to
+    the baseline; source: `pilot` or `question`. detectable: the smallest effect that 80 of 100 studies show. power:
+    share of studies that show the question's smallest difference. seeds_needed: how many seeds show it in 80 of 100;
+    None above a thousand. missing: why there is nothing to say.
     """
 
     metric: str
@@ -223,9 +223,7 @@ def _effect(study: Study, grid: Sequence[Cell]) -> Effect | None:
     found = noise_floor(dict(_differences(question.metric, family, grid)))
     spread, source = (found.deviation, "pilot") if found is not None else (question.spread, "question")
     if spread is None:
-        return replace(
-            effect, missing="the spread of paired differences is not known: run two seeds or give question.spread"
-        )
+        return replace(effect, missing="how differences spread over seeds; run some points, or give question.spread")
     detectable = minimum_detectable(spread, seeds, comparisons=len(family))
     effect = replace(effect, spread=spread, source=source, detectable=detectable)
     if question.smallest_difference is None:

@@ -137,19 +137,15 @@ def effect_lines(effect: Effect | None) -> Iterator[str]:
     many = f"{effect.comparisons} comparison{'s' * (effect.comparisons != 1)}"
     yield f"question  {effect.metric}, {many}, {effect.seeds} seeds each"
     if effect.spread is None or effect.detectable is None:
-        yield f"          smallest effect: not known: {effect.missing}"
+        yield f"          not known: {effect.missing}"
         return
     source = "of the points that have finished" if effect.source == "pilot" else "that the question expects"
-    yield (
-        f"          smallest effect that 80 of 100 such studies show: {effect.detectable:.4g}, at a spread of "
-        f"{effect.spread:.4g} over seeds, {source}"
-    )
+    yield f"          {effect.detectable:.4g} is the smallest effect that 80 of 100 such studies show,"
+    yield f"          at a spread of differences over seeds of {effect.spread:.4g}, {source}"
     if effect.power is not None:
         needed = "more than 1000 seeds" if effect.seeds_needed is None else f"{effect.seeds_needed} seeds"
-        yield (
-            f"          the smallest difference that matters, {effect.smallest_difference:.4g}, is shown by "
-            f"{effect.power:.0%} of such studies; 80% take {needed}"
-        )
+        yield f"          {effect.smallest_difference:.4g}, the smallest that matters, {effect.power:.0%} of them show;"
+        yield f"          80% take {needed}"
 
 
 def duration(seconds: float) -> str:

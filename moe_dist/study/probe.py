@@ -146,8 +146,11 @@ def evaluation_flops(config: Config) -> float:
 
 
 def digest(config: Config) -> str:
-    """Of what a step does, and how an evaluation: not how many there are, nor with which seed, nor where."""
+    """Of what a step does, and of the texts that an evaluation reads: not of how many there are, of seeds, nor of
+    eval_capacity_factor, which may follow from the number of steps."""
     values = asdict(config)
+    for moe in (values["model"]["moe"], values["model"]["attention"]["moe"]):
+        del moe["eval_capacity_factor"]
     run = {"eval_sequences": values.pop("run")["eval_sequences"]}
     for name in ("steps", "seed", "data_seed"):
         del values["train"][name]

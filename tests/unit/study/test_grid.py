@@ -1,4 +1,4 @@
-"""A study's file: the points it makes, and what it refuses."""
+"""The points of a study, and what it refuses."""
 
 from pathlib import Path
 
@@ -86,3 +86,42 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pyte
     study = load_study("~/study.yaml")
     assert study.folder == tmp_path / "studies/toy"
     assert study.points[0].run.is_relative_to(tmp_path / "studies/toy")
+
+
+def test_seeds_apart_are_every_pair(tmp_path: Path) -> None:
+    text = STUDY.replace("seeds: [0, 1]", "seeds: {weights: [3, 4], data: [5, 6]}")
+    points = toy_study(tmp_path, text).points[:4]
+    assert [(point.seed, point.seeds) for point in points] == [
+        (0, {"weights": 3, "data": 5}),
+        (1, {"weights": 3, "data": 6}),
+        (2, {"weights": 4, "data": 5}),
+        (3, {"weights": 4, "data": 6}),
+    ]
+    assert [(point.config.train.seed, point.config.train.data_seed) for point in points] == [
+        (3, 5),
+        (3, 6),
+        (4, 5),
+        (4, 6),
+    ]
+    assert points[1].name == "capacity_factor=0.5-weights=3-data=6"
+
+
+def test_seeds_together_leave_the_data_to_the_seed(tmp_path: Path) -> None:
+    (point, *_) = toy_study(tmp_path, STUDY.replace("[0, 1]", "[7]")).points
+    assert (point.seed, point.seeds, point.config.train.data_seed) == (7, {"weights": 7, "data": 7}, None)
+
+
+def test_one_checkpoint_is_evaluated_with_and_without_drops(tmp_path: Path) -> None:
+    def factors(overrides: str) -> list[object]:
+        text = STUDY.replace("{train.steps: 8}", f"{{train.steps: 8, {overrides}}}") + "evaluations: 4\n"
+        points = toy_study(tmp_path, text).points[::2]
+        assert [point.config.run.evaluations for point in points] == [4, 4]
+        return [
+            (point.config.model.moe.eval_capacity_factor, point.config.model.attention.moe.eval_capacity_factor)
+            for point in points
+        ]
+
+    assert factors("optim.lr: 0.1") == [(0.5, None), (None, None)]
+    assert factors("model.moe.eval_capacity_factor: 3.0") == [(3.0, None), (3.0, None)]  # as asked for
+    switch = "model.attention: {kind: switch, moe: {num_experts: 2, top_k: 1, capacity_factor: 1.5}}"
+    assert factors(switch) == [(0.5, 1.5), (None, 1.5)]
