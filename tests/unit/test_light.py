@@ -6,7 +6,8 @@ import sys
 HELP = """
 import sys
 from moe_dist.cli import main
-for args in ["train", "status", "chaos", "generate", "experts", "checkpoint", "verify", "study", "watch", "checkpoint inspect"]:
+commands = ["train", "status", "chaos", "generate", "experts", "checkpoint", "verify", "study", "watch"]
+for args in [*commands, "checkpoint inspect"]:
     try:
         main([*args.split(), "--help"])
     except SystemExit as done:
