@@ -31,9 +31,9 @@ def curve(points: Sequence[tuple[float, float]], width: int, height: int, plain:
     heads = [labels[0], *[""] * (height - 2), labels[1]] if height > 1 else [labels[0]]
     drawn = ["".join(_cell(bits, plain) for bits in row).rstrip() for row in cells]
     bar = "|" if plain else "│"
-    ends = f"{xs[0]:g}"
+    first, last = f"{xs[0]:.10g}", f"{xs[-1]:.10g}"
     lines = [f"{head:>{margin}} {bar}{row}" for head, row in zip(heads, drawn, strict=True)]
-    return [*lines, f"{'':{margin}}  {ends}{f'{xs[-1]:g}':>{max(1, columns - len(ends))}}"]
+    return [*lines, f"{'':{margin}}  {first}{last:>{max(len(last) + 1, columns - len(first))}}"]
 
 
 def bars(values: Sequence[float], highest: float, width: int, plain: bool = False) -> str:

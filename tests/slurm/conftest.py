@@ -21,12 +21,13 @@ class Cluster:
 
     env: dict[str, str]
 
-    def run(self, *command: str | Path, folder: Path = ROOT) -> str:
-        """What the command printed. Raises AssertionError with all it said when it fails. folder: to run it in."""
+    def run(self, *command: str | Path, folder: Path = ROOT, refused: bool = False) -> str:
+        """What the command printed. Raises AssertionError with all it said when it fails, or when it does not but was
+        to be `refused`: then the complaint is returned. folder: to run it in."""
         words = [str(word) for word in command]
         done = subprocess.run(words, cwd=folder, env=self.env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
-        return done.stdout.strip()
+        assert done.returncode == (2 if refused else 0), f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+        return (done.stderr if refused else done.stdout).strip()
 
     def submit(self, log: Path, *arguments: str | Path) -> str:
         """Queue slurm/train.sbatch and return the number of the job, which writes to `log`."""

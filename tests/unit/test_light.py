@@ -6,7 +6,8 @@ import sys
 HELP = """
 import sys
 from moe_dist.cli import main
-for args in ["train", "status", "chaos", "generate", "experts", "checkpoint", "verify", "study", "checkpoint inspect"]:
+commands = ["train", "status", "chaos", "generate", "experts", "checkpoint", "verify", "study", "watch"]
+for args in [*commands, "checkpoint inspect"]:
     try:
         main([*args.split(), "--help"])
     except SystemExit as done:
@@ -32,7 +33,7 @@ def run(code: str) -> str:
 
 def test_every_help_comes_without_torch() -> None:
     shown = run(HELP)
-    assert shown.count("usage: moe-dist") == 9
+    assert shown.count("usage: moe-dist") == 10
 
 
 def test_a_layer_reads_no_files_and_no_command_line_and_comes_at_once() -> None:

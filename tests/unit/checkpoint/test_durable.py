@@ -83,6 +83,11 @@ def test_a_replaced_file_is_on_the_disk_before_it_has_the_name(tmp_path: Path, c
 
 
 def test_a_line_of_the_ledger_is_on_the_disk_when_it_is_told(tmp_path: Path, calls: Calls) -> None:
+    """And the folder that lists the file, when it is new."""
     path = tmp_path / "ledger.jsonl"
-    Ledger(path).append({"point": "a", "status": "finished"})
-    assert calls[-1] == ("fsync", str(path), path.stat().st_size)
+    for status in ("failed", "finished"):
+        calls.clear()
+        Ledger(path).append({"point": "a", "status": status})
+        listed = [("fsync", str(tmp_path))] if status == "failed" else []
+        assert calls[0] == ("fsync", str(path), path.stat().st_size)
+        assert [(call, where) for call, where, _ in calls[1:]] == listed
