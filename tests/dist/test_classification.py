@@ -32,6 +32,7 @@ from tests.dist.helpers import KEY, assert_same, forget_process_group, logical, 
 from tests.dist.test_train import deterministic, records, start, stored
 
 STEPS = 3
+DROPS = ("dropped_E", "dropped_S", "dropped_M", "dropped_F", "load_F")  # 4 + 16 + 16 + 8 + 8 counts
 SETTINGS: dict[str, Any] = {
     "task": "classification",
     "model": {
@@ -56,8 +57,8 @@ def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def trained(
     config: Config, mesh: Mesh, steps: int = STEPS, dtype: torch.dtype = torch.float64
-) -> tuple[list[tuple[float, float]], Engine]:
-    """[(loss, kept assignments)] of each step, and the engine."""
+) -> tuple[list[tuple[float, ...]], Engine]:
+    """[(loss, kept assignments, where each layer dropped the others)] of each step, and the engine."""
     shape = validate(config, mesh.layout.world)
     model = resolve_backends(config.model, config.parallel.expert_ranks)
     built = Classifier(model, mesh, config.train.seq_len, config.train.seed).to(dtype)
@@ -65,14 +66,16 @@ def trained(
     rows = slice(mesh.dp.rank * shape.micro_batch, (mesh.dp.rank + 1) * shape.micro_batch)
     seen = []
     for step in range(steps):
-        total = torch.zeros(2, dtype=torch.float64)
+        total, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, 52, dtype=torch.int64)
         for micro in range(shape.accumulation):
             ids_BS, labels_B = batch(step, micro)
-            output = engine.micro_step(ids_BS[rows], labels_B[rows], StepContext(KEY.fold(step, micro), step=step))
+            context = StepContext(KEY.fold(step, micro), step=step, frequency_V=torch.arange(128) % 8)
+            output = engine.micro_step(ids_BS[rows], labels_B[rows], context)
+            counts += torch.stack([torch.cat([getattr(stats, name) for name in DROPS]) for stats in output.stats])
             kept = sum(int(stats.kept_E.sum()) for stats in output.stats)
             total += torch.stack((output.nll, torch.tensor(float(kept), dtype=torch.float64)))
         loss, kept_mean = (all_reduce(total, mesh.dp) / mesh.layout.dp).tolist()
-        seen.append((loss / shape.accumulation, kept_mean))
+        seen.append((loss / shape.accumulation, kept_mean, *all_reduce(counts, mesh.world).flatten().tolist()))
         engine.update(config.optim.lr)
     return seen, engine
 
@@ -95,7 +98,7 @@ def check_layouts_agree_with(changes: dict[str, Any]) -> None:
     config = parse_dict(settings, "test")
     expected, alone = trained(config, single_process_mesh())
     # 4 texts a micro-step with 32 tokens, 2 experts each: some are dropped
-    assert "capacity_factor" in changes or all(kept < 2 * 2 * 2 * 32 for _, kept in expected)
+    assert "capacity_factor" in changes or all(kept < 2 * 2 * 2 * 32 for _, kept, *_ in expected)
     whole = {piece.name: piece.values.view(piece.logical_shape) for piece in alone.held("weight")}
     for cut in ({"ep": 2}, {"tp": 2}, {"ep": 2, "tp": 2}, {}):
         parallel = replace(config.parallel, **cut)

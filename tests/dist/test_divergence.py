@@ -99,6 +99,11 @@ def stored(config: Config, step: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
+def roll_backs(config: Config) -> list[dict[str, Any]]:
+    path = Path(config.run.root) / config.run.name / "roll_backs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def status(config: Config) -> dict[str, Any]:
     dist.barrier()
     return read_status(Path(config.run.root) / config.run.name)
@@ -141,6 +146,7 @@ def check_nans_in_a_row_go_back_once_and_help(folder: Path) -> None:
     assert not [line for line in records(once) if "skipped" in line]  # the second pass took their places
     assert stored(once, 8) == stored(fine, 8)
     assert status(once) == {"state": "finished", "step": 8}
+    assert [roll["step"] for roll in roll_backs(once)] == [7] and not roll_backs(fine)
 
 
 def check_nans_in_a_row_go_back_once_and_end(folder: Path) -> None:

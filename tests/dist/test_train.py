@@ -40,6 +40,10 @@ KEYS = {
 EVALUATION_KEYS = {"validation_loss", "validation_bits_per_byte", "validation_loss_capped"}
 SAME_NUMBERS = EVALUATION_KEYS | {"loss", "aux_loss", "grad_norm", "balance_loss", "z_loss", "router_entropy"}
 STEPS, SAVE_EVERY, KILLED_AT = 20, 10, 13
+DROPPED = (
+    *("dropped_by_expert", "dropped_by_place", "dropped_by_micro_step_place", "dropped_by_frequency"),
+    "over_budget_by_pool",
+)
 ZERO1 = ("--engine.name", "deepspeed", "--engine.zero-stage", "1")
 
 
@@ -157,8 +161,9 @@ def check_run_folder(run: Path, config_file: Path, world: int, ep: int) -> None:
         assert line["drop_rate"] > 0 and [layer["layer"] for layer in line["layers"]] == [0, 1]
         assert all(sum(layer["load"]) == 8 * 16 * 2 for layer in line["layers"])  # every assignment of the global batch
         for layer in line["layers"]:
-            lost = [sum(layer[name]) for name in ("dropped_by_expert", "dropped_by_place", "over_budget_by_pool")]
-            assert lost == [round(layer["drop_rate"] * 8 * 16 * 2)] * 3
+            lost = [sum(layer[name]) for name in DROPPED]
+            assert lost == [round(layer["drop_rate"] * 8 * 16 * 2)] * len(DROPPED)
+            assert sum(layer["load_by_frequency"]) == sum(layer["load"])
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     check_tensorboard(run / "tensorboard", lines)
 
@@ -276,7 +281,7 @@ def test_one_rank_two_experts_groups_two_tensor_slices(tmp_path: Path, capsys: p
                 assert record[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-5), f"{name}, {key}"
             assert [layer["load"] for layer in record["layers"]] == [layer["load"] for layer in reference["layers"]]
             assert record["drop_rate"] == reference["drop_rate"]
-            for key in ("dropped_by_expert", "dropped_by_place", "over_budget_by_pool"):
+            for key in (*DROPPED, "load_by_frequency"):
                 assert [layer[key] for layer in record["layers"]] == [layer[key] for layer in reference["layers"]]
     check_second_starts(tmp_path, runs / "one", capsys)
 

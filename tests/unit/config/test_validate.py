@@ -272,6 +272,11 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "eval_every=200",
             {"run__keep_best": True},
         ),
+        (
+            "keep_best=true needs a validation loss for each checkpoint, but evaluations=4 lie at fractions",
+            {"run__keep_best": True, "run__evaluations": 4},
+        ),
+        ("evaluations=5 are more than there are steps", {"run__evaluations": 5, "train__steps": 4}),
     ],
 )
 def test_one_broken_rule_is_one_line_with_these_words(phrase: str, values: dict) -> None:
@@ -293,7 +298,7 @@ def test_num_experts_not_divisible_by_ep() -> None:
         "model__vocab_size model__d_model model__num_layers model__num_heads model__num_kv_heads model__head_dim",
         "model__d_ff model__moe__d_ff model__moe__every model__moe__top_k parallel__ep parallel__tp train__steps",
         "train__seq_len train__global_batch train__micro_batch train__accumulation train__threads run__log_every",
-        "run__eval_every run__eval_sequences run__save_every run__keep_last model__moe__capacity_pool",
+        "run__eval_every run__evaluations run__eval_sequences run__save_every run__keep_last model__moe__capacity_pool",
     ],
 )
 @pytest.mark.parametrize("value", [0, -2])

@@ -70,6 +70,19 @@ def test_files_are_split_by_a_hash_of_their_path(tmp_path: Path) -> None:
     assert corpus.num_files == 6
 
 
+def test_which_document_a_token_is_of(tmp_path: Path) -> None:
+    """A separator is of the document before it."""
+    write(tmp_path, {f"{i}": bytes([65 + i]) * (i + 1) for i in range(12)})
+    train = load(tmp_path, fraction=0.4).train
+    numbers, number = [], 0
+    for byte in train.tolist():
+        numbers.append(number)
+        number += byte == 0
+    assert load(tmp_path, fraction=0.4).document_of(np.arange(len(train))).tolist() == numbers and number > 3
+    write(tmp_path, {"one": b"abcdefgh" * 9})
+    assert load(tmp_path / "one").document_of(np.arange(7)).tolist() == [0] * 7
+
+
 def test_the_order_of_the_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {f"{i % 3}/{i}": f"text {i}".encode() for i in range(12)})
     digest = load(tmp_path, fraction=0.5).digest

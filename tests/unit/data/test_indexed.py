@@ -358,3 +358,16 @@ def test_mutants(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_mutants(tmp_path: Path) -> None:
     assert check_mutants(tmp_path, range(300, 10_300)) > 8_000
+
+
+def test_which_document_a_token_is_of(tmp_path: Path) -> None:
+    """Beside a list of every token of two corpora; the last documents of each are held out."""
+    documents = [random_documents(seed, 900) for seed in (2, 3)]
+    paths = [write(tmp_path / f"c{number}", each) for number, each in enumerate(documents)]
+    corpus, expected, first = load(*paths), list[int](), 0
+    for each, part in zip(documents, corpus.train.parts, strict=True):
+        of_tokens = [first + number for number, doc in enumerate(each) for sequence in doc for _ in sequence]
+        expected += of_tokens[: len(part)]
+        first += len(each)
+    offsets = np.random.default_rng(0).permutation(len(expected))
+    assert corpus.document_of(offsets).tolist() == [expected[offset] for offset in offsets]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.random import RandomKey
+from moe_dist.models.decoder import Decoder
 from moe_dist.moe.capacity import Capacity
 from moe_dist.moe.choice import Choice, DispatchPlan
 from moe_dist.moe.drops import FREQUENCIES, PLACES, Drops, drops_of, marks
@@ -15,6 +16,7 @@ from moe_dist.moe.routers import ROUTERS
 from moe_dist.parallel.mesh import Group, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.step import RealTokens, Site, StepContext
+from tests.unit.helpers import tiny_model
 from tests.unit.moe.test_capacity import plan_of, random_routing, routing_of
 
 VOCAB = 24
@@ -145,3 +147,33 @@ def test_who_refuses_nobody_drops_nothing() -> None:
         assert found.dropped_S.tolist() == found.dropped_M.tolist() == [0] * PLACES
         assert found.dropped_F.tolist() == [0] * FREQUENCIES
         assert found.load_F.sum() == found.load_E.sum() == found.kept_E.sum() > 0
+
+
+class Decisions:
+    """A witness that believes everybody, and keeps what was decided."""
+
+    def __init__(self) -> None:
+        self.plans: list[tuple[Tensor, Tensor]] = []
+
+    def scores(self, site: Site, what: str, scores: Tensor) -> Tensor:
+        return scores
+
+    def decided(self, site: Site, experts_TK: Tensor, kept_TK: Tensor) -> None:
+        self.plans.append((experts_TK, kept_TK))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_decoder_counts_each_decision_once(recompute: str) -> None:
+    """Forward and backward: a block that is recomputed does not count again."""
+    model = tiny_model(capacity_factor=0.6, recompute=recompute)
+    tokens_BS, witness = ids(36).view(3, 12), Decisions()
+    step = StepContext(RandomKey.of("test"), witness=witness, frequency_V=FREQUENCY_V)
+    output = Decoder(model, single_process_mesh())(tokens_BS, tokens_BS, step)
+    output.loss.backward()
+    assert len(output.stats) == len(witness.plans) == 2
+    for stats, (experts_TK, kept_TK) in zip(output.stats, witness.plans, strict=True):
+        plan = DispatchPlan(experts_TK, kept_TK, stats.load_E[None], stats.kept_E[None], None, stats.over_P)
+        expected = counted(plan, torch.ones_like(kept_TK), 12)
+        assert expected.dropped_E.sum() > 0
+        for name, counts in vars(expected).items():
+            assert torch.equal(getattr(stats, name), counts), name

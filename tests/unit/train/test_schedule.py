@@ -1,13 +1,15 @@
 """Learning rates counted by hand."""
 
+import math
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config.schema import OptimConfig
-from moe_dist.train.schedule import learning_rate, schedule_notes
+from moe_dist.config.schema import OptimConfig, RunConfig
+from moe_dist.train.schedule import evaluates_after, evaluation_steps, learning_rate, schedule_notes
 
 SCHEDULES = ["constant", "cosine", "linear", "wsd"]
 
@@ -61,3 +63,16 @@ def test_run_shorter_than_its_warm_up() -> None:
 def test_step_outside_the_run_is_refused(step: int) -> None:
     with pytest.raises(ValueError, match=f"step={step} must be in 0..9"):
         learning_rate(step, 10, OptimConfig())
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_evaluations_lie_at_equal_fractions(steps: int, evaluations: int) -> None:
+    evaluations = min(evaluations, steps)
+    expected = [math.ceil(Fraction(number * steps, evaluations)) for number in range(1, evaluations + 1)]
+    assert evaluation_steps(steps, evaluations) == expected and len(set(expected)) == evaluations
+    run = RunConfig(evaluations=evaluations, eval_every=1)
+    assert [step for step in range(1, steps + 1) if evaluates_after(step, steps, run)] == expected
+
+
+def test_without_them_every_nth_step_and_the_last_is_evaluated() -> None:
+    assert [step for step in range(1, 12) if evaluates_after(step, 11, RunConfig(eval_every=4))] == [4, 8, 11]
