@@ -63,12 +63,12 @@ def curves(name: str, title: str, caption: str, runs: Sequence[RunRecord], panel
             for number, run in enumerate(runs):
                 if panel.measure in run.curves:
                     kept = thinned(run.curves[panel.measure])
-                    values = kept.values * panel.scale
-                    _line(axes, kept.last * scale(run), values, number, run.label, panel.few)
-                    tops.append(values[len(values) // 10 :].max())
+                    heights = kept.values * panel.scale
+                    _line(axes, kept.last * scale(run), heights, number, run.label, panel.few)
+                    tops.append(heights[len(heights) // 10 :].max())
                     rows += [
                         [run.label, panel.measure, int(step), float(value), int(count)]
-                        for step, value, count in zip(kept.last, values, kept.count, strict=True)
+                        for step, value, count in zip(kept.last, kept.values, kept.count, strict=True)
                     ]
             _frame(axes, panel, x_label, max(tops))
         _legend(figure, [run.label for run in runs], [any(p.measure in run.curves for p in panels) for run in runs])

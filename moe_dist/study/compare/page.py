@@ -40,22 +40,23 @@ def _title(runs: Sequence[RunRecord]) -> str:
 
 def _lead(runs: Sequence[RunRecord]) -> list[Notice | Prose]:
     lead: list[Notice | Prose] = []
-    warnings = [*_other_losses(runs), *_lacking(runs)]
+    apart = _other_losses(runs)
+    warnings = [*apart, *_lacking(runs)]
     if warnings:
         lead.append(Notice("warning", warnings))
-    lines = _lowest(runs)
+    lines = [] if apart else _lowest(runs)
     if len(runs) > 1:
         lines.append(
             "One run each: a difference may be one of chance. `moe-dist study` compares settings over seeds, with "
             "intervals."
         )
-    return [*lead, Prose(lines)]
+    return [*lead, Prose(lines)] if lines else lead
 
 
 def _lowest(runs: Sequence[RunRecord]) -> list[str]:
-    """Where the last validation losses stand; nothing without one, or where units differ."""
+    """Where the last validation losses stand; nothing without one."""
     last = {run.label: float(run.values("validation_loss")[-1]) for run in runs if "validation_loss" in run.curves}
-    if not last or len({run.unit for run in runs}) > 1:
+    if not last:
         return []
     best, *rest = sorted(last, key=lambda label: last[label])
     others = ", ".join(f"{label} +{last[label] - last[best]:.4f}" for label in rest)
@@ -72,7 +73,8 @@ def _other_losses(runs: Sequence[RunRecord]) -> list[str]:
         (("data.name", "data.tokens.validation", "data.texts.validation"), "environment", "on other data"),
         (("data.kind", "data.paths", "model.vocab_size", "run.eval_sequences"), "config", "on other texts or tokens"),
     ):
-        differing = [key for key in keys if len({str(getattr(run, of).get(key)) for run in runs}) > 1]
+        known = [getattr(run, of) for run in runs if getattr(run, of)]
+        differing = [key for key in keys if len({str(each.get(key)) for each in known}) > 1]
         if differing:
             named = ", ".join(f"`{key}`" for key in differing)
             found.append(f"The runs were evaluated {what} ({named} differ): their losses do not compare.")
