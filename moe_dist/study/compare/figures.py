@@ -15,7 +15,7 @@ from moe_dist.study.compare.runs import Curve, RunRecord
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import SERIES, heat_map, plain, style, svg_of
 
-POINTS = 200
+POINTS = 100
 _LAYERS = 16
 _LINES = ["-", (0, (5, 1.5))]
 _COLUMNS = ("run", "measure", "steps of the run", "value", "steps in the mean")

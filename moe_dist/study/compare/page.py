@@ -10,6 +10,8 @@ from moe_dist.study.compare.tables import differences, ends, setting
 from moe_dist.study.page.model import Figure, Notice, Page, Part, Prose, Section, Table
 
 _BINS = f"A curve of more than {POINTS} steps is drawn as means over {POINTS} bins; above the axes lie first steps."
+_NEXT = 3
+"""Runs that the lead names after the one with the lowest loss."""
 
 
 def comparison(runs: Sequence[RunRecord], output: Path) -> Page:
@@ -59,7 +61,8 @@ def _lowest(runs: Sequence[RunRecord]) -> list[str]:
     if not last:
         return []
     best, *rest = sorted(last, key=lambda label: last[label])
-    others = ", ".join(f"{label} +{last[label] - last[best]:.4f}" for label in rest)
+    others = ", ".join(f"{label} +{last[label] - last[best]:.4f}" for label in rest[:_NEXT])
+    others += f" and {len(rest) - _NEXT} more above" if len(rest) > _NEXT else ""
     what = "The lowest last validation loss is" if rest else "The last validation loss is"
     return [f"{what} **{last[best]:.4f} {runs[0].unit}**, of {best}" + (f"; {others}." if others else ".")]
 

@@ -37,7 +37,7 @@ def ends(runs: Sequence[RunRecord]) -> Table:
         "fullest expert": (".2f", lambda run: _mean(run.last_quarter("load_max_over_mean"))),
         "step (ms)": (",.1f", lambda run: _median(run.values("step_seconds"), 1e3)),
         "tokens/s": (",.0f", lambda run: _median(run.values("tokens_per_second"))),
-        "TFLOP/s": (".4g", lambda run: _median(run.values("tflops"))),
+        "TFLOP/s": (".3g", lambda run: _median(run.values("tflops"))),
         "memory (MB)": (",.0f", lambda run: _most(run.values("memory_bytes"), 1e-6)),
         "training (s)": (",.0f", lambda run: float(sum(run.values("step_seconds"))) or None),
         "skipped steps": (",d", lambda run: run.skipped or None),
@@ -59,16 +59,18 @@ def ends(runs: Sequence[RunRecord]) -> Table:
 
 
 def differences(name: str, title: str, runs: Sequence[RunRecord], of: Callable[[RunRecord], Flat]) -> Table | None:
-    """A row for each key in which the runs differ, a column for each run; None where they agree."""
+    """The keys in which the runs differ, against the runs, with whichever are fewer across; None where they agree."""
     flats = [of(run) for run in runs]
-    keys = dict.fromkeys(key for each in flats for key in each)
-    rows: list[list[Value]] = []
-    for key in sorted(keys, key=_section):
-        values = [_shown(each, key) for each in flats]
-        if key not in _OWN and len(set(values)) > 1:
-            rows.append([key, *values])
-    columns = ["key", *(run.label for run in runs)]
-    return Table(name=name, title=title, columns=columns, rows=rows) if rows else None
+    keys = dict.fromkeys(key for each in flats for key in each if key not in _OWN)
+    found = {key: [_shown(each, key) for each in flats] for key in sorted(keys, key=_section)}
+    found = {key: values for key, values in found.items() if len(set(values)) > 1}
+    names = [run.label for run in runs]
+    if not found:
+        return None
+    if len(names) <= len(found):
+        return Table(name=name, title=title, columns=["key", *names], rows=[[key, *row] for key, row in found.items()])
+    rows = [[label, *(values[place] for values in found.values())] for place, label in enumerate(names)]
+    return Table(name=name, title=title, columns=["run", *found], rows=rows)
 
 
 def setting(runs: Sequence[RunRecord]) -> Table:

@@ -212,6 +212,12 @@ class TestDifferences:
         ]
         assert Prose(["Configurations of all runs are the same."]) in differing(page).parts
 
+    def test_few_keys_stand_across(self, tmp_path):
+        one = write_run(tmp_path / "one", config={"model.moe.capacity_factor": None})
+        table = parts(compared(one, write_run(tmp_path / "two")))["configuration"]
+        assert table.columns == ["run", "model.moe.capacity_factor"]
+        assert table.rows == [["one", "null"], ["two", "1.0"]]
+
     def test_none(self, tmp_path):
         page = compared(write_run(tmp_path / "a"), write_run(tmp_path / "b"))
         assert len(differing(page).parts) == 1
