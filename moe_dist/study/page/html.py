@@ -25,7 +25,7 @@ _LONG = 24
 def html(page: Page) -> str:
     """The whole file. Raises ValueError for a format that does not fit a value."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["marked"] = _marked
+    environment.filters |= {"marked": _marked, "unmarked": unmarked}
     template = environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
     return template.render(
         title=unmarked(page.title),

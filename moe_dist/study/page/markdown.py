@@ -55,7 +55,7 @@ def _part(part: Part) -> list[str]:
             return [
                 f"### {marked(part.title)}",
                 f"![{marked(part.title)}](figures/{part.name}.svg)",
-                marked(f"{part.caption}") + f" ([data](data/{part.name}.csv))",
+                f"{marked(part.caption)} ([data](data/{part.name}.csv))".strip(),
             ]
         case Table():
             return [f"### {marked(part.title)}", *_table(part)]

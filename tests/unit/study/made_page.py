@@ -24,7 +24,7 @@ def curve(name: str = "curve", label: str = "first") -> Figure:
         svg = svg_of(drawing)
     return Figure(
         name=name,
-        title=f"Curve of {label}",
+        title=f"Curve of **{label}**",
         caption="Falls with **every** step of `curve`.",
         svg=svg,
         columns=("series", "step", "value"),

@@ -124,6 +124,14 @@ class TestHtml:
             "Curve of </svg><script>alert(1)</script> $x$. Falls with every step of curve.",
         ]
 
+    def test_names_for_the_ear_are_without_marks(self, read):
+        labels = [each["aria-label"] for _, each in read.tags if each.get("aria-label")]
+        assert "data of Curve of first as CSV" in labels and "Curve of first: drawing" in labels
+
+    def test_a_table_without_rows(self):
+        read = Reader(html(table_page([])))
+        assert [text for tag, text in read.texts if tag == "th"] == ["a", "b"]
+
     def test_cells_say_what_they_are_sorted_by(self):
         read = Reader(html(table_page([("x", 0.12345), ("y", None), ("z", float("nan"))], {"b": ".1%"})))
         cells = [attributes for tag, attributes in read.tags if tag == "td"]
