@@ -13,7 +13,7 @@ MOST = 16
 _ABOUT = """Write a page that shows a few runs side by side: curves of the losses, drops, load and speed, how they
 ended, and in what their configurations, versions and machines differ.
 
-RUN is the folder of a run, root/NAME, of this study, of another or of none. It may still be running. The page is
+RUN is the folder of a run, root/NAME, of one study, of several or of none. It may still be running. The page is
 FOLDER/report.html, one file that needs no network; report.md, figures/ and data/ (CSV) lie beside it.
 One run each says nothing of chance: `moe-dist study` compares settings over seeds.
 """
