@@ -21,6 +21,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   status RUN | CONFIG [flags]   how far that run is
   watch [RUN | STUDY]           loss, drops and expert loads in the terminal while it runs
   study ACTION STUDY            a grid of runs over capacity factors and seeds: plan, run, submit, list, report, export
+  compare RUN... [flags]        a page that shows a few runs side by side
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model
@@ -93,6 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with interrupts_held():
                     from moe_dist.study.watch import watch
                 return watch(rest)
+            case "compare":
+                from moe_dist.study.compare.arguments import compare_arguments
+
+                own = compare_arguments(rest)
+                with interrupts_held():
+                    from moe_dist.study.compare.command import compare
+                return compare(own)
             case "generate":
                 from moe_dist.generate.arguments import generate_arguments
 

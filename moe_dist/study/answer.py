@@ -40,11 +40,24 @@ class Advice:
     recommendation: Recommendation | None
     why_not: str = ""
 
+    @property
+    def reasons(self) -> str:
+        return self.why_not if self.recommendation is None else "; ".join(self.recommendation.reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Of one setting: points from the lowest values up, those in braces not told apart, and a sentence about it."""
+
+    setting: str
+    groups: str
+    words: str
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """asked: the question in words. sentences: the answer. comparisons: those that the question names, in the order of
-    families.named. ties: what may not be ranked. floor: of the metric over seeds."""
+    families.named. orders: which points may be ranked. floor: of the metric over seeds."""
 
     question: Question | None
     families: Families
@@ -52,7 +65,7 @@ class Answer:
     sentences: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     advice: tuple[Advice, ...]
-    ties: tuple[str, ...]
+    orders: tuple[Order, ...]
     floor: NoiseFloor | None
 
 
@@ -82,7 +95,7 @@ def answer(study: Study, grid: Sequence[Cell]) -> Answer:
         (_verdicts(found.named, comparisons, question), _recommended(advice, question)),
         tuple(comparisons),
         advice,
-        _ties(found.named, metric),
+        _orders(found.named, metric),
         floor,
     )
 
@@ -112,9 +125,10 @@ def _verdicts(matches: Sequence[Match], comparisons: Sequence[Comparison], quest
         return _capital("; ".join(clauses)) + "."
     clauses = []
     baseline = _listed(list(dict.fromkeys(match.baseline_short for match in matches)))
-    for verdict, number in Counter(each.verdict for each in comparisons).items():
-        of_it = [each for each in comparisons if each.verdict is verdict]
-        clauses.append(f"{number} {_summary(verdict, of_it, question)}")
+    for verdict in Verdict:
+        if of_it := [each for each in comparisons if each.verdict is verdict]:
+            be = "is" if len(of_it) == 1 else "are"
+            clauses.append(f"{len(of_it)} {be} {_summary(verdict, of_it, question)}")
     return f"Of {len(matches)} comparisons with {baseline}, {_listed(clauses)}."
 
 
@@ -142,7 +156,7 @@ def _clause(match: Match, each: Comparison, question: Question) -> str:
 
 def _summary(verdict: Verdict, of_it: Sequence[Comparison], question: Question) -> str:
     if verdict is Verdict.TOO_FEW_SEEDS:
-        return f"with fewer than {FEWEST_SEEDS} pairs of seeds, which give no interval"
+        return f"without an interval, which needs {FEWEST_SEEDS} pairs of seeds"
     if verdict is Verdict.NOT_DISTINGUISHABLE:
         return f"not distinguishable (smaller than {_range([each.at_most or 0.0 for each in of_it])})"
     if verdict is Verdict.EQUIVALENT:
@@ -212,23 +226,22 @@ def _taken(given: Sequence[Advice]) -> list[tuple[str, str, float]]:
     ]
 
 
-def _ties(matches: Sequence[Match], metric: str) -> tuple[str, ...]:
-    """Where points cannot be told apart, the sentence that refuses to rank them."""
+def _orders(matches: Sequence[Match], metric: str) -> tuple[Order, ...]:
+    """Where points cannot be told apart, the sentence refuses to rank them."""
     said = []
     for setting, cells in settings_of(matches).items():
-        values = {name: cell.by_seed(metric) for name, cell in cells.items() if cell.values(metric)}
-        found = groups(values)
-        where = f"At {setting}: " if setting else ""
+        found = groups({name: cell.by_seed(metric) for name, cell in cells.items() if cell.values(metric)})
         order = " < ".join("{" + ", ".join(group) + "}" if len(group) > 1 else group[0] for group in found.groups)
         tied = [group for group in found.groups if len(group) > 1]
+        words = f"{title(metric)} is in the order {order}" if len(found.groups) > 1 else ""
         if tied:
-            told = f"{where}{title(metric)} is in the order {order}; " if len(found.groups) > 1 else where
             inside = " and ".join(_listed(list(group)) for group in tied)
-            said.append(
-                _capital(f"{told}within {inside} no ranking is given, since not all of them can be told apart.")
-            )
-        elif len(found.groups) > 1:
-            said.append(_capital(f"{where}{title(metric)} is in the order {order}, and all can be told apart."))
+            words += f"{'; ' if words else ''}within {inside} no ranking is given, since not all of them can be told apart"
+        elif words:
+            words += ", and all can be told apart"
+        if words:
+            where = f"At {setting}: " if setting else ""
+            said.append(Order(setting, order, _capital(f"{where}{words}.")))
     return tuple(said)
 
 

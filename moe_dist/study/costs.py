@@ -1,4 +1,4 @@
-"""What a point costs: time, FLOPs, bytes or memory, each one number of the ledger's line."""
+"""What a point costs: time (steps times the median step), FLOPs, bytes or memory, each by the ledger's line."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -7,7 +7,7 @@ from typing import Any
 from moe_dist.study.cells import Cell
 
 COSTS = {
-    "time": "time of all steps, at the median step (s)",
+    "time": "time of all steps (s)",
     "flops": "FLOPs, nominal",
     "bytes": "bytes sent between ranks",
     "memory": "memory (MiB)",

@@ -1,6 +1,6 @@
 """The measurements of a point, reduced to what a report shows: a point's lines are read, summed and let go.
 
-drop rates and entropies are kept at every fraction of the schedule; counts (loads, drops by expert, by place, by how
+drop rates are kept at up to 20 fractions of the schedule; counts (loads, drops by expert, by place, by how
 often the token is) are summed over the last quarter of the schedule, as drop_rate of the ledger is, or over the last
 fraction where that is longer.
 
@@ -24,6 +24,9 @@ _COUNTS = (
     "load_by_frequency",
     "dropped_by_frequency",
 )
+
+_FRACTIONS = 20
+"""Of the schedule at most: those of a finer grid are averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,13 @@ def reduce_columns(columns: Columns) -> Reduced | None:
         for name in _COUNTS:
             if name in arrays and arrays[name].ndim == 3:
                 counts.setdefault(name, []).extend(arrays[name][late_F].sum(0).astype(np.float64))
+    rates_FL = np.concatenate(rates, axis=1)
+    if len(fractions_F) > _FRACTIONS:
+        parts_F = np.array_split(np.arange(len(fractions_F)), _FRACTIONS)
+        rates_FL = np.stack([rates_FL[part].mean(0) for part in parts_F])
+        fractions_F = np.array([fractions_F[part[-1]] for part in parts_F])
     whole = {name: tuple(parts) for name, parts in counts.items() if len(parts) == len(layers)}
-    return Reduced(tuple(map(float, fractions_F)), tuple(layers), np.concatenate(rates, axis=1), whole)
+    return Reduced(tuple(map(float, fractions_F)), tuple(layers), rates_FL, whole)
 
 
 def layer_name(layer: tuple[int, str]) -> str:

@@ -18,11 +18,12 @@ from moe_dist.study.families import compared
 from moe_dist.study.grid import Study
 from moe_dist.study.ledger import Ledger
 from moe_dist.study.metric import title
-from moe_dist.study.page.model import Figure, Notice, Page, Prose, Section, Table
+from moe_dist.study.page.model import Notice, Page, Part, Prose, Section, Table
 from moe_dist.study.page.write import write_page
 from moe_dist.study.sections import compute_sections, dispatch_section, pareto_section, run_section
 from moe_dist.study.study_file import Question
 from moe_dist.study.tables import (
+    advice_table,
     cells_table,
     checks_table,
     comparisons_table,
@@ -108,9 +109,11 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
         table = comparisons_table(
             "comparisons", "Named comparisons", found.families.named, found.comparisons, asked, note
         )
-        parts: list[Figure | Table | Prose | Notice] = [table]
-        if reasons := [*_reasons(found), *found.ties]:
-            parts.append(Prose(reasons))
+        parts: list[Part] = [table]
+        if len(found.advice) > 1:
+            parts.append(advice_table(found))
+        elif said := [*_reasons(found), *(order.words for order in found.orders)]:
+            parts.append(Prose(said))
         sections.append(Section("Answer", parts))
     elif found.question is None:
         lines = "  \n".join(HOW.splitlines())
@@ -126,15 +129,8 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
 
 
 def _reasons(found: Answer) -> list[str]:
-    lines = []
-    for each in found.advice:
-        if each.recommendation is None:
-            reasons = each.why_not
-        else:
-            reasons = "; ".join(each.recommendation.reasons)
-        where = f"At {each.setting}: " if each.setting else "The recommendation: "
-        lines.append(f"{where}{reasons}.")
-    return lines
+    """Of the recommendation, where there is one setting."""
+    return [f"The recommendation: {each.reasons}." for each in found.advice]
 
 
 def _cells_table(study: Study, grid: Sequence[Cell], found: Answer, metric: str) -> Table:

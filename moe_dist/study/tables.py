@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_dist.config import Config, ModelConfig
-from moe_dist.study.answer import verdict_of
+from moe_dist.study.answer import Answer, verdict_of
 from moe_dist.study.cells import Cell, label
 from moe_dist.study.checks import CHECKS, Finding
 from moe_dist.study.costs import COSTS, cost
@@ -84,6 +84,26 @@ def comparisons_table(
     formats = dict.fromkeys(signed, "+.4f") | dict.fromkeys(("p", "p (Holm)", "p (equivalent)"), ".3g")
     formats["shown with 80%"] = ".4f"
     return Table(name=name, title=heading, columns=columns, rows=rows, formats=formats, note=note)
+
+
+def advice_table(found: Answer) -> Table:
+    """The recommendation at each setting, and which points may be ranked."""
+    orders = {order.setting: order.groups for order in found.orders}
+    rows: list[list[Value]] = []
+    for each in found.advice:
+        one = each.recommendation
+        taken: list[Value] = [None, None, None, None]
+        if one is not None and one.name is not None:
+            taken = [one.name, one.chosen[one.name], one.best, one.shown]
+        rows.append([each.setting, *taken, orders.get(each.setting), each.reasons])
+    columns = ["setting", "take", "share of draws", "lowest loss", "shown", "order", "reasons"]
+    note = (
+        "Take: the cheapest not worse than the best by more than matters, and the share of bootstrap draws that say so. "
+        "Shown: the cheapest that the seeds show not to be worse by as much. Points in braces cannot be told apart, so "
+        "they have no order."
+    )
+    formats = {"share of draws": ".0%"}
+    return Table(name="advice", title="What to take", columns=columns, rows=rows, formats=formats, note=note)
 
 
 def costs_table(grid: Sequence[Cell]) -> Table:

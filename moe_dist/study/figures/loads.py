@@ -43,7 +43,7 @@ def loads(cells: Mapping[str, Reduced]) -> Figure:
     for name, one in cells.items():
         for layer, load_E, values_E in zip(one.layers, one.counts["load"], over_mean[name], strict=True):
             for expert, load in enumerate(load_E):
-                rows_of.append([name, layer_name(layer), expert, float(load), float(values_E[expert])])
+                rows_of.append([name, layer_name(layer), expert, float(load), round(float(values_E[expert]), 6)])
     return Figure(
         name="loads",
         title="Load of the experts",

@@ -12,7 +12,7 @@ from moe_dist.study.statistics.pareto import Candidate, Place, Standing, pareto
 from moe_dist.study.statistics.samples import BySeed, Interval, t_interval
 
 _SAME_TIME = 0.02
-_LABELLED = 14
+_LABELLED = 6
 _LOOKS = {Standing.FRONT: 2, Standing.INSIDE_NOISE: 0, Standing.DOMINATED: 6}
 
 
@@ -60,7 +60,7 @@ def pareto_figure(points: Mapping[str, Priced], titles: Mapping[str, str], metri
             rows.append([place.name, cost, place.cost, sign * place.loss, low, high, *standing])
     return Figure(
         name="pareto",
-        title=f"{metric} against what it costs",
+        title=f"{metric[:1].upper()}{metric[1:]} against what it costs",
         caption="Front: its metric is told to be better than that of all points that cost no more, by paired tests of "
         "all pairs (Holm). Inside noise: one of those is not told apart. Dominated: one is told to be better. Bars are "
         "95% t intervals of the mean. Times within 2% count as equal.",
@@ -87,10 +87,12 @@ def _draw(axes: Axes, points: Mapping[str, Priced], places: Sequence[Place], sig
                 axes.vlines(place.cost, interval.low, interval.high, color=color, linewidth=1.0)
     front = sorted((place for place in places if place.standing is Standing.FRONT), key=lambda place: place.cost)
     axes.plot([place.cost for place in front], [sign * place.loss for place in front], color=look(2)[0], linewidth=1.0)
-    if len(places) <= _LABELLED:
-        for place in places:
-            at = (place.cost, sign * place.loss)
-            axes.annotate(place.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=FAINT)
+    named = [place for place in places if place.standing is not Standing.DOMINATED]
+    for place in named if len(named) <= _LABELLED else ():
+        at = (place.cost, sign * place.loss)
+        text = axes.annotate(place.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=FAINT)
+        text.set_in_layout(False)
+    axes.margins(x=0.25)
     costs = [place.cost for place in places]
     if max(costs) > 5 * min(costs):
         axes.set_xscale("log")

@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from moe_dist.study.page.model import Figure, Notice, Page, Part, Prose, Section, Table
-from moe_dist.study.page.text import csv_of, shown_rows, sort_key, spans, unmarked
+from moe_dist.study.page.text import csv_of, of_numbers, shown_rows, sort_key, spans, unmarked
 from moe_dist.study.page.theme import DARK, FONTS, LIGHT
 
 _TAGS = {"plain": "", "code": "code", "bold": "strong"}
@@ -25,7 +25,7 @@ _LONG = 24
 def html(page: Page) -> str:
     """The whole file. Raises ValueError for a format that does not fit a value."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["marked"] = _marked
+    environment.filters |= {"marked": _marked, "unmarked": unmarked}
     template = environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
     return template.render(
         title=unmarked(page.title),
@@ -82,24 +82,17 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def _cells(table: Table) -> dict[str, Any]:
-    """The heads and the cells; a column is one of numbers where it has at least one, and nothing else."""
-    rows = shown_rows(table.columns, table.rows, table.formats)
-    keyed = [[(text, sort_key(value), value is None) for value, text in row] for row in rows]
-    numbers = []
-    for place in range(len(table.columns)):
-        column = [row[place] for row in keyed]
-        numbers.append(
-            any(key is not None for _, key, _ in column) and all(key is not None or no for _, key, no in column)
-        )
+    """The heads and the cells: how each is shown, what it is sorted by, whether its column is one of numbers."""
+    rows, numbers = shown_rows(table.columns, table.rows, table.formats), of_numbers(table)
     return {
-        "long": any(len(row[0][0]) > _LONG for row in keyed),
+        "long": any(len(row[0][1]) > _LONG for row in rows),
         "heads": list(zip(table.columns, numbers, strict=True)),
         "cells": [
             [
-                (text, None if key is None else f"{key:.12g}", number)
-                for (text, key, _), number in zip(row, numbers, strict=True)
+                (text, None if (key := sort_key(value)) is None else f"{key:.12g}", number)
+                for (value, text), number in zip(row, numbers, strict=True)
             ]
-            for row in keyed
+            for row in rows
         ],
     }
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from moe_dist.study.page.html import violations_first
 from moe_dist.study.page.model import Figure, Notice, Page, Part, Prose, Table
-from moe_dist.study.page.text import shown_rows, sort_key, spans
+from moe_dist.study.page.text import of_numbers, shown_rows, spans
 
 LONGEST = 30
 """Rows of a table; what is beyond them is in its CSV alone."""
 
 _LEVELS = {"violation": "Violation", "warning": "Warning", "good": "Holds"}
-_SPECIAL = re.compile(r"([\\`*_\[\]<>~|])")
+_SPECIAL = re.compile(r"([\\`*\[\]<>~|]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;))")  # _ within a word is itself
 
 
 def markdown(page: Page) -> str:
@@ -41,7 +41,8 @@ def marked(text: str) -> str:
         else:
             plain = _SPECIAL.sub(r"\\\1", piece)
             pieces.append(f"**{plain}**" if mark == "bold" else plain)
-    return re.sub(r"^([#+-]|\d+(?=[.)]))(?=\s|[.)]\s)", r"\\\1", "".join(pieces))
+    line = re.sub(r"^([#+=-]+)(?=\s|$)", r"\\\1", "".join(pieces))
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
 
 
 def _part(part: Part) -> list[str]:
@@ -54,7 +55,7 @@ def _part(part: Part) -> list[str]:
             return [
                 f"### {marked(part.title)}",
                 f"![{marked(part.title)}](figures/{part.name}.svg)",
-                marked(f"{part.caption}") + f" ([data](data/{part.name}.csv))",
+                f"{marked(part.caption)} ([data](data/{part.name}.csv))".strip(),
             ]
         case Table():
             return [f"### {marked(part.title)}", *_table(part)]
@@ -62,10 +63,10 @@ def _part(part: Part) -> list[str]:
 
 def _table(table: Table) -> list[str]:
     rows = shown_rows(table.columns, table.rows[:LONGEST], table.formats)
-    numbers = [all(sort_key(row[place][0]) is not None for row in rows) for place in range(len(table.columns))]
+    numbers = of_numbers(table)
     lines = [
         _line(table.columns),
-        "|" + "|".join("---:" if number and rows else "---" for number in numbers) + "|",
+        "|" + "|".join("---:" if number else "---" for number in numbers) + "|",
         *(_line([text for _, text in row]) for row in rows),
     ]
     left_out = len(table.rows) - len(rows)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from moe_dist.study.page.model import Value
+from moe_dist.study.page.model import Table, Value
 
 Mark = Literal["plain", "code", "bold"]
 
@@ -45,7 +45,7 @@ def shown(value: Value, form: str | None = None) -> str:
     >>> shown(0.123456), shown(0.123456, ".1%"), shown(12345), shown(None), shown("as it is", ".1%")
     ('0.1235', '12.3%', '12345', '–', 'as it is')
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or _is_nan(value):
         return NOTHING
     if isinstance(value, str):
         return value
@@ -81,7 +81,16 @@ def sort_key(value: Value) -> float | None:
     if isinstance(value, str):
         found = _MEASURE.fullmatch(value.strip())
         return float(found[1].replace(",", "").replace("−", "-")) if found else None
-    return None if value is None or math.isnan(value) else float(value)
+    return None if value is None or _is_nan(value) else float(value)
+
+
+def of_numbers(table: Table) -> list[bool]:
+    """Of each column, whether it has a number, and nothing but numbers and places that are empty."""
+    found = []
+    for place in range(len(table.columns)):
+        column = [row[place] for row in table.rows if row[place] is not None]
+        found.append(bool(column) and all(sort_key(value) is not None or _is_nan(value) for value in column))
+    return found
 
 
 def csv_of(columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> str:
@@ -91,3 +100,7 @@ def csv_of(columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> str:
     writer.writerow(columns)
     writer.writerows(rows)
     return file.getvalue()
+
+
+def _is_nan(value: Value) -> bool:
+    return isinstance(value, float) and math.isnan(value)

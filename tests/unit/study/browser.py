@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +60,11 @@ class Browser:
         self("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
         self("Page.navigate", url=url)
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+        self.wait(lambda event: event.get("method") == "Page.loadEventFired")
+
+    def wait(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Until such an event has come since the last `open`."""
+        while not any(map(wanted, self.events)):
             self.events.append(self._next())
 
     def run(self, script: str) -> Any:
