@@ -236,7 +236,9 @@ def _orders(matches: Sequence[Match], metric: str) -> tuple[Order, ...]:
         words = f"{title(metric)} is in the order {order}" if len(found.groups) > 1 else ""
         if tied:
             inside = " and ".join(_listed(list(group)) for group in tied)
-            words += f"{'; ' if words else ''}within {inside} no ranking is given, since not all of them can be told apart"
+            words += (
+                f"{'; ' if words else ''}within {inside} no ranking is given, since not all of them can be told apart"
+            )
         elif words:
             words += ", and all can be told apart"
         if words:
