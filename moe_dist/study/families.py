@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_dist.study.cells import Cell, called, label, names_of
+from moe_dist.study.family import comparisons
 from moe_dist.study.grid import CAPACITY, Scalar, Study
 from moe_dist.study.statistics.paired import Comparison, compare_pairs, pair
 from moe_dist.study.study_file import Question
@@ -43,6 +44,7 @@ def families(study: Study, grid: Sequence[Cell], question: Question | None) -> F
         return Families((), (), ())
     by_axes = {tuple(sorted(cell.axes.items(), key=lambda item: item[0])): cell for cell in grid}
     names = names_of(grid)
+    asked = [] if question is None else [axes for axes, _ in comparisons(question, [cell.axes for cell in grid])]
     named: list[Match] = []
     others: list[Match] = []
     lonely: list[str] = []
@@ -63,7 +65,7 @@ def families(study: Study, grid: Sequence[Cell], question: Question | None) -> F
             short_name(other.axes, names, baseline),
             called({key: value for key, value in cell.axes.items() if key not in baseline}, names),
         )
-        (named if question is not None and _is_named(cell, question) else others).append(match)
+        (named if cell.axes in asked else others).append(match)
     return Families(tuple(named), tuple(others), tuple(lonely))
 
 
@@ -100,7 +102,3 @@ def short_name(axes: dict[str, Scalar], names: dict[str, str], baseline: dict[st
         return called(values, names)
     ((key, value),) = values.items()
     return label(key, value)
-
-
-def _is_named(cell: Cell, question: Question) -> bool:
-    return all(cell.axes[key] in values for key, values in question.compare.items())
