@@ -12,6 +12,8 @@ from moe_dist.study.page.theme import svg_of
 from moe_dist.study.statistics.samples import BySeed, t_interval
 
 _COLUMNS = 3
+_APART = 0.015
+_TICKS = 6
 _GROUPS, _METRICS = 4, 3
 """Rows and columns of several groups: the first so many are drawn."""
 
@@ -47,8 +49,10 @@ def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str,
     with panels(*panel_rows(len(wanted), columns)) as (figure, grid):
         every = [axes for row in grid for axes in row]
         for axes, (group, (metric, (title, scale))) in zip(every, wanted, strict=False):
-            for number, line in enumerate(shown[group][:LINES]):
-                _draw(axes, line, metric, scale, number)
+            lines_of = shown[group][:LINES]
+            apart = _APART * _span(lines_of)
+            for number, line in enumerate(lines_of):
+                _draw(axes, line, metric, scale, number, apart * (number - (len(lines_of) - 1) / 2))
             _label(axes, shown[group], x_name, f"{title}\n{group}" if group else title)
             if "drop" in metric:
                 from_zero(axes)
@@ -70,7 +74,8 @@ def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str,
     )
 
 
-def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int) -> None:
+def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int, shift: float) -> None:
+    """shift: of bars and dots, so that those of several lines stand side by side."""
     color, marker = look(number)
     stops = sorted((stop for stop in line.stops if stop.values.get(metric)), key=lambda stop: stop.x)
     means = [scale * fmean(stop.values[metric].values()) for stop in stops]
@@ -79,17 +84,22 @@ def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int) -> Non
     if inside and len(inside) < len(stops):
         ends = [inside[-1], len(stops) - 1]
         axes.plot([stops[at].x for at in ends], [means[at] for at in ends], color=color, linestyle=(0, (2, 2)))
-    bars = [(stop.x, t_interval(list(stop.values[metric].values()))) for stop in stops]
+    bars = [(stop.x + shift, t_interval(list(stop.values[metric].values()))) for stop in stops]
     known = [(x, scale * bar.low, scale * bar.high) for x, bar in bars if bar is not None]
     axes.vlines([x for x, _, _ in known], [low for _, low, _ in known], [high for _, _, high in known], color=color)
-    axes.plot([stop.x for stop in stops], means, "_", color=color, markersize=12, markeredgewidth=1.6)
-    dots = [(stop.x, scale * value) for stop in stops for value in stop.values[metric].values()]
+    axes.plot([stop.x + shift for stop in stops], means, "_", color=color, markersize=12, markeredgewidth=1.6)
+    dots = [(stop.x + shift, scale * value) for stop in stops for value in stop.values[metric].values()]
     axes.plot([x for x, _ in dots], [y for _, y in dots], marker, color=color, markersize=3.6, alpha=0.75)
+
+
+def _span(lines: Sequence[Line]) -> float:
+    places = [stop.x for line in lines for stop in line.stops]
+    return max(places) - min(places)
 
 
 def _label(axes: Axes, lines: Sequence[Line], x_name: str, title: str) -> None:
     ticks = {stop.x: stop.label for line in lines for stop in line.stops}
-    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7 if len(ticks) > _TICKS else None)
     axes.set_xlabel(x_name)
     axes.set_title(title)
     axes.margins(x=0.08)

@@ -19,6 +19,8 @@ LINES = 6
 PANELS = 6
 """Small multiples of one figure at most."""
 _WIDTH, _HEIGHT = 3.1, 2.7
+_CLOSE = 0.1
+_TITLE = 34  # letters over a panel
 
 
 @contextmanager
@@ -42,6 +44,12 @@ def panel_rows(count: int, columns: int) -> tuple[int, int]:
     return -(-count // columns), columns
 
 
+def name_panel(axes: Axes, name: str) -> None:
+    """In two lines where it is long."""
+    middle = name.rfind(", ", 0, _TITLE)
+    axes.set_title(name if len(name) <= _TITLE or middle < 0 else f"{name[: middle + 1]}\n{name[middle + 2 :]}")
+
+
 def from_zero(axes: Axes) -> None:
     """Rates and shares: an axis that starts at 0, with room above what is drawn."""
     axes.set_ylim(0, max(1.08 * axes.get_ylim()[1], 1e-9))
@@ -53,12 +61,16 @@ def look(number: int) -> tuple[str, str]:
 
 
 def places_of(values: Sequence[Scalar]) -> dict[Scalar, float]:
-    """Where each value stands: numbers at themselves and null (dropless) one step to their right, or all in order."""
+    """Where each value stands: numbers at themselves and null (dropless) to their right; or all in order, where they
+    are no numbers or two would stand too close to read."""
     distinct = list(dict.fromkeys(values))
     numbers = sorted(value for value in distinct if isinstance(value, int | float) and not isinstance(value, bool))
     if not numbers or len(numbers) + (None in distinct) < len(distinct):
         return {value: float(place) for place, value in enumerate(distinct)}
     gaps = [right - left for left, right in pairwise(numbers)]
+    if gaps and min(gaps) < _CLOSE * (numbers[-1] - numbers[0]):
+        in_order: dict[Scalar, float] = {value: float(place) for place, value in enumerate(numbers)}
+        return in_order | ({None: len(numbers) + 0.5} if None in distinct else {})
     places: dict[Scalar, float] = {number: float(number) for number in numbers}
     if None in distinct:
         places[None] = numbers[-1] + (fmean(gaps) if gaps else 1.0)

@@ -5,7 +5,17 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import LINES, PANELS, left_out, legend, look, panel_rows, panels, spread_over
+from moe_dist.study.figures.canvas import (
+    LINES,
+    PANELS,
+    left_out,
+    legend,
+    look,
+    name_panel,
+    panel_rows,
+    panels,
+    spread_over,
+)
 from moe_dist.study.page.model import Figure
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -19,7 +29,7 @@ def drops_over_run(cells: Mapping[str, Reduced]) -> Figure:
         top = max(float(np.nanmax(cells[name].drop_rate_FL)) for name in shown)
         for axes, name in zip(every, shown, strict=False):
             _draw(axes, cells[name])
-            axes.set_title(name)
+            name_panel(axes, name)
             axes.set_ylim(0, max(100 * top * 1.05, 0.1))
         for axes in every[len(shown) :]:
             axes.set_visible(False)

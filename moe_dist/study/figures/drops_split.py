@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from moe_dist.study.figures.canvas import PANELS, from_zero, left_out, legend, look, panel_rows, panels, spread_over
+from moe_dist.study.figures.canvas import (
+    PANELS,
+    from_zero,
+    left_out,
+    legend,
+    look,
+    name_panel,
+    panel_rows,
+    panels,
+    spread_over,
+)
 from moe_dist.study.page.model import Figure
 from moe_dist.study.page.theme import svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -41,7 +51,7 @@ def drops_split(cells: Mapping[str, Sequence[LayerSplit]]) -> Figure:
         every = [axes for row in grid for axes in row]
         for axes, name in zip(every, shown, strict=False):
             _draw(axes, cells[name])
-            axes.set_title(name)
+            name_panel(axes, name)
         for axes in every[len(shown) :]:
             axes.set_visible(False)
         for row in grid:

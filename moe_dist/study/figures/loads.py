@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from moe_dist.study.figures.canvas import PANELS, left_out, panel_rows, panels, spread_over
+from moe_dist.study.figures.canvas import PANELS, left_out, name_panel, panel_rows, panels, spread_over
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import heat_map, svg_of
 from moe_dist.study.reduced import Reduced, layer_name
@@ -31,7 +31,7 @@ def loads(cells: Mapping[str, Reduced]) -> Figure:
             axes.set_xticks(
                 [at + 0.5 for at in spread_over(range(experts), 8)], map(str, spread_over(range(experts), 8))
             )
-            axes.set_title(name)
+            name_panel(axes, name)
             axes.set_xlabel("expert")
         for axes in every[len(shown) :]:
             axes.set_visible(False)

@@ -155,6 +155,7 @@ def test_the_same_ledger_gives_the_same_files(written: Written) -> None:
 def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
     assert places_of([0.5, 1.0, 2.0, None]) == {0.5: 0.5, 1.0: 1.0, 2.0: 2.0, None: 2.75}
     assert places_of([4, None]) == {4: 4.0, None: 5.0}
+    assert places_of([1.0, 8.0, 1.1, None]) == {1.0: 0.0, 1.1: 1.0, 8.0: 2.0, None: 3.5}
     assert places_of(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
     assert places_of([True, False]) == {True: 0.0, False: 1.0}
 
