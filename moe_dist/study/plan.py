@@ -53,10 +53,10 @@ class PointCost:
 class Effect:
     """What the seeds can show.
 
-    comparisons: of the question's family. seeds: of each. spread: standard deviation over seeds of the difference to
-    the baseline; source: `pilot` or `question`. detectable: the smallest effect that 80 of 100 studies show. power:
-    share of studies that show the question's smallest difference. seeds_needed: how many seeds show it in 80 of 100;
-    None above a thousand. missing: why there is nothing to say.
+    comparisons: of the question's family. seeds: of each; pairs of seeds count as independent ones. spread: standard
+    deviation over seeds of the difference to the baseline; source: `pilot` or `question`. detectable: the smallest
+    effect that 80 of 100 studies show. power: share of studies that show the question's smallest difference.
+    seeds_needed: how many seeds show it in 80 of 100; None above a thousand. missing: why there is nothing to say.
     """
 
     metric: str
@@ -119,7 +119,8 @@ def make_plan(path: str | Path, command: Command | None) -> Plan:
         probe = None
     if probe is None and ends and command is not None:
         try:
-            probe = measure_probe(ends, ranks, command)
+            at_once = study.file.at_once if study.file.executor == "local" else 1
+            probe = measure_probe(ends, ranks, command, at_once)
         except ValueError as error:
             untimed = str(error)
         else:

@@ -125,9 +125,10 @@ def extremes(points: Sequence[Config], ranks: int) -> list[Config]:
     return ends[:1] if ends and digest(ends[0]) == digest(ends[1]) else ends
 
 
-def measure_probe(points: Sequence[Config], ranks: int, command: Command) -> Probe:
-    """Times the points one after another. Raises ValueError when one does not train, with its last words."""
-    probed = [_measure(point, ranks, command) for point in points]
+def measure_probe(points: Sequence[Config], ranks: int, command: Command, at_once: int = 1) -> Probe:
+    """Times the points one after another, with the threads that each of `at_once` has. Raises ValueError when one does
+    not train, with its last words."""
+    probed = [_measure(point, ranks, command, at_once) for point in points]
     return Probe(
         machine=machine(), measured=datetime.now(UTC).isoformat(timespec="seconds"), ranks=ranks, points=probed
     )
@@ -163,7 +164,7 @@ def machine() -> str:
     return f"{platform.node()}, {len(os.sched_getaffinity(0))} CPUs"
 
 
-def _measure(point: Config, ranks: int, command: Command) -> Probed:
+def _measure(point: Config, ranks: int, command: Command, at_once: int) -> Probed:
     with tempfile.TemporaryDirectory(prefix="moe-dist-probe-") as name:
         folder = Path(name)
         run = replace(
@@ -181,14 +182,17 @@ def _measure(point: Config, ranks: int, command: Command) -> Probed:
         config = replace(point, run=run, train=replace(point.train, steps=_STEPS))
         (folder / "point.yaml").write_text(dump_config(config), encoding="utf-8")
         began = time.time()
-        ended = _train(command(folder / "point.yaml", ranks), folder)
+        ended = _train(command(folder / "point.yaml", ranks), folder, at_once * ranks)
         return _read(config, ranks, folder / "run", began, ended)
 
 
-def _train(command: list[str], folder: Path) -> float:
-    """When it ended, in seconds since 1970."""
+def _train(command: list[str], folder: Path, sharing: int) -> float:
+    """When it ended, in seconds since 1970. sharing: processes that share the cores, where no threads are set."""
+    own = leave_step(os.environ)
+    if sharing > 1:
+        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // sharing)))
     with (folder / "train.log").open("wb") as log:
-        code = subprocess.run(command, env=leave_step(os.environ), stdout=log, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, env=own, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         lines = (folder / "train.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise ValueError(f"the probe's run ended with exit code {code}: {lines[-1] if lines else 'it said nothing'}")
