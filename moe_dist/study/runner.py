@@ -211,7 +211,8 @@ class Runner:
             code = attempt.process.returncode
             end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             said = next((line.strip() for line in reversed(tail) if line.strip()), "")
-            reason = f"{end}; {point.folder / 'train.log'} ends with: {said[:300]}"
+            log = point.folder / "train.log"
+            reason = f"{end}; {log} ends with: {said}" if said else f"{end}; without a word in {log}"
         failure = {"status": "failed", "reason": " ".join(str(reason).split("\n")), "log_tail": tail}
         self._record(point, identity(point) | failure | {"run": str(point.run), "started": started(point)})
         self._failures[point.name] += 1

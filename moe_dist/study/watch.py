@@ -102,11 +102,15 @@ class History:
             skipped = line if self.seen % self.stride and b'"validation_loss"' not in line else None
             self.seen += 1
             if skipped is None:
-                self._take(json.loads(line))
+                self._take(line)
         if skipped is not None:
-            self._take(json.loads(skipped))
+            self._take(skipped)
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def _take(self, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+        except ValueError:  # a machine went down; the run itself says so when it goes on
+            return
         if len(self.loss) >= _KEPT:
             self.stride *= 2
             del self.loss[1::2], self.drops[1::2]
