@@ -1,17 +1,23 @@
 """One rank's loop beside sums done by hand: which random key, learning rate, weight decay and split each step has."""
 
 import hashlib
+import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from moe_dist.data.frequency import Frequencies
 from moe_dist.step import StepContext
+from moe_dist.train import loop
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.loop import Trainer
 from tests.dist.helpers import tiny_config
@@ -49,6 +55,7 @@ class Watched:
         self.contexts: list[StepContext] = []
         self.trained: list[Tensor] = []
         self.validated: list[Tensor] = []
+        self.folder, self.ahead = folder / "default", 0.0
         self.updates: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]] = []
         micro_step, evaluate, update = engine.micro_step, engine.evaluate, engine.update
 
@@ -59,6 +66,7 @@ class Watched:
 
         def watched_evaluation(tokens_BS: Tensor, *args: Any) -> Tensor:
             self.validated.append(tokens_BS)
+            self.ahead += 1000.0  # seconds that an evaluation seems to take
             return evaluate(tokens_BS, *args)
 
         def held(kind: Any) -> dict[str, Tensor]:
@@ -75,7 +83,9 @@ class Watched:
         engine.evaluate = watched_evaluation  # type: ignore[method-assign]
         engine.update = watched_update  # type: ignore[method-assign]
         self.shapes = {name: tuple(p.shape) for name, p in engine.model.named_parameters()}
-        with StopGuard() as guard:
+        clock = SimpleNamespace(monotonic=lambda: time.monotonic() + self.ahead)
+        with StopGuard() as guard, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "time", clock)
             self.last = trainer.run(None, guard).last
 
 
@@ -127,3 +137,19 @@ def test_training_and_validation_read_their_own_split(run: Watched) -> None:
     assert {chr(value) for tokens_BS in run.trained for value in tokens_BS.unique().tolist()} <= set("abcd")
     assert {chr(value) for tokens_BS in run.validated for value in tokens_BS.unique().tolist()} == set("xyz")
     assert run.last["loss"] < run.last["validation_loss"] < 2 * math.log(256), "letters that it has never seen"
+
+
+def test_an_evaluation_is_no_part_of_a_step(run: Watched) -> None:
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert run.ahead >= 1000.0 and max(record["step_seconds"] for record in records) < 1000.0
+
+
+def test_the_environment_says_what_the_data_is_like(run: Watched) -> None:
+    """One file, whose training part has four letters, each as often."""
+    data = json.loads((run.folder / "environment.json").read_text())["data"]
+    assert data["documents_per_micro_step"] == 1.0 and len(data["digest"]) == 64
+    assert data["frequencies"] == {"counted": 3600, "ids": [252, 0, 0, 0, 1, 1, 1, 1], "tokens": [0] * 4 + [900] * 4}
+    counts_V = np.zeros(256, np.int64)
+    counts_V[list(b"abcd")] = 900
+    assert run.contexts[0].frequency_V is not None
+    assert run.contexts[0].frequency_V.tolist() == Frequencies.of(counts_V).classes_V.tolist()
