@@ -23,7 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moe_dist.study.budget import LARGEST_RESIDUAL
 from moe_dist.study.cells import Cell
+from moe_dist.study.cost import planned_flops
 from moe_dist.study.families import Families
 from moe_dist.study.grid import Study
 from moe_dist.study.metric import title
@@ -121,8 +123,8 @@ def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:
     if few:
         what = f"fewer than {FEWEST_SEEDS} have finished, which give no interval"
         yield Finding("violation", "seeds", what, few, "finish these points")
-    pairs = [point.seeds for point in study.points if hasattr(point, "seeds")]
-    weights, data = ({each.get(kind) for each in pairs} for kind in ("weights", "data"))
+    pairs = [point.seeds for point in study.points]
+    weights, data = ({each[kind] for each in pairs} for kind in ("weights", "data"))
     if len(weights) * len(data) == planned and min(len(weights), len(data)) > 1:
         yield Finding(
             "warning",
@@ -154,12 +156,10 @@ def _pairs(study: Study, found: Families) -> Iterator[Finding]:
 
 
 def _budget(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:
-    equal = getattr(study.file, "equal", None)
+    equal = study.file.equal
     if equal is not None:
-        field = {"tokens": "tokens", "flops": "flops", "time": "seconds"}[equal]
-        known = {record["point"]: record[field] for record in records if record.get(field)}
-        steps = min((record["steps"] for record in records), default=1)
-        apart = _TIME_APART if equal == "time" else 1.0 / max(1, steps)  # budgets are met to the step
+        known = _spent(study, records, equal)
+        apart = _TIME_APART if equal == "time" else 2 * LARGEST_RESIDUAL
         if known and max(known.values()) > min(known.values()) * (1 + apart):
             low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
             what = f"`equal: {equal}` is not kept: {known[low]:.4g} to {known[high]:.4g}"
@@ -171,6 +171,19 @@ def _budget(study: Study, records: Sequence[Record], found: Families) -> Iterato
             what = f"{match.name} was trained on {mine:.6g} tokens and its baseline on {others:.6g}"
             remedy = "state `equal: tokens` (or flops, time), or read the difference as one of budget too"
             yield Finding("violation", "budget", what, _names(match.cell), remedy)
+
+
+def _spent(study: Study, records: Sequence[Record], equal: str) -> dict[str, float]:
+    """By point. FLOPs are counted as the budget does, without rows that a factor below 1 has no place for."""
+    configs = {point.name: point.config for point in study.points}
+    if equal == "flops":
+        return {
+            record["point"]: planned_flops(config, study.file.ranks) * record["steps"] / config.train.steps
+            for record in records
+            if (config := configs.get(record["point"])) is not None
+        }
+    field = {"tokens": "tokens", "time": "seconds"}[equal]
+    return {record["point"]: record[field] for record in records if record.get(field)}
 
 
 def _schedule(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:

@@ -85,9 +85,7 @@ def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] |
 
 def _axes(study: Study) -> list[str]:
     """Those that move several keys first: they are made for it."""
-    together = getattr(study.file, "vary_together", {})
-    keys = list(study.points[0].axes)
-    return sorted(keys, key=lambda key: key not in together)
+    return sorted(study.points[0].axes, key=lambda key: key not in study.file.vary_together)
 
 
 def _is_ladder(axis: str, cells: Sequence[Cell]) -> bool:

@@ -150,12 +150,22 @@ def test_seeds_that_share_noise_are_warned_of(tmp_path: Path) -> None:
     assert found[0].what.startswith("the 4 repetitions of a point are 2 seeds of weights by 2 of data order")
 
 
-@pytest.mark.parametrize(("equal", "field"), [("tokens", "tokens"), ("flops", "flops"), ("time", "seconds")])
-def test_equal_budgets_are_kept_to_the_step(tmp_path: Path, equal: str, field: str) -> None:
+@pytest.mark.parametrize(("equal", "field", "least"), [("tokens", "tokens", 1.04), ("time", "seconds", 1.1)])
+def test_equal_budgets_are_kept(tmp_path: Path, equal: str, field: str, least: float) -> None:
     study = planted_study(tmp_path)
     study.file.equal = equal  # type: ignore[assignment]
-    assert findings(study, only(FIRST, **{field: None})) == []
-    value = {"tokens": 51_200, "flops": 1e11, "seconds": 10.0}[field]
-    (found,) = findings(study, only(FIRST, **{field: value * 1.2}))
+    value = {"tokens": 51_200, "seconds": 10.0}[field]
+    (found,) = findings(study, only(FIRST, **{field: value * (least + 0.01)}))
     assert found.check == "budget" and found.what.startswith(f"`equal: {equal}` is not kept: ")
-    assert findings(study, only(FIRST, **{field: value * (1.09 if equal == "time" else 1.009)})) == []
+    assert findings(study, only(FIRST, **{field: value * (least - 0.01)})) == []
+
+
+def test_equal_flops_count_what_a_factor_below_one_leaves_out(tmp_path: Path) -> None:
+    """All have the same steps, and 0.5 has no place for half of the rows."""
+    half, more = planted_study(tmp_path), planted_study(tmp_path / "more", STUDY.replace("0.5", "2.0") + QUESTION)
+    half.file.equal = more.file.equal = "flops"
+    (found,) = findings(half)
+    assert found.what.startswith("`equal: flops` is not kept: ") and found.points[0] == FIRST
+    plant(more, lambda point, rng: 3.0 + 0.1 * point.seed + 0.001 * point.index)
+    latest = Ledger(more.ledger).latest()
+    assert check(more, cells(more, latest), latest, answer(more, cells(more, latest)).families) == []
