@@ -56,7 +56,7 @@ def makers(cell: Cell, w: Weights, device: torch.device) -> Makers:
 
 
 def measured(
-    contestant: Contestant, batches: list[tuple[Tensor, Tensor]], device: torch.device, rounds: int
+    contestant: Contestant, batches: list[tuple[Tensor, Tensor]], device: torch.device, rounds: int, warm_up: int
 ) -> dict[str, float]:
     step, turn = training(contestant), iter(range(10**9))
     step(batches[0])
@@ -68,7 +68,7 @@ def measured(
     step(batches[0])
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) - held
-    seconds = seconds_of(lambda: step(batches[next(turn) % len(batches)]), device, rounds, 2)
+    seconds = seconds_of(lambda: step(batches[next(turn) % len(batches)]), device, rounds, warm_up)
     return {"seconds": seconds, "peak_bytes": peak}
 
 
@@ -79,7 +79,7 @@ def error_of(contestant: Contestant, cell: Cell, w: Weights, x_TD: Tensor) -> fl
     return float((y_TD - expected_TD).norm() / expected_TD.norm())
 
 
-def run(cell: Cell, device: torch.device, rate: float, rounds: int) -> dict[str, Any]:
+def run(cell: Cell, device: torch.device, rate: float, rounds: int, warm_up: int) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(0)
     w = Weights.random(cell, generator)
     batches = [
@@ -90,7 +90,7 @@ def run(cell: Cell, device: torch.device, rate: float, rounds: int) -> dict[str,
         began = time.monotonic()
         try:
             contestant = make()
-            row: dict[str, Any] = measured(contestant, batches, device, rounds)
+            row: dict[str, Any] = measured(contestant, batches, device, rounds, warm_up)
             row["share_of_peak"] = cell.flops / row["seconds"] / rate
             if contestant.exact and cell.tokens <= 8192 and not cell.skewed:
                 row["error"] = error_of(contestant, cell, w, batches[0][0])
@@ -125,7 +125,7 @@ def main() -> None:
     print(f"Products of 8192 run at {rate / 1e12:.3g} TFLOP/s here; shares are of that.\n")
     print("| cell | layer | ms | of peak | GiB a step | error |\n|---|---|---|---|---|---|", flush=True)
     for cell in cells(own.rehearse):
-        found["cells"][cell.name] = run(cell, device, rate, 2 if own.rehearse else 8)
+        found["cells"][cell.name] = run(cell, device, rate, *((1, 0) if own.rehearse else (8, 2)))
         if own.json:
             own.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     ours = [row for result in found["cells"].values() for name, row in result["contestants"].items() if "moe_" in name]

@@ -91,11 +91,13 @@ def compile_kernels(letter: str, tokens: int, kernels: list[str]) -> None:
     torch.cuda.synchronize()
 
 
-def timed(experts: Experts, device: torch.device, rounds: int, kernels: list[str]) -> Iterator[dict[str, Any]]:
+def timed(
+    experts: Experts, device: torch.device, rounds: int, warm_up: int, kernels: list[str]
+) -> Iterator[dict[str, Any]]:
     for kernel, name, tiling in tilings(experts.tiling, kernels):
         row: dict[str, Any] = {"kernel": kernel, "blocks": name}
         try:
-            row["ms"] = 1e3 * seconds_of(lambda tiling=tiling: experts.step(tiling), device, rounds, 2)
+            row["ms"] = 1e3 * seconds_of(lambda tiling=tiling: experts.step(tiling), device, rounds, warm_up)
         except Exception as failure:
             row["failed"] = f"{type(failure).__name__}: {failure}"[:120]
         yield row
@@ -119,7 +121,8 @@ def main() -> None:
         print(f"\n{SHAPES[letter].title}, {tokens} tokens; as it is: {experts.tiling}\n")
         print("| kernel | blocks | ms |\n|---|---|---|", flush=True)
         found[letter] = []
-        for row in timed(experts, device, 1 if own.rehearse else 10, ["up"] if own.rehearse else list(KERNELS)):
+        rounds, warm_up, kernels = (1, 0, ["up"]) if own.rehearse else (10, 2, list(KERNELS))
+        for row in timed(experts, device, rounds, warm_up, kernels):
             found[letter].append(row)
             print(
                 f"| {row['kernel']} | {row['blocks']} | {row.get('failed') or format(row['ms'], '.3f')} |", flush=True

@@ -31,9 +31,15 @@ if [[ -z "$(type -P chromium chromium-browser google-chrome)" ]]; then
     echo "WARNING: no Chromium here, so the tests of pages in a browser SKIP." >&2
 fi
 
+# Tests start some hundred processes, and workers read the same files: byte code is kept whatever the environment says.
+unset PYTHONDONTWRITEBYTECODE
+
 ruff check
 ruff format --check
 lint-imports
+pytest --collect-only -qq >/dev/null 2>&1 & # compiles the tests while another core checks types; what fails, fails below
+collecting=$!
 mypy
+wait "$collecting" || true
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)))')"
 pytest -n "$((cores < 2 ? 3 : cores > 7 ? 8 : cores + 1))" "$@"

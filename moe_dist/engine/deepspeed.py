@@ -24,6 +24,7 @@ What DeepSpeed 0.19 needs to be told, and why:
 """
 
 import contextlib
+import gc
 import io
 import logging
 import math
@@ -60,6 +61,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402  (reads the two settings above while it is imported)
+import deepspeed.runtime.compiler as deepspeed_compiler  # noqa: E402
 from deepspeed.moe.layer import MoE as DeepSpeedMoE  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
@@ -69,6 +71,19 @@ deepspeed_logger.setLevel(logging.WARNING)
 # Only inference uses this all-reduce over shared memory; compiling it takes a minute at the first start on CPU.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+
+def _import_muon_as_it_is() -> None:
+    """Every engine imports an optimizer that is none of ours, and that asks for torch's compiler where it is imported:
+    a quarter of what a small run takes to start."""
+    compile_functions = deepspeed_compiler.compile
+    deepspeed_compiler.compile = lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        deepspeed_compiler.compile = compile_functions
+
+
+_import_muon_as_it_is()
 
 _LEAVES = (MoE, SwitchAttention, RoutedSelfAttention)
 
@@ -106,7 +121,7 @@ class DeepSpeedEngine:
         )
         even = mesh.ep.size == 1 or len(set(expert_widths(model.config.moe, model.config.d_ff))) <= 1
         config = _config(engine, micro_batch, accumulation, mesh, even)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which extensions it built
+        with contextlib.redirect_stdout(io.StringIO()), _older_is_no_garbage():  # it prints which extensions it built
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=root, optimizer=optimizer, config=config, mpu=ModelParallelUnit(mesh), dist_init_required=False
             )
@@ -208,6 +223,20 @@ class _Marker(DeepSpeedMoE):
 
 def _group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh.ep.size}"  # DeepSpeed reads the number out of it
+
+
+@contextlib.contextmanager
+def _older_is_no_garbage() -> Iterator[None]:
+    """Garbage is looked for in what is made within: DeepSpeed does so dozens of times, to print how much memory is in
+    use, and each look through all that was imported takes a tenth of a second."""
+    ours = gc.get_freeze_count() == 0  # else somebody wants older objects left alone for longer
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
 
 
 def _mark_parameters(specs: Specs, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
+from moe_dist.engine.adamw import AdamW, grad_of
 from moe_dist.engine.base import (
     Kind,
     Piece,
@@ -49,16 +50,8 @@ class NativeEngine:
             masters = [p.detach() for p in params]
         # Masters share memory with fp32 parameters; their .grad holds the accumulated, then the reduced gradient.
         self.masters = dict(zip(params, masters, strict=True))
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.masters[p] for p in group], "weight_decay": optim.weight_decay * factor}
-                for _, factor, group in decay_groups(model)
-            ],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            fused=True,
-        )
+        groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model)]
+        self.optimizer = AdamW(groups, optim)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
         if self.graphs is None:
@@ -91,14 +84,12 @@ class NativeEngine:
 
     @torch.no_grad()
     def update(self, lr: float) -> float:
-        grads = [_grad(master) for master in self.masters.values()]
+        grads = [grad_of(master) for master in self.masters.values()]
         norm = clip_by_global_norm(grads, list(self.masters), self.mesh, self.grad_clip)
         if not math.isfinite(norm):
             self.discard()
             return norm
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(lr)
         self._clear()
         self._refresh()
         self.loads.settle(self.model)
@@ -110,7 +101,8 @@ class NativeEngine:
 
     def _clear(self) -> None:
         if self.graphs is None:  # else the first micro-step of a step writes over them
-            self.optimizer.zero_grad(set_to_none=True)
+            for master in self.masters.values():
+                master.grad = None
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         parameters = list(logical_parameters(self.model))
@@ -120,17 +112,16 @@ class NativeEngine:
             if kind == "weight":
                 values = master
             elif kind == "grad":
-                values = _grad(master)
+                values = grad_of(master)
             else:
-                values = self._moment(master, kind)
+                values = getattr(self.optimizer.moments(master), kind)
             yield Piece(name, spec.logical_shape, spec.flat_start, values.view(-1), mine)
         if kind == "weight":
             yield from held_buffers(self.model, self.mesh)
 
     def restore(self, optimizer_step: int) -> None:
         for master in self.masters.values():
-            self._moment(master, "exp_avg")
-            self.optimizer.state[master]["step"].fill_(optimizer_step)
+            self.optimizer.moments(master).step.fill_(optimizer_step)
         self._refresh()
 
     def _accumulate(self) -> None:
@@ -151,7 +142,7 @@ class NativeEngine:
         by_group: dict[Group, list[Tensor]] = defaultdict(list)
         for param, master in self.masters.items():
             expert = spec_of(param).shard == "expert"
-            by_group[self.mesh.edp if expert else self.mesh.dp].append(_grad(master))
+            by_group[self.mesh.edp if expert else self.mesh.dp].append(grad_of(master))
         for group, grads in by_group.items():
             if group.size > 1:
                 flat = all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
@@ -160,20 +151,8 @@ class NativeEngine:
             if self.mesh.layout.dp > 1:
                 torch._foreach_mul_(grads, 1.0 / self.mesh.layout.dp)
 
-    def _moment(self, master: Tensor, kind: Kind) -> Tensor:
-        state = self.optimizer.state[master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-        return state[kind]
-
     @torch.no_grad()
     def _refresh(self) -> None:
         if self.low_precision:
             for param, master in self.masters.items():
                 param.copy_(master)
-
-
-def _grad(master: Tensor) -> Tensor:
-    assert master.grad is not None, "gradients exist from the last micro_step of a step until update"
-    return master.grad

@@ -38,7 +38,8 @@ PRELOADED = (
     *("pytest", "tests.dist.helpers", "moe_dist.engine.deepspeed", "moe_dist.train.loop", "moe_dist.verify.command"),
     *("moe_dist.generate.command", "moe_dist.standalone.mixture_of_experts"),
     "torch._inductor.config",  # by deterministic algorithms
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # by every engine of DeepSpeed; it imports the compiler
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # by every engine of DeepSpeed
+    "torch._dynamo",  # by every optimizer of torch, which DeepSpeed has
 )
 """What ranks import."""
 GRACE = 5.0

@@ -7,6 +7,7 @@ also in its own library while it is first imported; so it is set here, before an
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
     late = "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ
     assert not late, "triton was imported before it was told to interpret: set TRITON_INTERPRET=1 for this run"
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        from tests.unit.interpreter import quicken
+
+        quicken()
 
 
 @pytest.fixture(autouse=True)

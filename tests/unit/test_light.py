@@ -1,4 +1,5 @@
-"""What is not imported: help and mistakes come without torch, a layer without what reads files and command lines."""
+"""What is not imported: help and mistakes come without torch, a layer without what reads files and command lines, a
+step of training on the native engine without torch's compiler."""
 
 import subprocess
 import sys
@@ -23,6 +24,12 @@ added = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not added & {"argparse", "yaml", "pydantic", "rich", "tyro", "deepspeed", "megatron", "matplotlib"}, added
 assert not {"moe_dist.cli", "moe_dist.config.load", "moe_dist.config.flags"} & set(sys.modules)
 """
+STEP = """
+from moe_dist.parallel.mesh import single_process_mesh
+from tests.dist.helpers import TinyRun, tiny_config
+TinyRun(tiny_config(engine__name="native"), single_process_mesh()).train(0, 1)
+assert "torch._dynamo" not in sys.modules
+"""
 
 
 def run(code: str) -> str:
@@ -36,6 +43,6 @@ def test_every_help_comes_without_torch() -> None:
     assert shown.count("usage: moe-dist") == 10
 
 
-def test_a_layer_reads_no_files_and_no_command_line_and_comes_at_once() -> None:
+def test_a_layer_comes_at_once_and_a_step_without_the_compiler() -> None:
     """A tenth of a second of CPU time beside torch's two or more; a neighbour's load can only add to it."""
-    assert any(float(run(LAYER)) < 0.3 for _ in range(3))
+    assert any(float(run(LAYER + STEP)) < 0.3 for _ in range(3))
