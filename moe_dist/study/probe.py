@@ -19,7 +19,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +30,8 @@ from moe_dist.config.load import dump_config
 from moe_dist.config.model import STRICT
 from moe_dist.config.parse import parse_as
 from moe_dist.disk import replace_text
-from moe_dist.parallel.slurm import leave_step
 from moe_dist.study.cost import buffer_rows, forward_flops, planned_flops
+from moe_dist.study.local import environment, on_cores, shares, visible_gpus
 
 _STEPS = 12
 _LEFT_OUT = 4
@@ -126,8 +126,8 @@ def extremes(points: Sequence[Config], ranks: int) -> list[Config]:
 
 
 def measure_probe(points: Sequence[Config], ranks: int, command: Command, at_once: int = 1) -> Probe:
-    """Times the points one after another, with the threads that each of `at_once` has. Raises ValueError when one does
-    not train, with its last words."""
+    """Times the points one after another, on the cores that each of `at_once` has. Raises ValueError when one does not
+    train, with its last words."""
     probed = [_measure(point, ranks, command, at_once) for point in points]
     return Probe(
         machine=machine(), measured=datetime.now(UTC).isoformat(timespec="seconds"), ranks=ranks, points=probed
@@ -182,15 +182,15 @@ def _measure(point: Config, ranks: int, command: Command, at_once: int) -> Probe
         config = replace(point, run=run, train=replace(point.train, steps=_STEPS))
         (folder / "point.yaml").write_text(dump_config(config), encoding="utf-8")
         began = time.time()
-        ended = _train(command(folder / "point.yaml", ranks), folder, at_once * ranks)
+        share = shares(at_once, ranks, os.sched_getaffinity(0), visible_gpus())[0]
+        with on_cores(share.cores):
+            own = environment(share, at_once, ranks, os.environ)
+            ended = _train(command(folder / "point.yaml", ranks), folder, own)
         return _read(config, ranks, folder / "run", began, ended)
 
 
-def _train(command: list[str], folder: Path, sharing: int) -> float:
-    """When it ended, in seconds since 1970. sharing: processes that share the cores, where no threads are set."""
-    own = leave_step(os.environ)
-    if sharing > 1:
-        own.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // sharing)))
+def _train(command: list[str], folder: Path, own: Mapping[str, str]) -> float:
+    """When it ended, in seconds since 1970. own: the environment."""
     with (folder / "train.log").open("wb") as log:
         code = subprocess.run(command, env=own, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
