@@ -229,7 +229,8 @@ def _one(found: Recommendation, question: Question) -> str:
     assert found.name is not None
     by, matters = question.decide_by, f"{question.smallest_difference:g}"
     share, seeds = f"{found.chosen[found.name]:.0%} of bootstrap draws", f"{len(found.seeds)} seeds"
-    shown = "" if found.shown == found.name else f"; {seeds} show it of {found.shown}"
+    only = f"only of the best, {found.best}," if found.shown == found.best else f"of {found.shown}"
+    shown = "" if found.shown == found.name else f"; {seeds} show it {only}".rstrip(",")
     if found.chosen[found.name] < _TRUSTED:
         return (
             f"By {by} nothing cheaper than the best is recommended: {found.name} is the cheapest that {seeds} do not "

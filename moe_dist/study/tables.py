@@ -98,7 +98,7 @@ def advice_table(found: Answer) -> Table:
         rows.append([each.setting, *taken, orders.get(each.setting), each.reasons])
     columns = ["setting", "take", "share of draws", "lowest loss", "shown", "order", "reasons"]
     note = (
-        "Take: the cheapest not worse than the best by more than matters, where half of the bootstrap draws or more do. "
+        "Take: the cheapest not worse than the best by more than matters, where half of the bootstrap draws do. "
         "Shown: the cheapest that the seeds show not to be worse by as much. Points in braces cannot be told apart, so "
         "they have no order."
     )

@@ -192,4 +192,4 @@ def test_what_few_draws_agree_on_is_not_recommended(tmp_path: Path) -> None:
         "By time nothing cheaper than the best is recommended: 0.5 is the cheapest that 3 seeds do not tell apart from "
         "it, but within 0.01 of it in only "
     )
-    assert found.sentences[1].endswith("% of bootstrap draws; 3 seeds show it of dropless.")
+    assert found.sentences[1].endswith("% of bootstrap draws; 3 seeds show it only of the best, dropless.")
