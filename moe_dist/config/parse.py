@@ -155,8 +155,8 @@ def sections_of(cls: type, home: str = "") -> Iterator[tuple[str, type]]:
         yield from sections_of(section, path)
 
 
-@cache  # hundreds of points ask for the same
-def field_types(cls: type) -> dict[str, Any]:
+@cache
+def field_types(cls: type) -> Mapping[str, Any]:
     """The type of every key below a dataclass of the schema that is no section, by its dotted name."""
     homes = [("", cls), *sections_of(cls)]
     return {
@@ -167,7 +167,8 @@ def field_types(cls: type) -> dict[str, Any]:
     }
 
 
-def _sections(cls: type) -> dict[str, type]:
+@cache
+def _sections(cls: type) -> Mapping[str, type]:
     """The fields of a dataclass that are dataclasses themselves, or null."""
     hints = {
         key: (hint, *get_args(hint)) if get_origin(hint) in (Union, UnionType) else (hint,)

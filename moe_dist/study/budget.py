@@ -40,7 +40,7 @@ class Budget:
 
         Raises ValueError when even they miss it by more than LARGEST_RESIDUAL.
         """
-        steps = bisect_left(range(MANY), self.amount, 1, key=lambda count: self.spends(_with_steps(config, count)))
+        steps = self._steps(config)
         fitted = min(
             (_with_steps(config, count) for count in (steps - 1, steps) if count > 0),
             key=lambda each: abs(self.residual(each)),
@@ -52,6 +52,19 @@ class Budget:
                 f"{missed:+.1%}, more than {LARGEST_RESIDUAL:.0%}; give the base more steps, or points smaller ones"
             )
         return _warmed(fitted, fitted.train.steps / config.train.steps) if scale_warmup else fitted
+
+    def _steps(self, config: Config) -> int:
+        """The first that spend as much. Without a schedule of capacities they are proportional to it, and found at
+        once."""
+
+        def spent(count: int) -> float:
+            return self.spends(_with_steps(config, count))
+
+        guess = max(2, round(self.amount / spent(config.train.steps) * config.train.steps))
+        low, high = guess - 1, guess + 1
+        if not spent(low) < self.amount <= spent(high):
+            low, high = 1, MANY
+        return bisect_left(range(MANY), self.amount, low, high, key=spent)
 
     def residual(self, config: Config) -> float:
         """By which share of the budget it is missed; positive: more is spent."""
