@@ -26,6 +26,8 @@ from moe_dist.study.statistics.ties import groups
 from moe_dist.study.study_file import Question
 
 _MANY = 6  # clauses that a sentence can hold
+_TRUSTED = 0.5  # share of bootstrap draws below which nothing is recommended
+_UNSURE = "less than half of the bootstrap draws agree on the cheapest point that is not worse"
 HOW = """question:
   baseline: {model.moe.capacity_factor: null}
   smallest_difference: 0.01
@@ -39,6 +41,14 @@ class Advice:
     setting: str
     recommendation: Recommendation | None
     why_not: str = ""
+
+    @property
+    def taken(self) -> str | None:
+        """The recommended point, where at least half of the draws agree."""
+        found = self.recommendation
+        if found is None or found.name is None or found.chosen[found.name] < _TRUSTED:
+            return None
+        return found.name
 
     @property
     def reasons(self) -> str:
@@ -194,15 +204,11 @@ def _advice_at(setting: str, cells: dict[str, Cell], question: Question) -> Advi
 
 def _recommended(advice: Sequence[Advice], question: Question) -> str:
     by, metric = question.decide_by, title(question.metric)
-    given = [each for each in advice if each.recommendation is not None and each.recommendation.name is not None]
+    given = [each for each in advice if each.taken is not None]
+    if len(advice) == 1 and advice[0].recommendation is not None and advice[0].recommendation.name is not None:
+        return _one(advice[0].recommendation, question)
     if not given:
-        return f"Nothing is recommended: {_listed(list(dict.fromkeys(each.why_not for each in advice)))}."
-    if len(advice) == 1 and (one := given[0].recommendation) is not None and one.name is not None:
-        return (
-            f"By {by} take {one.name}: the cheapest whose {metric} is not worse than the best by more than "
-            f"{question.smallest_difference:g}, as it is in {one.chosen[one.name]:.0%} of bootstrap draws of "
-            f"{len(one.seeds)} seeds."
-        )
+        return f"Nothing is recommended: {_listed(list(dict.fromkeys(each.why_not or _UNSURE for each in advice)))}."
     clauses = []
     if len(given) <= _MANY:
         clauses = [f"{name} at {setting} ({share:.0%})" for name, setting, share in _taken(given)]
@@ -218,11 +224,30 @@ def _recommended(advice: Sequence[Advice], question: Question) -> str:
     )
 
 
+def _one(found: Recommendation, question: Question) -> str:
+    """Of a single setting."""
+    assert found.name is not None
+    by, matters = question.decide_by, f"{question.smallest_difference:g}"
+    share, seeds = f"{found.chosen[found.name]:.0%} of bootstrap draws", f"{len(found.seeds)} seeds"
+    only = f"only of the best, {found.best}," if found.shown == found.best else f"of {found.shown}"
+    shown = "" if found.shown == found.name else f"; {seeds} show it {only}".rstrip(",")
+    if found.chosen[found.name] < _TRUSTED:
+        return (
+            f"By {by} nothing cheaper than the best is recommended: {found.name} is the cheapest that {seeds} do not "
+            f"tell apart from it, but within {matters} of it in only {share}{shown}."
+        )
+    return (
+        f"By {by} take {found.name}: the cheapest whose {title(question.metric)} is not worse than the best by more "
+        f"than {matters}, as it is in {share} of {seeds}{shown}."
+    )
+
+
 def _taken(given: Sequence[Advice]) -> list[tuple[str, str, float]]:
+    """(point, setting, share of draws) of each."""
     return [
-        (one.name, each.setting, one.chosen[one.name])
+        (each.taken, each.setting, each.recommendation.chosen[each.taken])
         for each in given
-        if (one := each.recommendation) is not None and one.name is not None
+        if each.recommendation is not None and each.taken is not None
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe_dist.study.answer import HOW, Answer, answer
 from moe_dist.study.cells import Cell, cells
-from moe_dist.study.checks import Finding, check
+from moe_dist.study.checks import CHECKS, Finding, check
 from moe_dist.study.families import compared
 from moe_dist.study.grid import Study
 from moe_dist.study.ledger import Ledger
@@ -31,6 +31,8 @@ from moe_dist.study.tables import (
     failed_table,
     setting_table,
 )
+
+_LINES = 3  # of one check, in the notice that leads
 
 
 def write_report(study: Study, folder: Path | None = None) -> list[Path]:
@@ -81,7 +83,14 @@ def page_of(study: Study) -> Page | None:
 def _notices(findings: Sequence[Finding]) -> list[Notice]:
     notices = []
     for level in ("violation", "warning"):
-        if lines := [finding.line for finding in findings if finding.level == level]:
+        of_level = [finding for finding in findings if finding.level == level]
+        lines = []
+        for name in CHECKS:
+            of_check = [finding.line for finding in of_level if finding.check == name]
+            lines += of_check[:_LINES]
+            if len(of_check) > _LINES:
+                lines.append(f"{name}: and {len(of_check) - _LINES} more, in the table of checks")
+        if lines:
             notices.append(Notice(level, lines))
     if not findings:
         notices.append(Notice("good", ["The design supports the question: all checks are kept."]))

@@ -94,11 +94,11 @@ def advice_table(found: Answer) -> Table:
         one = each.recommendation
         taken: list[Value] = [None, None, None, None]
         if one is not None and one.name is not None:
-            taken = [one.name, one.chosen[one.name], one.best, one.shown]
+            taken = [each.taken, one.chosen[one.name], one.best, one.shown]
         rows.append([each.setting, *taken, orders.get(each.setting), each.reasons])
     columns = ["setting", "take", "share of draws", "lowest loss", "shown", "order", "reasons"]
     note = (
-        "Take: the cheapest not worse than the best by more than matters, and the share of bootstrap draws that do. "
+        "Take: the cheapest not worse than the best by more than matters, where half of the bootstrap draws do. "
         "Shown: the cheapest that the seeds show not to be worse by as much. Points in braces cannot be told apart, so "
         "they have no order."
     )

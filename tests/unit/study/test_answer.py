@@ -175,3 +175,21 @@ def test_settings_are_told_apart_and_missing_ones_named(tmp_path: Path) -> None:
     assert answer(study, cells(study, {})).sentences == (
         "No point that the question names has finished, so it has no answer yet.",
     )
+
+
+def test_what_few_draws_agree_on_is_not_recommended(tmp_path: Path) -> None:
+    """0.5 is worse by 0.08 with so much noise that nothing is told apart: cheap, and no advice."""
+    noise = {0.5: [0.15, 0.02, 0.07], 1.0: [0.01, 0.09, 0.07]}
+
+    def loss(point: Any, rng: Any) -> float:
+        factor = point.config.model.moe.capacity_factor
+        return 3.0 + (0.0 if factor is None else noise[factor][point.seed])
+
+    text = STUDY.replace("[0, 1, 2, 3, 4]", "[0, 1, 2]")
+    found = answered(planted_study(tmp_path, text + QUESTION), loss)
+    assert "not distinguishable" in found.sentences[0] and found.advice[0].taken is None
+    assert found.sentences[1].startswith(
+        "By time nothing cheaper than the best is recommended: 0.5 is the cheapest that 3 seeds do not tell apart from "
+        "it, but within 0.01 of it in only "
+    )
+    assert found.sentences[1].endswith("% of bootstrap draws; 3 seeds show it only of the best, dropless.")

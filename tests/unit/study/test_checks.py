@@ -12,6 +12,8 @@ from moe_dist.study.checks import Finding, check
 from moe_dist.study.command import study as command_line
 from moe_dist.study.grid import CAPACITY, Study
 from moe_dist.study.ledger import Ledger
+from moe_dist.study.page.model import Notice
+from moe_dist.study.report import page_of
 from tests.unit.study.synthetic import QUESTION, STUDY, plant, planted_losses, planted_study
 
 LOSS = planted_losses({0.5: 0.03, 1.0: 0.0, 0.75: 0.0, None: 0.0})
@@ -140,6 +142,15 @@ def test_the_worst_leads_the_page(tmp_path: Path) -> None:
     page = (study.folder / "report.md").read_text()
     assert page.index("skipped steps") < page.index("no validation loss with the capacity") < page.index("**Does")
     assert json.loads(study.ledger.read_text().splitlines()[0])["point"] == FIRST
+
+
+def test_many_lines_of_one_check_are_counted(tmp_path: Path) -> None:
+    text = STUDY.replace("axes:", "axes:\n  model.moe.top_k: [1, 2]") + QUESTION
+    study = planted_study(tmp_path, text)
+    plant(study, LOSS, change=capped(tokens=1))
+    page = page_of(study)
+    assert page is not None and isinstance(page.lead[0], Notice)
+    assert len(page.lead[0].lines) == 4 and page.lead[0].lines[3] == "budget: and 1 more, in the table of checks"
 
 
 def test_seeds_that_share_noise_are_warned_of(tmp_path: Path) -> None:
