@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.study.grid import Point, Study, load_study
-from moe_dist.study.measurements import FILE, write_measurements
-from moe_dist.study.report import write_report
+from moe_dist.study.design.grid import Point, Study, load_study
+from moe_dist.study.ledger.measurements import FILE, write_measurements
+from moe_dist.study.report.report import write_report
 
 FRACTIONS, LAYERS = 160, 24  # 4,000 lines with those of the model
 STUDY = """

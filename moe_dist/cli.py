@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return study(rest)
             case "watch":
                 with interrupts_held():
-                    from moe_dist.study.watch import watch
+                    from moe_dist.study.run.watch import watch
                 return watch(rest)
             case "compare":
                 from moe_dist.study.compare.arguments import compare_arguments

@@ -8,8 +8,8 @@ from pathlib import Path
 from moe_dist.config.flags import Parser
 from moe_dist.config.values import user_path
 from moe_dist.process import output_never_fatal
-from moe_dist.study.grid import Study, load_study
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.design.grid import Study, load_study
+from moe_dist.study.ledger.ledger import Ledger
 
 _ABOUT = """A study trains every combination of some settings with several seeds, and reports what they did.
 
@@ -38,7 +38,7 @@ def study(args: Sequence[str]) -> int:
         case "run":
             return _run(chosen, options.point, options.at_once)
         case "submit":
-            from moe_dist.study.slurm import submit
+            from moe_dist.study.run.submit import submit
 
             _readable(chosen)
             return submit(chosen, options.at_once, options.dry_run, of_sbatch)
@@ -51,9 +51,9 @@ def study(args: Sequence[str]) -> int:
 
 def _plan(path: Path, probe: bool, as_json: bool) -> int:
     """1 where points are refused."""
-    from moe_dist.study.plan import make_plan
-    from moe_dist.study.plan_text import print_plan
-    from moe_dist.study.runner import train_command
+    from moe_dist.study.plan.plan import make_plan
+    from moe_dist.study.plan.text import print_plan
+    from moe_dist.study.run.runner import train_command
 
     plan = make_plan(path, train_command if probe else None)
     if as_json:
@@ -65,7 +65,7 @@ def _plan(path: Path, probe: bool, as_json: bool) -> int:
 
 def _report(chosen: Study, only_check: bool, output: Path | None) -> int:
     """1 before any result; of a check, where the design breaks a rule."""
-    from moe_dist.study.report import check_study, write_report
+    from moe_dist.study.report.report import check_study, write_report
 
     if only_check:
         findings = check_study(chosen)
@@ -83,7 +83,7 @@ def _run(chosen: Study, point: int | None, at_once: int | None) -> int:
             f"{chosen.path} has executor: slurm: hand it in with moe-dist study submit {chosen.path}; to run points on "
             "this machine, name one with --point, or set executor: local"
         )
-    from moe_dist.study.runner import Runner
+    from moe_dist.study.run.runner import Runner
 
     points = chosen.points if point is None else [chosen.point(point)]
     with output_never_fatal():  # hours of work, whose record is the ledger
@@ -95,7 +95,7 @@ def _list(chosen: Study, count: bool, point: int | None) -> int:
     if count:
         print(len(chosen.points))
         return 0
-    from moe_dist.study.state import state
+    from moe_dist.study.run.state import state
 
     latest = _readable(chosen).latest()
     for each in chosen.points if point is None else [chosen.point(point)]:
@@ -104,7 +104,7 @@ def _list(chosen: Study, count: bool, point: int | None) -> int:
 
 
 def _export(chosen: Study, options: argparse.Namespace) -> int:
-    from moe_dist.study.export import export
+    from moe_dist.study.ledger.export import export
 
     if options.parquet is not None:
         written = export(chosen, "parquet", options.parquet)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_dist.cli import main
-from moe_dist.study.grid import load_study
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.design.grid import load_study
+from moe_dist.study.ledger.ledger import Ledger
 from tests.unit.data.test_indexed import write as write_indexed
 
 _BASE = """

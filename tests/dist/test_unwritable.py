@@ -26,9 +26,9 @@ from moe_dist.chaos.ranks import End
 from moe_dist.chaos.series import Series, Start
 from moe_dist.cli import main
 from moe_dist.process import STOP_SIGNALS
-from moe_dist.study.grid import load_study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.runner import Runner
+from moe_dist.study.design.grid import load_study
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.run.runner import Runner
 from moe_dist.train.record.status import read_status
 from moe_dist.verify.cases import LayoutCase, Options, Setting
 from moe_dist.verify.command import _worker
@@ -170,7 +170,7 @@ def test_output_that_goes_nowhere_ends_no_run(gone: str, tmp_path: Path) -> None
 def test_output_that_goes_nowhere_ends_no_study(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All points are trained and in the ledger."""
     path, train = write_study(tmp_path), Pretend(tmp_path)
-    monkeypatch.setattr("moe_dist.study.runner.Runner", partial(Runner, command=train))
+    monkeypatch.setattr("moe_dist.study.run.runner.Runner", partial(Runner, command=train))
     with speaking_to(gone):
         code = main(["study", "run", str(path)])
     study = load_study(path)

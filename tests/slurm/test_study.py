@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.study.grid import Study, load_study
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.design.grid import Study, load_study
+from moe_dist.study.ledger.ledger import Ledger
 from tests.slurm.conftest import ROOT, Cluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)

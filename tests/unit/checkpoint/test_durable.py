@@ -12,7 +12,7 @@ import pytest
 
 from moe_dist.checkpoint.convert import convert
 from moe_dist.disk import replace_text
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.ledger.ledger import Ledger
 from tests.unit.checkpoint.helpers import HoldsState, alone, save
 
 

@@ -7,7 +7,7 @@ import pytest
 from moe_dist.config import BatchShape, Config, TrainConfig, batch_shape, validate
 from moe_dist.config.load import load_config
 from moe_dist.config.parse import parse_dict
-from moe_dist.study.grid import load_study
+from moe_dist.study.design.grid import load_study
 
 ROOT = Path(__file__).parents[3]
 

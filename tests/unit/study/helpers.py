@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from moe_dist.study.grid import Study, load_study
+from moe_dist.study.design.grid import Study, load_study
 
 STUDY = """
 name: toy

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.study.grid import Point, Study, load_study
-from moe_dist.study.measurements import FILE, write_measurements
+from moe_dist.study.design.grid import Point, Study, load_study
+from moe_dist.study.ledger.measurements import FILE, write_measurements
 
 Loss = Callable[[Point, np.random.Generator], float]
 QUESTION = """

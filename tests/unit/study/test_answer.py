@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_dist.study.answer import Answer, answer
-from moe_dist.study.cells import Cell, cells
-from moe_dist.study.families import compared, families
-from moe_dist.study.grid import CAPACITY, Study
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.design.grid import CAPACITY, Study
+from moe_dist.study.ledger.cells import Cell, cells
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.report.answer import Answer, answer
+from moe_dist.study.report.matches import compared, families
 from moe_dist.study.statistics.paired import Verdict
 from tests.unit.study.synthetic import QUESTION, STUDY, Loss, plant, planted_losses, planted_study, record_of
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from moe_dist.config import Config
-from moe_dist.study.budget import Budget, make_budget
-from moe_dist.study.cost import (
+from moe_dist.study.design.budget import Budget, make_budget
+from moe_dist.study.design.grid import load_study
+from moe_dist.study.design.planned import (
     buffer_rows,
     forward_flops,
     planned_crossing_bytes,
@@ -17,8 +18,7 @@ from moe_dist.study.cost import (
     planned_rows_bytes,
     planned_tokens,
 )
-from moe_dist.study.grid import load_study
-from moe_dist.study.probe import Probe, Probed, digest, extremes, machine, step_flops, write_probe
+from moe_dist.study.design.probe import Probe, Probed, digest, extremes, machine, step_flops, write_probe
 from tests.dist.helpers import tiny_config
 from tests.unit.study.test_study_file import study, write
 

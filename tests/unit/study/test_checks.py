@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from moe_dist.study.answer import answer
-from moe_dist.study.cells import cells
-from moe_dist.study.checks import Finding, check
 from moe_dist.study.command import study as command_line
-from moe_dist.study.grid import CAPACITY, Study
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.design.grid import CAPACITY, Study
+from moe_dist.study.ledger.cells import cells
+from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice
-from moe_dist.study.report import page_of
+from moe_dist.study.report.answer import answer
+from moe_dist.study.report.checks import Finding, check
+from moe_dist.study.report.report import page_of
 from tests.unit.study.synthetic import QUESTION, STUDY, plant, planted_losses, planted_study
 
 LOSS = planted_losses({0.5: 0.03, 1.0: 0.0, 0.75: 0.0, None: 0.0})

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from moe_dist.cli import main
-from moe_dist.study.columns import Columns
-from moe_dist.study.export import as_kind, export, kind_of, tidy
-from moe_dist.study.grid import Study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.measurements import FILE, write_measurements
+from moe_dist.study.design.grid import Study
+from moe_dist.study.ledger.columns import Columns
+from moe_dist.study.ledger.export import as_kind, export, kind_of, tidy
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.ledger.measurements import FILE, write_measurements
 from tests.unit.study.helpers import toy_study
 from tests.unit.study.test_measure import lines_by_hand, records_of
 

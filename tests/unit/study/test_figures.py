@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_dist.study.figures.canvas import places_of, spread_over
-from moe_dist.study.grid import Study
-from moe_dist.study.report import write_report
+from moe_dist.study.design.grid import Study
+from moe_dist.study.report.figures.canvas import places_of, spread_over
+from moe_dist.study.report.report import write_report
 from moe_dist.study.statistics.drops import uniform_drops
 from tests.unit.study.synthetic import (
     QUESTION,

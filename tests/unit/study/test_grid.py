@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.study.grid import axis_names, load_study
+from moe_dist.study.design.grid import axis_names, load_study
 from tests.unit.study.helpers import STUDY, toy_study, write_study
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.disk import locked
-from moe_dist.study.ledger import Ledger
+from moe_dist.study.ledger.ledger import Ledger
 
 
 def test_the_last_line_of_a_point_counts(tmp_path: Path) -> None:

@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 
 from moe_dist.config.load import dump_config
-from moe_dist.study import columns
-from moe_dist.study.columns import Columns, read_columns
-from moe_dist.study.grid import Point
-from moe_dist.study.measure import config_hash, measure
-from moe_dist.study.measurements import FILE, LAYER_MEANS, LAYER_SUMS, MODEL, read_measurements, write_measurements
+from moe_dist.study.design.grid import Point
+from moe_dist.study.ledger import columns
+from moe_dist.study.ledger.columns import Columns, read_columns
+from moe_dist.study.ledger.measure import config_hash, measure
+from moe_dist.study.ledger.measurements import (
+    FILE,
+    LAYER_MEANS,
+    LAYER_SUMS,
+    MODEL,
+    read_measurements,
+    write_measurements,
+)
 from tests.unit.study.helpers import toy_study
 
 STEPS, EXPERTS = 10, 3

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from moe_dist.cli import main
-from moe_dist.study.cells import cells
-from moe_dist.study.family import comparisons
-from moe_dist.study.grid import load_study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.plan import Plan, make_plan
-from moe_dist.study.plan_text import duration, print_plan, quantity
-from moe_dist.study.probe import extremes
+from moe_dist.study.design.family import comparisons
+from moe_dist.study.design.grid import load_study
+from moe_dist.study.design.probe import extremes
+from moe_dist.study.ledger.cells import cells
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.plan.plan import Plan, make_plan
+from moe_dist.study.plan.text import duration, print_plan, quantity
 from moe_dist.study.statistics.power import minimum_detectable, power
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
 from tests.unit.study.test_budget import probe_of

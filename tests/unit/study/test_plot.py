@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moe_dist.study.plot import bars, curve
+from moe_dist.study.run.plot import bars, curve
 
 
 def dots(line: str) -> list[tuple[int, int]]:

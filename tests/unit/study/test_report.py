@@ -8,17 +8,17 @@ import pytest
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.study.answer import answer
-from moe_dist.study.cells import Cell, cells
 from moe_dist.study.command import study as command_line
-from moe_dist.study.grid import CAPACITY, Study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.metric import lower_is_better, spread
+from moe_dist.study.design.grid import CAPACITY, Study
+from moe_dist.study.ledger.cells import Cell, cells
+from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Table
-from moe_dist.study.report import page_of
-from moe_dist.study.runner import Runner
-from moe_dist.study.tables import cells_table, costs_table, failed_table, setting_table
-from moe_dist.study.theory import dropped_by_chance
+from moe_dist.study.report.answer import answer
+from moe_dist.study.report.metric import lower_is_better, spread
+from moe_dist.study.report.report import page_of
+from moe_dist.study.report.tables import cells_table, costs_table, failed_table, setting_table
+from moe_dist.study.report.theory import dropped_by_chance
+from moe_dist.study.run.runner import Runner
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
 

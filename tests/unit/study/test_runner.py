@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from moe_dist.disk import locked
-from moe_dist.study.grid import load_study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.runner import Runner, train_command
-from moe_dist.study.state import state
-from moe_dist.study.whereabouts import lock_of
+from moe_dist.study.design.grid import load_study
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.run.runner import Runner, train_command
+from moe_dist.study.run.state import state
+from moe_dist.study.run.whereabouts import lock_of
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
 
 
@@ -128,8 +128,8 @@ def test_a_point_in_other_hands_is_waited_for_last(tmp_path: Path) -> None:
 
 def test_two_runners_share_the_points(tmp_path: Path) -> None:
     study, command = toy_study(tmp_path), Pretend(tmp_path, "time.sleep(0.3)")
-    script = "import sys; from pathlib import Path; from moe_dist.study.grid import load_study\n"
-    script += "from moe_dist.study.runner import Runner; from tests.unit.study.helpers import Pretend\n"
+    script = "import sys; from pathlib import Path; from moe_dist.study.design.grid import load_study\n"
+    script += "from moe_dist.study.run.runner import Runner; from tests.unit.study.helpers import Pretend\n"
     script += "study = load_study(sys.argv[1]); command = Pretend(Path(sys.argv[2]), 'time.sleep(0.3)')\n"
     script += "sys.exit(Runner(study, command).run(study.points))"
     other = subprocess.Popen([sys.executable, "-c", script, str(study.path), str(tmp_path)])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe_dist.cli import main
-from moe_dist.study.grid import Study, load_study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.slurm import arrays, ranges
+from moe_dist.study.design.grid import Study, load_study
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.run.submit import arrays, ranges
 from tests.unit.study.helpers import STUDY, write_study
 
 ROOT = Path(__file__).parents[3]

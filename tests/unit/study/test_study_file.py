@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_dist.study.grid import Study, load_study
-from moe_dist.study.names import label, means
+from moe_dist.study.design.grid import Study, load_study
+from moe_dist.study.design.names import label, means
 
 AXES = {"model.moe.capacity_factor": [0.5, 1.0, None], "model.moe.num_experts": [4, 8]}
 QUESTION = {"baseline": {"model.moe.capacity_factor": None}}
@@ -36,7 +36,12 @@ def study(folder: Path, **keys: Any) -> Study:
         (dict(evaluations=9), "evaluations=9 is above train.steps=8; lower evaluations"),
         (dict(executor="cloud"), "executor: 'cloud' is not one of 'local', 'slurm'"),
         (dict(equal="money"), "equal: 'money' is not one of 'tokens', 'flops', 'time'"),
-        (dict(slurm={"--time": "1:00"}), "slurm.--time is no long option of sbatch"),
+        (
+            dict(slurm={"--time": "1:00"}),
+            "slurm.--time is not the long name of an option of sbatch; write time, not -t",
+        ),
+        (dict(slurm={"array": "0-3"}), "slurm.array is set by moe-dist study submit itself"),
+        (dict(slurm={"exclusive": None}), "slurm.exclusive=null says nothing; leave it out"),
         (dict(seeds={"weights": [0]}), "seeds has weights; give a list, or {weights: [0, 1], data: [0, 1]}"),
         (dict(seeds={"weights": [], "data": [0]}), "seeds.weights is empty"),
         (dict(seeds={"weights": [0], "data": [1, 1]}), "seeds.data has 1 2 times"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.study.theory import dropped_by_chance
+from moe_dist.study.report.theory import dropped_by_chance
 from tests.dist.helpers import tiny_config
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 
-from moe_dist.study.wake import STOP_SIGNALS, woken
+from moe_dist.study.run.wake import STOP_SIGNALS, woken
 
 
 def test_what_happens_first_ends_the_wait() -> None:

@@ -15,12 +15,12 @@ from moe_dist.config import Config
 from moe_dist.config.load import dump_config
 from moe_dist.config.parse import parse_dict
 from moe_dist.disk import locked
-from moe_dist.study.grid import load_study
-from moe_dist.study.ledger import Ledger
-from moe_dist.study.live import Row, left_seconds, work
-from moe_dist.study.runner import Runner
-from moe_dist.study.watch import RunFrames, newest_run
-from moe_dist.study.whereabouts import lock_of
+from moe_dist.study.design.grid import load_study
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.run.live import Row, left_seconds, work
+from moe_dist.study.run.runner import Runner
+from moe_dist.study.run.watch import RunFrames, newest_run
+from moe_dist.study.run.whereabouts import lock_of
 from moe_dist.train.record.status import write_status
 from tests.unit.study.helpers import Pretend, toy_study, write_study
 
@@ -73,7 +73,7 @@ def test_a_run_while_it_runs(tmp_path: Path) -> None:
 
 def test_a_long_run_is_thinned_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its validation losses stay, and the last step is that of the file."""
-    monkeypatch.setattr("moe_dist.study.watch._KEPT", 64)
+    monkeypatch.setattr("moe_dist.study.run.watch._KEPT", 64)
     run = write_run(tmp_path / "r", 1000)
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(
@@ -95,9 +95,10 @@ def test_the_command_finds_runs_and_studies(
         code = main(["watch", "--once", *map(str, what)])
         told = capsys.readouterr()
         assert code == (2 if told.err else 0)
-        return (told.err + told.out).replace("  \n", "  ")  # where a long line goes on
+        return told.err + told.out
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")  # a long folder's name stays in one line
     assert "no run under" in said()
     old, new = (write_run(tmp_path / "runs" / name, 5, "finished", step=5) for name in ("old", "deep/new"))
     for name in ("status.json", "config.yaml"):
@@ -138,8 +139,8 @@ def test_it_ends_with_the_run(
 
     meanwhile = [goes_on, lambda: None, lambda: write_status(run, "finished", step=4)]
     now = iter(range(0, 1000, 20))
-    monkeypatch.setattr("moe_dist.study.watch.time.monotonic", lambda: next(now))
-    monkeypatch.setattr("moe_dist.study.watch.time.sleep", lambda seconds: meanwhile.pop(0)())
+    monkeypatch.setattr("moe_dist.study.run.watch.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("moe_dist.study.run.watch.time.sleep", lambda seconds: meanwhile.pop(0)())
     with locked(run / "run.lock"):
         assert main(["watch", str(run)]) == 0
     first, second, end = capsys.readouterr().out.split(str(run))[1:]
@@ -171,9 +172,9 @@ def test_a_study_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path, train = write_study(tmp_path), Pretend(tmp_path, "time.sleep(0.05)")
     screen = io.StringIO()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("moe_dist.study.live.Console", lambda: Console(file=screen, force_terminal=True, width=100))
-    monkeypatch.setattr("moe_dist.study.live._EVERY", 0.0)
-    monkeypatch.setattr("moe_dist.study.runner.Runner", partial(Runner, command=train))
+    monkeypatch.setattr("moe_dist.study.run.live.Console", lambda: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr("moe_dist.study.run.live._EVERY", 0.0)
+    monkeypatch.setattr("moe_dist.study.run.runner.Runner", partial(Runner, command=train))
     assert main(["study", "run", str(path)]) == 0
     text, study = screen.getvalue(), load_study(path)
     assert "toy  0 of 4 finished, 1 running, 3 left" in text and "toy  3 of 4 finished, 1 running, 0 left" in text
@@ -184,7 +185,7 @@ def test_a_study_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             raise OSError(5, "Input/output error")
 
     study.ledger.unlink()
-    monkeypatch.setattr("moe_dist.study.live.Console", lambda: Console(force_terminal=True, width=100))
+    monkeypatch.setattr("moe_dist.study.run.live.Console", lambda: Console(force_terminal=True, width=100))
     monkeypatch.setattr("sys.stdout", Gone())
     assert main(["study", "run", str(path)]) == 0
     assert len(Ledger(study.ledger).latest()) == 4

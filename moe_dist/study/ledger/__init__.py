@@ -1,0 +1,1 @@
+"""What is known of the points that have ended, and of what happened within them."""

@@ -1,0 +1,296 @@
+"""Does the design support the question? What a study has to be for its answer to hold, checked on the ledger.
+
+| check       | of which points | violated when                                                                        |
+|-------------|-----------------|--------------------------------------------------------------------------------------|
+| ledger      | all             | a line of the ledger could not be read                                               |
+| finished    | all             | one failed, or has no result yet                                                     |
+| seeds       | all             | fewer than three                                                                     |
+| pairs       | compared        | a seed has only one side, or no baseline shares all else                             |
+| budget      | see right       | of all under `equal`: tokens, FLOPs or time differ; else between a point and its     |
+|             |                 | baseline the tokens                                                                  |
+| schedule    | compared        | warm-up or evaluations are at other fractions; of all: a run left its decay early    |
+| evaluations | all             | there is no dropless validation loss; a warning where a capped point lacks its own   |
+| steadiness  | all             | steps were skipped or rolled back                                                    |
+| software    | all             | versions or revision differ                                                          |
+| machine     | all             | host, CPU, threads or device differ: times are not comparable                        |
+| data        | all             | digests differ                                                                       |
+| same start  | of one seed     | seeds of weights or of data order differ                                             |
+
+A violation leads the report and ends `--check` with 1; a warning is said beside the answer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_dist.study.design.budget import LARGEST_RESIDUAL
+from moe_dist.study.design.grid import Study
+from moe_dist.study.design.planned import planned_flops
+from moe_dist.study.ledger.cells import Cell
+from moe_dist.study.report.matches import Families
+from moe_dist.study.report.metric import title
+from moe_dist.study.statistics.samples import FEWEST_SEEDS
+
+Record = Mapping[str, Any]
+_SHOWN = 4
+_TIME_APART = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """check: its name. what: the rule that is broken, and how. points: whose. remedy: what to do."""
+
+    level: Literal["violation", "warning"]
+    check: str
+    what: str
+    points: tuple[str, ...]
+    remedy: str
+
+    @property
+    def line(self) -> str:
+        more = len(self.points) - _SHOWN
+        shown = ", ".join(self.points[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        return f"{self.check}: {self.what}{f' ({shown})' if shown else ''}; {self.remedy}"
+
+
+CHECKS = (
+    "ledger",
+    "finished",
+    "seeds",
+    "pairs",
+    "budget",
+    "schedule",
+    "evaluations",
+    "steadiness",
+    "software",
+    "machine",
+    "data",
+    "same start",
+)
+
+
+def check(
+    study: Study, grid: Sequence[Cell], latest: Mapping[str, Record], found: Families, unreadable: Sequence[str] = ()
+) -> list[Finding]:
+    """unreadable: what the ledger says of its lines that are none."""
+    records = [record for cell in grid for record in cell.records]
+    findings = [
+        Finding("violation", "ledger", line, (), "run the study again, which records the point anew from its run")
+        for line in unreadable
+    ]
+    findings += _finished(study, latest)
+    findings += _seeds(study, grid)
+    findings += _pairs(study, found)
+    findings += _budget(study, records, found)
+    findings += _schedule(study, records, found)
+    findings += _evaluations(study, records)
+    findings += _steadiness(records)
+    findings += _same_everywhere(records)
+    findings += _same_start(study, records)
+    return findings
+
+
+def _finished(study: Study, latest: Mapping[str, Record]) -> Iterator[Finding]:
+    states = {point.name: latest.get(point.name, {}).get("status", "missing") for point in study.points}
+    failed = tuple(name for name, state in states.items() if state == "failed")
+    missing = tuple(name for name, state in states.items() if state not in ("failed", "finished"))
+    again = f"run `moe-dist study run {study.path}`"
+    if failed:
+        yield Finding(
+            "violation",
+            "finished",
+            f"{_points(failed)} failed and {'is' if len(failed) == 1 else 'are'} left out of all numbers",
+            failed,
+            f"see why under Failed points, mend it, and {again}",
+        )
+    if missing:
+        has = "has" if len(missing) == 1 else "have"
+        yield Finding("violation", "finished", f"{_points(missing)} {has} no result yet", missing, again)
+
+
+def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:
+    planned = max((len(cell.points) for cell in grid), default=0)
+    if planned < FEWEST_SEEDS:
+        yield Finding(
+            "violation",
+            "seeds",
+            f"{planned} of each point, and an interval needs {FEWEST_SEEDS}",
+            (),
+            "add seeds to the study's file and run it again: what has finished is kept",
+        )
+        return
+    few = tuple(cell.points[0].name for cell in grid if len(cell.records) < FEWEST_SEEDS)
+    if few:
+        what = f"fewer than {FEWEST_SEEDS} have finished, which give no interval"
+        yield Finding("violation", "seeds", what, few, "finish these points")
+    pairs = [point.seeds for point in study.points]
+    weights, data = ({each[kind] for each in pairs} for kind in ("weights", "data"))
+    if len(weights) * len(data) == planned and min(len(weights), len(data)) > 1:
+        yield Finding(
+            "warning",
+            "seeds",
+            f"the {planned} repetitions of a point are {len(weights)} seeds of weights by {len(data)} of data order, "
+            "which share their noise: intervals take them for independent, and are too narrow",
+            (),
+            "give every repetition seeds of its own for claims",
+        )
+
+
+def _pairs(study: Study, found: Families) -> Iterator[Finding]:
+    metric = "validation_loss" if study.file.question is None else study.file.question.metric
+    for match in (*found.named, *found.others):
+        mine, others = match.cell.by_seed(metric), match.baseline.by_seed(metric)
+        alone = sorted(mine.keys() ^ others.keys())
+        if alone:
+            yield Finding(
+                "violation",
+                "pairs",
+                f"seeds {', '.join(map(str, alone))} of {match.name} or its baseline lack the {title(metric)} of the "
+                "other, and play no part",
+                tuple(point.name for point in match.cell.points if point.seed in alone),
+                "finish both sides, or name the seeds left out",
+            )
+    if found.lonely and study.file.question is not None:
+        what = "the grid has no baseline that shares all else with them"
+        yield Finding("violation", "pairs", what, found.lonely, "add it to the axes, or take them out of the question")
+
+
+def _budget(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:
+    equal = study.file.equal
+    if equal is not None:
+        known = _spent(study, records, equal)
+        apart = _TIME_APART if equal == "time" else 2 * LARGEST_RESIDUAL
+        if known and max(known.values()) > min(known.values()) * (1 + apart):
+            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+            what = f"`equal: {equal}` is not kept: {known[low]:.4g} to {known[high]:.4g}"
+            yield Finding("violation", "budget", what, (low, high), "give train.steps back to the study, and run anew")
+        return
+    for match in (*found.named, *found.others):
+        mine, others = match.cell.mean("tokens"), match.baseline.mean("tokens")
+        if mine is not None and others is not None and mine != others:
+            what = f"{match.name} was trained on {mine:.6g} tokens and its baseline on {others:.6g}"
+            remedy = "state `equal: tokens` (or flops, time), or read the difference as one of budget too"
+            yield Finding("violation", "budget", what, _names(match.cell), remedy)
+
+
+def _spent(study: Study, records: Sequence[Record], equal: str) -> dict[str, float]:
+    """By point. FLOPs are counted as the budget does, without rows that a factor below 1 has no place for."""
+    configs = {point.name: point.config for point in study.points}
+    if equal == "flops":
+        return {
+            record["point"]: planned_flops(config, study.file.ranks) * record["steps"] / config.train.steps
+            for record in records
+            if (config := configs.get(record["point"])) is not None
+        }
+    field = {"tokens": "tokens", "time": "seconds"}[equal]
+    return {record["point"]: record[field] for record in records if record.get(field)}
+
+
+def _schedule(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:
+    planned = {point.name: point.config for point in study.points}
+    short = tuple(
+        record["point"]
+        for record in records
+        if record["point"] in planned and record["steps"] != planned[record["point"]].train.steps
+    )
+    if short:
+        what = "ended at another step than the schedule does, so the learning rate's decay is not at its end"
+        yield Finding("violation", "schedule", what, short, "remove these points' folders and lines, and run them anew")
+    for match in (*found.named, *found.others):
+        mine, others = _fractions(match.cell), _fractions(match.baseline)
+        for what, value in mine.items():
+            if what in others and abs(value - others[what]) > 1e-9 + (
+                0 if what == "evaluations" else _step(match.cell)
+            ):
+                said = f"{match.name} has {what} {value:.4g} and its baseline {others[what]:.4g}"
+                remedy = "give both the same fractions of their schedules"
+                yield Finding("violation", "schedule", said, _names(match.cell), remedy)
+
+
+def _evaluations(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
+    planned = {point.name: point.config.model.moe for point in study.points}
+    dropless = tuple(record["point"] for record in records if record.get("validation_loss") is None)
+    if dropless:
+        remedy = "set run.eval_every or `evaluations`"
+        yield Finding("violation", "evaluations", "there is no dropless validation loss", dropless, remedy)
+    capped = tuple(
+        record["point"]
+        for record in records
+        if record.get("validation_loss_capped") is None
+        and (moe := planned.get(record["point"])) is not None
+        and moe.num_experts > 0
+        and moe.capacity_factor is not None
+    )
+    if capped:
+        what = "there is no validation loss with the capacity in force, which is what a model that drops would serve"
+        yield Finding("warning", "evaluations", what, capped, "set model.moe.eval_capacity_factor")
+
+
+def _steadiness(records: Sequence[Record]) -> Iterator[Finding]:
+    for field, what in (("skipped_steps", "skipped steps"), ("roll_backs", "were rolled back")):
+        if points := tuple(record["point"] for record in records if record.get(field)):
+            remedy = "lower optim.lr or leave the points out: their losses are not of the schedule that they claim"
+            yield Finding("violation", "steadiness", what, points, remedy)
+
+
+def _same_everywhere(records: Sequence[Record]) -> Iterator[Finding]:
+    rerun = "run all points under one, or take the difference as part of what is compared"
+    kinds = [
+        ("software", "revision", "", rerun),
+        ("machine", "device", "", "times are not comparable: run all points on one"),
+        ("data", "data_digest", "", "the corpora differ: run all points on one"),
+    ]
+    for section, check in (("versions", "software"), ("machine", "machine")):
+        keys = sorted({key for record in records for key in record.get(section) or {}} - {"device"})
+        kinds += [(check, key, section, rerun) for key in keys]
+    for check, what, section, remedy in kinds:
+        values: dict[str, list[str]] = {}
+        for record in records:
+            home = (record.get(section) or {}) if section else record
+            if (value := home.get(what)) is not None:
+                values.setdefault(str(value), []).append(record["point"])
+        if len(values) > 1:
+            rarest = min(values.values(), key=len)
+            told = ", ".join(f"{value} of {_points(points)}" for value, points in list(values.items())[:_SHOWN])
+            yield Finding("violation", check, f"{what.replace('_', ' ')} differs: {told}", tuple(rarest), remedy)
+
+
+def _same_start(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
+    """Of one seed all points share what decides initial weights and data order."""
+    planned = {point.name: point for point in study.points}
+    for kind in ("weights", "data"):
+        by_seed: dict[int, dict[int, str]] = {}
+        for record in records:
+            if record["point"] in planned and (seed := (record.get("seeds") or {}).get(kind)) is not None:
+                by_seed.setdefault(record["seed"], {})[seed] = record["point"]
+        for seed, found in by_seed.items():
+            if len(found) > 1:
+                what = (
+                    f"seed {seed} stands for seeds {', '.join(map(str, sorted(found)))} of {kind}, so nothing is paired"
+                )
+                remedy = "remove these points' folders and lines, and run them anew"
+                yield Finding("violation", "same start", what, tuple(found.values()), remedy)
+
+
+def _fractions(cell: Cell) -> dict[str, float]:
+    """What should be the same of a point and its baseline."""
+    schedules = [record["schedule"] for record in cell.records if record.get("schedule")]
+    if not schedules:
+        return {}
+    first = schedules[0]
+    found = {"warm-up over steps": first["warmup_steps"] / first["steps"]}
+    if isinstance(first.get("evaluations"), int):
+        found["evaluations"] = first["evaluations"]
+    return found
+
+
+def _step(cell: Cell) -> float:
+    return 1.0 / max(1, min(record["steps"] for record in cell.records))
+
+
+def _names(cell: Cell) -> tuple[str, ...]:
+    return tuple(record["point"] for record in cell.records)
+
+
+def _points(points: Sequence[str]) -> str:
+    return f"{len(points)} point{'s' * (len(points) != 1)}"

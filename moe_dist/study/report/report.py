@@ -1,0 +1,147 @@
+"""The report of a study: its ledger and measurements as a page (page/), answer first.
+
+| part          | is made in                                             |
+|---------------|--------------------------------------------------------|
+| the answer    | answer.py, of the comparisons of families.py           |
+| the checks    | checks.py                                              |
+| figures       | figures/, of numbers that sections.py gathers          |
+| tables        | tables.py                                              |
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_dist.study.design.grid import Study
+from moe_dist.study.design.study_file import Question
+from moe_dist.study.ledger.cells import Cell, cells
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.page.model import Notice, Page, Part, Prose, Section, Table
+from moe_dist.study.page.write import write_page
+from moe_dist.study.report.answer import HOW, Answer, answer
+from moe_dist.study.report.checks import CHECKS, Finding, check
+from moe_dist.study.report.matches import compared
+from moe_dist.study.report.metric import title
+from moe_dist.study.report.sections import compute_sections, dispatch_section, pareto_section, run_section
+from moe_dist.study.report.tables import (
+    advice_table,
+    cells_table,
+    checks_table,
+    comparisons_table,
+    costs_table,
+    failed_table,
+    setting_table,
+)
+
+_LINES = 3  # of one check, in the notice that leads
+
+
+def write_report(study: Study, folder: Path | None = None) -> list[Path]:
+    """Writes the page into `folder`, else into the study's own; returns its files, or nothing before any result."""
+    page = page_of(study)
+    return [] if page is None else write_page(page, study.folder if folder is None else folder)
+
+
+def check_study(study: Study) -> list[Finding]:
+    ledger = Ledger(study.ledger)
+    _, unreadable = ledger.read()
+    latest = ledger.latest()
+    grid = cells(study, latest)
+    return check(study, grid, latest, answer(study, grid).families, unreadable)
+
+
+def page_of(study: Study) -> Page | None:
+    """None before any point has finished or failed."""
+    ledger = Ledger(study.ledger)
+    _, unreadable = ledger.read()
+    latest = ledger.latest()
+    grid = cells(study, latest)
+    found = answer(study, grid)
+    findings = check(study, grid, latest, found.families, unreadable)
+    failed = failed_table(study, latest)
+    done = sum(len(cell.records) for cell in grid)
+    if not done:
+        return None
+    metric = "validation_loss" if found.question is None else found.question.metric
+    sections = [
+        *_answer_sections(study, found, grid, metric),
+        Section("Checks", [checks_table(findings)]),
+        run_section(study, grid, found.families, metric),
+        *dispatch_section(study, grid, found.families),
+        *pareto_section(grid, metric),
+        *compute_sections(study, grid, metric),
+        Section("Points", [_cells_table(study, grid, found, metric), costs_table(grid), *([failed] if failed else [])]),
+    ]
+    return Page(
+        study.file.name,
+        [*_notices(findings), Prose(_lead(study, found, done))],
+        sections,
+        [f"moe-dist study run {study.path}", f"moe-dist study report {study.path}"],
+        setting_table(study, grid),
+    )
+
+
+def _notices(findings: Sequence[Finding]) -> list[Notice]:
+    notices = []
+    for level in ("violation", "warning"):
+        of_level = [finding for finding in findings if finding.level == level]
+        lines = []
+        for name in CHECKS:
+            of_check = [finding.line for finding in of_level if finding.check == name]
+            lines += of_check[:_LINES]
+            if len(of_check) > _LINES:
+                lines.append(f"{name}: and {len(of_check) - _LINES} more, in the table of checks")
+        if lines:
+            notices.append(Notice(level, lines))
+    if not findings:
+        notices.append(Notice("good", ["The design supports the question: all checks are kept."]))
+    return notices
+
+
+def _lead(study: Study, found: Answer, done: int) -> list[str]:
+    asked = [f"**{found.asked}**"] if found.asked else []
+    return [*asked, " ".join(found.sentences), f"{done} of {len(study.points)} points have finished."]
+
+
+def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: str) -> list[Section]:
+    sections, asked = [], found.question or Question(baseline={}, metric=metric)
+    floor = ""
+    if found.floor is not None:
+        interval = found.floor.interval
+        between = "" if interval is None else f" ({interval.low:.3g} to {interval.high:.3g})"
+        floor = f"Seeds of one point spread by {found.floor.deviation:.3g}{between} in {title(metric)}."
+    if found.comparisons:
+        note = (
+            f"{title(metric)}, seed by seed, minus the baseline, with 95% t intervals; p after Holm over the family; "
+            "the difference that so many seeds show in 80 of 100 studies; p before Holm, and of a difference that "
+            f"matters; intervals that hold all at once with 95%, and of the bootstrap. {floor}"
+        )
+        table = comparisons_table(
+            "comparisons", "Named comparisons", found.families.named, found.comparisons, asked, note
+        )
+        parts: list[Part] = [table]
+        if len(found.advice) > 1:
+            parts.append(advice_table(found))
+        elif said := [*_reasons(found), *(order.words for order in found.orders)]:
+            parts.append(Prose(said))
+        sections.append(Section("Answer", parts))
+    elif found.question is None:
+        lines = "  \n".join(HOW.splitlines())
+        sections.append(
+            Section("How to state a question", [Prose([f"In the study's file, before the runs: `{lines}`"])])
+        )
+    if found.families.others:
+        comparisons = compared(found.families.others, metric)
+        note = f"Not named by a question before the runs: no claims. {floor}"
+        others = comparisons_table("exploratory", "Other comparisons", found.families.others, comparisons, asked, note)
+        sections.append(Section("Other comparisons", [others], exploratory=True))
+    return sections
+
+
+def _reasons(found: Answer) -> list[str]:
+    """Of the recommendation, where there is one setting."""
+    return [f"The recommendation: {each.reasons}." for each in found.advice]
+
+
+def _cells_table(study: Study, grid: Sequence[Cell], found: Answer, metric: str) -> Table:
+    baselines = {id(match.cell): match.baseline for match in (*found.families.named, *found.families.others)}
+    return cells_table(study, grid, baselines, metric)

@@ -1,0 +1,1 @@
+"""Points that train: here, on Slurm, and seen from another terminal."""

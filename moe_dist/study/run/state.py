@@ -1,0 +1,73 @@
+"""How far the points of a study are, in words, and whether one may go on as it is. Light: no torch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from moe_dist.config import Config
+from moe_dist.config.load import dump_config, load_config
+from moe_dist.disk import is_locked
+from moe_dist.study.design.grid import Point
+from moe_dist.study.ledger.ledger import loss_unit
+from moe_dist.study.run.whereabouts import lock_of
+from moe_dist.train.record.status import describe_status, read_status
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A line of the ledger in a few words."""
+    if record["status"] != "finished":
+        again = f" (attempt {record['attempt']})" if record.get("attempt", 1) > 1 else ""
+        return f"{record['status']}{again}: {record['reason']}"
+    words = [f"finished {record['steps']} steps in {record['seconds']:.0f} s"]
+    if record["validation_loss"] is not None:
+        words.append(f"validation {record['validation_loss']:.4f} {loss_unit(record)}")
+    if record.get("validation_accuracy") is not None:
+        words.append(f"accuracy {record['validation_accuracy']:.2%}")
+    if record["drop_rate"] is not None:
+        words.append(f"dropped {record['drop_rate']:.2%}")
+    return ", ".join(words)
+
+
+def state(point: Point, latest: Mapping[str, dict[str, Any]]) -> str:
+    """How far a point is, in a line that opens with finished, running, preempted, interrupted, failed or waiting."""
+    record = latest.get(point.name)
+    if record is not None and record["status"] == "finished":
+        return summary(record)
+    if not point.folder.exists():
+        return "waiting"
+    if is_locked(lock_of(point)):
+        return "running"
+    try:
+        status = read_status(point.run)
+    except ValueError as error:
+        return f"failed: {error}"
+    if status["state"] == "running":  # nobody holds its lock
+        return "interrupted"
+    if status["state"] in ("preempted", "finished"):
+        return describe_status(status)
+    return summary(record) if record is not None else "waiting"
+
+
+def refuse_other_settings(point: Point) -> None:
+    """Raises ValueError when the point was started earlier, and the study has been changed since."""
+    path = point.folder / "point.yaml"
+    if not path.exists() or path.read_text(encoding="utf-8") == dump_config(point.config):
+        return
+    before, now = dict(_flat(load_config(path))), dict(_flat(point.config))
+    changed = [f"{key} {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
+    if changed:
+        raise ValueError(
+            f"{point.folder} was started with other settings ({'; '.join(changed)}): "
+            "give the changed study another name, or remove that folder and its lines in the ledger"
+        )
+
+
+def _flat(config: Config) -> list[tuple[str, str]]:
+    def walk(values: dict[str, Any], home: str) -> list[tuple[str, str]]:
+        leaves = []
+        for key, value in values.items():
+            leaves += walk(value, f"{home}{key}.") if isinstance(value, dict) else [(home + key, json.dumps(value))]
+        return leaves
+
+    return walk(asdict(config), "")

@@ -1,0 +1,193 @@
+"""`moe-dist study submit`: the points of a study that have not finished, as job arrays of slurm/study.sbatch.
+
+    $ moe-dist study submit STUDY.yaml --at-once 8 -- --gpus-per-node=1
+    job 4711: points 0-3,7 of capacity-cpu, at most 8 at once
+
+Slurm numbers the tasks of an array from 0 to MaxArraySize - 1, and a study may have more points: what lies beyond goes
+into arrays of its own, which start from an offset. They wait for one another, so that no more points run at once than
+asked for. Which jobs have which points is in jobs.jsonl in the study's folder: points that wait or run in one of them
+are not handed in again.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from moe_dist.disk import locked, replace_text
+from moe_dist.study.design.grid import Scalar, Study
+from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.run.whereabouts import remember
+
+_SCRIPT = Path("slurm/study.sbatch")
+_PATIENCE = 60.0  # seconds for an answer of Slurm's controller
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """One call of sbatch: the points `offset` + each of `tasks`."""
+
+    offset: int
+    tasks: tuple[int, ...]
+
+    @property
+    def points(self) -> list[int]:
+        return [self.offset + task for task in self.tasks]
+
+
+def submit(study: Study, at_once: int | None, dry_run: bool, options: Sequence[str]) -> int:
+    """Returns the exit code: 0 handed in, or nothing was left to do. options: of sbatch, after those of the study.
+
+    Raises ValueError outside the repository, without Slurm, and when all points left are in its queue already.
+    """
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"--at-once {at_once} is below 1; say how many points may run at a time")
+    if shutil.which("sbatch") is None:
+        raise ValueError(f"no sbatch on the PATH: submit where Slurm is, or: moe-dist study run {study.path}")
+    root, latest = repository(), Ledger(study.ledger).latest()
+    remember(study)
+    left = [each.index for each in study.points if latest.get(each.name, {}).get("status") != "finished"]
+    if not left:
+        print(f"{study.file.name}: all {len(study.points)} points have finished; moe-dist study report {study.path}")
+        return 0
+    with locked(study.folder / "jobs.lock"):  # of two at the same moment, one sees what the other has handed in
+        handed_in = queued(_jobs(study))
+        new = [index for index in left if index not in handed_in]
+        for job, points in _by_job(handed_in, left):
+            print(f"job {job}: points {ranges(points)} wait or run already, and are not handed in again")
+        if not new:
+            raise ValueError(
+                f"all {len(left)} points left wait or run already; to hand them in anew, scancel their job"
+            )
+        handed: list[str] = []
+        limit = study.file.at_once if at_once is None else at_once
+        for array in arrays(new, max_array_size()):
+            command = sbatch_command(study, root, array, limit, handed[-1] if handed else None, options)
+            if dry_run:
+                print(shlex.join(command))
+                handed.append("THE_JOB_BEFORE")
+                continue
+            handed.append(_hand_in(study, root, command, array))
+            print(f"job {handed[-1]}: points {ranges(array.points)} of {study.file.name}, at most {limit} at once")
+    if not dry_run:
+        print(f"  squeue --array --jobs={','.join(handed)}        which of them wait or run")
+        print(f"  moe-dist watch {study.path}        how far they are; {study.folder}/slurm has what each task says")
+    return 0
+
+
+def repository() -> Path:
+    """The folder with slurm/study.sbatch: MOE_DIST_ROOT, or the one that you are in. Raises ValueError for another."""
+    root = Path(os.environ.get("MOE_DIST_ROOT") or ".").absolute()
+    if not (root / _SCRIPT).is_file() or not (root / "launch/env.sh").is_file():
+        raise ValueError(f"{root} is not the repository: submit from its root, or set MOE_DIST_ROOT")
+    return root
+
+
+def arrays(points: Sequence[int], size: int) -> list[Array]:
+    """size: Slurm's MaxArraySize, one more than the highest number of a task.
+
+    >>> arrays([0, 2, 1001, 2500], 1001)
+    [Array(offset=0, tasks=(0, 2)), Array(offset=1001, tasks=(0,)), Array(offset=2002, tasks=(498,))]
+    """
+    parts = groupby(sorted(points), key=lambda index: index // size)
+    return [Array(part * size, tuple(index - part * size for index in indices)) for part, indices in parts]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """As sbatch --array takes them.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2,5,7-8'
+    """
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][-1] == number - 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ",".join("-".join(map(str, ends)) for ends in found)
+
+
+def sbatch_command(
+    study: Study, root: Path, array: Array, at_once: int, after: str | None, options: Sequence[str]
+) -> list[str]:
+    """Later options win in sbatch: ours, the study's, those of the command line; but what the array is, is ours."""
+    own: dict[str, Scalar] = {"job-name": study.file.name, "output": f"{study.folder.absolute()}/slurm/%A_%a.out"}
+    command = ["sbatch", *_flags(own | study.file.slurm), *options, "--parsable"]
+    command.append(f"--array={ranges(array.tasks)}%{at_once}")
+    if after is not None:
+        command.append(f"--dependency=afterany:{after}")
+    return [*command, str(root / _SCRIPT), str(study.path.absolute()), *([str(array.offset)] if array.offset else [])]
+
+
+def max_array_size() -> int:
+    """Raises ValueError where Slurm takes no arrays."""
+    said = _ask("scontrol", "show", "config")
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    if found is None or int(found[1]) < 2:
+        raise ValueError(f"this Slurm takes no job arrays (MaxArraySize {found[1] if found else 'is not told'})")
+    return int(found[1])
+
+
+def queued(jobs: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """The points that wait or run, each with its job. jobs: lines of jobs.jsonl."""
+    by_number = {job["job"]: job for job in jobs}
+    if not by_number:
+        return {}
+    try:
+        said = _ask("squeue", "--noheader", "--array", "--format=%F %K", f"--jobs={','.join(by_number)}")
+    except ValueError as error:
+        if "Invalid job id" not in str(error):  # it has forgotten them all
+            raise
+        return {}
+    tasks = [line.split() for line in said.splitlines()]
+    return {by_number[job]["offset"] + int(task): job for job, task in tasks if job in by_number and task.isdigit()}
+
+
+def _hand_in(study: Study, root: Path, command: Sequence[str], array: Array) -> str:
+    """The number of the job."""
+    (study.folder / "slurm").mkdir(parents=True, exist_ok=True)
+    environ = os.environ | {"MOE_DIST_ROOT": str(root)}
+    environ.setdefault("MOE_DIST_PYTHON", sys.executable)
+    job = _ask(*command, environ=environ).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
+    jobs = [*_jobs(study), {"job": job, "offset": array.offset, "points": array.points}]
+    replace_text(study.folder / "jobs.jsonl", "".join(json.dumps(each) + "\n" for each in jobs))
+    return job
+
+
+def _jobs(study: Study) -> list[dict[str, Any]]:
+    path = study.folder / "jobs.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _by_job(handed_in: dict[int, str], left: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+    jobs = {index: handed_in[index] for index in left if index in handed_in}
+    for job in dict.fromkeys(jobs.values()):
+        yield job, [index for index in jobs if jobs[index] == job]
+
+
+def _flags(options: dict[str, Scalar]) -> list[str]:
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+
+
+def _ask(*command: str, environ: dict[str, str] | None = None) -> str:
+    """What a command of Slurm prints. Raises ValueError when there is none, or when it refuses."""
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, encoding="utf-8", errors="replace", timeout=_PATIENCE
+        )
+    except FileNotFoundError:
+        raise ValueError(f"no {command[0]} on the PATH, though Slurm's sbatch is: install all of its clients") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]} has not answered for {_PATIENCE:.0f} s; try again later") from None
+    if done.returncode:
+        raise ValueError(f"{shlex.join(command)} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
