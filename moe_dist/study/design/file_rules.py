@@ -55,6 +55,10 @@ def _numbers(file: StudyFile) -> Iterator[str]:
         value = getattr(file, name)
         if value is not None and value < low:
             yield f"{name}={value} is below {low}; set {name} to {low} or more"
+    if file.law is not None and file.law.floor < 0:
+        yield f"law.floor={file.law.floor:g} is below 0, as no loss is; give the loss that no compute goes below"
+    if file.law is not None and file.law.exponent <= 0:
+        yield f"law.exponent={file.law.exponent:g} is not above 0; give a of L0 + A C^-a, for example 0.0941"
     for option, value in file.slurm.items():
         if not re.fullmatch(r"[a-z]+(-[a-z]+)*", option):
             yield f"slurm.{option} is not the long name of an option of sbatch; write time, not -t or --time"

@@ -52,6 +52,18 @@ class Question:
 
 
 @dataclass(kw_only=True, slots=True)
+class GivenLaw:
+    """L = floor + A C^-exponent, loss in nats against compute, as published or fitted elsewhere."""
+
+    __pydantic_config__ = STRICT
+
+    floor: float
+    """Loss that no compute goes below."""
+    exponent: float
+    """Of compute."""
+
+
+@dataclass(kw_only=True, slots=True)
 class StudyFile:
     """The keys of a study's YAML file."""
 
@@ -90,6 +102,8 @@ class StudyFile:
     """Options of sbatch, by their long names."""
     question: Question | None = None
     """null: the report is exploratory."""
+    law: GivenLaw | None = None
+    """By which effective compute and speed are reckoned. null: by that of the study's own ladder, where it has one."""
 
     @property
     def repetitions(self) -> list[dict[str, int]]:

@@ -3,6 +3,7 @@
 The law of a ladder is fitted to the baseline's points, one law for each setting of the other axes, and its largest size
 is held out, predicted and scored (statistics/exchange.py). With the law each point's effective compute and effective
 speed against the baseline of its own size (speed.py), and how they change over the ends of the intervals of L0 and a.
+A law that the study's file gives takes the place of the fitted ones there; its L0 and a are varied by a tenth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from moe_dist.study.design.grid import Scalar, Study, show
+from moe_dist.study.design.study_file import GivenLaw
 from moe_dist.study.ledger.cells import Cell, called, names_of
 from moe_dist.study.report.matches import short_name
 from moe_dist.study.statistics.exchange import HeldOut, LawFit, Rung, fit_law, hold_out
@@ -19,11 +21,33 @@ _SIZES = 4
 _SPAN = 2.0
 _APART = 1.05
 _LADDERS = 6
+_GIVEN = 0.1  # how uncertain L0 and a of a given law are taken to be
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """At which loss is exchanged for compute. floors, exponents: the ends of their intervals; None without these."""
+
+    floor: float
+    exponent: float
+    floors: tuple[float, float] | None
+    exponents: tuple[float, float] | None
+
+    @staticmethod
+    def of(fit: LawFit) -> "Rate":
+        floors, exponents = ((None if at is None else (at.low, at.high)) for at in (fit.floor, fit.exponent))
+        return Rate(fit.law.floor, fit.law.exponent, floors, exponents)
+
+    @staticmethod
+    def given(law: GivenLaw) -> "Rate":
+        floors, exponents = ((at * (1 - _GIVEN), at * (1 + _GIVEN)) for at in (law.floor, law.exponent))
+        return Rate(law.floor, law.exponent, floors, exponents)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One point at one size. range: of the effective speed over the ends of the law's intervals, None without them."""
+    """One point at one size, which is empty without a ladder. range: of the effective speed over the ends of the rate's
+    intervals, None without them."""
 
     setting: str
     size: str
@@ -44,7 +68,8 @@ class Ladder:
 
 @dataclass(frozen=True, slots=True)
 class Ladders:
-    """axis: along which compute grows. left_out: why there is none, or what is missing."""
+    """axis: along which compute grows; empty without a ladder. speeds: by the law of each ladder, or the given one.
+    left_out: why there is no ladder, or what is missing."""
 
     axis: str
     ladders: tuple[Ladder, ...]
@@ -55,13 +80,17 @@ class Ladders:
 def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] | None, metric: str) -> Ladders:
     """metric: a loss in nats."""
     of_baseline = [cell for cell in grid if cell.axes | dict(baseline or {}) == cell.axes and cell.values(metric)]
+    names, given = names_of(grid), None if study.file.law is None else Rate.given(study.file.law)
+    found: list[Ladder] = []
+    speeds: list[Speed] = []
+    if given is not None and baseline is not None:
+        for base in of_baseline:
+            setting = called({key: value for key, value in base.axes.items() if key not in baseline}, names)
+            speeds += _speeds(given, base, grid, baseline, metric, names, setting, "")
     axis = next((key for key in _axes(study) if _is_ladder(key, of_baseline)), None)
     if axis is None:
         few = f"no axis of the grid has {_SIZES} sizes of compute over a factor of {_SPAN:g} with all else the same"
-        return Ladders("", (), (), f"Loss against compute is left out: {few}.")
-    names = names_of(grid)
-    found: list[Ladder] = []
-    speeds: list[Speed] = []
+        return Ladders("", (), tuple(speeds), f"A law of loss against compute is not fitted: {few}.")
     settings = _settings(of_baseline, axis)
     for members in list(settings.values())[:_LADDERS]:
         rest = {key: value for key, value in members[0].axes.items() if key != axis}
@@ -76,8 +105,9 @@ def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] |
             hold_out(rungs, draws=200),
         )
         found.append(ladder)
-        if baseline is not None:
-            speeds += _speeds(ladder, members, grid, dict(baseline), axis, metric, names)
+        for base in members if baseline is not None and given is None else ():
+            size = show(base.axes[axis])
+            speeds += _speeds(Rate.of(ladder.fit), base, grid, baseline or {}, metric, names, setting, size)
     more = len(settings) - len(found)
     said = f"{more} more ladders of other settings are not fitted." if more > 0 else ""
     return Ladders(names[axis], tuple(found), tuple(speeds), said)
@@ -109,44 +139,39 @@ def _settings(cells: Sequence[Cell], axis: str) -> dict[tuple[Scalar, ...], list
 
 
 def _speeds(
-    ladder: Ladder,
-    members: Sequence[Cell],
+    rate: Rate,
+    base: Cell,
     grid: Sequence[Cell],
-    baseline: dict[str, Scalar],
-    axis: str,
+    baseline: Mapping[str, Scalar],
     metric: str,
     names: dict[str, str],
+    setting: str,
+    size: str,
 ) -> list[Speed]:
-    law, found = ladder.fit.law, []
-    for base in members:
-        points = {
-            short_name(cell.axes, names, baseline): _measured(cell, metric)
-            for cell in grid
-            if cell is not base and cell.axes | baseline == base.axes and cell.values(metric)
-        }
-        before = _measured(base, metric)
-        points = {
-            name: point
-            for name, point in points.items()
-            if point.losses.keys() & point.throughputs.keys() & before.losses.keys() & before.throughputs.keys()
-        }
-        least = min(value for each in (before, *points.values()) for value in each.losses.values())
-        if least <= law.floor or not points:
-            continue
-        ends = _ends(ladder.fit, least)
-        varied = sensitivity(points, before, floors=ends[0], exponents=ends[1]) if ends else []
-        for each in effective_speeds(points, before, floor=law.floor, exponent=law.exponent):
-            over = [other.speed for other in varied if other.name == each.name]
-            found.append(Speed(ladder.setting, show(base.axes[axis]), each, (min(over), max(over)) if over else None))
+    """Of all points that share all else with `base`; none where a loss has reached L0."""
+    before = _measured(base, metric)
+    points = {
+        short_name(cell.axes, names, dict(baseline)): _measured(cell, metric)
+        for cell in grid
+        if cell is not base and cell.axes | dict(baseline) == base.axes and cell.values(metric)
+    }
+    points = {
+        name: point
+        for name, point in points.items()
+        if point.losses.keys() & point.throughputs.keys() & before.losses.keys() & before.throughputs.keys()
+    }
+    least = min(value for each in (before, *points.values()) for value in each.losses.values())
+    if least <= rate.floor or not points:
+        return []
+    varied: list[EffectiveSpeed] = []
+    if rate.floors is not None and rate.exponents is not None:  # an L0 that a loss has reached is cut to just below it
+        floors = [min(floor, 0.999 * least) for floor in rate.floors]
+        varied = sensitivity(points, before, floors=floors, exponents=rate.exponents)
+    found = []
+    for each in effective_speeds(points, before, floor=rate.floor, exponent=rate.exponent):
+        over = [other.speed for other in varied if other.name == each.name]
+        found.append(Speed(setting, size, each, (min(over), max(over)) if over else None))
     return found
-
-
-def _ends(fit: LawFit, least: float) -> tuple[list[float], list[float]] | None:
-    """Ends of the intervals of L0 and a; an L0 that a loss has reached is cut to just below it."""
-    if fit.floor is None or fit.exponent is None:
-        return None
-    floors = [min(floor, 0.999 * least) for floor in (fit.floor.low, fit.floor.high)]
-    return floors, [fit.exponent.low, fit.exponent.high]
 
 
 def _measured(cell: Cell, metric: str) -> Measured:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_dist.study.design.grid import CAPACITY, Scalar, Study, axis_names
+from moe_dist.study.design.study_file import GivenLaw
 from moe_dist.study.ledger.cells import Cell, called, label, names_of
 from moe_dist.study.ledger.measurements import FILE
 from moe_dist.study.page.model import Part, Prose, Section, Table, Value
@@ -163,9 +164,9 @@ def compute_sections(study: Study, grid: Sequence[Cell], metric: str) -> list[Se
             words = [held_out_in_words(ladder) for ladder in result.ladders]
             words += [result.left_out] if result.left_out else []
             parts += [ladder_figure(result.ladders, title(of)), Prose(words), _laws_table(result)]
-            parts += [_speeds_table(result)] if result.speeds else []
         else:
             parts.append(Prose([result.left_out]))
+        parts += [_speeds_table(result, study.file.law)] if result.speeds else []
     return [
         Section("Loss against compute", parts, exploratory=True),
         Section("Scaling", regression(grid, of, floor), exploratory=True),
@@ -191,29 +192,33 @@ def _laws_table(result: Ladders) -> Table:
     return Table(name="laws", title="The laws", columns=columns, rows=rows, formats=formats, note=note)
 
 
-def _speeds_table(result: Ladders) -> Table:
-    columns = ["setting", result.axis, "point", "effective compute", "low", "high", "throughput", "effective speed"]
-    columns += ["speed, low", "speed, high", "over L0 and a, least", "over L0 and a, most"]
+def _speeds_table(result: Ladders, given: GivenLaw | None) -> Table:
+    by_size = given is None
+    columns = ["setting", *([result.axis] if by_size else []), "point"]
+    numbers = ["effective compute", "low", "high", "throughput", "effective speed", "speed, low", "speed, high"]
+    numbers += ["over L0 and a, least", "over L0 and a, most"]
     rows: list[list[Value]] = []
     for each in result.speeds:
         of = each.effective
-        row: list[Value] = [each.setting or "all", each.size, of.name, of.compute]
+        row: list[Value] = [each.setting or "all", *([each.size] if by_size else []), of.name, of.compute]
         row += [None, None] if of.compute_interval is None else [of.compute_interval.low, of.compute_interval.high]
         row += [of.throughput, of.speed]
         row += [None, None] if of.speed_interval is None else [of.speed_interval.low, of.speed_interval.high]
         row += [None, None] if each.range is None else list(each.range)
         rows.append(row)
+    ends = "the ends of the intervals of L0 and a"
+    if given is not None:
+        ends = f"L0 and a a tenth lower and higher, by the given law L0 = {given.floor:g}, a = {given.exponent:g}"
     note = (
-        "Ratios to the baseline of the same size. Compute: by loss alone, what the baseline would need for the same "
-        "loss. Speed: that times throughput. Intervals hold the noise of the seeds; the last two columns how the speed "
-        "changes over the ends of the intervals of L0 and a."
+        "Ratios to the baseline that shares all else. Compute: by loss alone, what the baseline would need for that "
+        f"loss. Speed: that times throughput. Intervals hold the noise of the seeds; the last two columns: over {ends}."
     )
     return Table(
         name="speeds",
         title="Effective compute and speed",
-        columns=columns,
+        columns=columns + numbers,
         rows=rows,
-        formats=dict.fromkeys(columns[3:], ".3f"),
+        formats=dict.fromkeys(numbers, ".3f"),
         note=note,
     )
 

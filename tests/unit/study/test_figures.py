@@ -221,6 +221,31 @@ def test_a_planted_ladder_comes_back(tmp_path: Path) -> None:
     assert float(terms["exponent of tokens"]["value"]) == pytest.approx(-0.2, abs=0.02)
 
 
+def test_a_given_law_says_what_a_loss_is_worth(tmp_path: Path) -> None:
+    """marin's exchange rate without a ladder: ((L - L0) / (L_baseline - L0)) ^ (-1 / a) times throughput."""
+    study = planted_study(tmp_path, STUDY + QUESTION + "law: {floor: 1.6, exponent: 0.0941}\n")
+    plant(study, planted_losses({0.5: 0.05, 1.0: 0.004, None: 0.0}))
+    write_report(study)
+    with (study.folder / "data" / "speeds.csv").open() as file:
+        rows = {row["point"]: row for row in csv.DictReader(file)}
+    lines = [json.loads(line) for line in study.ledger.read_text().splitlines()]
+    by_factor = {
+        factor: {x["seed"]: x for x in lines if x["axes"]["model.moe.capacity_factor"] == factor}
+        for factor in (0.5, 1.0, None)
+    }
+    assert set(rows) == {"0.5", "1.0"}
+    for factor in (0.5, 1.0):
+        capped, dropless = by_factor[factor], by_factor[None]
+        losses = [(capped[s]["validation_loss"], dropless[s]["validation_loss"]) for s in dropless]
+        compute = np.exp(np.mean([np.log((a - 1.6) / (b - 1.6)) / -0.0941 for a, b in losses]))
+        faster = np.mean([np.log(capped[s]["tokens_per_second"] / dropless[s]["tokens_per_second"]) for s in dropless])
+        row = rows[f"{factor}"]
+        assert float(row["effective compute"]) == pytest.approx(compute)
+        assert float(row["effective speed"]) == pytest.approx(compute * np.exp(faster))
+        assert float(row["over L0 and a, least"]) < float(row["effective speed"]) < float(row["over L0 and a, most"])
+    assert "by the given law L0 = 1.6, a = 0.0941" in (study.folder / "report.md").read_text()
+
+
 def test_what_the_grid_does_not_have_is_left_out_in_words(tmp_path: Path) -> None:
     study = planted_study(tmp_path, STUDY)
     plant(study, planted_losses({0.5: 0.05, 1.0: 0.004, None: 0.0}))

@@ -40,6 +40,8 @@ def study(folder: Path, **keys: Any) -> Study:
             dict(slurm={"--time": "1:00"}),
             "slurm.--time is not the long name of an option of sbatch; write time, not -t",
         ),
+        (dict(law={"floor": -1.0, "exponent": 0.1}), "law.floor=-1 is below 0"),
+        (dict(law={"floor": 1.6, "exponent": 0.0}), "law.exponent=0 is not above 0"),
         (dict(slurm={"array": "0-3"}), "slurm.array is set by moe-dist study submit itself"),
         (dict(slurm={"exclusive": None}), "slurm.exclusive=null says nothing; leave it out"),
         (dict(seeds={"weights": [0]}), "seeds has weights; give a list, or {weights: [0, 1], data: [0, 1]}"),
