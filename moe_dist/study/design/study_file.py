@@ -24,7 +24,7 @@ METRICS = (
     "loss validation_loss validation_loss_capped validation_bits_per_byte validation_bits_per_token "
     "validation_accuracy validation_accuracy_capped validation_macro_f1 validation_macro_f1_capped "
     "test_loss test_loss_capped test_accuracy test_accuracy_capped test_macro_f1 test_macro_f1_capped "
-    "drop_rate drop_rate_whole_run load_max_over_mean step_seconds seconds "
+    "drop_rate drop_rate_whole_run steps_until_few_drops load_max_over_mean step_seconds seconds "
     "dispatch_rows_bytes dispatch_bytes flops_executed memory_bytes"
 ).split()
 """Numbers of the ledger that a question may be about: lower is better, of accuracy and f1 higher."""

@@ -127,6 +127,22 @@ def test_scalars_of_the_ledger(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([0.5] * 30 + [0.0] * 30, 49),  # (20 - n) / 2 of a window of 20 is under 0.6 for the first time at n = 19
+        ([0.029] * 20, 20),
+        ([0.03] * 40, None),
+        ([0.0] * 19, None),  # no 20 steps
+        ([0.0] * 10 + [None] + [0.0] * 25, 31),  # what was not recorded is in no window
+        ([None] * 40, None),
+    ],
+)
+def test_steps_until_few_are_dropped(rates: list[float | None], expected: int | None, tmp_path: Path) -> None:
+    records = [{**records_of()[0], "step": step, "drop_rate": rate} for step, rate in enumerate(rates, start=1)]
+    assert measure(written(tmp_path, records, evaluations=None))["steps_until_few_drops"] == expected
+
+
+@pytest.mark.parametrize(
     ("moe", "expected"),
     [
         ({"capacity_factor": None}, None),
