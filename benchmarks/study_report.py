@@ -45,8 +45,8 @@ def main() -> None:
     path = options.folder / "study.yaml"
     if options.make:
         options.folder.mkdir(parents=True, exist_ok=True)
-        (options.folder / "base.yaml").write_text(f"model: {{num_layers: {LAYERS}}}\n")
-        path.write_text(STUDY + f"root: {options.folder}\n")
+        (options.folder / "base.yaml").write_text(f"model: {{num_layers: {LAYERS}}}\n", encoding="utf-8")
+        path.write_text(STUDY + f"root: {options.folder}\n", encoding="utf-8")
         make(load_study(path))
         return
     start = time.perf_counter()
@@ -77,7 +77,7 @@ def make(study: Study) -> None:
         else:
             first[same] = point.folder / FILE
             write_measurements(first[same], measurements(rng, moe.num_experts, 0.05 * capped))
-    study.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def record(point: Point, loss: float, drop: float) -> dict[str, Any]:

@@ -155,6 +155,9 @@ def test_what_a_run_left_out_is_in_its_environment(tmp_path: Path) -> None:
     held_out = [name for name in sizes if int.from_bytes(sha256(name.encode()).digest(), "big") % 10_000 < 3000]
     validation, whole = (sum(sizes[name] + 1 for name in names) for names in (held_out, sizes))
     assert 0 < len(held_out) < 20
+    assert len(said.pop("digest")) == 64
+    assert sum(said.pop("frequencies")["tokens"]) == whole - validation
+    assert 1 <= said.pop("documents_per_micro_step") <= 8  # files that 8 sequences of 16 touch
     assert said == {
         "name": str(texts),
         "files": 20,

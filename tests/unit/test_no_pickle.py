@@ -42,7 +42,9 @@ def dangers(source: str) -> Iterator[str]:
             continue
         called = _name(node.func, names).replace("torch.distributed.", "dist.")
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-        if called in CALLS:
+        pickles = keywords.get("allow_pickle")
+        refused = called == "numpy.load" and isinstance(pickles, ast.Constant) and pickles.value is False
+        if called in CALLS and not refused:
             yield called
         if called == "yaml.load" and _name(keywords.get("Loader"), names) != "_Loader":
             yield "yaml.load"
@@ -87,6 +89,11 @@ def test_no_load_path_runs_code() -> None:
 )
 def test_the_walk_sees(source: str, danger: str) -> None:
     assert list(dangers(source)) == [danger]
+
+
+def test_arrays_are_loaded_where_pickles_are_refused() -> None:
+    assert list(dangers("import numpy as np\nnp.load('x', allow_pickle=False)")) == []
+    assert list(dangers("import torch\ntorch.load('x', allow_pickle=False)")) == ["torch.load"]
 
 
 def test_the_yaml_loader_is_a_safe_one() -> None:

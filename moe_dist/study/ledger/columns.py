@@ -68,7 +68,7 @@ def read_columns(path: Path) -> Columns:
     """Of the measurements.jsonl at `path`. Raises FileNotFoundError, and ValueError where it has lines that are not."""
     data = path.read_bytes()
     try:
-        with np.load(path.with_suffix(".npz")) as stored:
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
             if stored[_SOURCE].tolist() == _checksum(data):
                 return _told_apart({name: stored[name] for name in stored.files if name != _SOURCE})
     except Exception:  # zipfile has many for a damaged file
