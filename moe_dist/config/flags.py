@@ -3,7 +3,7 @@
     --model.moe.top-k 1                     a value; =1 says the same, and - and _ mean the same in names
     --model.moe.capacity-factor null        null, true and false as in YAML; None as well
     --model.moe.capacity-factor 1.0 null    several values are a list
-    --data.paths a.txt b.txt                what is text is taken as it stands
+    --data.paths a.txt b.txt                what is text is taken as it stands; or [a.txt, b.txt]
     --parallel.sequence-parallel            true; so are =true and true. =false and
     --run.no-tensorboard                    false
     --model.moe.capacity-schedule 0 2.0 100 1.0      pairs of a key and its value
@@ -103,12 +103,21 @@ def _value(flag: str, words: list[str], hint: Any) -> Any:
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
         read = words
     elif list[str] in kinds:
-        return words
+        return _texts(flag, words)
     else:
         read = [_read(flag, word) for word in words]
     if len(read) > 1 and not any(get_origin(kind) is list for kind in kinds):
         raise ValueError(f"{_SOURCE}: {flag} takes one value, got {' '.join(words)}")
     return read[0] if len(read) == 1 else read
+
+
+def _texts(flag: str, words: list[str]) -> list[str]:
+    """Each as it stands; or one list in YAML. A file that is called [a] is ./[a]."""
+    if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
+        read = _read(flag, words[0])
+        if isinstance(read, list) and all(isinstance(each, str) for each in read):
+            return read
+    return words
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

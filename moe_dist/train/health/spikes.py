@@ -125,7 +125,7 @@ class Health:
             if self._went_back_at is not None:
                 raise EndRun(
                     DIVERGED,
-                    f"{self.trouble}; the run had gone back to a checkpoint at step {self._went_back_at} already: "
+                    f"{self.trouble}; at step {self._went_back_at} the run had gone back to a checkpoint already: "
                     "lower optim.lr, clip (engine.grad_clip), look at the data of these steps, or remove "
                     f"{checkpoint} to go back further",
                 )
