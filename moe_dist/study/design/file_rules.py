@@ -48,6 +48,18 @@ def file_rules(file: StudyFile) -> Iterator[str]:
     yield from _question(file)
 
 
+def metric_rule(metric: str, tasks: set[str]) -> Iterator[str]:
+    """tasks: of a study's points. Every one records the loss; each has numbers that the other's runs never do."""
+    texts = metric.startswith("test_") or "accuracy" in metric or "f1" in metric.split("_")
+    bits = metric.startswith("validation_bits")
+    task = "classification" if texts else "language_modelling" if bits else None
+    if task is not None and task not in tasks:
+        yield (
+            f"question.metric={metric} is only known of task: {task}, which no point has; take validation_loss, or "
+            "set the task"
+        )
+
+
 def _numbers(file: StudyFile) -> Iterator[str]:
     if not re.fullmatch(_SIMPLE, file.name):
         yield f"name={file.name!r} is not a simple file name; make it of letters, digits, '.', '_' and '-'"

@@ -24,10 +24,11 @@ from moe_dist.config import Config, MoEConfig, validate
 from moe_dist.config.load import load_config
 from moe_dist.config.parse import field_types, parse_as, parse_dict
 from moe_dist.config.read import read_yaml
+from moe_dist.config.rules.parts import refuse
 from moe_dist.config.schema import RunConfig
 from moe_dist.config.values import user_path
 from moe_dist.study.design.family import Axes, comparisons
-from moe_dist.study.design.file_rules import file_rules, settings
+from moe_dist.study.design.file_rules import file_rules, metric_rule, settings
 from moe_dist.study.design.names import CAPACITY, Scalar, axis_names, file_safe, in_words, label, show
 from moe_dist.study.design.study_file import StudyFile, base_path, combinations, excluded, labelled, raw_axes
 
@@ -134,6 +135,8 @@ def load_study(path: str | Path, *, planning: bool = False) -> Study:
             f"{path}: question compares nothing: no point that is left shares all else with one that has its baseline; "
             "change question.baseline, question.compare or exclude"
         )
+    if question and study.points:
+        refuse(f"{path}: {problem}" for problem in metric_rule(question.metric, {p.config.task for p in study.points}))
     return study
 
 

@@ -7,7 +7,8 @@ Losses in nats a token, of a classifier a text; a number that the run did not re
 | loss                                | of training, mean of the last 20 steps                                        |
 | validation_*, test_*                | all that the run's last evaluation says, by the names of metrics.jsonl:       |
 |                                     | validation_loss (dropless), bits per byte or token, a classifier's accuracy   |
-|                                     | and macro-F1; with an eval_capacity_factor, what ends in _capped              |
+|                                     | and macro-F1; with an eval_capacity_factor, what ends in _capped, which is    |
+|                                     | the dropless number of a point that ends its training without a capacity      |
 | drop_rate, load_max_over_mean,      | mean over the last quarter of the steps; drop_rate_whole_run: over all        |
 | router_entropy                      |                                                                               |
 | steps_until_few_drops               | the first after which 20 steps in a row dropped less than 3% in the mean      |
@@ -51,6 +52,7 @@ from moe_dist.moe.capacity import Capacity, expert_capacity
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import Site, StepContext
 from moe_dist.study.design.grid import Point
+from moe_dist.study.design.study_file import METRICS
 from moe_dist.study.ledger.ledger import loss_unit as loss_unit
 from moe_dist.study.ledger.measurements import FILE, Measurements, write_measurements
 from moe_dist.train.record.run_folder import ROLL_BACKS
@@ -76,7 +78,7 @@ def measure(point: Point) -> Record:
         records.append(record)
     write_measurements(point.folder / FILE, measurements.lines)
     line = identity(point) | {"status": "finished", "steps": records[-1]["step"]}
-    line |= _learned(records) | _balance(records) | _cost(records)
+    line |= _learned(config, records) | _balance(records) | _cost(records)
     line |= _sizes(config, environment, sites, records) | _setting(point, config, environment)
     return line | {
         "skipped_steps": sum("skipped" in record for record in records),
@@ -99,9 +101,21 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _learned(records: Sequence[Record]) -> Record:
+def _learned(config: Config, records: Sequence[Record]) -> Record:
     measured = {name: value for name, value in records[-1].items() if name.startswith(("validation_", "test_"))}
+    if _dropless(config):
+        measured = {
+            f"{name}_capped": value for name, value in measured.items() if f"{name}_capped" in METRICS
+        } | measured
     return {"loss": _mean(records[-_LAST_STEPS:], "loss"), "validation_loss": None, **measured}
+
+
+def _dropless(config: Config) -> bool:
+    """Whether nothing limits the experts at the end of training, nor in evaluations."""
+    moe, attention = config.model.moe, config.model.attention
+    moes = ([moe] if moe.num_experts else []) + ([attention.moe] if attention.kind == "switch" else [])
+    factors = [moe.eval_capacity_factor for moe in moes] + [moe.factor_at(config.train.steps - 1) for moe in moes]
+    return all(each is None for factor in factors for each in (factor if isinstance(factor, list) else [factor]))
 
 
 def _balance(records: Sequence[Record]) -> Record:

@@ -5,8 +5,9 @@
 | first    | of each comparison that the question names whether it is worse, better, equivalent or not distinguishable |
 | second   | which point to take by the question's cost, with the share of bootstrap draws that take it               |
 
-All named comparisons are one family (Holm), whatever settings they span, and the intervals in the sentence hold at once
-with 95%. Without a question there is no claim. The numbers are those of statistics/paired.py and pareto.py.
+All named comparisons are one family (Holm), whatever settings they span. What is claimed is given with its own 95% t
+interval, which a claim keeps clear of zero; where nothing can be told, the bound holds for all of them at once. Without
+a question there is no claim. The numbers are those of statistics/paired.py and pareto.py.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from moe_dist.study.design.grid import Study
 from moe_dist.study.design.study_file import Question
 from moe_dist.study.ledger.cells import Cell
-from moe_dist.study.report.costs import cost
+from moe_dist.study.report.costs import SAME_COST, cost
 from moe_dist.study.report.matches import Families, Match, compared, families, settings_of
 from moe_dist.study.report.metric import lower_is_better, title
 from moe_dist.study.statistics.paired import Comparison, Verdict
@@ -92,10 +93,13 @@ def answer(study: Study, grid: Sequence[Cell]) -> Answer:
         )
         return Answer(None, found, "", said, (), (), (), floor)
     asked = _asked(found, question)
-    with_results = [match for match in found.named if match.cell.values(metric) or match.baseline.values(metric)]
-    if not with_results:
-        none = ("No point that the question names has finished, so it has no answer yet.",)
-        return Answer(question, found, asked, none, (), (), (), floor)
+    named = [cell for match in found.named for cell in (match.cell, match.baseline)]
+    if not any(cell.values(metric) for cell in named):
+        finished = any(cell.records for cell in named)
+        none = (
+            f"No finished point has a {title(metric)}" if finished else "No point that the question names has finished"
+        )
+        return Answer(question, found, asked, (f"{none}, so it has no answer yet.",), (), (), (), floor)
     comparisons = compared(found.named, metric, matters=question.smallest_difference)
     advice = _advice(found.named, question)
     return Answer(
@@ -151,13 +155,13 @@ def _clause(match: Match, each: Comparison, question: Question) -> str:
             return f"{name} has {_count(seeds, 'pair')} of seeds, and an interval needs {FEWEST_SEEDS}{mean}"
         case Verdict.NOT_DISTINGUISHABLE:
             return f"{name} is not distinguishable from {other} at {seeds} seeds: smaller than {each.at_most:.3g}"
-    assert each.mean is not None and each.together is not None
+    assert each.mean is not None and each.interval is not None
     if each.verdict is Verdict.EQUIVALENT:
         return (
             f"{name} differs from {other} by less than the {question.smallest_difference:g} that matters "
             f"({each.mean:+.3g}, p = {each.p_equivalent:.2g})"
         )
-    low, high = each.together.low, each.together.high
+    low, high = each.interval.low, each.interval.high
     if each.mean < 0:
         low, high = -high, -low
     word = _better_or_worse(each.verdict, question.metric)
@@ -198,7 +202,9 @@ def _advice_at(setting: str, cells: dict[str, Cell], question: Question) -> Advi
     candidates = {
         name: Candidate(prices[name] or 0.0, cell.by_seed(metric, sign)) for name, cell in with_results.items()
     }
-    found = recommend(candidates, matters=question.smallest_difference)
+    found = recommend(
+        candidates, matters=question.smallest_difference, same_cost=SAME_COST[by], metric=title(metric), sign=sign
+    )
     return Advice(setting, found, "" if found.name else found.reasons[0])
 
 
@@ -217,7 +223,7 @@ def _recommended(advice: Sequence[Advice], question: Question) -> str:
             shares = [share for other, _, share in _taken(given) if other == name]
             clauses.append(f"{name} in {number} of {len(advice)} settings ({_range(shares, '.0%')})")
     rest = [each for each in advice if each not in given]
-    none = f"; none is recommended at {_listed([each.setting for each in rest][:_MANY])}" if rest else ""
+    none = f"; none is recommended at {_first([each.setting for each in rest])}" if rest else ""
     return (
         f"By {by} take {_listed(clauses)}: the cheapest whose {metric} is not worse than the best by more than "
         f"{question.smallest_difference:g}, with the share of bootstrap draws that say so{none}."
@@ -232,9 +238,14 @@ def _one(found: Recommendation, question: Question) -> str:
     only = f"only of the best, {found.best}," if found.shown == found.best else f"of {found.shown}"
     shown = "" if found.shown == found.name else f"; {seeds} show it {only}".rstrip(",")
     if found.chosen[found.name] < _TRUSTED:
+        doubt = f"is the cheapest within {matters} of the draw's best in only {share}"
+        if found.name == found.best:
+            return (
+                f"By {by} nothing is recommended: {found.name} has the best {title(question.metric)}, but it {doubt}."
+            )
         return (
             f"By {by} nothing cheaper than the best is recommended: {found.name} is the cheapest that {seeds} do not "
-            f"tell apart from it, but within {matters} of it in only {share}{shown}."
+            f"tell to be worse by more than {matters}, but it {doubt}{shown}."
         )
     return (
         f"By {by} take {found.name}: the cheapest whose {title(question.metric)} is not worse than the best by more "
@@ -275,6 +286,12 @@ def _orders(matches: Sequence[Match], metric: str) -> tuple[Order, ...]:
 def _listed(parts: Sequence[str]) -> str:
     """'a, b and c'"""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _first(parts: Sequence[str]) -> str:
+    """'a, b and 7 more'"""
+    more = len(parts) - _MANY
+    return _listed([*parts[:_MANY], *([f"{more} more"] if more > 0 else [])])
 
 
 def _range(values: Sequence[float], form: str = ".3g") -> str:

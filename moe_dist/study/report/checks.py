@@ -2,10 +2,10 @@
 
 | check       | of which points | violated when                                                                        |
 |-------------|-----------------|--------------------------------------------------------------------------------------|
-| ledger      | all             | a line of the ledger could not be read                                               |
+| ledger      | all             | a line of the ledger could not be read; a warning once every point has its result    |
 | finished    | all             | one failed, or has no result yet                                                     |
 | seeds       | all             | fewer than three                                                                     |
-| pairs       | compared        | a seed has only one side, or no baseline shares all else                             |
+| pairs       | compared        | a seed lacks a side, or no baseline shares all else; a warning of what is not asked  |
 | budget      | see right       | of all under `equal`: tokens, FLOPs or time differ; else between a point and its     |
 |             |                 | baseline the tokens                                                                  |
 | schedule    | compared        | warm-up or evaluations are at other fractions; of all: a run left its decay early    |
@@ -74,10 +74,7 @@ def check(
 ) -> list[Finding]:
     """unreadable: what the ledger says of its lines that are none."""
     records = [record for cell in grid for record in cell.records]
-    findings = [
-        Finding("violation", "ledger", line, (), "run the study again, which records the point anew from its run")
-        for line in unreadable
-    ]
+    findings = [*_ledger(study, latest, unreadable)]
     findings += _finished(study, latest)
     findings += _seeds(study, grid)
     findings += _pairs(study, found)
@@ -88,6 +85,16 @@ def check(
     findings += _same_everywhere(records)
     findings += _same_start(study, records)
     return findings
+
+
+def _ledger(study: Study, latest: Mapping[str, Record], unreadable: Sequence[str]) -> Iterator[Finding]:
+    whole = all(latest.get(point.name, {}).get("status") == "finished" for point in study.points)
+    for line in unreadable:
+        if whole:
+            yield Finding("warning", "ledger", line, (), "remove this line: every point has its result without it")
+        else:
+            remedy = "run the study again, which records the point anew from its run"
+            yield Finding("violation", "ledger", line, (), remedy)
 
 
 def _finished(study: Study, latest: Mapping[str, Record]) -> Iterator[Finding]:
@@ -139,20 +146,23 @@ def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:
 def _pairs(study: Study, found: Families) -> Iterator[Finding]:
     metric = "validation_loss" if study.file.question is None else study.file.question.metric
     for match in (*found.named, *found.others):
-        mine, others = match.cell.by_seed(metric), match.baseline.by_seed(metric)
-        alone = sorted(mine.keys() ^ others.keys())
+        planned = {point.seed for cell in (match.cell, match.baseline) for point in cell.points}
+        alone = sorted(planned - (match.cell.by_seed(metric).keys() & match.baseline.by_seed(metric).keys()))
         if alone:
             yield Finding(
                 "violation",
                 "pairs",
-                f"seeds {', '.join(map(str, alone))} of {match.name} or its baseline lack the {title(metric)} of the "
-                "other, and play no part",
+                f"seeds {', '.join(map(str, alone))} of {match.name} or its baseline lack the {title(metric)}, on one "
+                "side or on both, and play no part",
                 tuple(point.name for point in match.cell.points if point.seed in alone),
                 "finish both sides, or name the seeds left out",
             )
-    if found.lonely and study.file.question is not None:
-        what = "the grid has no baseline that shares all else with them"
+    what = "the grid has no baseline that shares all else with them"
+    if found.lonely:
         yield Finding("violation", "pairs", what, found.lonely, "add it to the axes, or take them out of the question")
+    if found.lonely_others and study.file.question is not None:
+        remedy = "nothing, where the question leaves them out on purpose"
+        yield Finding("warning", "pairs", f"{what}, nor does the question ask for it", found.lonely_others, remedy)
 
 
 def _budget(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:
@@ -220,6 +230,7 @@ def _evaluations(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
         and (moe := planned.get(record["point"])) is not None
         and moe.num_experts > 0
         and moe.capacity_factor is not None
+        and moe.router != "expert_choice"  # which drops nothing
     )
     if capped:
         what = "there is no validation loss with the capacity in force, which is what a model that drops would serve"

@@ -16,6 +16,9 @@ COSTS = {
     "memory": "memory (MiB)",
 }
 
+SAME_COST = {"time": 0.02, "flops": 0.0, "bytes": 0.0, "memory": 0.0}
+"""Relative difference that does not count: times are measured, the rest is counted."""
+
 
 def cost(cell: Cell, by: str) -> float | None:
     """Mean over seeds; None where a line lacks it, or it is 0, as bytes are on one rank."""

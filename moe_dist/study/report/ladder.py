@@ -83,14 +83,18 @@ def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] |
     names, given = names_of(grid), None if study.file.law is None else Rate.given(study.file.law)
     found: list[Ladder] = []
     speeds: list[Speed] = []
+    missing: list[str] = []
     if given is not None and baseline is not None:
         for base in of_baseline:
             setting = called({key: value for key, value in base.axes.items() if key not in baseline}, names)
-            speeds += _speeds(given, base, grid, baseline, metric, names, setting, "")
+            of_base, why = _speeds(given, base, grid, baseline, metric, names, setting, "")
+            speeds += of_base
+            missing += why
     axis = next((key for key in _axes(study) if _is_ladder(key, of_baseline)), None)
     if axis is None:
         few = f"no axis of the grid has {_SIZES} sizes of compute over a factor of {_SPAN:g} with all else the same"
-        return Ladders("", (), tuple(speeds), f"A law of loss against compute is not fitted: {few}.")
+        missing.insert(0, f"A law of loss against compute is not fitted: {few}.")
+        return Ladders("", (), tuple(speeds), " ".join(missing))
     settings = _settings(of_baseline, axis)
     for members in list(settings.values())[:_LADDERS]:
         rest = {key: value for key, value in members[0].axes.items() if key != axis}
@@ -107,10 +111,13 @@ def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] |
         found.append(ladder)
         for base in members if baseline is not None and given is None else ():
             size = show(base.axes[axis])
-            speeds += _speeds(Rate.of(ladder.fit), base, grid, baseline or {}, metric, names, setting, size)
+            of_base, why = _speeds(Rate.of(ladder.fit), base, grid, baseline or {}, metric, names, setting, size)
+            speeds += of_base
+            missing += why
     more = len(settings) - len(found)
-    said = f"{more} more ladders of other settings are not fitted." if more > 0 else ""
-    return Ladders(names[axis], tuple(found), tuple(speeds), said)
+    if more > 0:
+        missing.insert(0, f"{more} more ladders of other settings are not fitted.")
+    return Ladders(names[axis], tuple(found), tuple(speeds), " ".join(missing))
 
 
 def _axes(study: Study) -> list[str]:
@@ -147,8 +154,8 @@ def _speeds(
     names: dict[str, str],
     setting: str,
     size: str,
-) -> list[Speed]:
-    """Of all points that share all else with `base`; none where a loss has reached L0."""
+) -> tuple[list[Speed], list[str]]:
+    """Of all points that share all else with `base`; and why there are none, where a loss has reached L0."""
     before = _measured(base, metric)
     points = {
         short_name(cell.axes, names, dict(baseline)): _measured(cell, metric)
@@ -161,8 +168,12 @@ def _speeds(
         if point.losses.keys() & point.throughputs.keys() & before.losses.keys() & before.throughputs.keys()
     }
     least = min(value for each in (before, *points.values()) for value in each.losses.values())
-    if least <= rate.floor or not points:
-        return []
+    if not points:
+        return [], []
+    if least <= rate.floor:
+        where = f"at {', '.join(filter(None, (setting, size)))} " if setting or size else ""
+        reached = f"a loss of {least:.4g} is not above L0 = {rate.floor:.4g}, so no compute reaches it"
+        return [], [f"Effective compute and speed {where}are left out: {reached}."]
     varied: list[EffectiveSpeed] = []
     if rate.floors is not None and rate.exponents is not None:  # an L0 that a loss has reached is cut to just below it
         floors = [min(floor, 0.999 * least) for floor in rate.floors]
@@ -171,7 +182,7 @@ def _speeds(
     for each in effective_speeds(points, before, floor=rate.floor, exponent=rate.exponent):
         over = [other.speed for other in varied if other.name == each.name]
         found.append(Speed(setting, size, each, (min(over), max(over)) if over else None))
-    return found
+    return found, []
 
 
 def _measured(cell: Cell, metric: str) -> Measured:

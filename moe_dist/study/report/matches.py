@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_dist.study.design.family import comparisons
+from moe_dist.study.design.family import is_asked, with_baselines
 from moe_dist.study.design.grid import CAPACITY, Scalar, Study
 from moe_dist.study.design.study_file import Question
 from moe_dist.study.ledger.cells import Cell, called, label, names_of
@@ -31,42 +31,41 @@ class Match:
 @dataclass(frozen=True, slots=True)
 class Families:
     """named: the comparisons of the question, one family. others: those with the same baseline that it leaves out, or
-    without a question all with dropless. lonely: cells that no baseline in the grid shares all else with."""
+    without a question all with dropless. lonely: cells that the question compares, but no baseline in the grid shares
+    all else with; lonely_others: those that it leaves out."""
 
     named: tuple[Match, ...]
     others: tuple[Match, ...]
     lonely: tuple[str, ...]
+    lonely_others: tuple[str, ...]
 
 
 def families(study: Study, grid: Sequence[Cell], question: Question | None) -> Families:
     baseline = baseline_of(study, question)
     if baseline is None:
-        return Families((), (), ())
-    by_axes = {tuple(sorted(cell.axes.items(), key=lambda item: item[0])): cell for cell in grid}
+        return Families((), (), (), ())
     names = names_of(grid)
-    asked = [] if question is None else [axes for axes, _ in comparisons(question, [cell.axes for cell in grid])]
     named: list[Match] = []
     others: list[Match] = []
     lonely: list[str] = []
-    for cell in grid:
-        wanted = cell.axes | baseline
-        if wanted == cell.axes:
-            continue
+    lonely_others: list[str] = []
+    for place, other in with_baselines(baseline, [cell.axes for cell in grid]):
+        cell = grid[place]
+        asked = question is not None and is_asked(question, cell.axes)
         name = called(cell.axes, names)
-        other = by_axes.get(tuple(sorted(wanted.items(), key=lambda item: item[0])))
         if other is None:
-            lonely.append(name)
+            (lonely if asked else lonely_others).append(name)
             continue
         match = Match(
             cell,
-            other,
+            grid[other],
             name,
             short_name(cell.axes, names, baseline),
-            short_name(other.axes, names, baseline),
+            short_name(grid[other].axes, names, baseline),
             called({key: value for key, value in cell.axes.items() if key not in baseline}, names),
         )
-        (named if cell.axes in asked else others).append(match)
-    return Families(tuple(named), tuple(others), tuple(lonely))
+        (named if asked else others).append(match)
+    return Families(tuple(named), tuple(others), tuple(lonely), tuple(lonely_others))
 
 
 def baseline_of(study: Study, question: Question | None) -> dict[str, Scalar] | None:

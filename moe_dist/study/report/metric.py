@@ -28,6 +28,16 @@ def title(metric: str) -> str:
     return _TITLES.get(metric, metric.replace("_", " "))
 
 
+def difference_form(*values: float) -> str:
+    """How differences of such values are written: four places where the values are of the size of losses and shares,
+    else four digits.
+
+    >>> difference_form(2.31, 0.5), difference_form(3.2e12), difference_form(0.002)
+    ('+.4f', '+.4g', '+.4g')
+    """
+    return "+.4f" if 0.01 <= max(map(abs, values), default=1.0) < 1000 else "+.4g"
+
+
 def spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
     """mean ± sample standard deviation, as `form` says; the mean alone when all are equal, a dash of none.
 

@@ -36,7 +36,8 @@ _LINES = 3  # of one check, in the notice that leads
 
 
 def write_report(study: Study, folder: Path | None = None) -> list[Path]:
-    """Writes the page into `folder`, else into the study's own; returns its files, or nothing before any result."""
+    """Writes the page into `folder`, else into the study's own; returns its files, or none before any point has
+    ended."""
     page = page_of(study)
     return [] if page is None else write_page(page, study.folder if folder is None else folder)
 
@@ -50,7 +51,7 @@ def check_study(study: Study) -> list[Finding]:
 
 
 def page_of(study: Study) -> Page | None:
-    """None before any point has finished or failed."""
+    """None before any point has finished or failed; only checks and failures where all that ended have failed."""
     ledger = Ledger(study.ledger)
     _, unreadable = ledger.read()
     latest = ledger.latest()
@@ -59,18 +60,26 @@ def page_of(study: Study) -> Page | None:
     findings = check(study, grid, latest, found.families, unreadable)
     failed = failed_table(study, latest)
     done = sum(len(cell.records) for cell in grid)
+    checks = Section("Checks", [checks_table(findings)])
     if not done:
-        return None
+        return _page(study, grid, found, findings, [checks, Section("Points", [failed])]) if failed else None
     metric = "validation_loss" if found.question is None else found.question.metric
     sections = [
         *_answer_sections(study, found, grid, metric),
-        Section("Checks", [checks_table(findings)]),
+        checks,
         run_section(study, grid, found.families, metric),
         *dispatch_section(study, grid, found.families),
         *pareto_section(grid, metric),
         *compute_sections(study, grid, metric),
         Section("Points", [_cells_table(study, grid, found, metric), costs_table(grid), *([failed] if failed else [])]),
     ]
+    return _page(study, grid, found, findings, sections)
+
+
+def _page(
+    study: Study, grid: Sequence[Cell], found: Answer, findings: Sequence[Finding], sections: list[Section]
+) -> Page:
+    done = sum(len(cell.records) for cell in grid)
     return Page(
         study.file.name,
         [*_notices(findings), Prose(_lead(study, found, done))],
@@ -111,9 +120,10 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
         floor = f"Seeds of one point spread by {found.floor.deviation:.3g}{between} in {title(metric)}."
     if found.comparisons:
         note = (
-            f"{title(metric)}, seed by seed, minus the baseline, with 95% t intervals; p after Holm over the family; "
-            "the difference that so many seeds show in 80 of 100 studies; p before Holm, and of a difference that "
-            f"matters; intervals that hold all at once with 95%, and of the bootstrap. {floor}"
+            f"{title(metric)}, seed by seed, minus the baseline, with each one's own 95% t interval, which the answer "
+            "gives too; p after Holm over the family; the difference that so many seeds show in 80 of 100 studies; p "
+            "before Holm, and of a difference that matters; intervals that hold all at once with 95%, and of "
+            f"the bootstrap. {floor}"
         )
         table = comparisons_table(
             "comparisons", "Named comparisons", found.families.named, found.comparisons, asked, note

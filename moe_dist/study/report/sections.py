@@ -13,7 +13,7 @@ from moe_dist.study.page.model import Part, Prose, Section, Table, Value
 from moe_dist.study.report.costs import COSTS, cost, costs_of
 from moe_dist.study.report.figures.against import Line, Stop, against
 from moe_dist.study.report.figures.canvas import LINES, places_of
-from moe_dist.study.report.figures.drops_by_place import drops_by_place
+from moe_dist.study.report.figures.drops_by_place import Tokens, drops_by_place
 from moe_dist.study.report.figures.drops_over_run import drops_over_run
 from moe_dist.study.report.figures.drops_split import drops_split, split_layers
 from moe_dist.study.report.figures.ladder import held_out_in_words, ladder_figure
@@ -22,7 +22,7 @@ from moe_dist.study.report.figures.pareto import Priced, pareto_figure
 from moe_dist.study.report.ladder import Ladders, ladders
 from moe_dist.study.report.matches import Families, baseline_of
 from moe_dist.study.report.metric import lower_is_better, title
-from moe_dist.study.report.reduced import Reduced, reduce_points
+from moe_dist.study.report.reduced import Reduced, late_in_words, reduce_points, together
 from moe_dist.study.report.regression import regression
 from moe_dist.study.report.theory import competition
 from moe_dist.study.statistics.paired import pair
@@ -45,16 +45,14 @@ def run_section(study: Study, grid: Sequence[Cell], found: Families, metric: str
     name = axis_names(list(grid[0].axes))[key]
     wanted = [metric, "validation_loss", "validation_loss_capped", "drop_rate", "validation_accuracy", "loss"]
     metrics = {
-        each: (title(each) + (" (%)" if _is_share(each) else ""), 100.0 if _is_share(each) else 1.0)
-        for each in dict.fromkeys(wanted)
-        if any(cell.values(each) for cell in grid)
+        each: _shown_as(each, title(each)) for each in dict.fromkeys(wanted) if any(cell.values(each) for cell in grid)
     }
     minus = {
         id(match.cell): pair(match.cell.by_seed(metric), match.baseline.by_seed(metric)).differences
         for match in (*found.named, *found.others)
     }
     if any(minus.values()):
-        metrics = {_MINUS: (f"{title(metric)}, minus baseline", 100.0 if _is_share(metric) else 1.0)} | metrics
+        metrics = {_MINUS: _shown_as(metric, f"{title(metric)}, minus baseline")} | metrics
     values = {
         id(cell): {each: cell.by_seed(each) for each in metrics} | {_MINUS: minus.get(id(cell), {})} for cell in grid
     }
@@ -91,36 +89,41 @@ def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> lis
     asked = {id(cell) for match in found.named for cell in (match.cell, match.baseline)}
     ordered = sorted(grid, key=lambda cell: id(cell) not in asked)
     reduced: dict[str, Reduced] = {}
-    splits, uncovered = {}, []
+    tokens: dict[str, Tokens | None] = {}
+    splits, uncovered, unlike = {}, [], []
     for cell in ordered:
-        paths = [point.folder / FILE for point in cell.points if _finished(cell, point.name)]
-        one = reduce_points(paths)
-        if one is None:
+        seeds = reduce_points([point.folder / FILE for point in cell.points if _finished(cell, point.name)])
+        if not seeds:
             continue
         name = called(cell.axes, names)
-        reduced[name] = one
+        try:
+            reduced[name] = together(seeds)
+        except ValueError as error:
+            unlike.append(f"{name} is left out of drops and load: {error}.")
+            continue
+        tokens[name] = Tokens.of(cell.points[0].config, study.file.ranks)
         of = competition(cell.points[0].config, study.file.ranks)
         if of is None:
             uncovered.append(name)
-        elif of.capacity is not None and (split := split_layers(one, of)):
+        elif of.capacity is not None and (split := split_layers(seeds, of)):
             splits[name] = split
     if not reduced:
-        said = "Drops by layer, place and expert are left out: the points have no measurements by layer."
-        return [Section("Drops and load", [Prose([said])], exploratory=True)]
-    parts: list[Part] = []
+        said = unlike or ["Drops by layer, place and expert are left out: the points have no measurements by layer."]
+        return [Section("Drops and load", [Prose(said)], exploratory=True)]
+    parts: list[Part] = [Prose(unlike)] if unlike else []
     dropping = {name: one for name, one in reduced.items() if np.nanmax(one.drop_rate_FL, initial=0.0) > 0}
     if dropping:
         parts.append(drops_over_run(dropping))
     else:
         parts.append(Prose(["No layer dropped anything."]))
     if splits:
-        parts.append(drops_split(splits))
+        parts.append(drops_split(splits, late_in_words(reduced[name] for name in splits)))
     if uncovered:
         some = f"{uncovered[0]} and {len(uncovered) - 1} more" if len(uncovered) > 1 else uncovered[0]
         parts.append(Prose([f"No theory of chance covers the settings of {some}, so their drops are not split."]))
-    if dropping and (places := drops_by_place(dropping)) is not None:
+    if dropping and (places := drops_by_place(dropping, tokens)) is not None:
         parts.append(places)
-    with_loads = {name: one for name, one in reduced.items() if "load" in one.counts}
+    with_loads = {name: one for name, one in reduced.items() if "ranked_load" in one.counts}
     if with_loads:
         parts.append(loads(with_loads))
     return [Section("Drops and load", parts, exploratory=True)]
@@ -221,6 +224,11 @@ def _speeds_table(result: Ladders, given: GivenLaw | None) -> Table:
         formats=dict.fromkeys(numbers, ".3f"),
         note=note,
     )
+
+
+def _shown_as(name: str, heading: str) -> tuple[str, float]:
+    """(heading, scale) of a number: shares in per cent."""
+    return (f"{heading} (%)", 100.0) if _is_share(name) else (heading, 1.0)
 
 
 def _is_share(name: str) -> bool:

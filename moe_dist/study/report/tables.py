@@ -12,9 +12,9 @@ from moe_dist.study.ledger.measure import loss_unit
 from moe_dist.study.page.model import Table, Value
 from moe_dist.study.report.answer import Answer, verdict_of
 from moe_dist.study.report.checks import CHECKS, Finding
-from moe_dist.study.report.costs import COSTS, cost
+from moe_dist.study.report.costs import COSTS, SAME_COST, cost
 from moe_dist.study.report.matches import Match
-from moe_dist.study.report.metric import spread, title
+from moe_dist.study.report.metric import difference_form, spread, title
 from moe_dist.study.report.theory import dropped_by_chance
 from moe_dist.study.statistics.paired import Comparison, pair
 from moe_dist.study.statistics.samples import Interval
@@ -53,6 +53,7 @@ def cells_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell
     plain = {name: how for name, how in _PLAIN.items() if any(cell.values(name) for cell in grid)}
     columns = [*names.values(), "seeds", *map(title, losses), *(["minus baseline"] if baselines else [])]
     columns += [*(heading for heading, _, _ in plain.values()), "by chance", "C", "tokens per micro-step"]
+    form_of_difference = difference_form(*(value for cell in grid for value in cell.values(metric)))
     rows = []
     for cell in grid:
         row: list[Value] = [label(key, value) for key, value in cell.axes.items()] + [len(cell.records)]
@@ -60,7 +61,7 @@ def cells_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell
         if baselines:
             baseline = baselines.get(id(cell))
             differences = {} if baseline is None else pair(cell.by_seed(metric), baseline.by_seed(metric)).differences
-            row.append(spread(list(differences.values()), "{:+.4f}"))
+            row.append(spread(list(differences.values()), f"{{:{form_of_difference}}}"))
         row += [spread(cell.values(name), form, scale) for name, (_, form, scale) in plain.items()]
         row.append(dropped_by_chance(cell.points[0].config, study.file.ranks))
         row += [_same(cell, "expert_capacity"), _same(cell, "tokens_per_micro_step")]
@@ -83,13 +84,16 @@ def comparisons_table(
         row += [*_ends(each.interval), each.p_holm, "; ".join(words), each.detectable, each.p, each.p_equivalent]
         rows.append([*row, *_ends(each.together), *_ends(each.bootstrap)])
     signed = [*columns[3:6], *columns[11:]]
-    formats = dict.fromkeys(signed, "+.4f") | dict.fromkeys(("p", "p (Holm)", "p (equivalent)"), ".3g")
-    formats["shown with 80%"] = ".4f"
+    compared = (cell for match in matches for cell in (match.cell, match.baseline))
+    form = difference_form(*(value for cell in compared for value in cell.values(question.metric)))
+    formats = dict.fromkeys(signed, form) | dict.fromkeys(("p", "p (Holm)", "p (equivalent)"), ".3g")
+    formats["shown with 80%"] = form.removeprefix("+")
     return Table(name=name, title=heading, columns=columns, rows=rows, formats=formats, note=note)
 
 
 def advice_table(found: Answer) -> Table:
-    """The recommendation at each setting, and which points may be ranked."""
+    """The recommendation at each setting, and which points may be ranked. found: of a question."""
+    by = None if found.question is None else found.question.decide_by
     orders = {order.setting: order.groups for order in found.orders}
     rows: list[list[Value]] = []
     for each in found.advice:
@@ -98,11 +102,12 @@ def advice_table(found: Answer) -> Table:
         if one is not None and one.name is not None:
             taken = [each.taken, one.chosen[one.name], one.best, one.shown]
         rows.append([each.setting, *taken, orders.get(each.setting), each.reasons])
-    columns = ["setting", "take", "share of draws", "lowest loss", "shown", "order", "reasons"]
+    columns = ["setting", "take", "share of draws", "best", "shown", "order", "reasons"]
+    same = f" Times within {SAME_COST['time']:.0%} count as equal." if by == "time" else ""
     note = (
         "Take: the cheapest not worse than the best by more than matters, where half of the bootstrap draws do. "
         "Shown: the cheapest that the seeds show not to be worse by as much. Points in braces cannot be told apart, so "
-        "they have no order."
+        "they have no order." + same
     )
     formats = {"share of draws": ".0%"}
     return Table(name="advice", title="What to take", columns=columns, rows=rows, formats=formats, note=note)

@@ -61,12 +61,6 @@ class Law:
     def loss(self, compute: float) -> float:
         return self.floor + self.scale * compute**-self.exponent
 
-    def compute(self, loss: float) -> float:
-        """What the ladder needs for that loss. Raises ValueError for a loss that no compute reaches."""
-        if not loss > self.floor:
-            raise ValueError(f"a loss of {loss} is not above the law's floor L0 = {self.floor}: no compute reaches it")
-        return float((self.scale / (loss - self.floor)) ** (1 / self.exponent))
-
 
 @dataclass(frozen=True, slots=True)
 class LawFit:

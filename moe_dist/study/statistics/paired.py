@@ -1,4 +1,4 @@
-"""Is a point's value another than the baseline's? Paired by seed, with the answer in words.
+"""Is a point's value another than the baseline's? Paired by seed, with a verdict.
 
 Points that share weights and data order by seed differ by less than two seeds do, so the difference is taken seed by
 seed and the seeds are the sample. For each point of the family that a question names:
@@ -86,17 +86,6 @@ class Comparison:
     def at_most(self) -> float | None:
         """The largest difference, of either sign, that the family's intervals allow."""
         return None if self.together is None else self.together.furthest
-
-    @property
-    def words(self) -> str:
-        """The verdict as part of a sentence: 'not distinguishable at 5 seeds: smaller than 0.0123'."""
-        seeds = len(self.pairs.differences)
-        at = f"at {seeds} seed{'s' * (seeds != 1)}"
-        if self.verdict is Verdict.TOO_FEW_SEEDS:
-            return f"{self.verdict}: {seeds}, and an interval needs {FEWEST_SEEDS}"
-        if self.verdict is Verdict.NOT_DISTINGUISHABLE:
-            return f"{self.verdict} {at}: smaller than {self.at_most:.3g}"
-        return f"{self.verdict} {at}, by {self.mean:+.3g}"
 
 
 def pair(point: BySeed, baseline: BySeed, name: str = "point") -> Pairs:

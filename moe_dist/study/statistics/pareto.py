@@ -1,7 +1,7 @@
 """Which points nothing cheaper beats, and which capacity factor to recommend.
 
-cost is time, FLOPs, bytes or memory: one number of a point, taken as known. Losses have the noise of their seeds, so a
-point stands
+cost is time, FLOPs, bytes or memory: one number of a point, taken as known, but for times, which were measured: those
+that differ by less than `same_cost` are equal. Losses have the noise of their seeds, so a point stands
 
 | standing     | when, among the points that cost no more than it                                          |
 |--------------|-------------------------------------------------------------------------------------------|
@@ -12,12 +12,13 @@ point stands
 by paired tests of all pairs with Holm (ties.py).
 
 The recommended point is the cheapest whose loss is not worse than the best one's by both measures: told apart by paired
-tests with Holm, and by a mean of more than the smallest difference that matters. Few seeds tell little apart, so three
-numbers say how far to trust it: `shown`, the cheapest point that is shown not to be worse by as much as matters (one-
-sided tests with Holm); the share of bootstrap draws of the seeds in which each point is the cheapest within what
-matters of the draw's best; and the seeds. Draws are stretched about the mean by sqrt(n / (n - 1)), which makes their
-variance that of a mean of n. The best of many points is partly the luckiest; that makes the others look worse than
-they are, so the advice errs towards the dearer.
+tests with Holm, and by a mean of more than the smallest difference that matters. Of points that cost the same (the
+cheapest of them and those within same_cost of it) the one of lower mean loss counts as cheaper. Few seeds tell little
+apart, so three numbers say how far to trust it: `shown`, the cheapest point that is shown not to be worse by as much as
+matters (one-sided tests with Holm); the share of bootstrap draws of the seeds in which each point is the cheapest
+within what matters of the draw's best; and the seeds. Draws are stretched about the mean by sqrt(n / (n - 1)), which
+makes their variance that of a mean of n. The best of many points is partly the luckiest; that makes the others look
+worse than they are, so the advice errs towards the dearer.
 """
 
 import math
@@ -75,8 +76,7 @@ def pareto(points: Mapping[str, Candidate], *, same_cost: float = 0.0, alpha: fl
     """The standing of each point, in their order. same_cost: relative; costs that differ by less are equal, for times
     that were measured. Raises ValueError for what is not finite, and points without losses."""
     _check(points)
-    if not 0 <= same_cost < 1:
-        raise ValueError(f"same_cost={same_cost}: give the relative difference that does not count, 0 to 1")
+    _check_same_cost(same_cost)
     apart = groups({name: point.losses for name, point in points.items()}, alpha=alpha).apart
     places = []
     for name, point in points.items():
@@ -90,11 +90,21 @@ def pareto(points: Mapping[str, Candidate], *, same_cost: float = 0.0, alpha: fl
     return places
 
 
-def recommend(points: Mapping[str, Candidate], *, matters: float, alpha: float = 0.05) -> Recommendation:
-    """matters: the smallest difference of losses that matters, in nats. Raises ValueError for what is not finite, no
-    points, points without losses, and numbers out of range."""
+def recommend(
+    points: Mapping[str, Candidate],
+    *,
+    matters: float,
+    same_cost: float = 0.0,
+    alpha: float = 0.05,
+    metric: str = "loss",
+    sign: float = 1.0,
+) -> Recommendation:
+    """matters: the smallest difference of losses that matters, in nats. same_cost: as of `pareto`. metric, sign: for
+    the reasons: what the losses are, and -1 where they are its negative, since more of it is better. Raises ValueError
+    for what is not finite, no points, points without losses, and numbers out of range."""
     _check(points)
     check_share(alpha, "alpha")
+    _check_same_cost(same_cost)
     if not points:
         raise ValueError("no point to recommend")
     if not (math.isfinite(matters) and matters > 0):
@@ -109,24 +119,43 @@ def recommend(points: Mapping[str, Candidate], *, matters: float, alpha: float =
     family = compare({name: each for name, each in losses.items() if name != best}, losses[best], alpha=alpha)
     rivals = {each.name: each for each in family}
     not_worse = holm({name: _p_of_worse(each, matters) for name, each in rivals.items()})
-    by_cost = sorted(points, key=lambda name: points[name].cost)
+    tiers = _tiers(points, losses, same_cost)
+    by_cost = [each for tier in tiers for each in tier]
     name = next(each for each in by_cost if each == best or not _worse(rivals[each], matters, alpha))
     shown = next(each for each in by_cost if each == best or not_worse[each] <= alpha)
     chosen = _chosen(losses, by_cost, matters)
+    mates = next(tier for tier in tiers if name in tier)
     reasons = []
     for each in by_cost[: by_cost.index(name)]:
-        reasons.append(f"{each} is cheaper, and worse than {best} by {rivals[each].mean:.3g}, p = {_p(rivals[each])}")
+        cheaper = "costs the same, and is" if each in mates else "is cheaper, and"
+        reasons.append(f"{each} {cheaper} worse than {best} by {rivals[each].mean:.3g}, p = {_p(rivals[each])}")
+    better, most = ("lower", "lowest") if sign > 0 else ("higher", "highest")
     if name == best:
-        reasons.append(f"{name} has the lowest loss of {len(points)} points, and nothing cheaper comes near it")
+        reasons.append(f"{name} has the {most} {metric} of {len(points)} points, and nothing cheaper comes near it")
     else:
         reasons.append(
-            f"{name} costs {points[name].cost / points[best].cost:.3g} times what {best} does, whose loss is lowest, "
-            f"and its own differs by {rivals[name].mean:+.3g}, p = {_p(rivals[name])}"
+            f"{name} costs {points[name].cost / points[best].cost:.3g} times what {best} does, whose {metric} is "
+            f"{most}, and its own differs by {sign * (rivals[name].mean or 0.0):+.3g}, p = {_p(rivals[name])}"
+        )
+    if after := mates[mates.index(name) + 1 :]:
+        reasons.append(
+            f"{' and '.join(after)} cost{'s' * (len(after) == 1)} the same, but {name} has the {better} {metric}"
         )
     if shown != name:
         reasons.append(f"{len(seeds)} seeds do not show that it is worse by less than {matters:g}; for {shown} they do")
     reasons.append(f"it is the cheapest within {matters:g} of the best in {chosen[name]:.0%} of bootstrap draws")
     return Recommendation(name, best, shown, chosen, seeds, left, tuple(reasons))
+
+
+def _tiers(points: Mapping[str, Candidate], losses: Mapping[str, BySeed], same_cost: float) -> list[list[str]]:
+    """Points that cost the same, from the cheapest; within a tier from the lowest mean loss."""
+    tiers: list[list[str]] = []
+    for name in sorted(points, key=lambda name: points[name].cost):
+        if tiers and points[name].cost <= points[tiers[-1][0]].cost * (1 + same_cost):
+            tiers[-1].append(name)
+        else:
+            tiers.append([name])
+    return [sorted(tier, key=lambda name: _mean(losses[name])) for tier in tiers]
 
 
 def _worse(rival: Comparison, matters: float, alpha: float) -> bool:
@@ -157,6 +186,11 @@ def _chosen(losses: Mapping[str, BySeed], by_cost: list[str], matters: float) ->
 
 def _mean(losses: BySeed) -> float:
     return float(np.mean(list(losses.values())))
+
+
+def _check_same_cost(same_cost: float) -> None:
+    if not 0 <= same_cost < 1:
+        raise ValueError(f"same_cost={same_cost}: give the relative difference that does not count, 0 to 1")
 
 
 def _check(points: Mapping[str, Candidate]) -> None:

@@ -15,6 +15,7 @@ from moe_dist.study.report.matches import compared, families
 from moe_dist.study.statistics.paired import Verdict
 from tests.unit.study.synthetic import QUESTION, STUDY, Loss, plant, planted_losses, planted_study, record_of
 
+TEXTS = STUDY.replace("train.steps: 100", "train.steps: 100, task: classification, model.num_classes: 7")
 DROPLESS = [2.03, 1.98, 2.01, 2.11, 2.06]
 ADDED = {0.5: [0.101, 0.098, 0.107, 0.093, 0.096], 1.0: [0.004, -0.007, 0.003, 0.002, -0.005]}
 
@@ -51,7 +52,6 @@ def test_the_answer_is_two_sentences_with_scipys_numbers(tmp_path: Path) -> None
     low, high = tests[0.5].confidence_interval(0.95)
     assert (half.interval.low, half.interval.high) == pytest.approx((low, high))  # type: ignore[union-attr]
     assert half.p_holm == pytest.approx(2 * tests[0.5].pvalue) and one.p == pytest.approx(tests[1.0].pvalue)
-    low, high = tests[0.5].confidence_interval(0.975)  # both at once
     equal = max(
         stats.ttest_1samp(ADDED[1.0], 0.01, alternative="less").pvalue,
         stats.ttest_1samp(ADDED[1.0], -0.01, alternative="greater").pvalue,
@@ -84,13 +84,49 @@ def test_what_cannot_be_told_has_a_bound(tmp_path: Path) -> None:
 
 
 def test_of_accuracy_more_is_better(tmp_path: Path) -> None:
-    study = planted_study(tmp_path, STUDY + QUESTION + "  metric: validation_accuracy\n")
+    study = planted_study(tmp_path, TEXTS + QUESTION + "  metric: validation_accuracy\n")
     change = {0.5: 0.05, 1.0: 0.0, None: 0.0}
     found = answered(
         study, change=lambda p: {"validation_accuracy": 0.5 + change[p.axes[CAPACITY]] + 0.001 * (p.index * 7 % 5)}
     )
     assert found.sentences[0].startswith("0.5 is better than dropless by 0.05")
     assert found.sentences[1].startswith("By time take 0.5:")
+    assert found.advice[0].reasons.startswith("0.5 has the highest validation accuracy of 3 points")
+
+
+def test_a_claim_has_its_own_interval_clear_of_zero(tmp_path: Path) -> None:
+    """Of two, 1.0 is told by Holm at 0.05, though the interval that holds for both at once has zero in it."""
+    added = {0.5: [0.101, 0.098, 0.107, 0.093, 0.096], 1.0: [0.001, 0.006, 0.002, 0.009, 0.004]}
+
+    def loss(point: Any, rng: Any) -> float:
+        factor = point.config.model.moe.capacity_factor
+        return DROPLESS[point.seed] + (0.0 if factor is None else added[factor][point.seed])
+
+    test = stats.ttest_1samp(added[1.0], 0.0)
+    low, high = test.confidence_interval(0.95)
+    assert low > 0 > test.confidence_interval(0.975).low
+    study = planted_study(tmp_path, STUDY + QUESTION.replace("smallest_difference: 0.01", "spread: 0.01"))
+    said = answered(study, loss).sentences[0]
+    assert said.endswith(f"; 1.0 is worse than dropless by {np.mean(added[1.0]):.3g} ({low:.3g} to {high:.3g}).")
+
+
+def test_a_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
+    study = planted_study(tmp_path, STUDY + QUESTION + "  metric: validation_bits_per_token\n")
+    assert answered(study).sentences == ("No finished point has a validation bits/token, so it has no answer yet.",)
+
+
+def test_times_that_are_equal_do_not_decide(tmp_path: Path) -> None:
+    """0.5 is faster by 1% and worse by less than matters: 1.0 is taken, since they cost the same."""
+    seconds = {0.5: 0.099, 1.0: 0.1, None: 0.12}
+    added = {0.5: [0.006, 0.005, 0.007, 0.005, 0.006], 1.0: [0.001, 0.0, 0.002, 0.0, 0.001]}
+
+    def loss(point: Any, rng: Any) -> float:
+        factor = point.config.model.moe.capacity_factor
+        return DROPLESS[point.seed] + (0.0 if factor is None else added[factor][point.seed])
+
+    found = answered(planted_study(tmp_path), loss, change=lambda p: {"step_seconds": seconds[p.axes[CAPACITY]]})
+    assert found.sentences[1].startswith("By time take 1.0:")
+    assert "0.5 costs the same, but 1.0 has the lower validation loss" in found.advice[0].reasons
 
 
 def test_fewer_than_three_seeds_claim_nothing(tmp_path: Path) -> None:
@@ -186,10 +222,47 @@ def test_what_few_draws_agree_on_is_not_recommended(tmp_path: Path) -> None:
         return 3.0 + (0.0 if factor is None else noise[factor][point.seed])
 
     text = STUDY.replace("[0, 1, 2, 3, 4]", "[0, 1, 2]")
-    found = answered(planted_study(tmp_path, text + QUESTION), loss)
+    seconds = {0.5: 0.08, 1.0: 0.1, None: 0.12}
+    found = answered(
+        planted_study(tmp_path, text + QUESTION), loss, change=lambda p: {"step_seconds": seconds[p.axes[CAPACITY]]}
+    )
     assert "not distinguishable" in found.sentences[0] and found.advice[0].taken is None
     assert found.sentences[1].startswith(
-        "By time nothing cheaper than the best is recommended: 0.5 is the cheapest that 3 seeds do not tell apart from "
-        "it, but within 0.01 of it in only "
+        "By time nothing cheaper than the best is recommended: 0.5 is the cheapest that 3 seeds do not tell to be "
+        "worse by more than 0.01, but it is the cheapest within 0.01 of the draw's best in only "
     )
     assert found.sentences[1].endswith("% of bootstrap draws; 3 seeds show it only of the best, dropless.")
+
+
+def test_a_best_that_few_draws_take_is_not_recommended(tmp_path: Path) -> None:
+    """Dropless is best, and cheapest, but 1.0 comes so near that most draws take another."""
+    noise = {0.5: [-0.3, 0.31, 0.02], 1.0: [0.31, -0.3, 0.02]}
+
+    def loss(point: Any, rng: Any) -> float:
+        factor = point.config.model.moe.capacity_factor
+        return 3.0 + (0.0 if factor is None else noise[factor][point.seed])
+
+    text = STUDY.replace("[0, 1, 2, 3, 4]", "[0, 1, 2]")
+    seconds = {0.5: 0.12, 1.0: 0.12, None: 0.08}
+    found = answered(
+        planted_study(tmp_path, text + QUESTION), loss, change=lambda p: {"step_seconds": seconds[p.axes[CAPACITY]]}
+    )
+    one = found.advice[0].recommendation
+    assert one is not None and one.name == one.best == "dropless" and one.chosen["dropless"] < 0.5
+    assert found.sentences[1] == (
+        "By time nothing is recommended: dropless has the best validation loss, but it is the cheapest within 0.01 of "
+        f"the draw's best in only {one.chosen['dropless']:.0%} of bootstrap draws."
+    )
+
+
+def test_many_settings_without_advice_are_counted(tmp_path: Path) -> None:
+    text = SETTINGS.replace("[1, 2]", "[1, 2, 3, 4]").replace("[0.5, 1.0, 1.5, null]", "[1.0, null]")
+    study = planted_study(tmp_path, text + QUESTION)
+    plant(study, planted_losses({1.0: 0.03, None: 0.0}))
+    latest = {
+        name: each
+        for name, each in Ledger(study.ledger).latest().items()
+        if each["axes"]["model.moe.top_k"] == 1 and each["axes"]["model.moe.drop_policy"] == "score"
+    }
+    said = answer(study, cells(study, latest)).sentences[1]
+    assert said.count("drop_policy") == 7 and said.endswith(" and 1 more.")  # one is advised, six of seven are named

@@ -128,6 +128,36 @@ def test_a_point_without_a_baseline_is_named(tmp_path: Path) -> None:
     found = findings(study)
     (lonely,) = (each for each in found if each.what.startswith("the grid has no baseline"))
     assert lonely.points == ("top_k 2, capacity_factor 0.5", "top_k 2, capacity_factor 1.0")
+    assert lonely.level == "violation"
+    asked = planted_study(tmp_path, text + QUESTION + "  compare: {model.moe.top_k: [1]}\n")
+    (lonely,) = findings(Study(asked.path, asked.file, tuple(alone)))
+    assert (lonely.level, lonely.check, len(lonely.points)) == ("warning", "pairs", 2)
+
+
+def test_a_seed_without_the_metric_on_both_sides_is_named(tmp_path: Path) -> None:
+    study = planted_study(tmp_path)
+    found = findings(study, lambda point: {"validation_loss": None} if point.seed == 3 else {})
+    of_pairs = [each for each in found if each.check == "pairs"]
+    assert [each.points for each in of_pairs] == [(f"capacity_factor={f}-seed=3",) for f in (0.5, 1.0)]
+    assert of_pairs[0].what.startswith("seeds 3 of capacity_factor 0.5 or its baseline lack the validation loss")
+
+
+def test_a_bad_line_is_no_violation_once_all_have_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = planted_study(tmp_path)
+    (found,) = findings(study, spoil="{broken\n")
+    assert (found.level, found.check) == ("warning", "ledger") and "line 16 cannot be read" in found.what
+    assert found.remedy.startswith("remove this line")
+    assert command_line(["report", str(study.path), "--check"]) == 0
+    (_, broken) = findings(study, only(FIRST, status="failed", reason="no luck"), spoil="{broken\n")[:2][::-1]
+    assert (broken.level, broken.check) == ("violation", "ledger")
+
+
+def test_expert_choice_needs_no_capped_loss(tmp_path: Path) -> None:
+    text = STUDY.replace("[0.5, 1.0, null]", "[0.5, 1.0]").replace(
+        "train.steps", "model.moe.router: expert_choice, train.steps"
+    )
+    study = planted_study(tmp_path, text)
+    assert [each.check for each in findings(study, lambda point: {"validation_loss_capped": None})] == []
 
 
 def test_lines_name_few_points_and_count_the_rest() -> None:

@@ -13,9 +13,17 @@ import pytest
 from scipy import stats
 
 from moe_dist.study.design.grid import Study
+from moe_dist.study.ledger.columns import Columns
+from moe_dist.study.page.model import Figure
 from moe_dist.study.report.figures.canvas import places_of, spread_over
-from moe_dist.study.report.report import write_report
-from moe_dist.study.statistics.drops import uniform_drops
+from moe_dist.study.report.figures.drops_by_place import Tokens, drop_rates, drops_by_place, place_shares
+from moe_dist.study.report.figures.drops_split import split_layers
+from moe_dist.study.report.figures.loads import over_means
+from moe_dist.study.report.reduced import Reduced, late_in_words, reduce_columns, together
+from moe_dist.study.report.report import page_of, write_report
+from moe_dist.study.report.theory import Competition
+from moe_dist.study.statistics.drops import drops_of_shares, uniform_drops
+from tests.dist.helpers import tiny_config
 from tests.unit.study.synthetic import (
     QUESTION,
     STUDY,
@@ -102,8 +110,8 @@ def test_drops_are_split_by_theory(written: Written) -> None:
     for (name, layer), row in rows.items():
         number = int(layer.split()[1])
         late = list(written.late(name, number))
-        dropped, load = (sum(sum(line[key]) for line in late) for key in ("dropped_by_expert", "load"))
-        assert float(row["measured"]) == pytest.approx(dropped / load)
+        rates = [sum(line["dropped_by_expert"]) / sum(line["load"]) for line in late]
+        assert float(row["measured"]) == pytest.approx(fmean(rates)) and len(rates) == 5
         capacity = 64 if name.endswith("0.5") else 128  # of 512 tokens that choose 2 of 8
         assert float(row["chance"]) == pytest.approx(uniform_drops(512, 2, 8, capacity).rate)
         parts = [float(row[part]) for part in ("chance", "imbalance", "rest")]
@@ -124,13 +132,83 @@ def test_drops_by_place_are_over_equal_parts(written: Written) -> None:
 
 
 def test_loads_are_over_their_layers_mean(written: Written) -> None:
-    rows = {(row["point"], row["layer"], int(row["expert"])): row for row in written.table("loads")}
+    rows = {(row["point"], row["layer"], int(row["rank"])): row for row in written.table("loads")}
     assert len(rows) == 3 * LAYERS * EXPERTS
-    loads = np.sum([line["load"] for line in written.late("dropless", 1)], axis=0)
-    for expert in range(EXPERTS):
-        row = rows["dropless", "layer 1", expert]
-        assert float(row["load"]) == loads[expert]
-        assert float(row["load_over_mean"]) == pytest.approx(loads[expert] / loads.mean(), abs=1e-6)
+    loads = np.sum([sorted(line["load"], reverse=True) for line in written.late("dropless", 1)], axis=0)
+    for rank in range(EXPERTS):
+        row = rows["dropless", "layer 1", rank]
+        assert float(row["load"]) == loads[rank]
+        assert float(row["load_over_mean"]) == pytest.approx(loads[rank] / loads.mean(), abs=1e-6)
+
+
+def points_of(loads: list[list[int]], fractions: int = 4, dropped: float = 0.3) -> list[Reduced]:
+    """One layer's measurements of as many seeds, the same at every fraction."""
+    found = []
+    for load in loads:
+        model = {"fraction": np.arange(1, fractions + 1) / fractions}
+        load_FLE = np.tile(np.array(load), (fractions, 1, 1))
+        counts = {"load": load_FLE, "dropped_by_expert": np.round(load_FLE * dropped).astype(np.int64)}
+        layer = {"layer": np.array([0]), "drop_rate": np.full((fractions, 1), dropped)} | counts
+        one = reduce_columns(Columns(model, {"feed_forward": layer}))
+        assert one is not None
+        found.append(one)
+    return found
+
+
+def test_imbalance_is_each_seeds_own() -> None:
+    """One expert of eight has 40%, another in each seed: added up by number the shares would be nearly even."""
+    loads = np.full((5, 8), 6000) + np.eye(5, 8, dtype=int) * 22_000
+    of = Competition(tokens=512, top_k=1, num_experts=8, capacity=64, pool=1)
+    points = points_of(loads.tolist())
+    (layer,) = split_layers(points, of)
+    chance = uniform_drops(512, 1, 8, 64).rate
+    expected = drops_of_shares(512, 1, [0.4, *[0.6 / 7] * 7], 64).rate
+    assert layer.split.chance == pytest.approx(chance)
+    assert layer.split.imbalance == pytest.approx(expected - chance, abs=1e-3) and layer.split.imbalance > 0.2
+    whole = together(points)
+    assert over_means(whole)[0].tolist() == pytest.approx([3.2, *[0.6 / 7 * 8] * 7], abs=0.01)
+    assert whole.seeds == 5 and not whole.counts.keys() & {"load", "dropped_by_expert"}
+
+
+@pytest.mark.parametrize(
+    ("fractions", "late", "counted"), [(1, 1.0, 1), (2, 0.5, 1), (4, 0.25, 1), (5, 0.2, 1), (8, 0.25, 2), (10, 0.2, 2)]
+)
+def test_the_last_quarter_has_fractions_that_lie_in_it(fractions: int, late: float, counted: int) -> None:
+    """Of five the last alone: the fourth begins at 0.6."""
+    (one,) = points_of([[10, 20]], fractions)
+    assert one.late == pytest.approx(late) and one.counts["load"][0].tolist() == [10 * counted, 20 * counted]
+    assert late_in_words([one]) == f"the last {late:.0%} of the schedule"
+    (other,) = points_of([[10, 20]], 4)
+    assert late_in_words([other, one]) == (
+        "the last 25% of the schedule"
+        if late == 0.25
+        else f"the last {min(late, 0.25):.0%} to {max(late, 0.25):.0%} of the schedule"
+    )
+
+
+def test_seeds_of_other_fractions_are_told(tmp_path: Path) -> None:
+    study = planted_study(tmp_path)
+    plant(study, planted_losses({0.5: 0.05, 1.0: 0.004, None: 0.0}))
+    for point in study.points:
+        plant_measurements(point, LAYERS, EXPERTS, 8 if point.index == 0 else 4)
+    write_report(study)
+    said = "capacity_factor 0.5 is left out of drops and load: its seeds have measurements of other fractions"
+    page = (study.folder / "report.md").read_text()
+    assert said in page and "capacity_factor 1.0 is left out of drops" not in page
+
+
+def test_places_have_the_tokens_that_fall_into_them() -> None:
+    """Twenty tokens in sixteen parts: every fourth part has two of them, so of even drops twice as many."""
+    tokens = [sum(at * 16 // 20 == part for at in range(20)) for part in range(16)]
+    assert place_shares(20, 16).tolist() == [each / 20 for each in tokens] and sorted(set(tokens)) == [1, 2]
+    counts = {"ranked_load": (np.array([600.0, 400.0]),), "dropped_by_place": (np.array(tokens) * 5.0,)}
+    one = Reduced((1.0,), ((0, "feed_forward"),), np.full((1, 1), 0.1), counts, 1.0)
+    rates = drop_rates(one, "sequence", Tokens(sequence=20, micro_step=20))
+    assert rates is not None and rates.tolist() == pytest.approx([0.1] * 16)
+    assert drop_rates(one, "sequence", None) is None  # of a classifier
+    assert drops_by_place({"a": one}, {"a": None}) is None
+    assert Tokens.of(tiny_config(train__seq_len=20, train__global_batch=4), 1) == Tokens(20, 80)
+    assert Tokens.of(tiny_config(task="classification", model__num_classes=2), 1) is None
 
 
 def test_the_front_is_of_times_and_losses(written: Written) -> None:
@@ -244,6 +322,27 @@ def test_a_given_law_says_what_a_loss_is_worth(tmp_path: Path) -> None:
         assert float(row["effective speed"]) == pytest.approx(compute * np.exp(faster))
         assert float(row["over L0 and a, least"]) < float(row["effective speed"]) < float(row["over L0 and a, most"])
     assert "by the given law L0 = 1.6, a = 0.0941" in (study.folder / "report.md").read_text()
+
+
+def test_a_loss_at_the_floor_of_a_law_is_told(tmp_path: Path) -> None:
+    study = planted_study(tmp_path, STUDY + QUESTION + "law: {floor: 3.0, exponent: 0.0941}\n")
+    plant(study, planted_losses({0.5: 0.05, 1.0: 0.004, None: 0.0}))
+    write_report(study)
+    assert not (study.folder / "data" / "speeds.csv").exists()
+    least = min(json.loads(line)["validation_loss"] for line in study.ledger.read_text().splitlines())
+    said = (
+        f"Effective compute and speed are left out: a loss of {least:.4g} is not above L0 = 3, so no compute reaches it"
+    )
+    assert said in (study.folder / "report.md").read_text()
+
+
+def test_of_shares_the_panel_says_per_cent(tmp_path: Path) -> None:
+    study = planted_study(tmp_path, STUDY + QUESTION + "  metric: drop_rate\n")
+    plant(study, lambda point, rng: 3.0)
+    page = page_of(study)
+    assert page is not None
+    (figure,) = (p for s in page.sections for p in s.parts if isinstance(p, Figure) and p.name == "against")
+    assert "dropped, end, minus baseline (%)" in figure.svg
 
 
 def test_what_the_grid_does_not_have_is_left_out_in_words(tmp_path: Path) -> None:

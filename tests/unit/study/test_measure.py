@@ -162,6 +162,30 @@ def test_rows_that_an_expert_takes(moe: dict[str, Any], expected: Any, tmp_path:
     assert measure(written(tmp_path, records, **moe))["expert_capacity"] == expected
 
 
+def test_a_dropless_point_has_its_own_loss_as_the_capped_one(tmp_path: Path) -> None:
+    """So a question about the capped loss can have a dropless baseline; what ends under a limit is not made up."""
+    records = [{k: v for k, v in record.items() if k != "validation_loss_capped"} for record in records_of()]
+    limits: dict[str, dict[str, Any]] = {
+        "dropless": {"capacity_factor": None},
+        "in the end": {"capacity_factor": 1.0, "capacity_schedule": {9: None}},
+        "limited": {"capacity_factor": 1.0},
+        "of one layer": {"capacity_factor": [None, 1.0]},
+        "evaluated": {"capacity_factor": None, "eval_capacity_factor": 1.0},
+    }
+    found = {}
+    for name, moe in limits.items():
+        (tmp_path / name).mkdir()
+        point = written(tmp_path / name, records, **{"eval_capacity_factor": None} | moe)
+        found[name] = measure(point).get("validation_loss_capped")
+    assert found == {
+        "dropless": 4.0,
+        "in the end": 4.0,
+        "limited": None,
+        "of one layer": None,
+        "evaluated": None,
+    }
+
+
 def test_experts_of_attention_have_a_capacity_of_their_own(tmp_path: Path) -> None:
     point = written(tmp_path, records_of(), capacity_factor=1.0)
     assert measure(point)["expert_capacity"] == [86, 40, 86]  # 8 experts at 1.25: ceil(1.25 * 2 * 128 / 8)

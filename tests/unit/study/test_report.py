@@ -20,6 +20,8 @@ from moe_dist.study.report.tables import cells_table, costs_table, failed_table,
 from moe_dist.study.report.theory import dropped_by_chance
 from moe_dist.study.run.runner import Runner
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
+from tests.unit.study.synthetic import QUESTION, plant, planted_study
+from tests.unit.study.synthetic import STUDY as PLANTED
 
 
 def rows_of(table: Table) -> list[dict[str, Any]]:
@@ -44,6 +46,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         "capacity_factor": "0.5",
         "seeds": 2,
         "validation loss": "3.0000 ± 0.7071",  # 2.5 and 3.5
+        "validation loss, capped": "–",
         "minus baseline": "+0.5000",  # 2.5 - 2 and 3.5 - 3
         "validation bits/byte": "4.0000",
         "training loss": "7.0000 ± 0.7071",
@@ -119,6 +122,26 @@ def test_points_without_a_result_are_named(tmp_path: Path, capsys: pytest.Captur
     assert command_line(["report", str(path), "--output", str(tmp_path / "page")]) == 0
     assert capsys.readouterr().out.split()[-2:] == [str(tmp_path / f"page/report.{kind}") for kind in ("html", "md")]
     assert "2 of 4 points have finished" in (tmp_path / "page/report.md").read_text()
+
+
+def test_a_study_whose_points_all_failed_has_a_page(tmp_path: Path) -> None:
+    path, study = write_study(tmp_path), toy_study(tmp_path)
+    assert Runner(study, Pretend(tmp_path, "sys.exit('no luck')")).run(study.points) == 1
+    assert command_line(["report", str(path)]) == 0
+    text = (study.folder / "report.md").read_text()
+    assert "4 points failed and are left out of all numbers" in text and "Failed points" in text and "no luck" in text
+    assert "0 of 4 points have finished." in text
+
+
+def test_differences_are_written_by_the_size_of_what_differs(tmp_path: Path) -> None:
+    study = planted_study(tmp_path, PLANTED + QUESTION + "  metric: flops_executed\n")
+    plant(study, lambda point, rng: 3.0, change=lambda p: {"flops_executed": 3e12 + 1e9 * p.index})
+    page = page_of(study)
+    assert page is not None
+    tables = {part.name: part for section in page.sections for part in section.parts if isinstance(part, Table)}
+    assert {tables["comparisons"].formats[name] for name in ("minus baseline", "low", "bootstrap, high")} == {"+.4g"}
+    assert tables["comparisons"].formats["shown with 80%"] == ".4g"
+    assert rows_of(tables["points"])[0]["minus baseline"] == "-1e+10"
 
 
 def test_spread() -> None:

@@ -133,6 +133,11 @@ def study(folder: Path, **keys: Any) -> Study:
             "question compares nothing: no point that is left",
         ),
         (dict(question=QUESTION | {"metric": "val_loss"}), "question.metric=val_loss is no number"),
+        (
+            dict(question=QUESTION | {"metric": "validation_accuracy"}),
+            "question.metric=validation_accuracy is only known of task: classification, which no point has",
+        ),
+        (dict(question=QUESTION | {"metric": "test_loss_capped"}), "question.metric=test_loss_capped is only known of"),
         (dict(question=QUESTION | {"smallest_difference": -0.1}), "question.smallest_difference=-0.1 is not above 0"),
         (dict(question=QUESTION | {"spread": 0}), "question.spread=0.0 is not above 0"),
         (

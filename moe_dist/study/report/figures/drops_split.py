@@ -1,7 +1,12 @@
-"""Measured drops beside theory, by layer: what chance explains, what the experts' unequal shares add, and the rest."""
+"""Measured drops beside theory, by layer: what chance explains, what the experts' unequal shares add, and the rest.
 
-from collections.abc import Mapping, Sequence
+Each seed is split by its own shares, then the parts are averaged: every seed has other popular experts, whose shares
+added up by number would look even.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,22 +35,37 @@ class LayerSplit:
     split: DropSplit
 
 
-def split_layers(one: Reduced, of: Competition) -> list[LayerSplit]:
-    """Of the feed-forward layers of a cell whose experts dropped anything or could have."""
-    found = []
+def split_layers(points: Sequence[Reduced], of: Competition) -> list[LayerSplit]:
+    """Of the feed-forward layers of a cell whose experts were asked for anything: means over its points, of which each
+    is one seed."""
+    by_layer: dict[str, list[DropSplit]] = {}
+    for one in points:
+        for name, split in _split(one, of):
+            by_layer.setdefault(name, []).append(split)
+    return [LayerSplit(name, _mean(splits)) for name, splits in by_layer.items()]
+
+
+def _split(one: Reduced, of: Competition) -> Iterator[tuple[str, DropSplit]]:
     loads, dropped = one.counts.get("load", ()), one.counts.get("dropped_by_expert", ())
     for layer, load_E, dropped_E in zip(one.layers, loads, dropped, strict=False):
         if layer[1] != "feed_forward" or load_E.sum() == 0:
             continue
         shares = load_E / load_E.sum()
         measured = float(dropped_E.sum() / load_E.sum())
-        split = split_drops(measured, of.tokens, of.top_k, list(shares), of.capacity, of.pool)
-        found.append(LayerSplit(layer_name(layer), split))
-    return found
+        yield layer_name(layer), split_drops(measured, of.tokens, of.top_k, list(shares), of.capacity, of.pool)
 
 
-def drops_split(cells: Mapping[str, Sequence[LayerSplit]]) -> Figure:
-    """cells: name -> its layers."""
+def _mean(splits: Sequence[DropSplit]) -> DropSplit:
+    return DropSplit(
+        fmean(each.measured for each in splits),
+        fmean(each.chance for each in splits),
+        fmean(each.imbalance for each in splits),
+        fmean(each.rest for each in splits),
+    )
+
+
+def drops_split(cells: Mapping[str, Sequence[LayerSplit]], late: str) -> Figure:
+    """cells: name -> its layers. late: over what they were measured, in words."""
     shown = spread_over(list(cells), PANELS)
     with panels(*panel_rows(len(shown), 3)) as (figure, grid):
         every = [axes for row in grid for axes in row]
@@ -62,8 +82,9 @@ def drops_split(cells: Mapping[str, Sequence[LayerSplit]]) -> Figure:
         name="drops-split",
         title="Chance, imbalance and what was measured, by layer",
         caption="Chance: what uniform random routing would drop. Imbalance: what random routing with the measured "
-        "shares of the experts adds. The mark is what was dropped over the same last quarter of the schedule; what it "
-        "has beyond the bar, random routing does not explain." + left_out(len(shown), len(cells), "points"),
+        "shares of the experts adds. The mark is what was dropped; what it has beyond the bar, random routing does not "
+        f"explain. All over {late}; each seed is split by its own shares, then seeds are averaged."
+        + left_out(len(shown), len(cells), "points"),
         svg=svg,
         columns=["point", "layer", "measured", "chance", "imbalance", "rest"],
         rows=[

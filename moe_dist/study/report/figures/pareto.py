@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import FAINT, svg_of
+from moe_dist.study.report.costs import SAME_COST
 from moe_dist.study.report.figures.canvas import legend, look, panel_rows, panels
 from moe_dist.study.statistics.pareto import Candidate, Place, Standing, pareto
 from moe_dist.study.statistics.samples import BySeed, Interval, t_interval
 
-_SAME_TIME = 0.02
 _LABELLED = 6
 _LOOKS = {Standing.FRONT: 2, Standing.INSIDE_NOISE: 0, Standing.DOMINATED: 6}
 
@@ -32,7 +32,7 @@ def fronts(points: Mapping[str, Priced], costs: Sequence[str], sign: float) -> d
                 name: Candidate(point.costs[cost], {seed: sign * value for seed, value in point.values.items()})
                 for name, point in points.items()
             },
-            same_cost=_SAME_TIME if cost == "time" else 0.0,
+            same_cost=SAME_COST[cost],
         )
         for cost in costs
     }
@@ -63,7 +63,7 @@ def pareto_figure(points: Mapping[str, Priced], titles: Mapping[str, str], metri
         title=f"{metric[:1].upper()}{metric[1:]} against what it costs",
         caption="Front: its metric is told to be better than that of all points that cost no more, by paired tests of "
         "all pairs (Holm). Inside noise: one of those is not told apart. Dominated: one is told to be better. Bars are "
-        "95% t intervals of the mean. Times within 2% count as equal.",
+        f"95% t intervals of the mean. Times within {SAME_COST['time']:.0%} count as equal.",
         svg=svg,
         columns=["point", "cost", "value", "mean", "low", "high", "standing", "against"],
         rows=rows,

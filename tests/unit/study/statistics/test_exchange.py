@@ -85,12 +85,6 @@ def test_missing_runs_and_few_seeds() -> None:
     assert few.predicted == pytest.approx(few.measured, rel=0.02)
 
 
-def test_compute_of_a_loss() -> None:
-    assert LAW.compute(LAW.loss(3e7)) == pytest.approx(3e7)
-    with pytest.raises(ValueError, match=r"loss of 1.8 is not above the law's floor"):
-        LAW.compute(1.8)
-
-
 @pytest.mark.parametrize(
     "rungs, said",
     [

@@ -54,10 +54,8 @@ def test_effects_are_called_by_their_names() -> None:
     baseline, *points = planted(rng, [3.0, 3.2, 2.8, 3.001], seeds=5, own=0.003)
     found = compare(dict(zip("abc", points, strict=True)), baseline, matters=0.05)
     assert [each.verdict for each in found] == [Verdict.LARGER, Verdict.SMALLER, Verdict.EQUIVALENT]
-    assert found[0].words == f"larger at 5 seeds, by +{found[0].mean:.3g}"
     unsaid = compare(dict(zip("abc", points, strict=True)), baseline)[2]
     assert unsaid.verdict is Verdict.NOT_DISTINGUISHABLE and unsaid.p_equivalent is None
-    assert unsaid.words == f"not distinguishable at 5 seeds: smaller than {unsaid.together.furthest:.3g}"
     assert unsaid.at_most == max(-unsaid.together.low, unsaid.together.high)
 
 
@@ -122,7 +120,6 @@ def test_fewer_than_three_pairs_make_no_claim_and_do_not_count_in_the_family() -
     for each in found[:3]:
         assert {each.interval, each.bootstrap, each.together, each.p, each.p_holm, each.detectable} == {None}
         assert each.at_most is None
-    assert found[2].words == "too few seeds: 2, and an interval needs 3"
     assert found[3].p_holm == found[3].p and found[3].together == found[3].interval
 
 

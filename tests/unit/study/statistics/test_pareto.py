@@ -72,6 +72,30 @@ def test_bootstrap_shares_by_hand() -> None:
     assert found.chosen["cheap"] == pytest.approx(20 / 27)
 
 
+def test_of_equal_costs_the_lower_loss_is_taken() -> None:
+    """Times 1.00 and 1.01 differ by what a measurement does, and cost no reason to take the worse of the two."""
+    points = {"a": Candidate(1.00, by_seed([3.004, 3.106, 3.205])), "b": Candidate(1.01, by_seed([3.0, 3.1, 3.2]))}
+    points["c"] = Candidate(1.5, by_seed([3.001, 3.1, 3.202]))
+    assert recommend(points, matters=0.01).name == "a"
+    found = recommend(points, matters=0.01, same_cost=0.02)
+    assert found.name == found.best == "b" and found.chosen == {"a": 0.0, "b": pytest.approx(1), "c": 0.0}
+    assert "a costs the same, but b has the lower loss" in found.reasons
+    assert not any("the same" in reason for reason in recommend(points, matters=0.01, same_cost=0.005).reasons)
+    with pytest.raises(ValueError, match="same_cost=-1"):
+        recommend(points, matters=0.01, same_cost=-1)
+
+
+def test_reasons_are_of_the_metric_and_its_direction() -> None:
+    """Accuracies, negated: a has 0.002 less than b, which costs twice as much."""
+    points = {"a": Candidate(1, by_seed([-0.5, -0.61, -0.7])), "b": Candidate(2, by_seed([-0.502, -0.613, -0.701]))}
+    found = recommend(points, matters=0.01, metric="validation accuracy", sign=-1.0)
+    assert found.name == "a" and found.reasons[0].startswith(
+        "a costs 0.5 times what b does, whose validation accuracy is highest, and its own differs by -0.002, p = "
+    )
+    alone = recommend({"b": points["b"]}, matters=0.01, metric="validation accuracy", sign=-1.0)
+    assert alone.reasons[0].startswith("b has the highest validation accuracy of 1 points")
+
+
 def test_few_and_missing_seeds() -> None:
     points = candidates({"a": (1, 3.0), "b": (2, 3.0)}, seeds=2)
     none = recommend(points, matters=0.01)
