@@ -150,21 +150,22 @@ def _places(file: StudyFile) -> dict[str, set[str]]:
 
 
 def _exclude(file: StudyFile) -> Iterator[str]:
-    axes, cells = raw_axes(file), list(combinations(file))
+    axes, cells, broken = raw_axes(file), list(combinations(file)), False
     for number, rule in enumerate(file.exclude):
         where = f"exclude.{number}"
-        if not rule:
-            yield f"{where} is empty and would leave nothing; name axes and values"
         problems = [problem for axis, given in rule.items() for problem in _on_axis(file, where, axis, given, axes)]
-        yield from problems
-        matched = 0 if problems or not rule else sum(excluded(rule, values) for values in cells)
+        if not rule:
+            problems = [f"{where} is empty and would leave nothing; name axes and values"]
+        if problems:
+            broken = True
+            yield from problems
+            continue
+        matched = sum(excluded(rule, values) for values in cells)
         if matched == len(cells):
             yield f"{where} matches every point; name more axes, or remove it"
-        elif not problems and rule and not matched:
+        elif not matched:
             yield f"{where} matches no point; change it or remove it"
-        if problems or not rule:
-            return
-    if file.exclude and all(any(excluded(rule, values) for rule in file.exclude) for values in cells):
+    if file.exclude and not broken and all(any(excluded(rule, values) for rule in file.exclude) for values in cells):
         yield "exclude leaves no point; remove a rule"
 
 

@@ -10,7 +10,7 @@ Losses in nats a token, of a classifier a text; a number that the run did not re
 |                                     | and macro-F1; with an eval_capacity_factor, what ends in _capped              |
 | drop_rate, load_max_over_mean,      | mean over the last quarter of the steps; drop_rate_whole_run: over all        |
 | router_entropy                      |                                                                               |
-| steps_until_few_drops               | the first after which 20 steps in a row dropped less than 3% in the mean      |
+| steps_until_few_drops               | the first by which the last 20 steps dropped less than 3% in the mean         |
 | step_seconds, ..._low, ..._high     | median and quartiles over steps; evaluations and checkpoints are not in them  |
 | tokens_per_second, tflops,          | medians over steps                                                            |
 | tflops_executed                     |                                                                               |

@@ -2,7 +2,7 @@
 
 | number          | from                                                                                              |
 |-----------------|---------------------------------------------------------------------------------------------------|
-| FLOPs, bytes    | the configurations (cost.py): the most that can be spent                                          |
+| FLOPs, bytes    | the configurations (planned.py): the most that can be spent                                       |
 | time            | the probe (probe.py): start, steps and evaluations of each point, over `at_once`                  |
 | disk            | 12 bytes a parameter (weights and two moments in fp32) times the checkpoints kept, and the        |
 |                 | probe's bytes a step for metrics                                                                  |

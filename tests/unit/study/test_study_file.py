@@ -148,6 +148,16 @@ def test_every_rule(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     assert all(len(line) < 300 and line.startswith(str(tmp_path)) for line in str(error.value).splitlines())
 
 
+def test_every_broken_rule_of_exclude_is_named(tmp_path: Path) -> None:
+    rules = [{"model.moe.top_k": 1}, {}, {"model.moe.num_experts": 5}, {"model.moe.num_experts": [4, 8]}]
+    with pytest.raises(ValueError) as error:
+        study(tmp_path, exclude=rules)
+    said = str(error.value).splitlines()
+    assert len(said) == len(rules), said
+    for number, line in enumerate(said):
+        assert f": exclude.{number}" in line
+
+
 def test_sections_are_merged_and_labelled(tmp_path: Path) -> None:
     values = [ATTENTION[1], {}]
     loaded = study(tmp_path, axes={"model.attention": values}, overrides={"model.attention.backend": "torch"})
