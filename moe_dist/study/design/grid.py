@@ -24,7 +24,6 @@ from moe_dist.config import Config, MoEConfig, validate
 from moe_dist.config.load import load_config
 from moe_dist.config.parse import field_types, parse_as, parse_dict
 from moe_dist.config.read import read_yaml
-from moe_dist.config.schema import RunConfig
 from moe_dist.config.values import user_path
 from moe_dist.study.design.family import Axes, comparisons
 from moe_dist.study.design.file_rules import file_rules, settings
@@ -168,14 +167,14 @@ def _study(path: Path, file: StudyFile, base: Config, planning: bool) -> Study:
     budget = _budget(path, file, base, [draft.config for draft in drafts], planning)
     points: list[Point] = []
     residuals: dict[str, float] = {}
-    first: dict[str, str] = {}  # what makes a run, but where it lies -> the point that is it
+    first: dict[str, str] = {}  # a configuration, not yet with its own folder -> the point that has it
     for draft in drafts:
         try:
             config = _finished(draft, file, budget)
         except ValueError as error:
             reasons[draft.name] += str(error).splitlines()
             continue
-        twin = first.setdefault(json.dumps(asdict(replace(config, run=RunConfig()))), draft.name)
+        twin = first.setdefault(json.dumps(asdict(config)), draft.name)
         if twin != draft.name:
             reasons[draft.name].append(f"is {twin} over again: values such as 1 and 1.0 are equal; keep one")
             continue
