@@ -6,7 +6,7 @@ list is JSON. measurements: tidy, one number a row,
     point | an axis each | seed | fraction | step | layer | kind | measure | index | value
 
 where layer, kind and index are null of the whole model and of single numbers; a number that is null has no row. A
-column of an axis, and of the ledger, is of one type: booleans, integers, numbers, or text as YAML spells it.
+column of an axis, and of the ledger, is of one type: booleans, integers of 64 bits, numbers, or text as YAML spells it.
 
 Parquet needs pyarrow (the extra `study`); JSONL nothing. A point is written before the next is read, in Parquet as a
 row group of its own, so that memory does not grow with the study. Only points that the ledger calls finished have
@@ -37,6 +37,7 @@ Kind = Literal["bool", "int", "float", "text"]
 Schema = Mapping[str, Kind]
 _PLACE: Schema = {"fraction": "float", "step": "int", "layer": "int", "kind": "text"}
 _MEASURED: Schema = {"measure": "text", "index": "int", "value": "float"}
+_TOO_LARGE = 2**63  # for a column of integers; FLOPs of a run may be
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,12 @@ def _flat(record: Mapping[str, Any], home: str = "") -> Iterator[tuple[str, Any]
 
 def kind_of(values: Iterable[Any]) -> Kind:
     """The narrowest kind that all of the values are, nulls aside."""
-    types = {type(value) for value in values if value is not None}
+    known = [value for value in values if value is not None]
+    types = {type(value) for value in known}
+    if types == {int} and all(-_TOO_LARGE <= value < _TOO_LARGE for value in known):
+        return "int"
     if types <= {int, float}:
-        return "float" if float in types or not types else "int"
+        return "float"
     return "bool" if types == {bool} else "text"
 
 
