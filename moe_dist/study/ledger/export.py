@@ -71,13 +71,13 @@ def export(study: Study, form: Format, folder: Path) -> list[Path]:
     """
     writer = _parquet() if form == "parquet" else JsonLines
     ledger = Ledger(study.ledger)
-    records, latest = ledger.records(), ledger.latest()
+    records, latest, seeds = ledger.records(), ledger.latest(), {point.name: point.seed for point in study.points}
     points = [point for point in study.points if latest.get(point.name, {}).get("status") == "finished"]
     if not points:
         raise ValueError(f"{study.ledger}: no point has finished yet; start `moe-dist study run` first")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{form}" for name in ("ledger", "measurements")]
-    _write_ledger(writer, paths[0], [dict(_flat(record)) for record in records])
+    _write_ledger(writer, paths[0], [dict(_flat(_numbered(record, seeds))) for record in records])
     _write_measurements(writer, paths[1], points)
     return paths
 
@@ -143,6 +143,11 @@ def _measured(point: Point) -> Columns:
             f"{path} is missing, which an older version did not write: take the point's line out of the ledger, and "
             "`moe-dist study run` measures it again"
         ) from None
+
+
+def _numbered(record: Mapping[str, Any], seeds: Mapping[str, int]) -> dict[str, Any]:
+    """With the seed's number as the study has it now; as it was of a point that the study no longer has."""
+    return {**record, "seed": seeds.get(record["point"], record.get("seed"))}
 
 
 def _flat(record: Mapping[str, Any], home: str = "") -> Iterator[tuple[str, Any]]:

@@ -62,7 +62,7 @@ Record = dict[str, Any]
 
 def identity(point: Point) -> Record:
     """What every line of the ledger opens with."""
-    return {"point": point.name, "axes": point.axes, "seed": point.seed}
+    return {"point": point.name, "axes": point.axes, "seed": point.seed, "seeds": point.seeds}
 
 
 def measure(point: Point) -> Record:

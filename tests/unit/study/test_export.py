@@ -100,6 +100,16 @@ def test_flops_beyond_64_bits(form: Any, tmp_path: Path) -> None:
     assert read(path)[-1]["flops"] == 3e19 and read(path)[0]["flops"] is None
 
 
+def test_seeds_have_the_number_that_the_study_gives_them_now(tmp_path: Path) -> None:
+    study, _ = finished(tmp_path)
+    line = Ledger(study.ledger).latest()[study.points[1].name]
+    Ledger(study.ledger).append(line | {"seed": 7})
+    Ledger(study.ledger).append(line | {"seed": 7, "point": "gone"})
+    ledger, measurements = export(study, "jsonl", tmp_path / "out")
+    assert [row["seed"] for row in read(ledger)] == [0, 1, 0, 1, 1, 7]
+    assert {(row["point"], row["seed"]) for row in read(measurements)} == {(p.name, p.seed) for p in study.points[:3]}
+
+
 def test_what_is_not_finite_has_no_row() -> None:
     lines = lines_by_hand(records_of(), [(0.3, 3), (1.0, 10)])
     lines[0]["loss"] = None

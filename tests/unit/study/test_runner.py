@@ -40,6 +40,7 @@ def test_every_point_runs_once_and_is_written_down(tmp_path: Path) -> None:
         "point": "capacity_factor=0.5-seed=1",
         "axes": {"model.moe.capacity_factor": 0.5},
         "seed": 1,
+        "seeds": {"weights": 1, "data": 1},
         "attempt": 1,
         "status": "finished",
         "steps": 8,
