@@ -30,10 +30,8 @@ Losses in nats a token, of a classifier a text; a number that the run did not re
 | started                             | when the point first was, in UTC                                              |
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -53,6 +51,7 @@ from moe_dist.step import Site, StepContext
 from moe_dist.study.design.grid import Point
 from moe_dist.study.ledger.ledger import loss_unit as loss_unit
 from moe_dist.study.ledger.measurements import FILE, Measurements, write_measurements
+from moe_dist.study.ledger.settings import config_hash
 from moe_dist.train.record.run_folder import ROLL_BACKS
 
 _LAST_STEPS = 20
@@ -90,13 +89,6 @@ def started(point: Point) -> str:
     """point.yaml is written once, when the point first starts."""
     seconds = (point.folder / "point.yaml").stat().st_mtime
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of everything but run.name and run.root."""
-    values = asdict(config)
-    del values["run"]["name"], values["run"]["root"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _learned(records: Sequence[Record]) -> Record:

@@ -15,7 +15,7 @@ from moe_dist.config.load import dump_config
 from moe_dist.study.design.grid import Point
 from moe_dist.study.ledger import columns
 from moe_dist.study.ledger.columns import Columns, read_columns
-from moe_dist.study.ledger.measure import config_hash, measure
+from moe_dist.study.ledger.measure import measure
 from moe_dist.study.ledger.measurements import (
     FILE,
     LAYER_MEANS,
@@ -24,6 +24,7 @@ from moe_dist.study.ledger.measurements import (
     read_measurements,
     write_measurements,
 )
+from moe_dist.study.ledger.settings import config_hash
 from tests.unit.study.helpers import toy_study
 
 STEPS, EXPERTS = 10, 3
