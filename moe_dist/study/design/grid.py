@@ -265,7 +265,8 @@ def _budget(path: Path, file: StudyFile, base: Config, points: list[Config], pla
     if planning:
         return None
     raise ValueError(
-        f"{path}: equal=time needs step times of this study on this machine; measure them: moe-dist study plan {path}"
+        f"{path}: equal=time needs step times of its smallest and largest point; measure them: "
+        f"moe-dist study plan {path}"
     )
 
 

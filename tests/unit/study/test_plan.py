@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from moe_dist.cli import main
 from moe_dist.study.design.family import comparisons
 from moe_dist.study.design.grid import load_study
-from moe_dist.study.design.probe import extremes
+from moe_dist.study.design.probe import extremes, write_probe
 from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.plan.plan import Plan, make_plan
@@ -197,6 +198,20 @@ def test_a_probe_that_fails_says_why(tmp_path: Path) -> None:
     plan = make_plan(path, lambda config, ranks: ["python3", "-c", "import sys; sys.exit('no room')"])
     assert plan.untimed == "the probe's run ended with exit code 1: no room" and plan.points
     assert not (tmp_path / "root/toy/probe.json").exists()
+
+
+def test_times_of_another_machine_are_measured_anew_until_a_point_has_begun(tmp_path: Path) -> None:
+    keys = dict(axes={"model.moe.top_k": [1, 2]}, overrides=SMALL | {"train.steps": 200}, equal="time", seeds=[0])
+    path = write(tmp_path, **keys)
+    draft = load_study(path, planning=True)
+    probe = probe_of(draft.folder, extremes([point.config for point in draft.points], 1), [0.01, 0.02])
+    assert make_plan(path, None).probe == probe
+    elsewhere = replace(probe, machine="another")
+    write_probe(draft.folder, elsewhere)
+    plan = make_plan(path, lambda config, ranks: ["python3", "-c", "import sys; sys.exit('no room')"])
+    assert plan.probe is None and plan.untimed is not None and "no room" in plan.untimed
+    draft.points[0].folder.mkdir()
+    assert make_plan(path, lambda config, ranks: ["false"]).probe == elsewhere
 
 
 def test_a_real_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
