@@ -27,7 +27,8 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def state(point: Point, latest: Mapping[str, dict[str, Any]]) -> str:
-    """How far a point is, in a line that opens with finished, running, preempted, interrupted, failed or waiting."""
+    """How far a point is, in a line that opens with finished, trained, running, preempted, interrupted, failed or
+    waiting. finished: the ledger says so."""
     record = latest.get(point.name)
     if record is not None and record["status"] == "finished":
         return summary(record)
@@ -41,8 +42,10 @@ def state(point: Point, latest: Mapping[str, dict[str, Any]]) -> str:
         return f"failed: {error}"
     if status["state"] == "running":  # nobody holds its lock
         return "interrupted"
-    if status["state"] in ("preempted", "finished"):
+    if status["state"] == "preempted":
         return describe_status(status)
+    if status["state"] == "finished" and record is None:  # its runner was killed, or the disk is full
+        return "trained, but not in the ledger yet; study run writes it down"
     return summary(record) if record is not None else "waiting"
 
 

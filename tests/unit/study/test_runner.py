@@ -96,8 +96,18 @@ def test_a_run_that_finished_behind_the_runner_is_only_read(tmp_path: Path) -> N
     study, command = toy_study(tmp_path), Pretend(tmp_path)
     Runner(study, command).run(study.points)
     study.ledger.unlink()
+    assert states(study.path) == ["trained,"] * 4
     assert Runner(study, command).run(study.points) == 0
     assert len(command.trained()) == len(Ledger(study.ledger).records()) == 4
+
+
+def test_a_run_that_cannot_be_measured_has_not_finished(tmp_path: Path) -> None:
+    """By these words a job of Slurm knows whether to end well."""
+    study, command = toy_study(tmp_path), Pretend(tmp_path)
+    command.mend("(run / 'status.json').write_text(json.dumps(dict(state='finished', step=8))); sys.exit(0)")
+    assert Runner(study, command).run([study.point(0)]) == 1
+    said = state(study.point(0), Ledger(study.ledger).latest())
+    assert said.startswith("failed: trained, but cannot be measured: ")
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
