@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dist.config.parse import field_types
 from moe_dist.config.schema import Config
-from moe_dist.study.design.names import axis_names, label, means, show
+from moe_dist.study.design.names import axis_names, means, show, value_label
 from moe_dist.study.design.study_file import METRICS, StudyFile, combinations, excluded, raw_axes
 
 _OWN_KEYS = {
@@ -92,7 +92,7 @@ def _axes(file: StudyFile) -> Iterator[str]:
     for key, values in file.axes.items():
         if not values:
             yield f"axes.{key} is empty; list at least one value"
-        for name, times in Counter(show(label(value)) for value in values).items():
+        for name, times in Counter(show(value_label(value)) for value in values).items():
             if times > 1:
                 yield f"axes.{key} has {name} {times} times; list every value once"
 
@@ -178,8 +178,8 @@ def _on_axis(file: StudyFile, where: str, axis: str, given: Any, axes: dict[str,
     several = isinstance(given, list) and not any(means(given, value) for value in values)
     for each in given if several else [given]:
         if not any(means(each, value) for value in values):
-            there = ", ".join(show(label(value)) for value in values)
-            yield f"{where}.{axis}={show(label(each))} is not on its axis; take one of {there}"
+            there = ", ".join(show(value_label(value)) for value in values)
+            yield f"{where}.{axis}={show(value_label(each))} is not on its axis; take one of {there}"
 
 
 def _nearest(axis: str, axes: list[str]) -> str:

@@ -27,7 +27,7 @@ from moe_dist.config.read import read_yaml
 from moe_dist.config.values import user_path
 from moe_dist.study.design.family import Axes, comparisons
 from moe_dist.study.design.file_rules import file_rules, settings
-from moe_dist.study.design.names import CAPACITY, Scalar, axis_names, file_safe, in_words, label, show
+from moe_dist.study.design.names import CAPACITY, Scalar, axis_names, file_safe, in_words, show, value_label
 from moe_dist.study.design.study_file import StudyFile, base_path, combinations, excluded, labelled, raw_axes
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _grid(file: StudyFile) -> Iterator[tuple[dict[str, Any], str, int, dict[str,
     for values in combinations(file):
         if any(excluded(rule, values) for rule in file.exclude):
             continue
-        words = [f"{names[axis]}={show(label(value))}" for axis, value in values.items()]
+        words = [f"{names[axis]}={show(value_label(value))}" for axis, value in values.items()]
         for number, seeds in enumerate(file.repetitions):
             together = isinstance(file.seeds, list)
             told = [f"seed={seeds['weights']}"] if together else [f"{part}={seed}" for part, seed in seeds.items()]
@@ -215,7 +215,7 @@ def _draft(
         own["train.data_seed"] = seeds["data"]
     config = _configure(base, _all_settings(file.overrides) | chosen | own)
     validate(config, file.ranks)
-    axes = {axis: label(value) for axis, value in values.items()}
+    axes = {axis: value_label(value) for axis, value in values.items()}
     return _Draft(name, axes, number, seeds, config, "optim.warmup_steps" in chosen)
 
 
