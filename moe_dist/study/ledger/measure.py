@@ -49,6 +49,7 @@ from moe_dist.moe.capacity import Capacity, expert_capacity
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import Site, StepContext
 from moe_dist.study.design.grid import Point
+from moe_dist.study.design.planned import competing_tokens
 from moe_dist.study.ledger.ledger import loss_unit as loss_unit
 from moe_dist.study.ledger.measurements import FILE, Measurements, write_measurements
 from moe_dist.study.ledger.settings import config_hash
@@ -179,9 +180,8 @@ def _rows(config: Config, sites: Sequence[Site], tokens: float, ranks: int) -> i
     rows = []
     for site in sites:
         moe = config.model.moe if site.kind == "feed_forward" else config.model.attention.moe
-        compete = round(tokens / ranks if moe.capacity_scope == "local" else tokens)
-        factor = Capacity(moe, site, Group()).factor(last)
-        rows.append(expert_capacity(factor, moe.top_k, compete, moe.num_experts, moe.min_capacity))
+        factor, competing = Capacity(moe, site, Group()).factor(last), competing_tokens(moe, tokens, ranks)
+        rows.append(expert_capacity(factor, moe.top_k, competing, moe.num_experts, moe.min_capacity))
     return rows if len(set(rows)) > 1 else next(iter(rows), None)
 
 
