@@ -3,8 +3,8 @@
 | equal  | what is equal                                                                                         |
 |--------|-------------------------------------------------------------------------------------------------------|
 | tokens | steps * global_batch * seq_len                                                                        |
-| flops  | planned FLOPs (cost.py): nominal ones, less the expert rows that a capacity factor below 1 has no place |
-|        | for. What is executed is less again by what imbalance drops, which the ledger measures                |
+| flops  | planned FLOPs (planned.py): nominal ones, less the expert rows that a capacity factor below 1 has no  |
+|        | place for. What is executed is less again by what imbalance drops, which the ledger measures          |
 | time   | seconds of training steps on the machine of the probe (probe.py), from planned FLOPs of a step        |
 
 Steps are whole, so a budget is met within half a step; a point that misses it by more than 2% is refused. The warm-up

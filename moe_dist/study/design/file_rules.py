@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dist.config.parse import field_types
 from moe_dist.config.schema import Config
-from moe_dist.study.design.names import axis_names, label, means, show
+from moe_dist.study.design.names import axis_names, means, show, value_label
 from moe_dist.study.design.study_file import METRICS, StudyFile, combinations, excluded, raw_axes
 
 _OWN_KEYS = {
@@ -104,7 +104,7 @@ def _axes(file: StudyFile) -> Iterator[str]:
     for key, values in file.axes.items():
         if not values:
             yield f"axes.{key} is empty; list at least one value"
-        for name, times in Counter(show(label(value)) for value in values).items():
+        for name, times in Counter(show(value_label(value)) for value in values).items():
             if times > 1:
                 yield f"axes.{key} has {name} {times} times; list every value once"
 
@@ -162,21 +162,22 @@ def _places(file: StudyFile) -> dict[str, set[str]]:
 
 
 def _exclude(file: StudyFile) -> Iterator[str]:
-    axes, cells = raw_axes(file), list(combinations(file))
+    axes, cells, broken = raw_axes(file), list(combinations(file)), False
     for number, rule in enumerate(file.exclude):
         where = f"exclude.{number}"
-        if not rule:
-            yield f"{where} is empty and would leave nothing; name axes and values"
         problems = [problem for axis, given in rule.items() for problem in _on_axis(file, where, axis, given, axes)]
-        yield from problems
-        matched = 0 if problems or not rule else sum(excluded(rule, values) for values in cells)
+        if not rule:
+            problems = [f"{where} is empty and would leave nothing; name axes and values"]
+        if problems:
+            broken = True
+            yield from problems
+            continue
+        matched = sum(excluded(rule, values) for values in cells)
         if matched == len(cells):
             yield f"{where} matches every point; name more axes, or remove it"
-        elif not problems and rule and not matched:
+        elif not matched:
             yield f"{where} matches no point; change it or remove it"
-        if problems or not rule:
-            return
-    if file.exclude and all(any(excluded(rule, values) for rule in file.exclude) for values in cells):
+    if file.exclude and not broken and all(any(excluded(rule, values) for rule in file.exclude) for values in cells):
         yield "exclude leaves no point; remove a rule"
 
 
@@ -189,8 +190,8 @@ def _on_axis(file: StudyFile, where: str, axis: str, given: Any, axes: dict[str,
     several = isinstance(given, list) and not any(means(given, value) for value in values)
     for each in given if several else [given]:
         if not any(means(each, value) for value in values):
-            there = ", ".join(show(label(value)) for value in values)
-            yield f"{where}.{axis}={show(label(each))} is not on its axis; take one of {there}"
+            there = ", ".join(show(value_label(value)) for value in values)
+            yield f"{where}.{axis}={show(value_label(each))} is not on its axis; take one of {there}"
 
 
 def _nearest(axis: str, axes: list[str]) -> str:

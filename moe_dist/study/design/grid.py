@@ -25,11 +25,10 @@ from moe_dist.config.load import load_config
 from moe_dist.config.parse import field_types, parse_as, parse_dict
 from moe_dist.config.read import read_yaml
 from moe_dist.config.rules.parts import refuse
-from moe_dist.config.schema import RunConfig
 from moe_dist.config.values import user_path
 from moe_dist.study.design.family import Axes, comparisons
 from moe_dist.study.design.file_rules import file_rules, metric_rule, settings
-from moe_dist.study.design.names import CAPACITY, Scalar, axis_names, file_safe, in_words, label, show
+from moe_dist.study.design.names import CAPACITY, Scalar, axis_names, file_safe, in_words, show, value_label
 from moe_dist.study.design.study_file import StudyFile, base_path, combinations, excluded, labelled, raw_axes
 
 if TYPE_CHECKING:
@@ -171,14 +170,14 @@ def _study(path: Path, file: StudyFile, base: Config, planning: bool) -> Study:
     budget = _budget(path, file, base, [draft.config for draft in drafts], planning)
     points: list[Point] = []
     residuals: dict[str, float] = {}
-    first: dict[str, str] = {}  # what makes a run, but where it lies -> the point that is it
+    first: dict[str, str] = {}  # a configuration, not yet with its own folder -> the point that has it
     for draft in drafts:
         try:
             config = _finished(draft, file, budget)
         except ValueError as error:
             reasons[draft.name] += str(error).splitlines()
             continue
-        twin = first.setdefault(json.dumps(asdict(replace(config, run=RunConfig()))), draft.name)
+        twin = first.setdefault(json.dumps(asdict(config)), draft.name)
         if twin != draft.name:
             reasons[draft.name].append(f"is {twin} over again: values such as 1 and 1.0 are equal; keep one")
             continue
@@ -197,7 +196,7 @@ def _grid(file: StudyFile) -> Iterator[tuple[dict[str, Any], str, int, dict[str,
     for values in combinations(file):
         if any(excluded(rule, values) for rule in file.exclude):
             continue
-        words = [f"{names[axis]}={show(label(value))}" for axis, value in values.items()]
+        words = [f"{names[axis]}={show(value_label(value))}" for axis, value in values.items()]
         for number, seeds in enumerate(file.repetitions):
             together = isinstance(file.seeds, list)
             told = [f"seed={seeds['weights']}"] if together else [f"{part}={seed}" for part, seed in seeds.items()]
@@ -219,7 +218,7 @@ def _draft(
         own["train.data_seed"] = seeds["data"]
     config = _configure(base, _all_settings(file.overrides) | chosen | own)
     validate(config, file.ranks)
-    axes = {axis: label(value) for axis, value in values.items()}
+    axes = {axis: value_label(value) for axis, value in values.items()}
     return _Draft(name, axes, number, seeds, config, "optim.warmup_steps" in chosen)
 
 
@@ -269,7 +268,8 @@ def _budget(path: Path, file: StudyFile, base: Config, points: list[Config], pla
     if planning:
         return None
     raise ValueError(
-        f"{path}: equal=time needs step times of this study on this machine; measure them: moe-dist study plan {path}"
+        f"{path}: equal=time needs step times of its smallest and largest point; measure them: "
+        f"moe-dist study plan {path}"
     )
 
 

@@ -47,7 +47,7 @@ def show(value: Scalar) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def label(value: Any) -> Scalar:
+def value_label(value: Any) -> Scalar:
     """What an axis' value is called; see above."""
     if not isinstance(value, list | dict):
         return value  # type: ignore[no-any-return]  # of a file: nothing else is left
@@ -60,7 +60,7 @@ def label(value: Any) -> Scalar:
 
 def means(given: Any, value: Any) -> bool:
     """Whether `given`, in a rule or a question, is this value of an axis, or its label."""
-    if isinstance(value, list | dict) and given == label(value):
+    if isinstance(value, list | dict) and given == value_label(value):
         return True
     return bool(given == value) and isinstance(given, bool) == isinstance(value, bool)
 

@@ -74,6 +74,17 @@ def buffer_rows(config: Config, ranks: int) -> float:
     return sum(places) / max(1, len(places))
 
 
+def micro_step_tokens(config: Config, ranks: int) -> int:
+    """Of one forward pass over all ranks, padding included."""
+    shape = batch_shape(config.train, ranks // config.parallel.tp)
+    return shape.micro_step_sequences * shape.seq_len
+
+
+def competing_tokens(moe: MoEConfig, tokens: float, ranks: int) -> int:
+    """T: of `tokens` of a micro-step over all ranks, those that compete for an expert's rows."""
+    return round(tokens / ranks if moe.capacity_scope == "local" else tokens)
+
+
 def _spans(config: Config) -> Iterator[tuple[int, ModelConfig]]:
     """(steps, the model as it is in them): one, but for each entry of a capacity_schedule."""
     model, steps = config.model, config.train.steps
@@ -118,10 +129,7 @@ def _places(config: Config, moe: MoEConfig, factor: float | None, ranks: int) ->
         return float("inf")
     if moe.router == "expert_choice":
         return 1.0
-    tp = config.parallel.tp
-    shape = batch_shape(config.train, ranks // tp)
-    whole = moe.capacity_scope == "global"
-    tokens = shape.seq_len * shape.micro_step_sequences if whole else shape.seq_len * shape.micro_batch // tp
+    tokens = competing_tokens(moe, micro_step_tokens(config, ranks), ranks)
     capacity = expert_capacity(factor, moe.top_k, tokens, moe.num_experts, moe.min_capacity)
     assert capacity is not None
     return moe.num_experts * capacity / (moe.top_k * tokens)

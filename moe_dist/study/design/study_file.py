@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_dist.config.model import STRICT
-from moe_dist.study.design.names import Scalar, label, means
+from moe_dist.study.design.names import Scalar, means, value_label
 
 METRICS = (
     "loss validation_loss validation_loss_capped validation_bits_per_byte validation_bits_per_token "
@@ -116,7 +116,7 @@ class StudyFile:
     @property
     def all_axes(self) -> dict[str, list[Scalar]]:
         """Every axis, those that vary together last, with the labels of its values."""
-        return {axis: [label(value) for value in values] for axis, values in raw_axes(self).items()}
+        return {axis: [value_label(value) for value in values] for axis, values in raw_axes(self).items()}
 
     @property
     def size(self) -> int:
@@ -152,7 +152,7 @@ def labelled(file: StudyFile) -> StudyFile:
     axes = raw_axes(file)
 
     def name(axis: str, given: Any) -> Scalar:
-        return label(next(value for value in axes[axis] if means(given, value)))
+        return value_label(next(value for value in axes[axis] if means(given, value)))
 
     question = replace(
         file.question,

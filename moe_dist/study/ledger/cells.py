@@ -30,14 +30,19 @@ class Cell:
 
 
 def cells(study: Study, latest: Mapping[str, dict[str, Any]]) -> list[Cell]:
-    """The grid in order, without the seeds."""
+    """The grid in order, without the seeds. A line goes by its point's name, which has the seeds; their number is that
+    of the study as it is now, as pairs are numbered anew where one comes in between."""
     points: dict[tuple[Scalar, ...], list[Point]] = {}
     for point in study.points:
         points.setdefault(tuple(point.axes.values()), []).append(point)
     return [
         Cell(
             of_one[0].axes,
-            [latest[each.name] for each in of_one if latest.get(each.name, {}).get("status") == "finished"],
+            [
+                latest[each.name] | {"seed": each.seed}
+                for each in of_one
+                if latest.get(each.name, {}).get("status") == "finished"
+            ],
             tuple(of_one),
         )
         for of_one in points.values()

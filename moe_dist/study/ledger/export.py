@@ -6,7 +6,7 @@ list is JSON. measurements: tidy, one number a row,
     point | an axis each | seed | fraction | step | layer | kind | measure | index | value
 
 where layer, kind and index are null of the whole model and of single numbers; a number that is null has no row. A
-column of an axis, and of the ledger, is of one type: booleans, integers, numbers, or text as YAML spells it.
+column of an axis, and of the ledger, is of one type: booleans, integers of 64 bits, numbers, or text as YAML spells it.
 
 Parquet needs pyarrow (the extra `study`); JSONL nothing. A point is written before the next is read, in Parquet as a
 row group of its own, so that memory does not grow with the study. Only points that the ledger calls finished have
@@ -37,6 +37,7 @@ Kind = Literal["bool", "int", "float", "text"]
 Schema = Mapping[str, Kind]
 _PLACE: Schema = {"fraction": "float", "step": "int", "layer": "int", "kind": "text"}
 _MEASURED: Schema = {"measure": "text", "index": "int", "value": "float"}
+_TOO_LARGE = 2**63  # for a column of integers; FLOPs of a run may be
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ def export(study: Study, form: Format, folder: Path) -> list[Path]:
     """
     writer = _parquet() if form == "parquet" else JsonLines
     ledger = Ledger(study.ledger)
-    records, latest = ledger.records(), ledger.latest()
+    records, latest, seeds = ledger.records(), ledger.latest(), {point.name: point.seed for point in study.points}
     points = [point for point in study.points if latest.get(point.name, {}).get("status") == "finished"]
     if not points:
         raise ValueError(f"{study.ledger}: no point has finished yet; start `moe-dist study run` first")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{form}" for name in ("ledger", "measurements")]
-    _write_ledger(writer, paths[0], [dict(_flat(record)) for record in records])
+    _write_ledger(writer, paths[0], [dict(_flat(_numbered(record, seeds))) for record in records])
     _write_measurements(writer, paths[1], points)
     return paths
 
@@ -144,6 +145,11 @@ def _measured(point: Point) -> Columns:
         ) from None
 
 
+def _numbered(record: Mapping[str, Any], seeds: Mapping[str, int]) -> dict[str, Any]:
+    """With the seed's number as the study has it now; as it was of a point that the study no longer has."""
+    return {**record, "seed": seeds.get(record["point"], record.get("seed"))}
+
+
 def _flat(record: Mapping[str, Any], home: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in record.items():
         if isinstance(value, dict):
@@ -154,9 +160,12 @@ def _flat(record: Mapping[str, Any], home: str = "") -> Iterator[tuple[str, Any]
 
 def kind_of(values: Iterable[Any]) -> Kind:
     """The narrowest kind that all of the values are, nulls aside."""
-    types = {type(value) for value in values if value is not None}
+    known = [value for value in values if value is not None]
+    types = {type(value) for value in known}
+    if types == {int} and all(-_TOO_LARGE <= value < _TOO_LARGE for value in known):
+        return "int"
     if types <= {int, float}:
-        return "float" if float in types or not types else "int"
+        return "float"
     return "bool" if types == {bool} else "text"
 
 

@@ -11,7 +11,7 @@ Losses in nats a token, of a classifier a text; a number that the run did not re
 |                                     | the dropless number of a point that ends its training without a capacity      |
 | drop_rate, load_max_over_mean,      | mean over the last quarter of the steps; drop_rate_whole_run: over all        |
 | router_entropy                      |                                                                               |
-| steps_until_few_drops               | the first after which 20 steps in a row dropped less than 3% in the mean      |
+| steps_until_few_drops               | the first by which the last 20 steps dropped less than 3% in the mean         |
 | step_seconds, ..._low, ..._high     | median and quartiles over steps; evaluations and checkpoints are not in them  |
 | tokens_per_second, tflops,          | medians over steps                                                            |
 | tflops_executed                     |                                                                               |
@@ -31,10 +31,8 @@ Losses in nats a token, of a classifier a text; a number that the run did not re
 | started                             | when the point first was, in UTC                                              |
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -52,9 +50,11 @@ from moe_dist.moe.capacity import Capacity, expert_capacity
 from moe_dist.parallel.mesh import Group
 from moe_dist.step import Site, StepContext
 from moe_dist.study.design.grid import Point
+from moe_dist.study.design.planned import competing_tokens
 from moe_dist.study.design.study_file import METRICS
 from moe_dist.study.ledger.ledger import loss_unit as loss_unit
 from moe_dist.study.ledger.measurements import FILE, Measurements, write_measurements
+from moe_dist.study.ledger.settings import config_hash
 from moe_dist.train.record.run_folder import ROLL_BACKS
 
 _LAST_STEPS = 20
@@ -64,7 +64,7 @@ Record = dict[str, Any]
 
 def identity(point: Point) -> Record:
     """What every line of the ledger opens with."""
-    return {"point": point.name, "axes": point.axes, "seed": point.seed}
+    return {"point": point.name, "axes": point.axes, "seed": point.seed, "seeds": point.seeds}
 
 
 def measure(point: Point) -> Record:
@@ -92,13 +92,6 @@ def started(point: Point) -> str:
     """point.yaml is written once, when the point first starts."""
     seconds = (point.folder / "point.yaml").stat().st_mtime
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of everything but run.name and run.root."""
-    values = asdict(config)
-    del values["run"]["name"], values["run"]["root"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _learned(config: Config, records: Sequence[Record]) -> Record:
@@ -201,9 +194,8 @@ def _rows(config: Config, sites: Sequence[Site], tokens: float, ranks: int) -> i
     rows = []
     for site in sites:
         moe = config.model.moe if site.kind == "feed_forward" else config.model.attention.moe
-        compete = round(tokens / ranks if moe.capacity_scope == "local" else tokens)
-        factor = Capacity(moe, site, Group()).factor(last)
-        rows.append(expert_capacity(factor, moe.top_k, compete, moe.num_experts, moe.min_capacity))
+        factor, competing = Capacity(moe, site, Group()).factor(last), competing_tokens(moe, tokens, ranks)
+        rows.append(expert_capacity(factor, moe.top_k, competing, moe.num_experts, moe.min_capacity))
     return rows if len(set(rows)) > 1 else next(iter(rows), None)
 
 

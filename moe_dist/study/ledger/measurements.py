@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_dist.config import Config
 from moe_dist.disk import replacing
-from moe_dist.study.ledger.columns import parse_lines, save_columns, written_lines
+from moe_dist.study.ledger.columns import save_columns, written_lines
 from moe_dist.train.schedule import evaluation_steps
 
 FILE = "measurements.jsonl"
@@ -83,16 +83,6 @@ def write_measurements(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     with replacing(path) as file:
         file.write(data)
     save_columns(path.with_suffix(".npz"), lines, data)
-
-
-def read_measurements(path: Path) -> list[dict[str, Any]]:
-    """The lines of a measurements.jsonl, in order; none where there is no file. Raises ValueError that names the line
-    which is not JSON. Of hundreds of points `read_columns` is ten times as fast."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    return parse_lines(path, data)
 
 
 class _Sums:

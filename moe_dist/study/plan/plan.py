@@ -2,7 +2,7 @@
 
 | number          | from                                                                                              |
 |-----------------|---------------------------------------------------------------------------------------------------|
-| FLOPs, bytes    | the configurations (cost.py): the most that can be spent                                          |
+| FLOPs, bytes    | the configurations (planned.py): the most that can be spent                                       |
 | time            | the probe (probe.py): start, steps and evaluations of each point, over `at_once`                  |
 | disk            | 12 bytes a parameter (weights and two moments in fp32) times the checkpoints kept, and the        |
 |                 | probe's bytes a step for metrics                                                                  |
@@ -21,7 +21,7 @@ from moe_dist.models.parameters import classifier_parameter_counts, parameter_co
 from moe_dist.study.design.family import Axes, comparisons
 from moe_dist.study.design.grid import Point, Study, load_study
 from moe_dist.study.design.planned import planned_crossing_bytes, planned_flops, planned_rows_bytes, planned_tokens
-from moe_dist.study.design.probe import Command, Probe, extremes, measure_probe, read_probe, write_probe
+from moe_dist.study.design.probe import Command, Probe, extremes, machine, measure_probe, read_probe, write_probe
 from moe_dist.study.ledger.cells import Cell, cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.statistics.paired import pair
@@ -108,15 +108,14 @@ class Plan:
 
 
 def make_plan(path: str | Path, command: Command | None) -> Plan:
-    """command: trains the probe's points; None: no probe is measured, and the one that lies there taken if it fits.
+    """command: trains the probe's points; None: no probe is measured, and the one that lies there taken if it fits and
+    is of this machine.
 
     Writes probe.json where it has measured. Raises ValueError for a study that is refused as a whole.
     """
     study, untimed = load_study(path, planning=True), None
     ranks, ends = study.file.ranks, extremes([point.config for point in study.points], study.file.ranks)
-    probe = read_probe(study.folder)
-    if probe is not None and not probe.fits(ends, ranks):
-        probe = None
+    probe = _probe_at_hand(study, ends)
     if probe is None and ends and command is not None:
         try:
             at_once = study.file.at_once if study.file.executor == "local" else 1
@@ -143,6 +142,15 @@ def make_plan(path: str | Path, command: Command | None) -> Plan:
         seconds_left=_seconds(left, study.file.at_once),
         effect=_effect(study, cells(study, latest)),
     )
+
+
+def _probe_at_hand(study: Study, ends: Sequence[Config]) -> Probe | None:
+    """Of this machine; and once a point of equal times has begun, of any: another would change the others' steps."""
+    probe = read_probe(study.folder)
+    if probe is None or not probe.fits(ends, study.file.ranks):
+        return None
+    begun = study.file.equal == "time" and any(point.folder.exists() for point in study.points)
+    return probe if begun or probe.machine == machine() else None
 
 
 def _residual(study: Study) -> float | None:

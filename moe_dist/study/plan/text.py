@@ -8,6 +8,7 @@ from rich.table import Table
 from moe_dist.study.design.names import axis_names, show
 from moe_dist.study.design.probe import probe_path
 from moe_dist.study.plan.plan import Effect, Plan, PointCost
+from moe_dist.train.record.progress import duration
 
 _WIDTH = 100
 _FIRST, _LAST = 16, 4  # combinations that are shown of a long grid
@@ -146,17 +147,6 @@ def effect_lines(effect: Effect | None) -> Iterator[str]:
         needed = "more than 1000 seeds" if effect.seeds_needed is None else f"{effect.seeds_needed} seeds"
         yield f"          {effect.smallest_difference:.4g}, the smallest that matters, {effect.power:.0%} of them show;"
         yield f"          80% take {needed}"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(95), duration(4000), duration(200_000)
-    ('1.6 min', '1.1 h', '2.3 d')
-    """
-    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def quantity(value: float, unit: str) -> str:

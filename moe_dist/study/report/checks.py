@@ -4,6 +4,7 @@
 |-------------|-----------------|--------------------------------------------------------------------------------------|
 | ledger      | all             | a line of the ledger could not be read; a warning once every point has its result    |
 | finished    | all             | one failed, or has no result yet                                                     |
+| settings    | all             | trained with others than the study gives now; a warning where the line does not say  |
 | seeds       | all             | fewer than three                                                                     |
 | pairs       | compared        | a seed lacks a side, or no baseline shares all else; a warning of what is not asked  |
 | budget      | see right       | of all under `equal`: tokens, FLOPs or time differ; else between a point and its     |
@@ -27,6 +28,7 @@ from moe_dist.study.design.budget import LARGEST_RESIDUAL
 from moe_dist.study.design.grid import Study
 from moe_dist.study.design.planned import planned_flops
 from moe_dist.study.ledger.cells import Cell
+from moe_dist.study.ledger.settings import config_hash, other_settings
 from moe_dist.study.report.matches import Families
 from moe_dist.study.report.metric import title
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
@@ -56,6 +58,7 @@ class Finding:
 CHECKS = (
     "ledger",
     "finished",
+    "settings",
     "seeds",
     "pairs",
     "budget",
@@ -76,6 +79,7 @@ def check(
     records = [record for cell in grid for record in cell.records]
     findings = [*_ledger(study, latest, unreadable)]
     findings += _finished(study, latest)
+    findings += _settings(study, records)
     findings += _seeds(study, grid)
     findings += _pairs(study, found)
     findings += _budget(study, records, found)
@@ -113,6 +117,31 @@ def _finished(study: Study, latest: Mapping[str, Record]) -> Iterator[Finding]:
     if missing:
         has = "has" if len(missing) == 1 else "have"
         yield Finding("violation", "finished", f"{_points(missing)} {has} no result yet", missing, again)
+
+
+def _settings(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
+    """A folder that was moved is no other setting; nor is another hash, where point.yaml says that all is as it was."""
+    known = {record["point"]: record.get("config_hash") for record in records}
+    changed = dict[str, dict[str, str]]()
+    for point in study.points:
+        if known.get(point.name) not in (None, config_hash(point.config)):
+            other = other_settings(point, {"config_hash": known[point.name]})
+            if own := {key: what for key, what in other.items() if key not in ("run.name", "run.root")}:
+                changed[point.name] = own
+    if changed:
+        first, own = next(iter(changed.items()))
+        told = "; ".join(f"{key} {what}" for key, what in list(own.items())[:_SHOWN])
+        yield Finding(
+            "violation",
+            "settings",
+            f"{_points(list(changed))} had other settings than the study gives now: {told} of {first}",
+            tuple(changed),
+            "give the study's file its settings back, or remove these points' folders and lines, and run them anew",
+        )
+    if unknown := tuple(name for name, told in known.items() if told is None):
+        what = "lines of an older version do not say with which settings their points were trained"
+        remedy = "see that the study's file has not changed since, or run the points anew"
+        yield Finding("warning", "settings", what, unknown, remedy)
 
 
 def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:

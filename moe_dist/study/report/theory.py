@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from moe_dist.config import Config
-from moe_dist.config.rules.batch import batch_shape
 from moe_dist.moe.capacity import expert_capacity
+from moe_dist.study.design.planned import competing_tokens, micro_step_tokens
 from moe_dist.study.statistics.drops import uniform_drops
 
 
@@ -29,9 +29,7 @@ def competition(config: Config, ranks: int) -> Competition | None:
         return None
     if config.task == "classification":
         return None
-    shape, tp = batch_shape(config.train, ranks // config.parallel.tp), config.parallel.tp
-    mine = shape.micro_batch * shape.seq_len // tp
-    tokens = shape.micro_step_sequences * shape.seq_len if moe.capacity_scope == "global" else mine
+    tokens = competing_tokens(moe, micro_step_tokens(config, ranks), ranks)
     capacity = expert_capacity(moe.capacity_factor, moe.top_k, tokens, moe.num_experts, moe.min_capacity)
     return Competition(tokens, moe.top_k, moe.num_experts, capacity, moe.capacity_pool)
 

@@ -88,7 +88,7 @@ class Runner:
         Raises ValueError when a point was started earlier with other settings, and for more at once than cores.
         """
         for point in points:
-            refuse_other_settings(point)
+            refuse_other_settings(point, self.ledger.of(point.name))
         ranks, at_once = self.study.file.ranks, min(self.at_once, len(points))
         gpus = visible_gpus() if at_once > 1 else []
         self._free = shares(at_once, ranks, os.sched_getaffinity(0), gpus)

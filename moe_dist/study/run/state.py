@@ -1,15 +1,12 @@
 """How far the points of a study are, in words, and whether one may go on as it is. Light: no torch."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
-from moe_dist.config import Config
-from moe_dist.config.load import dump_config, load_config
 from moe_dist.disk import is_locked
 from moe_dist.study.design.grid import Point
 from moe_dist.study.ledger.ledger import loss_unit
+from moe_dist.study.ledger.settings import other_settings
 from moe_dist.study.run.whereabouts import lock_of
 from moe_dist.train.record.status import describe_status, read_status
 
@@ -30,7 +27,8 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def state(point: Point, latest: Mapping[str, dict[str, Any]]) -> str:
-    """How far a point is, in a line that opens with finished, running, preempted, interrupted, failed or waiting."""
+    """How far a point is, in a line that opens with finished, trained, running, preempted, interrupted, failed or
+    waiting. finished: the ledger says so."""
     record = latest.get(point.name)
     if record is not None and record["status"] == "finished":
         return summary(record)
@@ -44,30 +42,19 @@ def state(point: Point, latest: Mapping[str, dict[str, Any]]) -> str:
         return f"failed: {error}"
     if status["state"] == "running":  # nobody holds its lock
         return "interrupted"
-    if status["state"] in ("preempted", "finished"):
+    if status["state"] == "preempted":
         return describe_status(status)
+    if status["state"] == "finished" and record is None:  # its runner was killed, or the disk is full
+        return "trained, but not in the ledger yet; study run writes it down"
     return summary(record) if record is not None else "waiting"
 
 
-def refuse_other_settings(point: Point) -> None:
-    """Raises ValueError when the point was started earlier, and the study has been changed since."""
-    path = point.folder / "point.yaml"
-    if not path.exists() or path.read_text(encoding="utf-8") == dump_config(point.config):
-        return
-    before, now = dict(_flat(load_config(path))), dict(_flat(point.config))
-    changed = [f"{key} {before[key]}, now {now[key]}" for key in now if before[key] != now[key]]
-    if changed:
+def refuse_other_settings(point: Point, record: Mapping[str, Any] | None) -> None:
+    """Raises ValueError when the study has been changed since the point was started or finished. record: its last line
+    in the ledger; None before any."""
+    if changed := other_settings(point, record):
+        told = "; ".join(f"{key} {what}" for key, what in changed.items())
         raise ValueError(
-            f"{point.folder} was started with other settings ({'; '.join(changed)}): "
+            f"{point.folder} was started with other settings ({told}): "
             "give the changed study another name, or remove that folder and its lines in the ledger"
         )
-
-
-def _flat(config: Config) -> list[tuple[str, str]]:
-    def walk(values: dict[str, Any], home: str) -> list[tuple[str, str]]:
-        leaves = []
-        for key, value in values.items():
-            leaves += walk(value, f"{home}{key}.") if isinstance(value, dict) else [(home + key, json.dumps(value))]
-        return leaves
-
-    return walk(asdict(config), "")

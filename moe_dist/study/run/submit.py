@@ -4,9 +4,9 @@
     job 4711: points 0-3,7 of capacity-cpu, at most 8 at once
 
 Slurm numbers the tasks of an array from 0 to MaxArraySize - 1, and a study may have more points: what lies beyond goes
-into arrays of its own, which start from an offset. They wait for one another, so that no more points run at once than
-asked for. Which jobs have which points is in jobs.jsonl in the study's folder: points that wait or run in one of them
-are not handed in again.
+into arrays of its own, which start from an offset. They wait for one another, and the first for those that were handed
+in before and are not done, so that no more points run at once than asked for. Which jobs have which points is in
+jobs.jsonl in the study's folder: points that wait or run in one of them are not handed in again.
 """
 
 import json
@@ -67,15 +67,16 @@ def submit(study: Study, at_once: int | None, dry_run: bool, options: Sequence[s
             raise ValueError(
                 f"all {len(left)} points left wait or run already; to hand them in anew, scancel their job"
             )
-        handed: list[str] = []
+        handed, before = list[str](), list(dict.fromkeys(handed_in.values()))
         limit = study.file.at_once if at_once is None else at_once
         for array in arrays(new, max_array_size()):
-            command = sbatch_command(study, root, array, limit, handed[-1] if handed else None, options)
+            command = sbatch_command(study, root, array, limit, before, options)
             if dry_run:
                 print(shlex.join(command))
-                handed.append("THE_JOB_BEFORE")
+                before = ["THE_JOB_BEFORE"]
                 continue
-            handed.append(_hand_in(study, root, command, array))
+            before = [_hand_in(study, root, command, array)]
+            handed += before
             print(f"job {handed[-1]}: points {ranges(array.points)} of {study.file.name}, at most {limit} at once")
     if not dry_run:
         print(f"  squeue --array --jobs={','.join(handed)}        which of them wait or run")
@@ -117,14 +118,15 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def sbatch_command(
-    study: Study, root: Path, array: Array, at_once: int, after: str | None, options: Sequence[str]
+    study: Study, root: Path, array: Array, at_once: int, after: Sequence[str], options: Sequence[str]
 ) -> list[str]:
-    """Later options win in sbatch: ours, the study's, those of the command line; but what the array is, is ours."""
+    """Later options win in sbatch: ours, the study's, those of the command line; but what the array is, is ours. after:
+    jobs that have to end first."""
     own: dict[str, Scalar] = {"job-name": study.file.name, "output": f"{study.folder.absolute()}/slurm/%A_%a.out"}
     command = ["sbatch", *_flags(own | study.file.slurm), *options, "--parsable"]
     command.append(f"--array={ranges(array.tasks)}%{at_once}")
-    if after is not None:
-        command.append(f"--dependency=afterany:{after}")
+    if after:
+        command.append(f"--dependency=afterany:{':'.join(after)}")
     return [*command, str(root / _SCRIPT), str(study.path.absolute()), *([str(array.offset)] if array.offset else [])]
 
 

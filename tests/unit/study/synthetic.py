@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_dist.study.design.grid import Point, Study, load_study
 from moe_dist.study.ledger.measurements import FILE, write_measurements
+from moe_dist.study.ledger.settings import config_hash
 
 Loss = Callable[[Point, np.random.Generator], float]
 QUESTION = """
@@ -94,7 +95,7 @@ def record_of(point: Point, loss: float, **changes: Any) -> dict[str, Any]:
         "skipped_steps": 0,
         "roll_backs": 0,
         "schedule": {"steps": steps, "warmup_steps": 2, "evaluations": 4},
-        "config_hash": "c0",
+        "config_hash": config_hash(config),
         "data_digest": "d0",
         "versions": {"torch": "2.9", "moe_dist": "1"},
         "machine": {"host": "h", "cpu": "c", "threads": 2, "device": "cpu"},

@@ -175,7 +175,7 @@ def probe_of(folder: Path, configs: list[Config], seconds: list[float]) -> Probe
     return probe
 
 
-def test_equal_time_needs_a_probe_of_this_study_and_machine(tmp_path: Path) -> None:
+def test_equal_time_needs_a_probe_of_this_study(tmp_path: Path) -> None:
     axes = {"model.moe.num_experts": [8], "model.moe.top_k": [1, 2, 4]}
     keys = dict(axes=axes, equal="time", overrides={"train.steps": 400, "model.moe.capacity_factor": None}, seeds=[0])
     path = write(tmp_path, **keys)
@@ -193,9 +193,8 @@ def test_equal_time_needs_a_probe_of_this_study_and_machine(tmp_path: Path) -> N
     found = load_study(path)
     assert [point.config.train.steps for point in found.points] == [round(budget / each) for each in per_step]
     assert max(map(abs, found.residuals.values())) < 0.02
-    write_probe(draft.folder, replace(probe, machine="another"))
-    with pytest.raises(ValueError, match="equal=time needs step times"):
-        load_study(path)
+    write_probe(draft.folder, replace(probe, machine="another"))  # as a job of Slurm sees it
+    assert load_study(path) == found
     write_probe(draft.folder, replace(probe, points=probe.points[:1]))
     with pytest.raises(ValueError, match="equal=time needs step times"):
         load_study(path)

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 
 from moe_dist.study.command import study as command_line
-from moe_dist.study.design.grid import CAPACITY, Study
+from moe_dist.study.design.grid import CAPACITY, Study, load_study
 from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice
 from moe_dist.study.report.answer import answer
 from moe_dist.study.report.checks import Finding, check
-from moe_dist.study.report.report import page_of
+from moe_dist.study.report.report import check_study, page_of
+from moe_dist.study.run.runner import Runner
+from tests.unit.study.helpers import STUDY as TOY
+from tests.unit.study.helpers import Pretend, toy_study, write_study
 from tests.unit.study.synthetic import QUESTION, STUDY, plant, planted_losses, planted_study
 
 LOSS = planted_losses({0.5: 0.03, 1.0: 0.0, 0.75: 0.0, None: 0.0})
@@ -49,6 +52,13 @@ def test_a_whole_study_keeps_all(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("change", "name", "said", "points"),
     [
         (only(FIRST, status="failed", reason="no luck"), "finished", "1 point failed and is left out", (FIRST,)),
+        (
+            only(FIRST, config_hash="0123456789abcdef"),
+            "settings",
+            "1 point had other settings than the study gives now: config_hash 0123456789ab, now ",
+            (FIRST,),
+        ),
+        (only(FIRST, config_hash=None), "settings", "lines of an older version do not say with which", (FIRST,)),
         (only(FIRST, validation_loss=None), "pairs", "seeds 0 of capacity_factor 0.5 or its baseline lack", (FIRST,)),
         (
             capped(tokens=51_712),
@@ -158,6 +168,22 @@ def test_expert_choice_needs_no_capped_loss(tmp_path: Path) -> None:
     )
     study = planted_study(tmp_path, text)
     assert [each.check for each in findings(study, lambda point: {"validation_loss_capped": None})] == []
+
+
+def test_a_study_changed_after_its_runs_is_seen(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    assert Runner(study, Pretend(tmp_path)).run(study.points) == 0
+
+    def settings(of: Study) -> list[str]:
+        return [each.what for each in check_study(of) if each.check == "settings"]
+
+    assert settings(study) == []
+    changed = load_study(write_study(tmp_path, TOY.replace("steps: 8", "steps: 9")))
+    (said,) = settings(changed)
+    assert said == f"4 points had other settings than the study gives now: train.steps 8, now 9 of {FIRST}"
+    lines = Ledger(study.ledger).records()
+    study.ledger.write_text("".join(json.dumps(line | {"config_hash": "of another version"}) + "\n" for line in lines))
+    assert settings(study) == []  # point.yaml is the same
 
 
 def test_lines_name_few_points_and_count_the_rest() -> None:

@@ -89,6 +89,27 @@ def test_a_point_is_a_row_group_of_its_own(tmp_path: Path) -> None:
     assert types["seed"] == types["layer"] == types["index"] == "int64" and types["value"] == "double"
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_flops_beyond_64_bits(form: Any, tmp_path: Path) -> None:
+    if form == "parquet":
+        pytest.importorskip("pyarrow")
+    study, _ = finished(tmp_path)
+    line = Ledger(study.ledger).latest()[study.points[0].name]
+    Ledger(study.ledger).append(line | {"flops": 3 * 10**19})
+    path, _ = export(study, form, tmp_path / "out")
+    assert read(path)[-1]["flops"] == 3e19 and read(path)[0]["flops"] is None
+
+
+def test_seeds_have_the_number_that_the_study_gives_them_now(tmp_path: Path) -> None:
+    study, _ = finished(tmp_path)
+    line = Ledger(study.ledger).latest()[study.points[1].name]
+    Ledger(study.ledger).append(line | {"seed": 7})
+    Ledger(study.ledger).append(line | {"seed": 7, "point": "gone"})
+    ledger, measurements = export(study, "jsonl", tmp_path / "out")
+    assert [row["seed"] for row in read(ledger)] == [0, 1, 0, 1, 1, 7]
+    assert {(row["point"], row["seed"]) for row in read(measurements)} == {(p.name, p.seed) for p in study.points[:3]}
+
+
 def test_what_is_not_finite_has_no_row() -> None:
     lines = lines_by_hand(records_of(), [(0.3, 3), (1.0, 10)])
     lines[0]["loss"] = None
@@ -101,6 +122,8 @@ def test_kinds_of_columns() -> None:
     for values, kind, kept in (
         ([1, None, 2], "int", [1, None, 2]),
         ([1, 2.5, None], "float", [1.0, 2.5, None]),
+        ([2**63 - 1, -(2**63)], "int", [2**63 - 1, -(2**63)]),
+        ([1, 2**63], "float", [1.0, 2.0**63]),
         ([True, False], "bool", [True, False]),
         ([True, 1], "text", ["true", "1"]),
         (["a", 1, None], "text", ["a", "1", None]),

@@ -32,6 +32,11 @@ def test_axes_multiply(tmp_path: Path) -> None:
     ]
 
 
+def test_an_axis_may_be_of_the_run(tmp_path: Path) -> None:
+    study = toy_study(tmp_path, "name: toy\nbase: base.yaml\naxes: {run.eval_sequences: [16, 64]}\n")
+    assert [point.config.run.eval_sequences for point in study.points] == [16, 64]
+
+
 def test_names_of_axes_are_as_short_as_they_can_be() -> None:
     assert axis_names(["model.d_ff", "model.moe.d_ff", "optim.lr"]) == {
         "model.d_ff": "model.d_ff",

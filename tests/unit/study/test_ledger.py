@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe_dist.disk import locked
+from moe_dist.study.design.grid import CAPACITY
+from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
+from moe_dist.study.ledger.measure import identity
+from tests.unit.study.helpers import STUDY, toy_study
 
 
 def test_the_last_line_of_a_point_counts(tmp_path: Path) -> None:
@@ -118,3 +122,17 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
         assert first is not None and second is None
     with locked(tmp_path / "lock", wait=False) as third:
         assert third is not None
+
+
+def test_a_seed_that_comes_in_between_leaves_every_line_its_own(tmp_path: Path) -> None:
+    """Pairs of seeds are numbered through: of {3, 4} by {5, 6} the pair (4, 5) is number 2, with a third of data 3."""
+    before = toy_study(tmp_path, STUDY.replace("[0, 1]", "{weights: [3, 4], data: [5, 6]}"))
+    ledger = Ledger(before.ledger)
+    for point in before.points:
+        loss = 10.0 * point.seeds["weights"] + point.seeds["data"] + 100 * (point.axes[CAPACITY] is None)
+        ledger.append(identity(point) | {"status": "finished", "validation_loss": loss})
+    after = toy_study(tmp_path, STUDY.replace("[0, 1]", "{weights: [3, 4], data: [5, 6, 7]}"))
+    for cell in cells(after, ledger.latest()):
+        more = 100 * (cell.axes[CAPACITY] is None)
+        assert cell.by_seed("validation_loss") == {0: 35 + more, 1: 36 + more, 3: 45 + more, 4: 46 + more}
+        assert [each["seeds"] for each in cell.records] == [{"weights": w, "data": d} for w in (3, 4) for d in (5, 6)]

@@ -15,15 +15,9 @@ from moe_dist.config.load import dump_config
 from moe_dist.study.design.grid import Point
 from moe_dist.study.ledger import columns
 from moe_dist.study.ledger.columns import Columns, read_columns
-from moe_dist.study.ledger.measure import config_hash, measure
-from moe_dist.study.ledger.measurements import (
-    FILE,
-    LAYER_MEANS,
-    LAYER_SUMS,
-    MODEL,
-    read_measurements,
-    write_measurements,
-)
+from moe_dist.study.ledger.measure import measure
+from moe_dist.study.ledger.measurements import FILE, LAYER_MEANS, LAYER_SUMS, MODEL, write_measurements
+from moe_dist.study.ledger.settings import config_hash
 from tests.unit.study.helpers import toy_study
 
 STEPS, EXPERTS = 10, 3
@@ -205,6 +199,10 @@ def test_the_hash_is_of_the_configuration_and_not_of_its_place(tmp_path: Path) -
         assert config_hash(other) != config_hash(config)
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def lines_by_hand(records: list[dict[str, Any]], ends: list[tuple[float, int]]) -> list[dict[str, Any]]:
     lines, begin = [], 0
     for fraction, end in ends:
@@ -229,7 +227,7 @@ def test_measurements_are_sums_since_the_fraction_before(evaluations: int | None
     point = written(tmp_path, records, evaluations)
     measure(point)
     fractions = [0.25, 0.5, 0.75, 1.0] if evaluations else [0.3, 0.5, 0.8, 1.0]
-    found = read_measurements(point.folder / FILE)
+    found = lines_of(point.folder / FILE)
     expected = lines_by_hand(records, list(zip(fractions, (3, 5, 8, 10), strict=True)))
     assert len(found) == len(expected)
     for line, by_hand in zip(found, expected, strict=True):
@@ -246,7 +244,7 @@ def test_a_dense_model_has_lines_of_its_own_alone(tmp_path: Path) -> None:
     point = written(tmp_path, records)
     line = measure(point)
     assert line["drop_rate"] is line["expert_capacity"] is None
-    found = read_measurements(point.folder / FILE)
+    found = lines_of(point.folder / FILE)
     assert [each["layer"] for each in found] == [None] * 4 and found[0]["drop_rate"] is None
     assert np.isnan(read_columns(point.folder / FILE).model["drop_rate"]).all()
 
@@ -291,13 +289,11 @@ def test_arrays_are_a_view_of_the_lines(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    assert read_measurements(path) == []
     write_measurements(path, lines_by_hand(records_of(), [(1.0, 10)]))
     with path.open("a") as file:
         file.write('{"fraction": 0.\n')
-    for read in (read_measurements, read_columns):
-        with pytest.raises(ValueError, match=r"measurements.jsonl, line 5 is not JSON: b'\{\"fraction\": 0\.'"):
-            read(path)
+    with pytest.raises(ValueError, match=r"measurements.jsonl, line 5 is not JSON: b'\{\"fraction\": 0\.'"):
+        read_columns(path)
 
 
 def test_fractions_with_unlike_layers_are_refused() -> None:

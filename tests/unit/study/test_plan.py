@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from rich.console import Console
 from moe_dist.cli import main
 from moe_dist.study.design.family import comparisons
 from moe_dist.study.design.grid import load_study
-from moe_dist.study.design.probe import extremes
+from moe_dist.study.design.probe import extremes, write_probe
 from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.plan.plan import Plan, make_plan
-from moe_dist.study.plan.text import duration, print_plan, quantity
+from moe_dist.study.plan.text import print_plan, quantity
 from moe_dist.study.statistics.power import minimum_detectable, power
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
 from tests.unit.study.test_budget import probe_of
@@ -93,6 +94,7 @@ def test_time_is_summed_over_points(tmp_path: Path) -> None:
         np.repeat(each, 3).tolist()
     )
     assert plan.seconds == plan.seconds_left == pytest.approx(3 * sum(each) / 2)
+    assert "time      32s at 2 points at once" in text_of(plan)  # 31.8 s; as in the table of study run
     done = draft.points[0]
     Ledger(draft.ledger).append({"point": done.name, "axes": done.axes, "seed": 0, "status": "finished"})
     Ledger(draft.ledger).append({"point": draft.points[1].name, "axes": done.axes, "seed": 1, "status": "failed"})
@@ -199,6 +201,20 @@ def test_a_probe_that_fails_says_why(tmp_path: Path) -> None:
     assert not (tmp_path / "root/toy/probe.json").exists()
 
 
+def test_times_of_another_machine_are_measured_anew_until_a_point_has_begun(tmp_path: Path) -> None:
+    keys = dict(axes={"model.moe.top_k": [1, 2]}, overrides=SMALL | {"train.steps": 200}, equal="time", seeds=[0])
+    path = write(tmp_path, **keys)
+    draft = load_study(path, planning=True)
+    probe = probe_of(draft.folder, extremes([point.config for point in draft.points], 1), [0.01, 0.02])
+    assert make_plan(path, None).probe == probe
+    elsewhere = replace(probe, machine="another")
+    write_probe(draft.folder, elsewhere)
+    plan = make_plan(path, lambda config, ranks: ["python3", "-c", "import sys; sys.exit('no room')"])
+    assert plan.probe is None and plan.untimed is not None and "no room" in plan.untimed
+    draft.points[0].folder.mkdir()
+    assert make_plan(path, lambda config, ranks: ["false"]).probe == elsewhere
+
+
 def test_a_real_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes; the second plan takes what the first has measured, and equal times follow from it."""
     text = tmp_path / "text.txt"
@@ -226,5 +242,4 @@ def test_a_real_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_words_for_numbers() -> None:
-    assert [duration(seconds) for seconds in (9.96, 95, 4000, 200_000)] == ["10.0 s", "1.6 min", "1.1 h", "2.3 d"]
     assert [quantity(value, "B") for value in (0, 999, 1_230_000, 5e18)] == ["0 B", "999 B", "1.23 MB", "5 EB"]

@@ -1,6 +1,7 @@
 """The runner, with a training command that pretends and counts its calls."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.disk import locked
-from moe_dist.study.design.grid import load_study
+from moe_dist.study.design.grid import Study, load_study
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.run.runner import Runner, train_command
 from moe_dist.study.run.state import state
@@ -40,6 +41,7 @@ def test_every_point_runs_once_and_is_written_down(tmp_path: Path) -> None:
         "point": "capacity_factor=0.5-seed=1",
         "axes": {"model.moe.capacity_factor": 0.5},
         "seed": 1,
+        "seeds": {"weights": 1, "data": 1},
         "attempt": 1,
         "status": "finished",
         "steps": 8,
@@ -94,8 +96,18 @@ def test_a_run_that_finished_behind_the_runner_is_only_read(tmp_path: Path) -> N
     study, command = toy_study(tmp_path), Pretend(tmp_path)
     Runner(study, command).run(study.points)
     study.ledger.unlink()
+    assert states(study.path) == ["trained,"] * 4
     assert Runner(study, command).run(study.points) == 0
     assert len(command.trained()) == len(Ledger(study.ledger).records()) == 4
+
+
+def test_a_run_that_cannot_be_measured_has_not_finished(tmp_path: Path) -> None:
+    """By these words a job of Slurm knows whether to end well."""
+    study, command = toy_study(tmp_path), Pretend(tmp_path)
+    command.mend("(run / 'status.json').write_text(json.dumps(dict(state='finished', step=8))); sys.exit(0)")
+    assert Runner(study, command).run([study.point(0)]) == 1
+    said = state(study.point(0), Ledger(study.ledger).latest())
+    assert said.startswith("failed: trained, but cannot be measured: ")
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -103,6 +115,37 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     Runner(study, Pretend(tmp_path)).run([study.point(0)])
     changed = load_study(write_study(tmp_path, STUDY.replace("steps: 8", "steps: 9")))
     with pytest.raises(ValueError, match=r"train\.steps 8, now 9"):
+        Runner(changed).run(changed.points)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("{0: 2.0, 4: 0.5}", "{0: 2.0, 4: 1.0}", r"capacity_schedule\.4 0\.5, now 1\.0"),
+        ("{0: 2.0, 4: 0.5}", "{0: 2.0}", r"capacity_schedule\.4 0\.5, now not set"),
+        ("{0: 2.0}", "{0: 2.0, 4: null}", r"capacity_schedule\.4 not set, now null"),
+    ],
+)
+def test_another_schedule_is_another_setting(tmp_path: Path, before: str, after: str, said: str) -> None:
+    def scheduled(schedule: str) -> Study:
+        overrides = "overrides: {model.moe.eval_capacity_factor: 1.0, model.moe.capacity_schedule: "
+        return toy_study(tmp_path, STUDY.replace("overrides: {", f"{overrides}{schedule}, "))
+
+    study = scheduled(before)
+    assert Runner(study, Pretend(tmp_path)).run([study.point(0)]) == 0
+    assert Runner(scheduled(before), Pretend(tmp_path)).run([study.point(0)]) == 0
+    changed = scheduled(after)
+    with pytest.raises(ValueError, match=rf"other settings \(model\.moe\.{said}\)"):
+        Runner(changed).run([changed.point(0)])
+
+
+def test_other_settings_of_a_finished_point_are_refused_without_its_folder(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    Runner(study, Pretend(tmp_path)).run([study.point(0)])
+    shutil.rmtree(study.point(0).folder)
+    assert Runner(study, Pretend(tmp_path)).run([study.point(0)]) == 0  # finished, by the ledger
+    changed = load_study(write_study(tmp_path, STUDY.replace("steps: 8", "steps: 9")))
+    with pytest.raises(ValueError, match=r"other settings \(config_hash [0-9a-f]{12}, now [0-9a-f]{12}\)"):
         Runner(changed).run(changed.points)
 
 
@@ -128,7 +171,7 @@ def test_a_point_in_other_hands_is_waited_for_last(tmp_path: Path) -> None:
 
 def test_two_runners_share_the_points(tmp_path: Path) -> None:
     study, command = toy_study(tmp_path), Pretend(tmp_path, "time.sleep(0.3)")
-    script = "import sys; from pathlib import Path; from moe_dist.study.design.grid import load_study\n"
+    script = "import sys; from pathlib import Path; from moe_dist.study.design.grid import Study, load_study\n"
     script += "from moe_dist.study.run.runner import Runner; from tests.unit.study.helpers import Pretend\n"
     script += "study = load_study(sys.argv[1]); command = Pretend(Path(sys.argv[2]), 'time.sleep(0.3)')\n"
     script += "sys.exit(Runner(study, command).run(study.points))"

@@ -107,7 +107,10 @@ def test_points_in_the_queue_are_not_handed_in_twice(
     cluster.queue.write_text("40 1\n41 2\n42 N/A\n")
     finish(study, 0)
     assert main(submit) == 0
-    assert [array_of(call) for call in cluster.submitted()[3:]] == ["2%5", "0-1%5", "0%5"]
+    again = cluster.submitted()[3:]
+    assert [array_of(call) for call in again] == ["2%5", "0-1%5", "0%5"]
+    waits = [[word for word in call if word.startswith("--dependency=")] for call in again]
+    assert waits == [["--dependency=afterany:40:41"], ["--dependency=afterany:43"], ["--dependency=afterany:44"]]
     assert "job 41: points 5 wait or run already, and are not handed in again" in capsys.readouterr().out
 
     (tmp_path / "tools/squeue").write_text("#!/bin/sh\necho 'error: Invalid job id specified' >&2; exit 1\n")

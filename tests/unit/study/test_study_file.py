@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moe_dist.study.design.grid import Study, load_study
-from moe_dist.study.design.names import label, means
+from moe_dist.study.design.names import means, value_label
 
 AXES = {"model.moe.capacity_factor": [0.5, 1.0, None], "model.moe.num_experts": [4, 8]}
 QUESTION = {"baseline": {"model.moe.capacity_factor": None}}
@@ -153,6 +153,16 @@ def test_every_rule(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
     assert all(len(line) < 300 and line.startswith(str(tmp_path)) for line in str(error.value).splitlines())
 
 
+def test_every_broken_rule_of_exclude_is_named(tmp_path: Path) -> None:
+    rules = [{"model.moe.top_k": 1}, {}, {"model.moe.num_experts": 5}, {"model.moe.num_experts": [4, 8]}]
+    with pytest.raises(ValueError) as error:
+        study(tmp_path, exclude=rules)
+    said = str(error.value).splitlines()
+    assert len(said) == len(rules), said
+    for number, line in enumerate(said):
+        assert f": exclude.{number}" in line
+
+
 def test_sections_are_merged_and_labelled(tmp_path: Path) -> None:
     values = [ATTENTION[1], {}]
     loaded = study(tmp_path, axes={"model.attention": values}, overrides={"model.attention.backend": "torch"})
@@ -189,10 +199,10 @@ def test_a_list_is_a_value(tmp_path: Path) -> None:
 
 def test_labels_are_short_stable_and_safe() -> None:
     long = {"kind": "routed", "routed": {"num_routed_queries": 16, "num_routed_key_values": 48, "window": "a/b c"}}
-    assert str(label(long)).startswith("kind=routed+routed.num_routed_queries=16")
-    assert len(str(label(long))) == 48 and "/" not in str(label(long)) and " " not in str(label(long))
-    assert label(long) != label(long | {"routed": long["routed"] | {"window": "a/b d"}})  # type: ignore[operator]
-    assert label(None) is None and label(0.5) == 0.5
+    assert str(value_label(long)).startswith("kind=routed+routed.num_routed_queries=16")
+    assert len(str(value_label(long))) == 48 and "/" not in str(value_label(long)) and " " not in str(value_label(long))
+    assert value_label(long) != value_label(long | {"routed": long["routed"] | {"window": "a/b d"}})  # type: ignore[operator]
+    assert value_label(None) is None and value_label(0.5) == 0.5
 
 
 def test_what_names_a_value() -> None:
@@ -224,7 +234,7 @@ def test_rules_may_name_sections_labels_and_several_values(tmp_path: Path) -> No
         return [(str(point.axes["model.attention"])[5:8], point.axes["model.moe.num_experts"]) for point in points]
 
     by_mapping = left({"model.attention": ATTENTION[1], "model.moe.num_experts": [2, 8]})
-    by_label = left({"model.attention": label(ATTENTION[1]), "model.moe.num_experts": [2, 8]})
+    by_label = left({"model.attention": value_label(ATTENTION[1]), "model.moe.num_experts": [2, 8]})
     assert by_mapping == by_label == [("mul", 2), ("mul", 4), ("mul", 8), ("swi", 4)]
 
 
