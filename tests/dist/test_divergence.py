@@ -154,7 +154,11 @@ def check_nans_in_a_row_go_back_once_and_end(folder: Path) -> None:
     error = ends(always, loss_at([5, 6, 7, 8], math.nan))
     assert error.code == DIVERGED
     said = str(error)
-    assert "3 steps in a row" in said and "up to step 7" in said and "gone back to a checkpoint at step 7" in said, said
+    assert (
+        "3 steps in a row" in said
+        and "up to step 7" in said
+        and "at step 7 the run had gone back to a checkpoint" in said
+    ), said
     assert status(always) == {"state": "failed", "reason": said, "code": DIVERGED}
     assert sorted(path.name for path in (folder / "always" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     nowhere = ends(config(folder, "nowhere", run__save_every=9), loss_at([1, 2, 3], math.nan))

@@ -69,7 +69,7 @@ def test_back_once_and_again_only_past_the_trouble() -> None:
         health.go_back(11, OLD)
     assert (
         ended.value.code == DIVERGED
-        and "at step 11 already" in str(ended.value)
+        and "at step 11 the run had gone back" in str(ended.value)
         and f"remove {OLD}" in str(ended.value)
     )
     health.saved(12)
