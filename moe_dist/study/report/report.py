@@ -2,7 +2,7 @@
 
 | part          | is made in                                             |
 |---------------|--------------------------------------------------------|
-| the answer    | answer.py, of the comparisons of families.py           |
+| the answer    | answer.py, of the comparisons of matches.py            |
 | the checks    | checks.py                                              |
 | figures       | figures/, of numbers that sections.py gathers          |
 | tables        | tables.py                                              |
@@ -10,6 +10,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_dist.study.design.grid import Study
 from moe_dist.study.design.study_file import Question
@@ -43,21 +44,12 @@ def write_report(study: Study, folder: Path | None = None) -> list[Path]:
 
 
 def check_study(study: Study) -> list[Finding]:
-    ledger = Ledger(study.ledger)
-    _, unreadable = ledger.read()
-    latest = ledger.latest()
-    grid = cells(study, latest)
-    return check(study, grid, latest, answer(study, grid).families, unreadable)
+    return _read(study)[-1]
 
 
 def page_of(study: Study) -> Page | None:
     """None before any point has finished or failed; only checks and failures where all that ended have failed."""
-    ledger = Ledger(study.ledger)
-    _, unreadable = ledger.read()
-    latest = ledger.latest()
-    grid = cells(study, latest)
-    found = answer(study, grid)
-    findings = check(study, grid, latest, found.families, unreadable)
+    latest, grid, found, findings = _read(study)
     failed = failed_table(study, latest)
     done = sum(len(cell.records) for cell in grid)
     checks = Section("Checks", [checks_table(findings)])
@@ -74,6 +66,16 @@ def page_of(study: Study) -> Page | None:
         Section("Points", [_cells_table(study, grid, found, metric), costs_table(grid), *([failed] if failed else [])]),
     ]
     return _page(study, grid, found, findings, sections)
+
+
+def _read(study: Study) -> tuple[dict[str, dict[str, Any]], list[Cell], Answer, list[Finding]]:
+    """The last line of each point in the ledger, and what follows from them."""
+    ledger = Ledger(study.ledger)
+    _, unreadable = ledger.read()
+    latest = ledger.latest()
+    grid = cells(study, latest)
+    found = answer(study, grid)
+    return latest, grid, found, check(study, grid, latest, found.families, unreadable)
 
 
 def _page(
