@@ -138,6 +138,11 @@ class MoEConfig:
         begun = [first for first in self.capacity_schedule if first <= step]
         return self.capacity_schedule[max(begun)] if begun else self.capacity_factor
 
+    @staticmethod
+    def is_dropless(factor: CapacityFactor) -> bool:
+        """Whether this capacity factor limits no layer."""
+        return all(each is None for each in (factor if isinstance(factor, list) else [factor]))
+
     def schedule_phase(self, step: int) -> int:
         """How many entries of capacity_schedule have begun; the capacity factor is the same until that changes."""
         return sum(first <= step for first in self.capacity_schedule)

@@ -94,8 +94,7 @@ class Capacity:
             return None if step.phase == "dropless" else self._of_layer(moe.eval_capacity_factor)
         if step.phase == "eval" and moe.eval_capacity_factor is not None:
             return self._of_layer(moe.eval_capacity_factor)
-        begun = [first for first in moe.capacity_schedule if first <= step.step]
-        return moe.capacity_schedule[max(begun)] if begun else self._of_layer(moe.capacity_factor)
+        return self._of_layer(moe.factor_at(step.step))
 
     def __call__(self, routing: Routing, step: StepContext) -> DispatchPlan:
         """Every rank must call. Raises ValueError, on all of them, where ranks hold unequal numbers of tokens, and

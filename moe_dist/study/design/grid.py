@@ -293,8 +293,7 @@ def _evaluated_with_drops(moe: MoEConfig, steps: int) -> MoEConfig:
     if moe.num_experts == 0 or moe.router == "expert_choice" or moe.eval_capacity_factor is not None:
         return moe
     factor = moe.factor_at(steps - 1)
-    drops = any(each is not None for each in (factor if isinstance(factor, list) else [factor]))
-    return replace(moe, eval_capacity_factor=factor) if drops else moe
+    return moe if moe.is_dropless(factor) else replace(moe, eval_capacity_factor=factor)
 
 
 def _refusals(study: Study) -> Iterator[str]:

@@ -107,8 +107,8 @@ def _dropless(config: Config) -> bool:
     """Whether nothing limits the experts at the end of training, nor in evaluations."""
     moe, attention = config.model.moe, config.model.attention
     moes = ([moe] if moe.num_experts else []) + ([attention.moe] if attention.kind == "switch" else [])
-    factors = [moe.eval_capacity_factor for moe in moes] + [moe.factor_at(config.train.steps - 1) for moe in moes]
-    return all(each is None for factor in factors for each in (factor if isinstance(factor, list) else [factor]))
+    last = config.train.steps - 1
+    return all(moe.is_dropless(moe.eval_capacity_factor) and moe.is_dropless(moe.factor_at(last)) for moe in moes)
 
 
 def _balance(records: Sequence[Record]) -> Record:
