@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
+from moe_dist.attention.norms import query_key_norm
 from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import apply_rotary
 from moe_dist.config.model import AttentionConfig, HeadSizes
@@ -21,7 +22,6 @@ from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.parallel.norm import norm_over_group
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
 
@@ -55,32 +55,11 @@ class KeyValueHeads(nn.Module):
         return kv_BSGP[..., 0, :], kv_BSGP[..., 1, :]
 
 
-class QueryKeyNorm(nn.Module):
-    """Layer norm of a query over all its heads, and of a key over its one (ViT-22B, arXiv 2302.05442, eq. 4)."""
-
-    def __init__(self, sizes: HeadSizes, tp: Group, eps: float) -> None:
-        super().__init__()
-        self.tp = tp
-        self.eps = eps
-        width, head_dim = sizes.width, sizes.head_dim
-        local = width // tp.size
-        first = tp.rank * local
-        self.query_weight = parameter((local,), ParamSpec((width,), "tensor", first, None))
-        self.query_bias = parameter((local,), ParamSpec((width,), "tensor", first, 0.0))
-        self.key_weight = parameter((head_dim,), ParamSpec((head_dim,), std=None))
-        self.key_bias = parameter((head_dim,), ParamSpec((head_dim,), std=0.0))
-
-    def forward(self, q_BSHP: Tensor, k_BSGP: Tensor) -> tuple[Tensor, Tensor]:
-        q_BSM = norm_over_group(q_BSHP.flatten(2), self.query_weight, self.query_bias, self.eps, self.tp)
-        weight, bias = copy_to_group(self.key_weight, self.tp), copy_to_group(self.key_bias, self.tp)
-        return q_BSM.view_as(q_BSHP), F.layer_norm(k_BSGP, k_BSGP.shape[-1:], weight, bias, self.eps)
-
-
 class CausalSelfAttention(nn.Module):
     """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism.
 
-    layer: by which attention dropout draws. norm_eps: of qk_ln. out_std: of the output projection's initial values,
-    width^-0.5 where None.
+    layer: by which attention dropout draws. norm_eps, kernels: of the norm of queries and keys. out_std: of the output
+    projection's initial values, width^-0.5 where None.
     """
 
     def __init__(
@@ -91,6 +70,7 @@ class CausalSelfAttention(nn.Module):
         layer: int = 0,
         norm_eps: float = 1e-5,
         out_std: float | None = None,
+        kernels: str = "torch",
     ) -> None:
         super().__init__()
         tp, width = mesh.tp, sizes.width
@@ -102,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5)
         self.key_value = KeyValueHeads(sizes, tp)
         self.out = RowParallelLinear(width, sizes.d_model, tp, width**-0.5 if out_std is None else out_std)
-        self.qk_norm = QueryKeyNorm(sizes, tp, norm_eps) if config.qk_ln else None
+        self.qk_norm = query_key_norm(config, sizes, self.key_value.assignment, tp, norm_eps, kernels)
         self.heads = self.key_value.assignment.queries
         self.sinks_H = None
         if config.sinks:
@@ -124,11 +104,13 @@ class CausalSelfAttention(nn.Module):
         x_TD = enter(x_TD, self.mesh)
         q_BSHP = self.query(x_TD).view(*shape, len(self.heads), self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
+        if self.config.qk_norm != "none" and self.qk_norm is not None:
+            q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
         if self.config.clip_qkv is not None:
             q_BSHP, k_BSGP, v_BSGP = (
                 t.clamp(-self.config.clip_qkv, self.config.clip_qkv) for t in (q_BSHP, k_BSGP, v_BSGP)
             )
-        if self.qk_norm is not None:
+        if self.config.qk_ln and self.qk_norm is not None:
             q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
         if positions.rotary is not None:
             q_BSHP, k_BSGP = apply_rotary(q_BSHP, positions.rotary), apply_rotary(k_BSGP, positions.rotary)

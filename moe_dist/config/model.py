@@ -199,9 +199,11 @@ class AttentionConfig:
     rope_original_len: int | None = None
     """With rope_scaling = yarn: the sequence length first trained on."""
     clip_qkv: float | None = None
-    """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection."""
+    """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection, and after qk_norm."""
     qk_ln: bool = False
     """Layer norm of the queries over all heads and of each key over its head."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """RMSNorm of queries and keys, of each head (head) or of all heads of a token together (width)."""
     window: int | None = None
     """Sliding window: a token sees the last `window` tokens, itself included. null: all before it."""
     sinks: bool = False

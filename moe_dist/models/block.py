@@ -45,7 +45,7 @@ Attention = CausalSelfAttention | SwitchAttention | RoutedSelfAttention
 
 
 def _multi_query(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
-    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std)
+    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std, model.kernels)
 
 
 def _switch(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:

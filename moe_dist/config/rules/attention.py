@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
-from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, share, unused
+from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, share, shown, unused
 
 _USES: Uses = {
     "rope_scaling": ("position", "rotary"),
@@ -23,6 +23,11 @@ def attention_rules(attention: AttentionConfig, section: str = "model.attention"
         yield f"{routed} is of kind=routed, not {attention.kind}; set {key(section, 'kind')} or clear {routed}"
     yield from share(attention, section, "dropout")
     yield from _rotary_rules(attention, section)
+    if attention.qk_ln and attention.qk_norm != "none":
+        yield (
+            f"qk_ln=true and qk_norm={attention.qk_norm} are two norms of the same queries and keys; "
+            f"set {key(section, 'qk_ln')} to false or {key(section, 'qk_norm')} to none"
+        )
     if 0 < attention.dropout < 1 and attention.backend not in ("torch", "triton"):
         yield (
             f"dropout={attention.dropout} with backend={attention.backend} would draw other numbers in every layout; "
@@ -52,11 +57,10 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         yield (
             f"kind=routed has a window of its own, {key(inner, 'local_window')}; set {key(section, 'window')} to null"
         )
-    for name, off in (("sinks", False), ("qk_ln", False), ("clip_qkv", None)):
-        value = getattr(attention, name)
+    for name in ("sinks", "qk_ln", "qk_norm", "clip_qkv"):
+        value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
-            shown = "null" if off is None else "false"
-            yield f"kind=routed does not know {name}={value}; set {key(section, name)} to {shown}"
+            yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"
 
 
 def _rotary_rules(attention: AttentionConfig, section: str) -> Iterator[str]:

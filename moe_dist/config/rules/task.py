@@ -28,7 +28,7 @@ def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "
     moe, plain = model.moe, AttentionConfig()
     yield from at_least(2, model, "model", "num_classes")
     yield from share(model, "model", "dropout token_dropout")
-    for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "window", "sinks", "dropout"):
+    for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "qk_norm", "window", "sinks", "dropout"):
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
             yield f"attention.{name}={shown(value)} is of language models; set model.attention.{name} to {shown(only)}"

@@ -243,6 +243,10 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "model.attention.routed is of kind=routed, not multi_query",
             {"model__attention__routed__local_window": 64},
         ),
+        (
+            "qk_ln=true and qk_norm=width are two norms of the same queries and keys; set model.attention.qk_ln to",
+            {"model__attention__qk_ln": True, "model__attention__qk_norm": "width"},
+        ),
         ("rope_factor=2.0 is of rope_scaling=linear or ntk or yarn", {"model__attention__rope_factor": 2.0}),
         (
             "rope_theta=500.0 is of attention.position=rotary, not alibi",
