@@ -20,16 +20,17 @@ from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.heads import HeadAssignment
-from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
+from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, SharedBias, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
 
 
 class KeyValueHeads(nn.Module):
-    """x -> the keys and values that this rank's query heads read; logical weight [G * 2 * P, D], head after head."""
+    """x -> the keys and values that this rank's query heads read; logical weight [G * 2 * P, D], head after head, and a
+    bias [G * 2 * P] if asked for."""
 
-    def __init__(self, sizes: HeadSizes, tp: Group) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group, bias: bool = False) -> None:
         super().__init__()
         self.head_dim = sizes.head_dim
         self.tp = tp
@@ -38,21 +39,30 @@ class KeyValueHeads(nn.Module):
         first, held = self.assignment.kv_held.start, len(self.assignment.kv_held)
         logical = (sizes.num_kv_heads * rows, d_model)
         self.cut = tp.size > 1 and not self.assignment.shared
+        self.bias = None
         if self.cut:
             spec = ParamSpec(logical, "tensor", first * rows * d_model, d_model**-0.5)
             self.weight = parameter((held * rows, d_model), spec)
+            if bias:
+                self.bias = parameter((held * rows,), ParamSpec(logical[:1], "tensor", first * rows, 0.0))
         else:
             self.weight = parameter(logical, ParamSpec(logical, std=d_model**-0.5))
+            if bias:
+                self.bias = parameter(logical[:1], ParamSpec(logical[:1], std=0.0))
         self.rows = slice(0, held * rows) if self.cut else slice(first * rows, (first + held) * rows)
 
     def forward(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Two tensors [B, S, G of this rank, P]; G is assignment.kv_read."""
-        weight = self.weight if self.cut else copy_to_group(self.weight, self.tp)
+        weight, bias = self._own(self.weight), None if self.bias is None else self._own(self.bias)
         held, reads = len(self.assignment.kv_held), self.assignment.reads
-        kv_BSGP = F.linear(x_TD, weight[self.rows]).view(*shape, held, 2, self.head_dim)
+        kv_BSGP = F.linear(x_TD, weight, bias).view(*shape, held, 2, self.head_dim)
         if reads is not None:
             kv_BSGP = kv_BSGP[:, :, list(reads)]
         return kv_BSGP[..., 0, :], kv_BSGP[..., 1, :]
+
+    def _own(self, param: Tensor) -> Tensor:
+        """The rows of this rank's heads; where every rank holds all of them, gradients are summed over tp."""
+        return (param if self.cut else copy_to_group(param, self.tp))[self.rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -79,9 +89,10 @@ class CausalSelfAttention(nn.Module):
         self.mesh = mesh
         self.num_heads = sizes.num_heads
         self.head_dim = sizes.head_dim
-        self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5)
-        self.key_value = KeyValueHeads(sizes, tp)
+        self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5, config.qkv_bias)
+        self.key_value = KeyValueHeads(sizes, tp, config.qkv_bias)
         self.out = RowParallelLinear(width, sizes.d_model, tp, width**-0.5 if out_std is None else out_std)
+        self.out_bias = SharedBias(sizes.d_model, mesh) if config.out_bias else None
         self.qk_norm = query_key_norm(config, sizes, self.key_value.assignment, tp, norm_eps, kernels)
         self.heads = self.key_value.assignment.queries
         self.sinks_H = None
@@ -120,8 +131,8 @@ class CausalSelfAttention(nn.Module):
             starts_B = cache.starts()
             k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
         y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(positions, starts_B, shape, step), None)
-        y_TD = self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1))
-        return leave(y_TD, self.mesh), None
+        y_TD = leave(self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1)), self.mesh)
+        return (y_TD if self.out_bias is None else self.out_bias(y_TD)), None
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""

@@ -3,7 +3,8 @@
     y_t = sum over the chosen experts i of w_i(x_t) * Attention(x_t Wq_i^T, K, V) Wo_i,    K = X Wk^T, V = X Wv^T
 
 An expert is a query and an output projection for all H heads; there is one key/value head, shared by every expert,
-over the whole sequence at true positions. A token whose every assignment is dropped gets zero.
+over the whole sequence at true positions. A token whose every assignment is dropped gets zero. With out_bias a vector
+is added to all of them (JetMoE, arXiv 2404.07413).
 
 Gate and dispatcher are those of the feed-forward experts: tokens go to the query projections and come back as
 K * H query heads of the token; attention is the house's, on K * H heads; its results go to the output projections and
@@ -36,7 +37,7 @@ from moe_dist.moe.gate import Gate, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
-from moe_dist.parallel.linear import TokenSlices, enter
+from moe_dist.parallel.linear import SharedBias, TokenSlices, enter
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
 from moe_dist.step import StepContext
@@ -76,6 +77,7 @@ class SwitchAttention(nn.Module):
         self.experts = AttentionExperts(moe, sizes, mesh, kernels, out_std)
         shape = (2 * self.head_dim, sizes.d_model)
         self.key_value = parameter(shape, ParamSpec(shape, std=sizes.d_model**-0.5))
+        self.out_bias = SharedBias(sizes.d_model, mesh) if config.out_bias else None
         self.attend = attention(config.backend)
 
     def forward(
@@ -107,6 +109,7 @@ class SwitchAttention(nn.Module):
         # 4. To the output projections and back, weighted, and summed over a token's assignments.
         y_ND, sent_back = self.dispatcher.carry(y_NM, weighted, self.experts.outputs)
         y_TD = self.slices.all(y_ND.unflatten(0, (-1, chosen)).sum(1))
+        y_TD = y_TD if self.out_bias is None else self.out_bias(y_TD)
         # 5. What it cost, and what the router is told. Rows go there D and come back M wide, then the other way round:
         # the sum is that of two trips with one width each.
         return y_TD, MoEStats.of(choice, self.router, step, sent_there + sent_back)

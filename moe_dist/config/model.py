@@ -198,6 +198,10 @@ class AttentionConfig:
     """How many times longer."""
     rope_original_len: int | None = None
     """With rope_scaling = yarn: the sequence length first trained on."""
+    qkv_bias: bool = False
+    """Biases on the projections of queries, keys and values."""
+    out_bias: bool = False
+    """A bias on the output projection; with kind = switch one for all experts."""
     clip_qkv: float | None = None
     """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection, and after qk_norm."""
     qk_ln: bool = False

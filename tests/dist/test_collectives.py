@@ -235,7 +235,7 @@ def multi_head(mesh: Mesh) -> Layer:
 def attention_options() -> Iterator[Callable[[Mesh], Layer]]:
     """Key/value heads that are cut, that all ranks hold, and (12 on 3) that a rank's query heads read in part."""
     for heads, kv_heads in ((4, 1), (4, 2), (4, 4), (12, 3)):
-        for options in (dict(qk_norm="head"), dict(qk_norm="width", clip_qkv=1.0), dict(qk_ln=True, sinks=True)):
+        for options in (dict(qk_norm="head"), dict(qk_norm="width", clip_qkv=1.0), dict(qkv_bias=True, out_bias=True)):
             yield partial(attention, kv_heads, heads=heads, **options)
 
 

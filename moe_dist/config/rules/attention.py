@@ -57,7 +57,7 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         yield (
             f"kind=routed has a window of its own, {key(inner, 'local_window')}; set {key(section, 'window')} to null"
         )
-    for name in ("sinks", "qk_ln", "qk_norm", "clip_qkv"):
+    for name in ("qkv_bias", "out_bias", "sinks", "qk_ln", "qk_norm", "clip_qkv"):
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
             yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"

@@ -8,6 +8,7 @@ from moe_dist.config.schema import Config, DataConfig, ParallelConfig
 
 _BYTES = 256
 _MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
+_OF_DECODERS = "kind position rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window sinks dropout".split()
 _LABELLED = ("jsonl", "csv")
 
 
@@ -28,7 +29,7 @@ def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "
     moe, plain = model.moe, AttentionConfig()
     yield from at_least(2, model, "model", "num_classes")
     yield from share(model, "model", "dropout token_dropout")
-    for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "qk_norm", "window", "sinks", "dropout"):
+    for name in _OF_DECODERS:
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
             yield f"attention.{name}={shown(value)} is of language models; set model.attention.{name} to {shown(only)}"

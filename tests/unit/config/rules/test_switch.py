@@ -18,6 +18,7 @@ def switch(**values: object) -> dict[str, object]:
         ("num_experts=0 of attention is below 1; raise model.attention.moe.num_experts", switch(moe__num_experts=0)),
         ("num_kv_heads=2 with kind=switch", switch() | {"model__num_kv_heads": 2}),
         ("qk_ln=true is not of kind=switch", switch(qk_ln=True)),
+        ("qkv_bias=true is not of kind=switch; set model.attention.qkv_bias to false", switch(qkv_bias=True)),
         ("qk_norm=head is not of kind=switch", switch(qk_norm="head")),
         ("sinks=true is not of kind=switch", switch(sinks=True)),
         ("d_ff=64 is of feed-forward experts, not of attention's", switch(moe__d_ff=64)),
