@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.norms import query_key_norm
 from moe_dist.attention.positions import Positions
-from moe_dist.attention.rotary import apply_rotary
+from moe_dist.attention.rotary import turn_heads
 from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
@@ -124,7 +124,7 @@ class CausalSelfAttention(nn.Module):
         if self.config.qk_ln and self.qk_norm is not None:
             q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
         if positions.rotary is not None:
-            q_BSHP, k_BSGP = apply_rotary(q_BSHP, positions.rotary), apply_rotary(k_BSGP, positions.rotary)
+            q_BSHP, k_BSGP = turn_heads(q_BSHP, positions.rotary), turn_heads(k_BSGP, positions.rotary)
         q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
         starts_B = None
         if cache is not None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.positions import Positions
-from moe_dist.attention.rotary import apply_rotary
+from moe_dist.attention.rotary import turn_heads
 from moe_dist.config.model import AttentionConfig, HeadSizes, MoEConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
@@ -140,8 +140,8 @@ class SwitchAttention(nn.Module):
         """-> [B, S, J, P], contiguous by token."""
         rows, heads = len(q_BSJP), q_BSJP.shape[2]
         if positions.rotary is not None:
-            q_BSJP = rotate(q_BSJP, positions.rotary)
-            k_BSP = rotate(k_BSP[:, :, None], positions.rotary)[:, :, 0]
+            q_BSJP = turn_heads(q_BSJP, positions.rotary)
+            k_BSP = turn_heads(k_BSP[:, :, None], positions.rotary)[:, :, 0]
         k_BGLP, v_BGLP, starts_B = k_BSP[:, None], v_BSP[:, None], None
         if cache is not None:
             starts_B = cache.starts()
@@ -213,17 +213,6 @@ class AttentionExperts(nn.Module):
             rows = self.permute.gather_rows(x, order)
             rows = linear(rows, w_eMD, order, self.backend, out_first)
             return self.permute.combine_rows(rows, weights_XK, order)
-
-
-def rotate(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the first numbers of a head, as many as the table has angles for; of an odd head the last
-    number stays as it is."""
-    turned = 2 * table[0].shape[-1]
-    if turned == x_BSHP.shape[-1]:
-        return apply_rotary(x_BSHP, table)
-    if turned == 0:
-        return x_BSHP
-    return torch.cat((apply_rotary(x_BSHP[..., :turned], table), x_BSHP[..., turned:]), dim=-1)
 
 
 def each_alone(choice: Choice) -> Choice:

@@ -191,13 +191,23 @@ class AttentionConfig:
     position: Literal["rotary", "alibi", "none"] = "rotary"
     """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
     distance (arXiv 2108.12409)."""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    rotary_share: float = 1.0
+    """Share of a head's numbers that rotation turns, the first ones; the others know no position."""
+    rope_scaling: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3"] = "none"
     """For sequences longer than those first trained on. linear: positions are divided by rope_factor. ntk: the base
-    grows instead. yarn: slow rotations are divided, fast ones stay (arXiv 2309.00071)."""
+    grows instead; dynamic: only above rope_original_len, with the length at hand, so that keys in a cache stay as they
+    were turned. yarn and llama3: slow rotations are divided, fast ones stay (arXiv 2309.00071, 2407.21783)."""
     rope_factor: float = 1.0
     """How many times longer."""
     rope_original_len: int | None = None
-    """With rope_scaling = yarn: the sequence length first trained on."""
+    """With dynamic, yarn and llama3 in rope_scaling: the sequence length first trained on."""
+    rope_fast_turns: float | None = None
+    """With yarn and llama3: a rotation is fast from so many turns over rope_original_len. null: 32 with yarn, 4 with
+    llama3."""
+    rope_slow_turns: float = 1.0
+    """With yarn and llama3: and slow up to so many."""
+    rope_truncate: bool = True
+    """With yarn: what lies between slow and fast is widened to whole rotations; GPT-OSS does not."""
     qkv_bias: bool = False
     """Biases on the projections of queries, keys and values."""
     out_bias: bool = False
@@ -218,6 +228,13 @@ class AttentionConfig:
     """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
     query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
     routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
+
+    @property
+    def fast_turns(self) -> float:
+        """`rope_fast_turns`, and what null stands for."""
+        if self.rope_fast_turns is not None:
+            return self.rope_fast_turns
+        return 4.0 if self.rope_scaling == "llama3" else 32.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +303,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head: head_dim where it is given."""
         return self.head_sizes.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Numbers of a head that rotation turns."""
+        return round(self.head_width * self.attention.rotary_share)
 
     @property
     def head_sizes(self) -> HeadSizes:

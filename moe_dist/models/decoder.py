@@ -17,7 +17,7 @@ from moe_dist.attention.positions import Positions
 from moe_dist.attention.rotary import RotaryScaling, rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.models.block import BlockReplay, DecoderBlock
 from moe_dist.moe.balance import Tally
 from moe_dist.moe.drops import marks
@@ -151,12 +151,24 @@ class Decoder(nn.Module):
             return Positions()
         if model.attention.position == "alibi":
             return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
-        at_BS = torch.arange(length, device=x_TD.device)[None]
+        at_BS, longest = torch.arange(length, device=x_TD.device)[None], length
         if caches is not None:
-            starts_B = caches[0].starts()
+            starts_B, longest = caches[0].starts(), length + caches[0].cache_position
             at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
         if x_TD.dtype == torch.float64:
             at_BS = at_BS.double()
-        config = model.attention
-        scaling = RotaryScaling(config.rope_scaling, config.rope_factor, config.rope_original_len)
-        return Positions(rotary=rotary_table(at_BS, model.head_width, model.rope_theta, scaling))
+        scaling = _scaling(model.attention, longest)
+        return Positions(rotary=rotary_table(at_BS, model.rotary_width, model.rope_theta, scaling))
+
+
+def _scaling(config: AttentionConfig, longest: int) -> RotaryScaling:
+    """longest: tokens of the longest row, with those in its cache."""
+    return RotaryScaling(
+        config.rope_scaling,
+        config.rope_factor,
+        config.rope_original_len,
+        config.fast_turns,
+        config.rope_slow_turns,
+        config.rope_truncate,
+        longest,
+    )

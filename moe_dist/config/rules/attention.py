@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
-from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, share, shown, unused
+from moe_dist.config.rules.parts import MANY, Uses, above_zero, at_least, at_most, between, key, share, shown, unused
 
 _USES: Uses = {
     "rope_scaling": ("position", "rotary"),
-    "rope_factor": ("rope_scaling", "linear ntk yarn"),
-    "rope_original_len": ("rope_scaling", "yarn"),
+    "rotary_share": ("position", "rotary"),
+    "rope_factor": ("rope_scaling", "linear ntk dynamic yarn llama3"),
+    "rope_original_len": ("rope_scaling", "dynamic yarn llama3"),
+    "rope_fast_turns": ("rope_scaling", "yarn llama3"),
+    "rope_slow_turns": ("rope_scaling", "yarn llama3"),
+    "rope_truncate": ("rope_scaling", "yarn"),
 }
 
 
@@ -16,6 +20,8 @@ def attention_rules(attention: AttentionConfig, section: str = "model.attention"
     """A line for each broken rule: the values, the rule, what to change."""
     yield from at_least(1, attention, section, "window rope_original_len")
     yield from at_most(attention, section, window=MANY, rope_original_len=MANY, rope_factor=1e6)
+    yield from at_most(attention, section, rope_fast_turns=1e6, rotary_share=1.0)
+    yield from above_zero(attention, section, "rope_slow_turns rotary_share")
     yield from between(attention, section, "clip_qkv", 1e-3, 1e6)  # null clamps nothing
     yield from unused(attention, section, _USES)
     if attention.kind != "routed" and attention.routed != RoutedAttentionConfig():
@@ -57,7 +63,7 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         yield (
             f"kind=routed has a window of its own, {key(inner, 'local_window')}; set {key(section, 'window')} to null"
         )
-    for name in ("qkv_bias", "out_bias", "sinks", "qk_ln", "qk_norm", "clip_qkv"):
+    for name in "rotary_share qkv_bias out_bias sinks qk_ln qk_norm clip_qkv".split():
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
             yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"
@@ -69,5 +75,13 @@ def _rotary_rules(attention: AttentionConfig, section: str) -> Iterator[str]:
             f"rope_factor={attention.rope_factor} is below 1, but sequences become longer: "
             f"raise {key(section, 'rope_factor')}"
         )
-    if attention.rope_scaling == "yarn" and attention.rope_original_len is None:
-        yield f"rope_scaling=yarn needs the length first trained on; set {key(section, 'rope_original_len')}"
+    if attention.rope_scaling in ("dynamic", "yarn", "llama3") and attention.rope_original_len is None:
+        yield (
+            f"rope_scaling={attention.rope_scaling} needs the length first trained on; "
+            f"set {key(section, 'rope_original_len')}"
+        )
+    if attention.fast_turns <= attention.rope_slow_turns:
+        yield (
+            f"rope_slow_turns={attention.rope_slow_turns} is not below rope_fast_turns={attention.fast_turns}; "
+            f"lower {key(section, 'rope_slow_turns')} or raise {key(section, 'rope_fast_turns')}"
+        )

@@ -8,7 +8,9 @@ from moe_dist.config.schema import Config, DataConfig, ParallelConfig
 
 _BYTES = 256
 _MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
-_OF_DECODERS = "kind position rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window sinks dropout".split()
+_OF_DECODERS = (
+    "kind position rotary_share rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window sinks dropout"
+).split()
 _LABELLED = ("jsonl", "csv")
 
 

@@ -247,7 +247,36 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "qk_ln=true and qk_norm=width are two norms of the same queries and keys; set model.attention.qk_ln to",
             {"model__attention__qk_ln": True, "model__attention__qk_norm": "width"},
         ),
-        ("rope_factor=2.0 is of rope_scaling=linear or ntk or yarn", {"model__attention__rope_factor": 2.0}),
+        ("rope_factor=2.0 is of rope_scaling=linear or ntk or dynamic", {"model__attention__rope_factor": 2.0}),
+        (
+            "rope_scaling=llama3 needs the length first trained on; set model.attention.rope_original_len",
+            {"model__attention__rope_scaling": "llama3"},
+        ),
+        (
+            "rope_slow_turns=4.0 is not below rope_fast_turns=4.0; lower model.attention.rope_slow_turns or",
+            {
+                "model__attention__rope_scaling": "llama3",
+                "model__attention__rope_original_len": 8,
+                "model__attention__rope_slow_turns": 4.0,
+            },
+        ),
+        (
+            "rope_truncate=false is of rope_scaling=yarn, not llama3; set model.attention.rope_truncate to true",
+            {
+                "model__attention__rope_scaling": "llama3",
+                "model__attention__rope_original_len": 8,
+                "model__attention__rope_truncate": False,
+            },
+        ),
+        (
+            "rotary_share=0.3 of head_dim=32 is 9.6, but rotary embedding turns pairs of numbers: change",
+            {"model__attention__rotary_share": 0.3},
+        ),
+        ("rotary_share=1.5 is above 1.0", {"model__attention__rotary_share": 1.5}),
+        (
+            "rotary_share=0.5 is of position=rotary, not alibi; set model.attention.rotary_share to 1.0",
+            {"model__attention__rotary_share": 0.5, "model__attention__position": "alibi"},
+        ),
         (
             "rope_theta=500.0 is of attention.position=rotary, not alibi",
             {"model__rope_theta": 500.0, "model__attention__position": "alibi"},
