@@ -68,8 +68,8 @@ class KeyValueHeads(nn.Module):
 class CausalSelfAttention(nn.Module):
     """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism.
 
-    layer: by which attention dropout draws. norm_eps, kernels: of the norm of queries and keys. out_std: of the output
-    projection's initial values, width^-0.5 where None.
+    layer: whose window it has, and by which attention dropout draws. norm_eps, kernels: of the norm of queries and
+    keys. out_std: of the output projection's initial values, width^-0.5 where None.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class CausalSelfAttention(nn.Module):
             dropout = Dropout(self.config.dropout, key, self.mesh.dp.rank * shape[0], self.heads.start, self.num_heads)
         slopes_H = None if positions.slopes_H is None else positions.slopes_H[self.heads.start : self.heads.stop]
         return Pattern(
-            window=self.config.window,
+            window=self.config.window_of(self.layer),
             starts_B=starts_B,
             slopes_H=slopes_H,
             bias=positions.bias,

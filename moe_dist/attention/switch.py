@@ -153,7 +153,7 @@ class SwitchAttention(nn.Module):
             dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
         bias = positions.bias
         pattern = Pattern(
-            window=self.config.window,
+            window=self.config.window_of(self.layer),
             starts_B=starts_B,
             slopes_H=None if positions.slopes_H is None else self._of_own_heads(positions.slopes_H, 0, heads),
             bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),

@@ -11,6 +11,7 @@ STRICT: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": Fals
 
 
 CapacityFactor = float | None | list[float | None]
+Window = int | None | list[int | None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -218,8 +219,9 @@ class AttentionConfig:
     """Layer norm of the queries over all heads and of each key over its head."""
     qk_norm: Literal["none", "head", "width"] = "none"
     """RMSNorm of queries and keys, of each head (head) or of all heads of a token together (width)."""
-    window: int | None = None
-    """Sliding window: a token sees the last `window` tokens, itself included. null: all before it."""
+    window: Window = None
+    """Sliding window: a token sees the last `window` tokens, itself included. null: all before it. A list gives each
+    layer its own, and begins again where it is shorter: [128, null] is every second layer's."""
     sinks: bool = False
     """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
     dropout: float = 0.0
@@ -228,6 +230,10 @@ class AttentionConfig:
     """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
     query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
     routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
+
+    def window_of(self, layer: int) -> int | None:
+        """Of block number `layer`."""
+        return self.window[layer % len(self.window)] if isinstance(self.window, list) else self.window
 
     @property
     def fast_turns(self) -> float:

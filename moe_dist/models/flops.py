@@ -13,6 +13,7 @@ Legend: L layers, D d_model, F d_ff, E experts, K experts of a token, H query he
 head, S sequence, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Literal
@@ -42,7 +43,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """
     matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
     heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
-    attention = model.num_layers * 2 * 2 * heads * model.head_width * _keys_seen(model, seq_len)
+    attention = 2 * 2 * heads * model.head_width * _keys_seen(model, seq_len)
     far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
     return 3 * (2 * matrices + attention + far)
 
@@ -138,10 +139,17 @@ def _expert_matrices(model: ModelConfig, kind: Literal["feed_forward", "attentio
 
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:
-    """By a token, on average over the sequence."""
+    """By a token, on average over the sequence; the sum over layers."""
     attention = model.attention
-    near = attention.routed.local_window + 1 if attention.kind == "routed" else attention.window
-    window = min(near or seq_len, seq_len)
+    if attention.kind == "routed":
+        return model.num_layers * _within(attention.routed.local_window + 1, seq_len)
+    windows = Counter(attention.window_of(layer) for layer in range(model.num_layers))
+    return sum(layers * _within(window, seq_len) for window, layers in windows.items())
+
+
+def _within(window: int | None, seq_len: int) -> float:
+    """Keys of a window that a token sees, on average over the sequence."""
+    window = min(window or seq_len, seq_len)
     return window - window * (window - 1) / (2 * seq_len)
 
 

@@ -189,6 +189,6 @@ def _check(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: Attent
         problems.append(f"n_heads={heads} is not divisible by n_kv_heads={kv_heads}")
     if not problems and attention.position == "rotary" and d_model // heads % 2:
         problems.append(f"rotary positions need an even width of a head, not {d_model}/{heads}={d_model // heads}")
-    refuse([*problems, *attention_rules(attention, section="")])
+    refuse([*problems, *attention_rules(attention, 1, section="")])
     if attention.backend == "triton":
         check_triton("attn_impl", "flash", device_type)

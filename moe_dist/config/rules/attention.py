@@ -16,10 +16,11 @@ _USES: Uses = {
 }
 
 
-def attention_rules(attention: AttentionConfig, section: str = "model.attention") -> Iterator[str]:
-    """A line for each broken rule: the values, the rule, what to change."""
-    yield from at_least(1, attention, section, "window rope_original_len")
-    yield from at_most(attention, section, window=MANY, rope_original_len=MANY, rope_factor=1e6)
+def attention_rules(attention: AttentionConfig, num_layers: int, section: str = "model.attention") -> Iterator[str]:
+    """A line for each broken rule: the values, the rule, what to change. num_layers: of the model."""
+    yield from at_least(1, attention, section, "rope_original_len")
+    yield from at_most(attention, section, rope_original_len=MANY, rope_factor=1e6)
+    yield from _window_rules(attention, num_layers, key(section, "window"))
     yield from at_most(attention, section, rope_fast_turns=1e6, rotary_share=1.0)
     yield from above_zero(attention, section, "rope_slow_turns rotary_share")
     yield from between(attention, section, "clip_qkv", 1e-3, 1e6)  # null clamps nothing
@@ -67,6 +68,17 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
             yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"
+
+
+def _window_rules(attention: AttentionConfig, num_layers: int, where: str) -> Iterator[str]:
+    windows = attention.window if isinstance(attention.window, list) else [attention.window]
+    if not windows:
+        yield f"window=[] has none for any layer; set {where} to null"
+    if len(windows) > max(num_layers, 1):
+        yield f"window has {len(windows)} values for num_layers={num_layers}; shorten {where}"
+    for window in windows:
+        if window is not None and not 1 <= window <= MANY:
+            yield f"window={window} is outside 1 to {MANY}; change {where} (null: all tokens before)"
 
 
 def _rotary_rules(attention: AttentionConfig, section: str) -> Iterator[str]:

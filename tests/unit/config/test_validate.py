@@ -248,6 +248,9 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__attention__qk_ln": True, "model__attention__qk_norm": "width"},
         ),
         ("rope_factor=2.0 is of rope_scaling=linear or ntk or dynamic", {"model__attention__rope_factor": 2.0}),
+        ("window=0 is outside 1 to", {"model__attention__window": [8, 0, None]}),
+        ("window=[] has none for any layer; set model.attention.window to null", {"model__attention__window": []}),
+        ("window has 5 values for num_layers=4; shorten model.attention.window", {"model__attention__window": [8] * 5}),
         (
             "rope_scaling=llama3 needs the length first trained on; set model.attention.rope_original_len",
             {"model__attention__rope_scaling": "llama3"},

@@ -18,6 +18,7 @@ ATTENTIONS = {
     "alibi": AttentionConfig(backend="flash", position="alibi"),
     "no-position": AttentionConfig(backend="flash", position="none"),
     "window": AttentionConfig(backend="flash", window=4),
+    "windows": AttentionConfig(backend="torch", window=[4, None], sinks=True),
     "sinks": AttentionConfig(backend="torch", sinks=True, clip_qkv=0.7, qk_ln=True),
     "yarn": AttentionConfig(backend="flash", rope_scaling="yarn", rope_factor=4.0, rope_original_len=8),
     "llama3": AttentionConfig(

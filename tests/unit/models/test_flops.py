@@ -72,6 +72,12 @@ def test_attention_options() -> None:
     assert train_flops_per_token(both, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 4 * 4 * 5 / 3))
 
 
+def test_windows_by_layer() -> None:
+    """Keys seen at S=3: 1, 2, 2 in the first layer, 1, 2, 3 in the second."""
+    alternating = tiny(attention=AttentionConfig(window=[2, None]))
+    assert train_flops_per_token(alternating, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 2 * 4 * (5 + 6) / 3))
+
+
 @pytest.mark.parametrize("kind", ["multi_query", "switch", "routed"])
 def test_counts_are_those_of_the_model(kind: str) -> None:
     attention = AttentionConfig(kind=kind, backend="torch", position="none")
