@@ -28,6 +28,9 @@ class MoEConfig:
     """Hidden width of one expert; a list gives each expert its own. null: model.d_ff."""
     every: int = 1
     """Every nth layer is MoE (the nth, 2nth, ...), the others are dense."""
+    first: int | None = None
+    """The first MoE layer, counted from 0; those before it are dense, and every nth after it is MoE. null: every -
+    1."""
     num_shared_experts: int = 0
     """Experts of width d_ff that every token passes through, beside the routed ones."""
     expert_bias: bool = False
@@ -126,6 +129,15 @@ class MoEConfig:
     MKL out of them. auto: onednn, or mkl where torch has no oneDNN. measured: the fastest of them for this machine and
     shape, found out in seconds when a run starts anew and kept in its config.yaml; a run started anew may then be
     rounded otherwise."""
+
+    @property
+    def first_layer(self) -> int:
+        """`first`, and what null stands for."""
+        return self.every - 1 if self.first is None else self.first
+
+    def layers(self, num_layers: int) -> range:
+        """Numbers of the blocks that are MoE, of a model of num_layers."""
+        return range(self.first_layer, num_layers, max(self.every, 1)) if self.num_experts > 0 else range(0)
 
     @property
     def balanced_by(self) -> str:

@@ -170,8 +170,8 @@ def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:
 
 
 def _moe_layers(model: ModelConfig) -> int:
-    """Layers that are MoE: the nth, 2nth, ... with n = moe.every."""
-    return model.num_layers // model.moe.every if model.moe.num_experts > 0 else 0
+    """How many layers are MoE."""
+    return len(model.moe.layers(model.num_layers))
 
 
 def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:

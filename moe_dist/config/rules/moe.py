@@ -49,7 +49,7 @@ def moe_rules(
     yield from at_least(1, moe, section, "capacity_pool")
     yield from between(moe, section, "pool_floor", 0.0, 1.0)
     yield from at_least(10, moe, section, "balance_bins")
-    yield from at_least(0, moe, section, "num_experts num_shared_experts min_capacity jitter bias_update_rate")
+    yield from at_least(0, moe, section, "first num_experts num_shared_experts min_capacity jitter bias_update_rate")
     yield from at_least(0, moe, section, "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
     yield from between(moe, section, "routed_scale", 1e-4, 1e4)
     yield from at_most(moe, section, **_LARGEST)
@@ -71,7 +71,11 @@ def moe_rules(
     )
     if moe.top_k > moe.num_experts:
         yield f"top_k={moe.top_k} is larger than num_experts={moe.num_experts}; lower {key(section, 'top_k')}"
-    if moe.every > num_layers >= 1:
+    if moe.first is not None and moe.first >= num_layers >= 1:
+        yield (
+            f"first={moe.first} is not below num_layers={num_layers}, so no layer is MoE; lower {key(section, 'first')}"
+        )
+    if moe.first is None and moe.every > num_layers >= 1:
         yield (
             f"every={moe.every} is larger than num_layers={num_layers}, so no layer is MoE; "
             f"lower {key(section, 'every')}"
@@ -113,7 +117,7 @@ def _width_rules(moe: MoEConfig, etp: int, d_ff: int, section: str) -> Iterator[
 
 
 def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[str]:
-    moe_layers = num_layers // max(moe.every, 1)
+    moe_layers = len(moe.layers(num_layers))
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor, where = getattr(moe, name), key(section, name)
         if isinstance(factor, list) and len(factor) != moe_layers:

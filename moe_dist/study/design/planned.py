@@ -119,8 +119,9 @@ def _shares(config: Config, model: ModelConfig, ranks: int) -> tuple[list[float]
 
 def _by_layer(model: ModelConfig) -> list[float | None]:
     moe = model.moe
-    layers = model.num_layers // moe.every if moe.num_experts else 0
-    return moe.capacity_factor if isinstance(moe.capacity_factor, list) else [moe.capacity_factor] * layers
+    if isinstance(moe.capacity_factor, list):
+        return moe.capacity_factor
+    return [moe.capacity_factor] * len(moe.layers(model.num_layers))
 
 
 def _places(config: Config, moe: MoEConfig, factor: float | None, ranks: int) -> float:

@@ -133,6 +133,12 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__moe__num_shared_experts": 1, "model__moe__num_experts": 0},
         ),
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
+        ("first=4 is not below num_layers=4, so no layer is MoE; lower model.moe.first", {"model__moe__first": 4}),
+        (
+            "capacity_factor has 3 values for 2 MoE layers",
+            {"model__moe__capacity_factor": [1.0] * 3, "model__moe__every": 2, "model__moe__first": 0},
+        ),
+        ("d_ff=1023 is not divisible by tp=2", {"model__d_ff": 1023, "parallel__tp": 2, "model__moe__first": 1}),
         (
             "num_experts=8 is not divisible by capacity_pool=3; a pool lies on one rank as a whole: "
             "set model.moe.capacity_pool to one of 1, 2, 4,",
