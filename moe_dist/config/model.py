@@ -32,7 +32,11 @@ class MoEConfig:
     """The first MoE layer, counted from 0; those before it are dense, and every nth after it is MoE. null: every -
     1."""
     num_shared_experts: int = 0
-    """Experts of width d_ff that every token passes through, beside the routed ones."""
+    """Experts that every token passes through, beside the routed ones."""
+    shared_d_ff: int | None = None
+    """Hidden width of one of them. null: that of a routed expert."""
+    shared_gate: bool = False
+    """What they give is multiplied by a learned sigmoid of the token."""
     expert_bias: bool = False
     """Biases on the experts' matrices."""
     router: Literal["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"] = "softmax"

@@ -108,9 +108,10 @@ def _active_block_matrices(model: ModelConfig) -> float:
         attention = 2 * model.d_model * model.head_width + _router_parameters(model, model.attention.moe)
     dense = _feed_forward_parameters(model, model.d_ff)
     beside = 0
-    if moe_layers:  # shared experts are as wide as the mean of the others
+    if moe_layers:  # without a width of their own, shared experts are as wide as the mean of the others
         widths = expert_widths(model.moe, model.d_ff)
-        shared = moe.num_shared_experts * _feed_forward_parameters(model, sum(widths) // len(widths))
+        width = moe.shared_d_ff or sum(widths) // len(widths)
+        shared = moe.num_shared_experts * _feed_forward_parameters(model, width) + moe.shared_gate * model.d_model
         beside = moe_layers * (_router_parameters(model, moe) + shared)
     blocks = model.num_layers * attention + (model.num_layers - moe_layers) * dense + beside
     return float(blocks + _met_expert_matrices(model))

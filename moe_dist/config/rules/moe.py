@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, share, unused
+from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, share, shown, unused
 from moe_dist.config.schema import ParallelConfig
 
 _LARGEST: dict[str, float] = dict(
     num_experts=2**20,
     num_shared_experts=1024,
+    shared_d_ff=2**24,
     min_capacity=MANY,
     sinkhorn_iterations=1000,
     balance_bins=2**20,
@@ -46,7 +47,7 @@ def moe_rules(
 ) -> Iterator[str]:
     """d_ff: of the model, which experts have too where the section names none. num_layers: of the model."""
     yield from at_least(1, moe, section, "top_k every num_groups top_k_groups sinkhorn_iterations overlap_chunks")
-    yield from at_least(1, moe, section, "capacity_pool")
+    yield from at_least(1, moe, section, "capacity_pool shared_d_ff")
     yield from between(moe, section, "pool_floor", 0.0, 1.0)
     yield from at_least(10, moe, section, "balance_bins")
     yield from at_least(0, moe, section, "first num_experts num_shared_experts min_capacity jitter bias_update_rate")
@@ -55,6 +56,14 @@ def moe_rules(
     yield from at_most(moe, section, **_LARGEST)
     yield from share(moe, section, "balance_ema")
     yield from unused(replace(moe, balance=moe.balanced_by), section, _USES)  # type: ignore[arg-type]
+    if moe.num_shared_experts == 0:
+        for name in ("shared_d_ff", "shared_gate"):
+            value, off = getattr(moe, name), getattr(MoEConfig(), name)
+            if value != off:
+                yield (
+                    f"{name}={shown(value)} needs num_shared_experts > 0; set {key(section, name)} to {shown(off)}, "
+                    f"or {key(section, 'num_shared_experts')}"
+                )
     if moe.num_experts == 0:
         if moe.num_shared_experts > 0:
             yield (

@@ -9,7 +9,16 @@ from moe_dist.config.rules.parts import key, shown
 from moe_dist.config.schema import ParallelConfig
 
 # Fields of MoEConfig that say nothing about attention experts, and the value that they keep.
-NOT_OF_ATTENTION = dict(d_ff=None, every=1, first=None, num_shared_experts=0, expert_bias=False, overlap_chunks=1)
+NOT_OF_ATTENTION = dict(
+    d_ff=None,
+    every=1,
+    first=None,
+    num_shared_experts=0,
+    shared_d_ff=None,
+    shared_gate=False,
+    expert_bias=False,
+    overlap_chunks=1,
+)
 _NO_WIDTH = 0  # attention experts have no hidden layer that could be cut
 
 

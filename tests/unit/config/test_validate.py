@@ -133,6 +133,15 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             {"model__moe__num_shared_experts": 1, "model__moe__num_experts": 0},
         ),
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
+        (
+            "shared_d_ff=64 needs num_shared_experts > 0; set model.moe.shared_d_ff to",
+            {"model__moe__shared_d_ff": 64},
+        ),
+        ("shared_gate=true needs num_shared_experts > 0", {"model__moe__shared_gate": True}),
+        (
+            "num_shared_experts*shared_d_ff=5 is not divisible by tp=2",
+            {"model__moe__num_shared_experts": 1, "model__moe__shared_d_ff": 5, "parallel__tp": 2},
+        ),
         ("first=4 is not below num_layers=4, so no layer is MoE; lower model.moe.first", {"model__moe__first": 4}),
         (
             "capacity_factor has 3 values for 2 MoE layers",

@@ -87,6 +87,15 @@ def test_attention_options() -> None:
     assert train_flops_per_token(both, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 4 * 4 * 5 / 3))
 
 
+def test_shared_experts_of_their_own_width_behind_a_gate() -> None:
+    """One of width 7 in place of 5, and a gate of 4 numbers, in the one MoE layer."""
+    moe = MoEConfig(num_experts=3, top_k=2, d_ff=5, every=2, num_shared_experts=1, shared_d_ff=7, shared_gate=True)
+    more = 3 * 4 * (7 - 5) + 4
+    assert parameter_counts(tiny(moe=moe)).active == parameter_counts(tiny()).active + more
+    assert parameter_counts(tiny(moe=moe)).expert == parameter_counts(tiny()).expert
+    assert train_flops_per_token(tiny(moe=moe), 3) == train_flops_per_token(tiny(), 3) + 3 * 2 * more
+
+
 def test_windows_by_layer() -> None:
     """Keys seen at S=3: 1, 2, 2 in the first layer, 1, 2, 3 in the second."""
     alternating = tiny(attention=AttentionConfig(window=[2, None]))

@@ -23,6 +23,7 @@ def switch(**values: object) -> dict[str, object]:
         ("sinks=true is not of kind=switch", switch(sinks=True)),
         ("d_ff=64 is of feed-forward experts, not of attention's", switch(moe__d_ff=64)),
         ("every=2 is of feed-forward experts", switch(moe__every=2)),
+        ("shared_gate=True is of feed-forward experts", switch(moe__shared_gate=True)),
         ("first=1 is of feed-forward experts", switch(moe__first=1)),
         ("num_shared_experts=1 is of feed-forward experts", switch(moe__num_shared_experts=1)),
         ("expert_bias=True is of feed-forward experts", switch(moe__expert_bias=True)),
