@@ -44,6 +44,8 @@ class MoEConfig:
     loss. noisy: softmax with learned noise, importance and load losses. expert_choice: each expert takes its best
     tokens; not causal, for language models see the README. sinkhorn: balanced over the micro-step in training; not
     causal there. hash: by token id, not learned."""
+    router_bias: bool = False
+    """With softmax and sigmoid: a learned bias on the logits."""
     jitter: float = 0.0
     """With router = softmax, in training: multiply its input by uniform numbers in [1 - jitter, 1 + jitter]."""
     num_groups: int = 1
@@ -66,8 +68,11 @@ class MoEConfig:
     sinkhorn_iterations: int = 8
     """With router = sinkhorn: scalings of rows and columns."""
     renormalize: bool = True
-    """With softmax, sigmoid and sinkhorn, and top_k > 1: divide the top_k router weights by their sum. Never done at
+    """With softmax, sigmoid and sinkhorn, and top_k > 1: divide the top_k router weights by their sum. Not done at
     top_k = 1: the router would get no gradient."""
+    renormalize_top_1: bool = False
+    """With top_k = 1, for models that were trained so: do it there too, so that every weight is 1. The router then
+    learns from balancing and z-loss alone, and a run says so."""
     capacity_factor: CapacityFactor = 1.25
     """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
     null: dropless. A list gives each MoE layer its own."""
@@ -142,6 +147,11 @@ class MoEConfig:
     def layers(self, num_layers: int) -> range:
         """Numbers of the blocks that are MoE, of a model of num_layers."""
         return range(self.first_layer, num_layers, max(self.every, 1)) if self.num_experts > 0 else range(0)
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether weights of a token are divided by their sum, by routers that do so."""
+        return self.renormalize and (self.top_k > 1 or self.renormalize_top_1)
 
     @property
     def balanced_by(self) -> str:

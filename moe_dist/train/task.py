@@ -35,6 +35,7 @@ from moe_dist.models.flops import classifier_flops_per_token, train_flops_per_to
 from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
+from moe_dist.moe.learning import learning_notes
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.step import StepContext
@@ -176,7 +177,7 @@ class LanguageModelling:
 
     def notes(self, model: ModelConfig) -> list[str]:
         left_out = self.corpus.left_out.describe()
-        return [*([left_out] if left_out else []), *causality_notes(model)]
+        return [*([left_out] if left_out else []), *causality_notes(model), *learning_notes(model)]
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}
@@ -257,7 +258,7 @@ class Classification:
         return classifier_parameter_counts(model, self.config.train.seq_len)
 
     def notes(self, model: ModelConfig) -> list[str]:
-        return []
+        return list(learning_notes(model))
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}

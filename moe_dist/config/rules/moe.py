@@ -23,6 +23,7 @@ _LARGEST: dict[str, float] = dict(
 _WIDEST = 2**24  # an expert
 _LARGEST_FACTOR = 1e6  # at num_experts / top_k already nothing is dropped
 _USES: Uses = {
+    "router_bias": ("router", "softmax sigmoid"),
     "jitter": ("router", "softmax"),
     "num_groups": ("router", "softmax sigmoid"),
     "top_k_groups": ("router", "softmax sigmoid"),
@@ -35,6 +36,7 @@ _USES: Uses = {
     "load_loss_coef": ("router", "noisy"),
     "sinkhorn_iterations": ("router", "sinkhorn"),
     "renormalize": ("router", "softmax sigmoid sinkhorn"),
+    "renormalize_top_1": ("router", "softmax sigmoid sinkhorn"),
     "drop_order": ("drop_policy", "position"),
     "wire": ("dispatch", "auto all_to_all"),
     "overlap_chunks": ("dispatch", "auto all_to_all"),
@@ -206,6 +208,8 @@ def _pool_rules(moe: MoEConfig, parallel: ParallelConfig, section: str) -> Itera
 def _router_rules(moe: MoEConfig, section: str) -> Iterator[str]:
     if not moe.renormalize and moe.top_k == 1:
         yield f"renormalize=false is of top_k > 1, not {moe.top_k}; set {key(section, 'renormalize')} to true"
+    if moe.renormalize_top_1 and moe.top_k > 1:
+        yield f"renormalize_top_1=true is of top_k=1, not {moe.top_k}; set {key(section, 'renormalize_top_1')} to false"
     if moe.jitter >= 1:
         yield (f"jitter={moe.jitter} is not below 1; Switch Transformers uses 0.01: lower {key(section, 'jitter')}")
     if moe.num_groups > 1:

@@ -137,6 +137,11 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "shared_d_ff=64 needs num_shared_experts > 0; set model.moe.shared_d_ff to",
             {"model__moe__shared_d_ff": 64},
         ),
+        (
+            "router_bias=true is of router=softmax or sigmoid, not noisy; set model.moe.router_bias to false",
+            {"model__moe__router_bias": True, "model__moe__router": "noisy"},
+        ),
+        ("renormalize_top_1=true is of top_k=1, not 2", {"model__moe__renormalize_top_1": True}),
         ("shared_gate=true needs num_shared_experts > 0", {"model__moe__shared_gate": True}),
         (
             "num_shared_experts*shared_d_ff=5 is not divisible by tp=2",
