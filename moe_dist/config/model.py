@@ -309,8 +309,9 @@ class ModelConfig:
     """Width of one head. null: d_model / num_heads."""
     d_ff: int = 1024
     """Hidden width of a dense feed-forward."""
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2"] = "swiglu"
-    """Of dense and expert feed-forwards. swiglu and geglu have a third matrix, the gate; relu2 is the squared ReLU."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"] = "swiglu"
+    """Of dense and expert feed-forwards. swiglu, geglu and clamped_swiglu have a third matrix, the gate; relu2 is the
+    squared ReLU; clamped_swiglu, of GPT-OSS, cuts gate and values at 7 and adds 1 to the latter."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     norm_eps: float = 1e-5
