@@ -39,6 +39,8 @@ class MoEConfig:
     """What they give is multiplied by a learned sigmoid of the token."""
     expert_bias: bool = False
     """Biases on the experts' matrices."""
+    out_bias: bool = False
+    """One bias on what the layer gives, whichever experts a token was sent to."""
     router: Literal["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"] = "softmax"
     """softmax: the top_k most probable experts. sigmoid: by sigmoid score plus a bias that balances the load without a
     loss. noisy: softmax with learned noise, importance and load losses. expert_choice: each expert takes its best

@@ -1,6 +1,8 @@
 """The Mixture-of-Experts layer: who goes where, there and back, and what it cost.
 
-    y = sum over the chosen experts i of w_i(x) E_i(x), + shared(x) or sigmoid(x W_g^T) shared(x) (Qwen2-MoE)
+    y = sum over the chosen experts i of w_i(x) E_i(x)
+        + shared(x), or sigmoid(x W_g^T) shared(x) (Qwen2-MoE)
+        + b, if asked for (JetMoE)
 
 Legend: T tokens, D d_model.
 """
@@ -15,7 +17,7 @@ from moe_dist.moe.gate import Gate, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.feed_forward import FeedForward
-from moe_dist.parallel.linear import TokenSlices
+from moe_dist.parallel.linear import SharedBias, TokenSlices
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
@@ -56,12 +58,14 @@ class MoE(nn.Module):
         if moe.num_shared_experts:
             width = moe.num_shared_experts * (moe.shared_d_ff or self.experts.mean_width)
             self.shared = FeedForward(d_model, width, activation, mesh, self.experts.out_std)
+        self.out_bias = SharedBias(d_model, mesh) if moe.out_bias else None
         self.shared_gate = SharedGate(d_model, mesh) if moe.shared_gate else None
 
     def forward(self, x_TD: Tensor, step: StepContext, replay: Replay | None = None) -> tuple[Tensor, MoEStats]:
         """y_TD as x_TD, and what the layer did. Each tp rank sends its own slice, so no token travels twice."""
         y_TD, stats = self._routed(self.slices.own(x_TD), step, replay)
         y_TD = self.slices.all(y_TD)
+        y_TD = y_TD if self.out_bias is None else self.out_bias(y_TD)
         return (y_TD if self.shared is None else y_TD + self._shared(self.shared, x_TD)), stats
 
     def _shared(self, shared: FeedForward, x_TD: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ NOT_OF_ATTENTION = dict(
     shared_d_ff=None,
     shared_gate=False,
     expert_bias=False,
+    out_bias=False,
     overlap_chunks=1,
 )
 _NO_WIDTH = 0  # attention experts have no hidden layer that could be cut
