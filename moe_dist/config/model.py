@@ -29,8 +29,7 @@ class MoEConfig:
     every: int = 1
     """Every nth layer is MoE (the nth, 2nth, ...), the others are dense."""
     first: int | None = None
-    """The first MoE layer, counted from 0; those before it are dense, and every nth after it is MoE. null: every -
-    1."""
+    """The first MoE layer, counted from 0; every nth after it is MoE too, and the others are dense. null: every - 1."""
     num_shared_experts: int = 0
     """Experts that every token passes through, beside the routed ones."""
     shared_d_ff: int | None = None
@@ -149,6 +148,10 @@ class MoEConfig:
     def layers(self, num_layers: int) -> range:
         """Numbers of the blocks that are MoE, of a model of num_layers."""
         return range(self.first_layer, num_layers, max(self.every, 1)) if self.num_experts > 0 else range(0)
+
+    def layer_count(self, num_layers: int) -> int:
+        """How many of them there are; also of numbers that no memory could hold, which rules are asked about."""
+        return max(-(-(num_layers - self.first_layer) // max(self.every, 1)), 0) if self.num_experts > 0 else 0
 
     @property
     def renormalizes(self) -> bool:

@@ -172,7 +172,7 @@ def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:
 
 def _moe_layers(model: ModelConfig) -> int:
     """How many layers are MoE."""
-    return len(model.moe.layers(model.num_layers))
+    return model.moe.layer_count(model.num_layers)
 
 
 def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:

@@ -195,7 +195,7 @@ def _check(model: ModelConfig) -> None:
         problems.append(
             f"embed_dim={model.d_model} is not divisible by num_heads={model.num_heads}; change one of them"
         )
-    if len(model.moe.layers(model.num_layers)) < model.num_layers or model.moe.d_ff is not None:
+    if model.moe.layer_count(model.num_layers) < model.num_layers or model.moe.d_ff is not None:
         problems.append("every block has an MoE layer of width ff_dim: leave out every, first and d_ff")
     alone = ParallelConfig()
     problems += moe_rules(model.moe, alone, d_ff=model.d_ff, num_layers=model.num_layers, section="")

@@ -68,7 +68,7 @@ def parts_of(config: Config, shape: BatchShape) -> list[Part]:
     expert /= shape.dp * parallel.tp / parallel.expert_ranks if sharded else 1  # copies of a rank's experts
     head = model.head_dim or model.d_model // model.num_heads
     matrices = 3 if model.activation in ("swiglu", "geglu", "clamped_swiglu") else 2
-    moe_layers = len(moe.layers(model.num_layers))
+    moe_layers = moe.layer_count(model.num_layers)
     width = {"model.d_model": model.d_model}
     parts = [
         Part("embeddings", {"model.vocab_size": model.vocab_size} | width, dense),

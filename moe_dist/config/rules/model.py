@@ -37,7 +37,7 @@ def model_rules(model: ModelConfig) -> Iterator[str]:
     )
     share = model.attention.rotary_share
     turns = model.attention.position == "rotary" and share == 1
-    if share != 1 and model.num_heads >= 1:
+    if 0 < share < 1 and model.num_heads >= 1:
         yield from _partly_rotary(model.head_width, share)
     if model.head_dim is not None:
         if turns and model.head_dim % 2:

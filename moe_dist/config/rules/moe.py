@@ -128,7 +128,7 @@ def _width_rules(moe: MoEConfig, etp: int, d_ff: int, section: str) -> Iterator[
 
 
 def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[str]:
-    moe_layers = len(moe.layers(num_layers))
+    moe_layers = moe.layer_count(num_layers)
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor, where = getattr(moe, name), key(section, name)
         if isinstance(factor, list) and len(factor) != moe_layers:

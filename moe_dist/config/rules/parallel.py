@@ -41,7 +41,7 @@ def parallel_rules(parallel: ParallelConfig, model: ModelConfig, seq_len: int, w
         "vocab_size": (model.vocab_size, "model.vocab_size"),
         "seq_len": (seq_len, "train.seq_len"),
     }
-    if len(moe.layers(model.num_layers)) < model.num_layers:
+    if moe.layer_count(model.num_layers) < model.num_layers:
         split["d_ff"] = (model.d_ff, "model.d_ff")
     if moe.num_experts > 0 and moe.num_shared_experts > 0:
         width = max(moe.d_ff, default=0) if isinstance(moe.d_ff, list) else moe.d_ff or model.d_ff

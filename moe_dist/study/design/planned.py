@@ -121,7 +121,7 @@ def _by_layer(model: ModelConfig) -> list[float | None]:
     moe = model.moe
     if isinstance(moe.capacity_factor, list):
         return moe.capacity_factor
-    return [moe.capacity_factor] * len(moe.layers(model.num_layers))
+    return [moe.capacity_factor] * moe.layer_count(model.num_layers)
 
 
 def _places(config: Config, moe: MoEConfig, factor: float | None, ranks: int) -> float:

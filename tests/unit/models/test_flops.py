@@ -65,7 +65,7 @@ def test_every_nth_layer_is_moe(every: int, moe_layers: int) -> None:
 def test_dense_layers_come_first(every: int, first: int | None, layers: list[int]) -> None:
     moe = MoEConfig(num_experts=3, top_k=1, d_ff=5, every=every, first=first)
     model = tiny(num_layers=5, moe=moe)
-    assert list(moe.layers(5)) == layers
+    assert list(moe.layers(5)) == layers and moe.layer_count(5) == len(layers)
     counts, dense = parameter_counts(model), 5 - len(layers)
     assert counts.expert == len(layers) * 3 * 60
     assert counts.total == 40 + (5 * 2 + 1) * 4 + 5 * ATTENTION + dense * 72 + len(layers) * (12 + 3 * 60)
