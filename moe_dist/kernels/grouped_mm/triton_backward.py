@@ -62,9 +62,9 @@ def through_activation(
     if weighted_ptr is not None:
         tl.store(weighted_ptr + shift + at_MN, rounded(act_MN, kind), mask=mask_MN)
     if GATED:
-        tl.store(grad_gate_ptr + shift + at_MN, rounded(acc_MN * factor_MN * slope_MN, kind), mask=mask_MN)
         grad_up_MN = through_factor(acc_MN * value_MN, pre_up_MN, FUNCTION)
-        tl.store(grad_up_ptr + shift + at_MN, rounded(grad_up_MN, kind), mask=mask_MN)
+        tl.store(grad_up_ptr + shift + at_MN, rounded(grad_up_MN, kind), mask=mask_MN)  # first: else clamped spills
+        tl.store(grad_gate_ptr + shift + at_MN, rounded(acc_MN * factor_MN * slope_MN, kind), mask=mask_MN)
     else:
         tl.store(grad_up_ptr + shift + at_MN, rounded(acc_MN * slope_MN, kind), mask=mask_MN)
     return dots_M
