@@ -329,6 +329,22 @@ def test_logits_loss_and_gradients_are_theirs(name: str) -> None:
     assert not grads
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pieces_with_a_cache_are_theirs(name: str) -> None:
+    """Also beyond the length first trained on, where dynamic scaling leaves the keys in the cache as they are."""
+    where, their_settings, our_settings = FAMILIES[name]
+    model, family = ours(our_settings), where.partition(".")[0]
+    other, ids = theirs(where, dict(their_settings), model.config), random_ids(2, LENGTH)
+    other.load_state_dict(dict(of_decoder(model, Tensor.detach, family)) | dict(corrections(model)))
+    kept, caches = pytest.importorskip("transformers").DynamicCache(config=other.config), model.new_caches(2, LENGTH)
+    for piece in ids.split([6, 1, 5, 1, 11], 1):
+        with torch.no_grad():
+            with Widely():
+                expected = other(input_ids=piece, cache=kept, use_cache=True).logits
+            logits = model(piece, None, context(phase="dropless"), "logits", caches)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-12)
+
+
 def test_every_option_counts() -> None:
     """Without it the logits are others: what a family is compared in does something."""
     ids = random_ids(2, LENGTH)
