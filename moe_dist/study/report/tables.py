@@ -11,8 +11,9 @@ from moe_dist.study.ledger.cells import Cell, label
 from moe_dist.study.ledger.measure import loss_unit
 from moe_dist.study.page.model import Table, Value
 from moe_dist.study.report.answer import Answer, verdict_of
-from moe_dist.study.report.checks import CHECKS, Finding
+from moe_dist.study.report.checks import CHECKS
 from moe_dist.study.report.costs import COSTS, SAME_COST, cost
+from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.matches import Match
 from moe_dist.study.report.metric import difference_form, spread, title
 from moe_dist.study.report.theory import dropped_by_chance

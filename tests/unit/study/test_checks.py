@@ -12,7 +12,8 @@ from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice
 from moe_dist.study.report.answer import answer
-from moe_dist.study.report.checks import Finding, check
+from moe_dist.study.report.checks import check
+from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.report import check_study, page_of
 from moe_dist.study.run.runner import Runner
 from tests.unit.study.helpers import STUDY as TOY
