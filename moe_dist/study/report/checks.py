@@ -14,6 +14,7 @@
 | steadiness  | all             | steps were skipped or rolled back                                                    |
 | software    | all             | versions or revision differ                                                          |
 | machine     | all             | host, CPU, threads or device differ: times are not comparable                        |
+| times       | all             | a warning where a point's times spread so much over its seeds that they decide less  |
 | data        | all             | digests differ                                                                       |
 | same start  | of one seed     | seeds of weights or of data order differ                                             |
 
@@ -26,9 +27,13 @@ from moe_dist.study.design.grid import Study
 from moe_dist.study.ledger.cells import Cell, Record
 from moe_dist.study.ledger.settings import config_hash, other_settings
 from moe_dist.study.report.comparable import budget, pairs, same_start, schedule
+from moe_dist.study.report.costs import same_cost
 from moe_dist.study.report.finding import SHOWN, Finding, number_of
 from moe_dist.study.report.matches import Families
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
+
+_UNSTEADY = 0.05
+"""Relative difference of times that a quiet machine tells."""
 
 CHECKS = (
     "ledger",
@@ -42,6 +47,7 @@ CHECKS = (
     "steadiness",
     "software",
     "machine",
+    "times",
     "data",
     "same start",
 )
@@ -62,6 +68,7 @@ def check(
     findings += _evaluations(study, records)
     findings += _steadiness(records)
     findings += _same_everywhere(records)
+    findings += _times(grid)
     findings += same_start(study, records)
     return findings
 
@@ -194,3 +201,9 @@ def _same_everywhere(records: Sequence[Record]) -> Iterator[Finding]:
             rarest = min(values.values(), key=len)
             told = ", ".join(f"{value} of {number_of(points)}" for value, points in list(values.items())[:SHOWN])
             yield Finding("violation", check, f"{what.replace('_', ' ')} differs: {told}", tuple(rarest), remedy)
+
+
+def _times(grid: Sequence[Cell]) -> Iterator[Finding]:
+    if (same := same_cost(grid, "time")) > _UNSTEADY:
+        what = f"step times spread so much over the seeds of a point that times within {same:.0%} count as equal"
+        yield Finding("warning", "times", what, (), "run the points on a machine that does nothing else")

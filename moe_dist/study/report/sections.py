@@ -10,7 +10,7 @@ from moe_dist.study.design.study_file import GivenLaw
 from moe_dist.study.ledger.cells import Cell, called, label, names_of
 from moe_dist.study.ledger.measurements import FILE
 from moe_dist.study.page.model import Part, Prose, Section, Table, Value
-from moe_dist.study.report.costs import COSTS, cost, costs_of
+from moe_dist.study.report.costs import COSTS, cost, costs_of, same_cost
 from moe_dist.study.report.figures.against import Line, Stop, against
 from moe_dist.study.report.figures.canvas import LINES, places_of
 from moe_dist.study.report.figures.drops_by_place import Tokens, drops_by_place
@@ -143,7 +143,8 @@ def pareto_section(grid: Sequence[Cell], metric: str) -> list[Section]:
         for cell in with_values
     }
     sign = 1.0 if lower_is_better(metric) else -1.0
-    figure = pareto_figure(points, {by: COSTS[by] for by in known}, title(metric), sign)
+    same_costs = {by: same_cost(grid, by) for by in known}
+    figure = pareto_figure(points, {by: COSTS[by] for by in known}, same_costs, title(metric), sign)
     missing = [by for by in COSTS if by not in (*known, *same)]
     parts: list[Part] = [figure]
     for kinds, why in ((missing, "the ledger has none or 0 of them"), (same, "all points cost the same")):
