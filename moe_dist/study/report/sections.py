@@ -43,7 +43,8 @@ def run_section(study: Study, grid: Sequence[Cell], found: Families, metric: str
     """Losses, evaluations and drops against the axis that is asked about."""
     key = x_axis(study)
     name = axis_names(list(grid[0].axes))[key]
-    wanted = [metric, "validation_loss", "validation_loss_capped", "drop_rate", "validation_accuracy", "loss"]
+    wanted = [metric, "validation_loss", "validation_loss_capped", "drop_rate", "steps_until_few_drops"]
+    wanted += ["validation_accuracy", "loss"]
     metrics = {
         each: _shown_as(each, title(each)) for each in dict.fromkeys(wanted) if any(cell.values(each) for cell in grid)
     }
@@ -78,6 +79,7 @@ def _lines(grid: Sequence[Cell], key: str, values: Mapping[int, Mapping[str, ByS
                 Stop(label(key, cell.axes[key]), places[cell.axes[key]], cell.axes[key] is None, values[id(cell)])
                 for cell in members
             ],
+            joined=not any(isinstance(cell.axes[key], bool | str) for cell in members),
         )
         for members in by_rest.values()
     ]
