@@ -52,7 +52,8 @@ class EngineConfig:
     grad_clip: float | None = 1.0
     """Largest global gradient norm. null: no clipping."""
     bucket_mib: float | None = 32.0
-    """With native: gradients are exchanged while backward goes on, as many MiB at a time. null: all of them after."""
+    """Gradients are exchanged while backward goes on, as many MiB at a time. null: all of them after it (native), or in
+    buckets of 2 GB (deepspeed)."""
     cuda_graph: bool = False
     """With native, on a GPU: record micro-steps once and replay them, so that the host launches one thing instead of
     thousands. For models whose shapes depend on no data: capacity limits with wire = padded, or all experts on each

@@ -20,6 +20,8 @@ What DeepSpeed 0.19 needs to be told, and why:
 - Stage 0 clips by a norm that averages ranks, wrong under ep: we clip there ourselves, by the true norm.
 - ZeRO leaves a step out when its norm is not finite, and keeps its counters right: so discarding a step is giving it
   such a norm. It then says so in `overflow` alone, for the norm it reports can be an older one.
+- It makes a bucket for gradients in full, and one more where they leave while backward goes on, 2 GB each unless told:
+  ours has the size that the native engine's buckets have.
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
 """
 
@@ -85,6 +87,7 @@ def _import_muon_as_it_is() -> None:
 
 _import_muon_as_it_is()
 
+_EVERYTHING = 500_000_000  # DeepSpeed's own
 _LEAVES = (MoE, SwitchAttention, RoutedSelfAttention)
 
 
@@ -281,6 +284,11 @@ def _param_groups(model: Trainable, optim: OptimConfig, mesh: Mesh) -> list[dict
     return out
 
 
+def bucket_elements(engine: EngineConfig) -> int:
+    """Gradients, in fp32, that ZeRO exchanges at a time."""
+    return _EVERYTHING if engine.bucket_mib is None else max(1, int(engine.bucket_mib * 2**20) // 4)
+
+
 def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mesh, even: bool) -> dict[str, Any]:
     """even: every rank of dp has as many numbers as any other."""
     clip = 0.0 if engine.zero_stage == 0 else engine.grad_clip or 0.0
@@ -296,6 +304,8 @@ def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mes
             "stage": engine.zero_stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
+            "reduce_bucket_size": bucket_elements(engine),
+            "overlap_comm": engine.bucket_mib is not None,
             "stage3_param_persistence_threshold": 0,
         },
     }
