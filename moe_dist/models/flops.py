@@ -27,11 +27,14 @@ from moe_dist.kernels.activation import gated
 from moe_dist.moe.experts import expert_widths
 from moe_dist.moe.losses import MoEStats
 
-Part = Literal["attention", "router", "experts", "shared experts", "dense feed-forwards", "logits"]
+Part = Literal[
+    "attention projections", "attention scores", "router", "experts", "shared experts", "dense feed-forwards", "logits"
+]
 
-Cut = Literal["columns", "rows", "key_values", "tokens", "experts"]
+Cut = Literal["columns", "rows", "key_values", "tokens", "expert_columns", "expert_rows"]
 """How ranks share a product. columns and rows: of the matrix, over tp. key_values: heads over tp as far as there are
-any. tokens: each tp rank has its own slice of them. experts: over ep, hidden units over etp."""
+any. tokens: each tp rank has its own slice of them. expert_columns and expert_rows: whole experts over ep, and the
+columns or rows of each over etp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Product:
     fan_in: Fraction | float
     fan_out: Fraction | float
     times: int
+    experts: int = 1
+    """Over the matrices of so many experts the rows are spread."""
 
     @property
     def flops(self) -> float:
@@ -140,15 +145,16 @@ def _attention_products(model: ModelConfig, seq_len: int, classifier: bool) -> I
     if attention.kind == "switch" and not classifier:
         top_k, groups = attention.moe.top_k, 1
         yield Product("router", "tokens", 1, d_model, _router_columns(attention.moe), layers)
-        yield Product("attention", "experts", top_k, d_model, width, layers)
-        yield Product("attention", "experts", top_k, width, d_model, layers)
+        experts = attention.moe.num_experts
+        yield Product("experts", "expert_columns", top_k, d_model, width, layers, experts)
+        yield Product("experts", "expert_rows", top_k, width, d_model, layers, experts)
         heads *= top_k
     else:
-        yield Product("attention", "columns", 1, d_model, width, layers)
-        yield Product("attention", "rows", 1, width, d_model, layers)
-    yield Product("attention", "key_values", 1, d_model, 2 * groups * model.head_width, layers)
+        yield Product("attention projections", "columns", 1, d_model, width, layers)
+        yield Product("attention projections", "rows", 1, width, d_model, layers)
+    yield Product("attention projections", "key_values", 1, d_model, 2 * groups * model.head_width, layers)
     keys = float(seq_len) if classifier else _keys_seen(model, seq_len)
-    yield Product("attention", "rows", 1, heads * model.head_width, keys, 2 * layers)
+    yield Product("attention scores", "rows", 1, heads * model.head_width, keys, 2 * layers)
     if attention.kind == "routed" and not classifier:
         yield from _routed_products(model, seq_len)
 
@@ -163,10 +169,12 @@ def _routed_products(model: ModelConfig, seq_len: int) -> Iterator[Product]:
     queries = Fraction(routed.num_experts * min(routed.num_routed_queries, window) * windows, seq_len)
     keys = Fraction(routed.num_experts * routed.num_routed_key_values * windows, seq_len)
     yield Product("router", "tokens", 1, d_model, 2 * routed.num_experts, layers)
-    yield Product("attention", "columns", queries, d_model, width, layers)
-    yield Product("attention", "rows", queries, width, d_model, layers)
-    yield Product("attention", "key_values", keys, d_model, 2 * model.num_kv_heads * model.head_width, layers)
-    yield Product("attention", "rows", queries, width, routed.num_routed_key_values + 1, 2 * layers)
+    yield Product("attention projections", "columns", queries, d_model, width, layers)
+    yield Product("attention projections", "rows", queries, width, d_model, layers)
+    yield Product(
+        "attention projections", "key_values", keys, d_model, 2 * model.num_kv_heads * model.head_width, layers
+    )
+    yield Product("attention scores", "rows", queries, width, routed.num_routed_key_values + 1, 2 * layers)
 
 
 def _feed_forward_products(model: ModelConfig) -> Iterator[Product]:
@@ -187,10 +195,12 @@ def _feed_forward(
     part: Part, rows: Fraction | float, model: ModelConfig, hidden: Fraction | float, layers: int
 ) -> Iterator[Product]:
     into = 2 if gated(model.activation) else 1
-    inward: Cut = "experts" if part == "experts" else "columns"
-    outward: Cut = "experts" if part == "experts" else "rows"
-    yield Product(part, inward, rows, model.d_model, hidden, into * layers)
-    yield Product(part, outward, rows, hidden, model.d_model, layers)
+    if part == "experts":
+        yield Product(part, "expert_columns", rows, model.d_model, hidden, into * layers, model.moe.num_experts)
+        yield Product(part, "expert_rows", rows, hidden, model.d_model, layers, model.moe.num_experts)
+    else:
+        yield Product(part, "columns", rows, model.d_model, hidden, into * layers)
+        yield Product(part, "rows", rows, hidden, model.d_model, layers)
 
 
 def _met_expert_matrices(
