@@ -145,8 +145,8 @@ class Hardware:
     memory: Memory
     products: dict[str, Products]
     """By precision: fp32, bf16, fp8."""
-    inside: Link
-    between: Link
+    inside: Link | None = None
+    between: Link | None = None
     host: Host = field(default_factory=Host)
 
     def peak(self, precision: str) -> float:
@@ -174,6 +174,16 @@ class Hardware:
         if memory.rates and moved > 0:
             return times * moved / _line_at(memory.rates, moved)
         return times * moved / (memory.bandwidth * memory.reached)
+
+    def link(self, where: Literal["inside", "between"]) -> Link:
+        """Raises ValueError where the file does not say."""
+        found = self.inside if where == "inside" else self.between
+        if found is None:
+            nodes = "two ranks of a node" if where == "inside" else "two nodes"
+            raise ValueError(
+                f"hardware {self.name} says nothing of the link {where}: measure it on {nodes}, or add `{where}:` to it"
+            )
+        return found
 
     def _products(self, precision: str) -> Products:
         if precision not in self.products:
@@ -258,8 +268,9 @@ def _problems(hardware: Hardware) -> Iterable[str]:
                 yield f"{where}.curves.{name}.seconds: sizes must grow, got {sizes}"
 
 
-def _links(hardware: Hardware) -> tuple[tuple[str, Link], tuple[str, Link]]:
-    return ("inside", hardware.inside), ("between", hardware.between)
+def _links(hardware: Hardware) -> list[tuple[str, Link]]:
+    both = (("inside", hardware.inside), ("between", hardware.between))
+    return [(where, link) for where, link in both if link is not None]
 
 
 def _seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from moe_dist.config import BatchShape, Config
 from moe_dist.models.flops import classifier_flops_per_token, train_flops_per_token
 from moe_dist.parallel.mesh import Layout
-from moe_dist.plan.advice import Limits, advise
+from moe_dist.plan.bottleneck import Limits, advise
 from moe_dist.plan.hardware import Hardware
-from moe_dist.plan.memory import Held
+from moe_dist.plan.held import Held
 from moe_dist.plan.transfer import Transfer, links
 from moe_dist.plan.work import Seconds, micro_step, rank_products
 
@@ -119,9 +119,9 @@ def exchange_seconds(transfer: Transfer, layout: Layout, hardware: Hardware) -> 
     share what leaves it."""
     inside, between = (sent / transfer.calls for sent in links(transfer, hardware.ranks_per_node))
     size, here = len(transfer.ranks), min(hardware.ranks_per_node, layout.world)
-    slowest = hardware.inside.seconds(transfer.collective, inside, size) if inside or not between else 0.0
+    slowest = hardware.link("inside").seconds(transfer.collective, inside, size) if inside or not between else 0.0
     if between:
-        slowest = max(slowest, hardware.between.seconds(transfer.collective, here * between, size))
+        slowest = max(slowest, hardware.link("between").seconds(transfer.collective, here * between, size))
     return transfer.calls * slowest
 
 
@@ -142,7 +142,8 @@ def update_seconds(
     engine = config.engine
     stage = engine.zero_stage if engine.name == "deepspeed" else 0
     low = engine.precision == "bf16"
-    owned, whole = (held.bytes(1, layout, cut) for cut in (stage >= 1, False))
+    whole = held.dense + held.expert
+    owned = held.dense / layout.dp + held.expert / layout.edp if stage >= 1 else whole
     copies = whole * (6 if low else 0) + whole * (10 if low else 12) * (shape.accumulation - 1)
     if layout.dp > 1:
         copies += 24 * whole
