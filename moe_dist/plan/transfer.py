@@ -11,6 +11,7 @@ Rabenseifner and Gropp, "Optimization of Collective Communication Operations in 
 | reduce         | the tensor                                | (n - 1) / n of it    | ring, chunks  |
 | broadcast      | the tensor                                | (n - 1) / n of it    | ring, chunks  |
 | all_to_all     | all it sends, its own part included       | (n - 1) / n of it    | pairs         |
+| barrier        | nothing                                   | nothing              |               |
 
 A ring visits ranks in order. On nodes of consecutive ranks it leaves each node once, so a group with g ranks on every
 node sends 1 / g of its bytes between nodes; of all pairs it sends (n - g) / (n - 1) between them.
@@ -23,7 +24,7 @@ from typing import Literal
 
 from moe_dist.parallel.mesh import Axis
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all", "barrier"]
 Phase = Literal["forward", "backward", "gradients", "update", "statistics"]
 """When in a step: forward and backward with what is computed again, the reduction of gradients, the update with its
 norm, and what is counted for logs and guards."""
