@@ -21,7 +21,7 @@ FITS, DOES_NOT = 0, 1
 def plan(config: Config, own: argparse.Namespace) -> int:
     """own: of plan_parser, checked. Returns the exit code. Raises ValueError for what a user got wrong."""
     if own.dry_run:
-        return _dry_run(config, own)
+        return _run_dry(config, own)
     hardware = hardware_of(own)
     if own.search:
         found = search(config, own.ranks, hardware, own.skew)
@@ -66,6 +66,24 @@ def prices_as_json(found: Sequence[Price]) -> list[dict[str, Any]]:
     return [
         {"capacity_factor": price.factor, "flops_at_most": price.flops, "plan": price.plan.as_json()} for price in found
     ]
+
+
+def _run_dry(config: Config, own: argparse.Namespace) -> int:
+    from moe_dist.plan.dry_run import dry_run, text  # it makes engines, and what they import takes seconds
+
+    hardware = None if own.hardware is None else hardware_of(own)
+    per_node = own.ranks_per_node or (None if hardware is None else hardware.ranks_per_node)
+    limit = None if hardware is None else hardware.memory.usable
+    found = dry_run(config, own.ranks, per_node, memory_limit=limit)
+    if own.json:
+        ranks = [
+            {"rank": run.rank, "held": run.held, "peak": run.peak, "transfers": list(map(asdict, run.transfers))}
+            for run in found.ranks
+        ]
+        _print_json({"problems": found.problems, "compared": found.compared, "ranks": ranks})
+    else:
+        print(text(found))
+    return DOES_NOT if found.problems else FITS
 
 
 def _draw(made: Plan, folder: Path, quiet: bool) -> None:

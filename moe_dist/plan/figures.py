@@ -1,7 +1,6 @@
 """Memory and time of a plan, by part: bars with their numbers, as SVG for pages and PNG for letters."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -33,7 +32,7 @@ def write_figures(plan: Plan, folder: Path) -> list[Path]:
 
 def memory_figure(plan: Plan) -> Figure:
     """Of the fullest rank; the line is what a rank has."""
-    gib = {part: value / 2**30 for part, value in asdict(plan.memory).items()}
+    gib = {part: value / 2**30 for part, value in plan.memory.parts.items()}
     title = f"memory of rank {plan.rank}: {size(plan.memory.total)} of {size(plan.hardware.memory.usable)}"
     figure = _bars(gib, {part: size(value * 2**30) for part, value in gib.items()}, title, "GiB")
     axes = figure.axes[0]

@@ -13,8 +13,7 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.parallel.mesh import Layout
 from moe_dist.plan.hardware import Hardware
 from moe_dist.plan.held import Held
-from moe_dist.plan.memory import fullest, memory
-from moe_dist.plan.memory_plan import MemoryPlan
+from moe_dist.plan.memory import MemoryPlan, fullest, memory
 from moe_dist.plan.time import TimePlan, exchange_seconds, step_time
 from moe_dist.plan.traffic import traffic
 from moe_dist.plan.transfer import Transfer, links
@@ -48,7 +47,7 @@ class Plan:
             "hardware": {"name": hardware.name, "source": hardware.source, "usable_bytes": hardware.memory.usable},
             "fits": self.fits,
             "rank": self.rank,
-            "memory": asdict(self.memory) | {"total": self.memory.total},
+            "memory": self.memory.parts | {"total": self.memory.total, "moment": self.memory.moment},
             "transfers": [self._transfer(each) for each in self.transfers],
             "time": asdict(self.time) | {"tokens_per_second": self.tokens_per_second, "tflops": self.tflops},
         }
@@ -107,7 +106,7 @@ def needs(config: Config, ranks: int, hardware: Hardware) -> Needs:
     shape = validate(config, ranks)
     config = resolved(config)
     layout = layout_of(config, ranks, hardware)
-    rank = fullest(config, shape, layout)
+    rank = fullest(config, shape, layout, device_type=hardware.device)
     needed = memory(config, shape, layout, rank, device_type=hardware.device)
     return Needs(config=config, shape=shape, layout=layout, rank=rank, memory=needed)
 
@@ -144,5 +143,9 @@ def resolved(config: Config) -> Config:
         dispatch = moe.dispatch if moe.dispatch != "auto" else "local" if ranks == 1 else "all_to_all"
         return replace(moe, dispatch=dispatch, capacity_factor=moe.factor_at(0), capacity_schedule={})
 
-    attention = replace(model.attention, moe=of(model.attention.moe))
-    return replace(config, model=replace(model, moe=of(model.moe), attention=attention))
+    attention, moe = model.attention, model.moe
+    if attention.kind == "switch":
+        attention = replace(attention, moe=of(attention.moe))
+    if moe.num_experts:
+        moe = of(moe)
+    return replace(config, model=replace(model, moe=moe, attention=attention))

@@ -1,8 +1,6 @@
 """Bytes and seconds for people."""
 
-from dataclasses import asdict
-
-from moe_dist.plan.memory_plan import MemoryPlan
+from moe_dist.plan.memory import MemoryPlan
 
 
 def size(count: float) -> str:
@@ -31,6 +29,4 @@ def span(seconds: float) -> str:
 
 def largest(memory: MemoryPlan) -> tuple[str, int]:
     """The part that takes most, and its bytes."""
-    parts = asdict(memory)
-    name = max(parts, key=lambda part: parts[part])
-    return name, parts[name]
+    return max(memory.parts.items(), key=lambda part: part[1])

@@ -1,7 +1,7 @@
 """Plans as tables of at most 100 columns, for a terminal or a file."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -9,8 +9,8 @@ from rich.text import Text
 
 from moe_dist.config import Config
 from moe_dist.models.parameters import classifier_parameter_counts, parameter_counts
+from moe_dist.plan.advice import advice
 from moe_dist.plan.hardware import Hardware
-from moe_dist.plan.memory import advice
 from moe_dist.plan.plan import Plan, needs
 from moe_dist.plan.search import Price, Search
 from moe_dist.plan.size import size, span
@@ -109,9 +109,9 @@ def _parameters(config: Config) -> tuple[int, int]:
 def _memory(plan: Plan) -> Table:
     table = _table("memory of the fullest rank", "", "share")
     total = plan.memory.total
-    for part, each in asdict(plan.memory).items():
+    for part, each in plan.memory.parts.items():
         table.add_row(part if part != "margin" else "margin for skewed routing", size(each), f"{each / total:.1%}")
-    table.add_row(f"together, of rank {plan.rank}", size(total), "")
+    table.add_row(f"together, of rank {plan.rank}, {plan.memory.moment}", size(total), "")
     table.add_row("a rank has", size(plan.hardware.memory.usable), f"{total / plan.hardware.memory.usable:.1%} used")
     for recompute in ("none", "activation", "block"):
         if recompute != plan.config.model.recompute:
