@@ -17,14 +17,17 @@ So `gradients` are those of that moment: where activations are many, it comes be
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
+from typing import Any
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.config.model import ModelConfig
 from moe_dist.models.backends import resolve_backends
 from moe_dist.moe.experts import expert_widths
-from moe_dist.parallel.mesh import Layout
-from moe_dist.plan.activations import Block, Sizes, Stage, blocks_of
+from moe_dist.parallel.heads import HeadAssignment
+from moe_dist.parallel.mesh import Group, Layout
+from moe_dist.plan.activations import blocks_of
 from moe_dist.plan.held import Held
+from moe_dist.plan.stages import Block, Sizes, Stage
 from moe_dist.plan.states import States, states
 
 
@@ -94,11 +97,19 @@ def memory(
 def fullest(config: Config, shape: BatchShape, layout: Layout, *, device_type: str = "cuda") -> int:
     """The rank that needs most, the first of them. Ranks differ by the heads that they read where tp does not divide
     the key/value heads, and by their experts where these differ in width; all others are alike."""
-    model = config.model
-    uneven_heads = layout.tp if model.num_kv_heads % layout.tp else 1
-    uneven_experts = layout.expert_ranks if len(set(expert_widths(model.moe, model.d_ff))) > 1 else 1
-    ranks = range(min(layout.world, lcm(layout.tp if uneven_heads > 1 else 1, uneven_experts)))
+    ranks = _unlike(config.model, layout)
     return max(ranks, key=lambda rank: memory(config, shape, layout, rank, device_type=device_type).total)
+
+
+def _unlike(model: ModelConfig, layout: Layout) -> list[int]:
+    """One rank of each kind."""
+    if model.moe.num_experts and len(set(expert_widths(model.moe, model.d_ff))) > 1:
+        return list(range(min(layout.world, lcm(layout.tp, layout.expert_ranks))))
+    kinds: dict[int, int] = {}
+    for rank in range(layout.tp):
+        heads = HeadAssignment.of(model.num_heads, model.num_kv_heads, Group(tuple(range(layout.tp)), rank))
+        kinds.setdefault(heads.kv_read, rank)
+    return list(kinds.values())
 
 
 def backends(config: Config, layout: Layout, device_type: str) -> ModelConfig:
@@ -106,26 +117,21 @@ def backends(config: Config, layout: Layout, device_type: str) -> ModelConfig:
     model = config.model
     if device_type == "cpu":
         return resolve_backends(model, layout.expert_ranks, "cpu", config.train.seq_len)
-    moe, attention = model.moe, model.attention
-    plain = replace(
-        model,
-        kernels="torch",
-        moe=replace(moe, experts="auto" if moe.experts == "triton" else moe.experts),
-        attention=replace(
-            attention,
-            backend="auto" if attention.backend == "triton" else attention.backend,
-            moe=replace(attention.moe, experts="auto" if attention.moe.experts == "triton" else attention.moe.experts),
-        ),
-    )
+    given = _words(model)
+    plain = _with(model, *("auto" if word == "triton" else word for word in given))
     named = resolve_backends(plain, layout.expert_ranks, device_type, config.train.seq_len)
-    return replace(
-        named,
-        kernels="triton" if model.kernels == "auto" else model.kernels,
-        moe=named.moe if moe.experts != "triton" else replace(named.moe, experts="triton"),
-        attention=named.attention
-        if attention.backend != "triton"
-        else replace(named.attention, backend="triton"),
-    )
+    found = zip(given, _words(named), strict=True)
+    return _with(named, *("triton" if word == "triton" else other for word, other in found))
+
+
+def _words(model: ModelConfig) -> tuple[Any, Any, Any]:
+    """What `triton` may be the word for, and memory hangs on."""
+    return model.attention.backend, model.moe.experts, model.attention.moe.experts
+
+
+def _with(model: ModelConfig, backend: Any, experts: Any, of_attention: Any) -> ModelConfig:
+    attention = replace(model.attention, backend=backend, moe=replace(model.attention.moe, experts=of_attention))
+    return replace(model, kernels="torch", attention=attention, moe=replace(model.moe, experts=experts))
 
 
 def _moments(kept: States, blocks: list[Block]) -> Iterator[MemoryPlan]:

@@ -44,10 +44,11 @@ class States:
     """Bytes on one rank from the end of the last backward pass to the update, and what comes and goes around that.
 
     accumulated: gradients that are there while the last micro-step runs. made: bytes of a gradient's element when it is
-    made. each: of those that stay in place until the end of the backward pass. shared: bytes that hold all finished gradients from the first exchange
-    on, where they do not stay in place. standing: workspace of the whole step. bucket: workspace of a backward pass,
-    which is exchanged whenever `bucket_elements` are finished, with `exchanged` bytes for each of its elements for a
-    moment. exchange: workspace after backward. joined: gradients then. update: workspace of the update.
+    made. each: of those that stay in place until the end of the backward pass. shared: bytes that hold all finished
+    gradients from the first exchange on, where they do not stay in place. standing: workspace of the whole step.
+    bucket: workspace of a backward pass. bucket_elements: None, or after how many finished ones there is an exchange
+    within it, which takes `exchanged` bytes for each of them for a moment. exchange: workspace after backward, with
+    `joined` bytes of gradients. update: workspace of the update.
     """
 
     parameters: int
@@ -212,7 +213,7 @@ def _parts(held: Held, layout: Layout) -> Iterator[tuple[int, int]]:
 def _touched(held: Held, layout: Layout, rank: int) -> int:
     """Elements of the tensors of which `rank` has something in its parts, whole; and those that fill up a part."""
     total = 0
-    for (expert, sizes), (part, ranks) in zip(held.groups(), _parts(held, layout), strict=True):
+    for (expert, sizes), (part, _) in zip(held.groups(), _parts(held, layout), strict=True):
         place = layout.ranks("edp" if expert else "dp", rank).index(rank)
         first, last, start = place * part, (place + 1) * part, 0
         for size in sizes:

@@ -74,7 +74,8 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """[start, stop) of each block of positions. Equal ones: larger ones compute more of what is hidden, smaller ones make products too small to be fast."""
+    """[start, stop) of equal blocks of positions: larger ones compute more of what is hidden, smaller ones make
+    products too small to be fast."""
     count = max(-(-length // _BLOCK.get(dtype, 128)), 1)
     size = max(-(-length // count), 1)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
