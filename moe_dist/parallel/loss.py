@@ -49,11 +49,6 @@ class _ChunkLosses(NamedTuple):
     held_t: Tensor
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens whose logits are made at once. vocabulary: of this rank."""
-    return max(16, _CHUNK_LOGITS // vocabulary)
-
-
 def _chunks(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> list[tuple[Tensor, Tensor]]:
     tokens = chunk_tokens(weight_VD.shape[0])
     return list(zip(x_TD.split(tokens), targets_T.split(tokens), strict=True))

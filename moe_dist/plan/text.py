@@ -125,7 +125,9 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.fits:
         yield "it fits"
     else:
-        yield f"IT DOES NOT FIT: {advice(plan.config, plan.shape, plan.layout)}"
+        device, usable = plan.hardware.device, plan.hardware.memory.usable
+        change = advice(plan.config, plan.shape, plan.layout, plan.rank, device_type=device, available=usable)
+        yield f"IT DOES NOT FIT: {change}"
 
 
 def _exchanges(plan: Plan) -> Table:
