@@ -48,7 +48,7 @@ def _changes(part: str, config: Config, layout: Layout, limits: Limits) -> Itera
                 yield f"a tp group should lie in one node, of {limits.ranks_per_node} ranks"
             if not parallel.sequence_parallel:
                 yield "parallel.sequence_parallel=true spares norms and residuals, and memory"
-        case "gradients" | "ZeRO":
+        case "gradient exchange" | "ZeRO weights":
             yield "gradients are exchanged once for each step: raise train.global_batch"
             if config.engine.zero_stage == 3:
                 yield "engine.zero_stage=2 fetches no weights, if it fits"

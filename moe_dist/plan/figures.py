@@ -1,6 +1,6 @@
 """Memory and time of a plan, by part: bars with their numbers, as SVG for pages and PNG for letters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -11,7 +11,13 @@ from moe_dist.plan.size import size, span
 from moe_dist.plan.time import EXCHANGES
 
 _COMPUTED, _EXCHANGED, _LIMIT = "#4878a8", "#c8773c", "#a03030"
-_STYLE = {"svg.hashsalt": "moe_dist", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+_STYLE = {
+    "svg.hashsalt": "moe_dist",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 _FORMATS = ("svg", "png")
 _SHOWN = 0.002  # share of the largest bar below which a part is left out
 
@@ -35,9 +41,9 @@ def memory_figure(plan: Plan) -> Figure:
     gib = {part: value / 2**30 for part, value in plan.memory.parts.items()}
     title = f"memory of rank {plan.rank}: {size(plan.memory.total)} of {size(plan.hardware.memory.usable)}"
     figure = _bars(gib, {part: size(value * 2**30) for part, value in gib.items()}, title, "GiB")
-    axes = figure.axes[0]
-    axes.axvline(plan.hardware.memory.usable / 2**30, color=_LIMIT, linewidth=1, label="a rank has")
-    axes.legend(frameon=False, loc="lower right")
+    axes, usable = figure.axes[0], plan.hardware.memory.usable / 2**30
+    axes.axvline(usable, color=_LIMIT, linewidth=1)
+    axes.annotate("a rank has", (usable, 0), (-4, 0), textcoords="offset points", color=_LIMIT, ha="right", fontsize=8)
     return figure
 
 
@@ -48,17 +54,19 @@ def time_figure(plan: Plan) -> Figure:
     title = f"a step of {span(time.seconds)}, MFU {time.mfu:.1%}"
     ms = {part: 1e3 * seconds for part, seconds in parts.items()}
     told = {part: ("-" if seconds < 0 else "") + span(abs(seconds)) for part, seconds in parts.items()}
-    return _bars(ms, told, title, "ms")
+    return _bars(ms, told, title, "ms", (*EXCHANGES, "hidden behind compute"))
 
 
-def _bars(values: Mapping[str, float], told: Mapping[str, str], title: str, unit: str) -> Figure:
-    """Largest on top."""
+def _bars(
+    values: Mapping[str, float], told: Mapping[str, str], title: str, unit: str, other: Sequence[str] = ()
+) -> Figure:
+    """Largest on top. other: parts in the second colour."""
     most = max(map(abs, values.values()))
     shown = sorted((part for part in values if abs(values[part]) >= _SHOWN * most), key=lambda part: values[part])
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.8 + 0.27 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
-        colours = [_EXCHANGED if part in (*EXCHANGES, "hidden behind compute") else _COMPUTED for part in shown]
+        colours = [_EXCHANGED if part in other else _COMPUTED for part in shown]
         bars = axes.barh(shown, [values[part] for part in shown], color=colours)
         axes.bar_label(bars, [told[part] for part in shown], padding=3, fontsize=8)
         axes.set_xlabel(unit)

@@ -19,7 +19,7 @@ the hardware can give. A refused layout is counted under the first rule that it 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -116,13 +116,17 @@ def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0) ->
         if hopeless is not None:
             out.add(hopeless, len(choices))
             continue
+        full: set[tuple[object, ...]] = set()  # of what differs in micro_batch alone, and did not fit a smaller one
         for choice in choices:
-            reason = _refused(choice.applied(config), ranks)
-            plan = None if reason else _first_that_fits(config, ranks, hardware, choice, skew, out)
-            if plan is not None:
-                ranked.append(plan)
-            elif reason:
+            reason, others = _refused(choice.applied(config), ranks), _but_for_micro_batch(choice)
+            if reason is not None:
                 out.add(reason, 1)
+            elif others in full:
+                out.add("a larger micro_batch than one that does not fit", 1)
+            elif (found := _first_that_fits(config, ranks, hardware, choice, skew, out)) is not None:
+                ranked.append(found)
+            else:
+                full.add(others)
     ranked.sort(key=lambda pair: pair[1].time.seconds)
     return Search(ranked, len(ranked) + out.total, out.told())
 
@@ -171,21 +175,29 @@ def _refused_with_all_else(config: Config, ranks: int, choices: Sequence[Choice]
     return reasons[0]
 
 
+def _but_for_micro_batch(choice: Choice) -> tuple[object, ...]:
+    return astuple(replace(choice, micro_batch=0))
+
+
 def _first_that_fits(
     config: Config, ranks: int, hardware: Hardware, choice: Choice, skew: float, out: "_Reasons"
 ) -> tuple[Choice, Plan] | None:
-    """With the least recomputation for which there is memory; None if there is none."""
-    needed = None
-    for recompute in _RECOMPUTE:
-        choice = replace(choice, recompute=recompute)
-        needed = needs(choice.applied(config), ranks, hardware)
-        if needed.fit(hardware):
-            return choice, timed(needed, hardware, skew)
-    assert needed is not None
-    name, most = largest(needed.memory)
-    total, usable = size(needed.memory.total), size(hardware.memory.usable)
-    out.add(f"needs {total} of {usable} with {choice.flags()}, most of it {name} ({size(most)})", 1, f"memory: {name}")
-    return None
+    """With the least recomputation for which there is memory; None if there is none. The most comes first: most that do
+    not fit need no other look."""
+    most = replace(choice, recompute=_RECOMPUTE[-1])
+    needed = needs(most.applied(config), ranks, hardware)
+    if not needed.fit(hardware):
+        name, part = largest(needed.memory)
+        total, usable = size(needed.memory.total), size(hardware.memory.usable)
+        message = f"needs {total} of {usable} with {most.flags()}, most of it {name} ({size(part)})"
+        out.add(message, 1, f"memory: {name}")
+        return None
+    for recompute in _RECOMPUTE[:-1]:
+        less = replace(choice, recompute=recompute)
+        lighter = needs(less.applied(config), ranks, hardware)
+        if lighter.fit(hardware):
+            return less, timed(lighter, hardware, skew)
+    return most, timed(needed, hardware, skew)
 
 
 class _Reasons:

@@ -42,7 +42,7 @@ COMPUTE = (
     *("activation", "shared experts", "dense feed-forwards", "norms and residuals", "logits", "cross-entropy"),
     *("recomputation", "gradient copies", "optimizer", "host"),
 )
-EXCHANGES = ("dispatch", "tensor parallel", "ZeRO", "gradients", "counts and losses")
+EXCHANGES = ("dispatch", "tensor parallel", "ZeRO weights", "gradient exchange", "counts and losses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,10 @@ def model_flops(config: Config) -> float:
 def part_of(transfer: Transfer) -> str:
     """One of EXCHANGES."""
     if transfer.phase == "gradients":
-        return "gradients"
+        return "gradient exchange"
     if transfer.phase in ("update", "statistics"):
-        return "ZeRO" if transfer.axis in ("dp", "edp") else "counts and losses"
-    by_axis = {"tp": "tensor parallel", "dp": "ZeRO", "edp": "ZeRO", "world": "counts and losses"}
+        return "ZeRO weights" if transfer.axis in ("dp", "edp") else "counts and losses"
+    by_axis = {"tp": "tensor parallel", "dp": "ZeRO weights", "edp": "ZeRO weights", "world": "counts and losses"}
     return by_axis.get(transfer.axis, "dispatch")
 
 
@@ -159,7 +159,7 @@ def _hidden(config: Config, hardware: Hardware, parts: dict[str, float]) -> floa
     engine, blocks = config.engine, config.model.num_layers
     if engine.name == "deepspeed" and engine.zero_stage == 3 and hardware.device == "cuda":
         busy = sum(parts[part] for part in COMPUTE if part not in ("optimizer", "host"))
-        hidden += (blocks - 1) / blocks * min(parts["ZeRO"] + parts["gradients"], busy)
+        hidden += (blocks - 1) / blocks * min(parts["ZeRO weights"] + parts["gradient exchange"], busy)
     return hidden
 
 
