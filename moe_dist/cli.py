@@ -284,7 +284,7 @@ def _with_config(parser: "Parser", args: list[str], own_usage: str, about: str) 
             f"{parser.prog} needs a configuration: {parser.prog} CONFIG, for example configs/tiny.yaml, which one core "
             f"trains in seconds; {parser.prog} --help tells more"
         )
-    return own, override_config(load_config(path), flags, [f"--{name}" for name in vars(own)])
+    return own, override_config(load_config(path), flags, [f"--{name.replace('_', '-')}" for name in vars(own)])
 
 
 def _print_help(usage: str, about: str, topic: str, config: "Config") -> None:
