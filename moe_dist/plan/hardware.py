@@ -22,7 +22,7 @@ A file is found by its path, or by its name (`h100`) in ./configs/hardware, besi
 import math
 import sysconfig
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -231,41 +231,47 @@ def _find(name: str) -> Path:
     )
 
 
-def _problems(hardware: Hardware) -> Iterable[str]:
-    memory = hardware.memory
-    above_zero: dict[str, float] = {
+def _problems(hardware: Hardware) -> Iterator[str]:
+    memory, products, links = hardware.memory, hardware.products, _links(hardware)
+    above_zero = {
         "ranks_per_node": hardware.ranks_per_node,
         "memory.bytes": memory.bytes,
         "memory.bandwidth": memory.bandwidth,
-        **{f"products.{name}.peak": of.peak for name, of in hardware.products.items()},
-        **{f"products.{name}.rates": rate for name, of in hardware.products.items() for *_, rate in of.rates},
-        **{f"{where}.bandwidth": link.bandwidth for where, link in _links(hardware)},
+        "memory.rates": min((rate for _, rate in memory.rates), default=1.0),
     }
+    shares = {"memory.reached": memory.reached}
+    for name, of in products.items():
+        above_zero[f"products.{name}.peak"] = of.peak
+        above_zero[f"products.{name}.rates"] = min((rate for *_, rate in of.rates), default=1.0)
+        shares |= {f"products.{name}.reached": of.reached, f"products.{name}.attention": of.attention}
+    for where, link in links:
+        above_zero[f"{where}.bandwidth"] = link.bandwidth
+        shares |= {f"{where}.reached.{name}": share for name, share in link.reached.items()}
     yield from (f"{key}: {value} is not above 0" for key, value in above_zero.items() if not value > 0)
-    shares = {
-        "memory.reached": memory.reached,
-        **{f"products.{name}.reached": of.reached for name, of in hardware.products.items()},
-        **{
-            f"{where}.reached.{name}": share for where, link in _links(hardware) for name, share in link.reached.items()
-        },
-    }
     yield from (f"{key}: {value} is outside 0 < share <= 1" for key, value in shares.items() if not 0 < value <= 1)
     if not 0 <= memory.reserved < memory.bytes:
         yield f"memory.reserved: {memory.reserved} is not below memory.bytes={memory.bytes}"
-    if not hardware.products:
+    if not products:
         yield "products: says nothing; give fp32, bf16 or fp8"
-    for name, of in hardware.products.items():
+    for name, of in products.items():
         if name not in _ITEM_BYTES:
             yield f"products.{name}: is none of {', '.join(_ITEM_BYTES)}"
         if of.rates and len({row for row, *_ in of.rates}) * len({side for _, side, _ in of.rates}) != len(of.rates):
             yield f"products.{name}.rates: is no grid; give each number of rows with each side, once"
-    for where, link in _links(hardware):
+    yield from _not_growing("memory.rates", memory.rates)
+    for where, link in links:
         if link.latency < 0:
             yield f"{where}.latency: {link.latency} is below 0"
         for name, curve in link.curves.items():
-            sizes = [size for size, _ in curve.seconds]
-            if not sizes or any(left >= right for left, right in pairwise(sizes)):
-                yield f"{where}.curves.{name}.seconds: sizes must grow, got {sizes}"
+            yield from _not_growing(f"{where}.curves.{name}.seconds", curve.seconds)
+            if not curve.seconds:
+                yield f"{where}.curves.{name}.seconds: says nothing; leave {name} out"
+
+
+def _not_growing(key: str, points: Sequence[tuple[float, float]]) -> Iterator[str]:
+    sizes = [size for size, _ in points]
+    if any(left >= right for left, right in pairwise(sizes)):
+        yield f"{key}: sizes must grow, got {sizes}"
 
 
 def _links(hardware: Hardware) -> list[tuple[str, Link]]:

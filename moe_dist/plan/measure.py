@@ -190,7 +190,7 @@ def _model_seconds(device: torch.device, layers: int, experts: int) -> tuple[flo
         spent.append(time.perf_counter() - began)
 
     whole = _seconds(work, device)
-    update = statistics.median(spent)
+    update = _slowest(statistics.median(spent), device)
     return max(0.0, whole - update), update
 
 
