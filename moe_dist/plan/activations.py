@@ -27,8 +27,8 @@ _MARKS = 4  # by what drops are counted: marks of a token
 
 def blocks_of(sizes: Sizes, held: Held, decoder: bool) -> list[Block]:
     """First the embedding, then the blocks, last the output with the loss."""
-    model = sizes.model
-    found = [Block((_embedding(sizes, held),))]
+    model, tied = sizes.model, decoder and not held.within("output.weight")
+    found = [Block((_embedding(sizes, held, tied),))]
     by_kind: dict[tuple[bool, float | None], tuple[Stage, ...]] = {}
     number = 0
     for layer in range(model.num_layers):
@@ -42,7 +42,7 @@ def blocks_of(sizes: Sizes, held: Held, decoder: bool) -> list[Block]:
         if model.recompute == "block" and decoder:
             again = sizes.numbers(sizes.outside, model.d_model) + _replay(sizes, sparse)
         found.append(Block(stages, again))
-    return [*found, Block((_output(sizes, held) if decoder else _head(sizes, held),))]
+    return [*found, Block((_output(sizes, held, tied) if decoder else _head(sizes, held),))]
 
 
 def _replay(sizes: Sizes, sparse: bool) -> int:
@@ -65,14 +65,13 @@ def _block(sizes: Sizes, held: Held, layer: int, sparse: bool, factor: float | N
         yield replace(feed_forward(sizes, sizes.model.d_ff, "feed-forward"), elements=of_rest)
 
 
-def _embedding(sizes: Sizes, held: Held) -> Stage:
+def _embedding(sizes: Sizes, held: Held, tied: bool) -> Stage:
     """Ids, targets and marks of the tokens, and the table of positions; a tied matrix gets its second gradient."""
     model = sizes.model
     kept = sizes.tokens * 3 * INDEX + sizes.routed * _MARKS * INDEX
     if model.attention.position == "rotary":
         kept += 2 * WIDE * sizes.seq_len * (model.head_width // 2)
     matrix = sizes.numbers(model.vocab_size // sizes.layout.tp, model.d_model)
-    tied = model.tie_embeddings and not held.within("output.weight")
     return Stage(
         "embedding",
         kept,
@@ -81,7 +80,7 @@ def _embedding(sizes: Sizes, held: Held) -> Stage:
     )
 
 
-def _output(sizes: Sizes, held: Held) -> Stage:
+def _output(sizes: Sizes, held: Held, tied: bool) -> Stage:
     """The final norm, and the loss, which makes its gradients in the forward pass, by chunks (parallel/loss.py)."""
     model, low = sizes.model, sizes.each < WIDE
     vocabulary = model.vocab_size // sizes.layout.tp
@@ -95,7 +94,7 @@ def _output(sizes: Sizes, held: Held) -> Stage:
         "loss",
         norm + grad_x + grad_w,
         spike=max(forward, backward),
-        elements=held.within("output.") or held.within("embedding."),
+        elements=held.within("output.") + (held.within("embedding.") if tied else 0),
         logits=logits if forward >= backward else 0,
     )
 

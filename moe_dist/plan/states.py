@@ -11,7 +11,7 @@ q_g each, ZeRO-3 cuts every tensor into d_g equal parts, p in sum (engine/deepsp
 | ZeRO-1, 2  | a d q   | 4 q             | of the tensors that q touches, 4   | 8 q          |
 | bf16, 1    | a d q   | 4 q             | 4 d q, and 2 n of the last backward | 8 q         |
 | bf16, 2    | a d q   | 4 q             | 4 q                                | 8 q          |
-| ZeRO-3     | a p     | 4 p in bf16     | 4 p                                | 8 p          |
+| ZeRO-3     | a p     | 4 p             | 4 p                                | 8 p          |
 
 Every tensor that Adam knows has a count of its steps, 4 bytes: all parameters, under ZeRO one for each group.
 
@@ -170,14 +170,14 @@ def _zero2(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
 
 
 def _zero3(config: Config, layout: Layout, held: Held, rank: int, copies: int) -> States:
-    n, low = held.elements, config.engine.precision == "bf16"
-    each = compute_dtype(config.engine.precision).itemsize
+    low, each = config.engine.precision == "bf16", compute_dtype(config.engine.precision).itemsize
     even = layout.expert_ranks == 1 or len(set(expert_widths(config.model.moe, config.model.d_ff))) <= 1
     parts = [[-(-size // _ranks(expert, layout)) for size in sizes] for expert, sizes in held.groups()]
     p, sub_groups = sum(map(sum, parts)), [sub for group in parts for sub in _sub_groups(group, even)]
-    gathered = min(n, GATHERED) if even else max(tensor.elements for tensor in held.tensors)
+    cut = [tensor.elements for tensor in held.tensors if _ranks(tensor.expert, layout) > 1]  # others lie there whole
+    gathered = min(sum(cut), GATHERED) if even else max(cut, default=0)
     return States(
-        parameters=(each + (4 if low else 0)) * p,
+        parameters=(each + 4) * p,
         gradients=4 * p,
         optimizer=8 * p + 4 * len(sub_groups),
         accumulated=4 * p,
@@ -187,7 +187,7 @@ def _zero3(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
         bucket_elements=BUCKET,
         exchanged=8 if low else 4,
         joined=4 * p,
-        exchange=each * gathered + (8 if low else 4) * min(n, BUCKET),
+        exchange=each * gathered + (8 if low else 4) * min(held.elements, BUCKET),
         update=4 * (1 + copies) * max(sub_groups),
     )
 

@@ -1,7 +1,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_dist.plan.live_memory import LiveMemory
+from moe_dist.plan.live_memory import LiveMemory, Memory
 
 
 def test_bytes_by_hand() -> None:
@@ -48,3 +48,17 @@ def test_fake_tensors_have_the_size_of_real_ones() -> None:
         del x
         assert live.now == 4 * 10**9 * 4 and y.shape == (10**9, 4)
         assert live.peak >= 2 * live.now
+
+
+def test_where_the_peak_was_and_what_was_too_much() -> None:
+    place = ["forward"]
+    with LiveMemory(Memory(limit=6000, where=lambda: place[0])) as live:
+        x = torch.zeros(1000)
+        place[0] = "backward"
+        assert live.memory.over == ""
+        y = x * 2
+        place[0] = "update"
+        del x
+        torch.zeros(10)
+    assert live.peak == 8000 and live.memory.peak_at == "backward" and y.shape == (1000,)
+    assert live.memory.over == "aten.mul.Tensor makes 1000 float32 in backward"
