@@ -51,6 +51,8 @@ class EngineConfig:
     """bf16: parameters and activations in bfloat16, master weights, gradients' accumulation and moments in fp32."""
     grad_clip: float | None = 1.0
     """Largest global gradient norm. null: no clipping."""
+    bucket_mib: float | None = 32.0
+    """With native: gradients are exchanged while backward goes on, as many MiB at a time. null: all of them after."""
     cuda_graph: bool = False
     """With native, on a GPU: record micro-steps once and replay them, so that the host launches one thing instead of
     thousands. For models whose shapes depend on no data: capacity limits with wire = padded, or all experts on each

@@ -1,11 +1,10 @@
-"""The oracle: plain torch, gradients all-reduced by group, one global norm, AdamW.
+"""The oracle: plain torch, gradients all-reduced by group (exchange.py), one global norm, AdamW.
 
 Nothing is sharded beyond what tp and ep cut. In bf16 the masters, the accumulated gradients and the moments are fp32.
 With `cuda_graph`, micro-steps are replayed as graphs (graphs.py), and accumulated gradients keep their memory.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,13 +22,13 @@ from moe_dist.engine.base import (
     decay_groups,
     held_buffers,
 )
+from moe_dist.engine.exchange import GradientExchange
 from moe_dist.engine.graphs import StepGraphs
 from moe_dist.engine.shares import copies, shares
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
-from moe_dist.parallel.collectives import all_reduce
-from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.parallel.sharding import logical_parameters, spec_of
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.parallel.sharding import logical_parameters
 from moe_dist.step import StepContext
 
 
@@ -50,6 +49,7 @@ class NativeEngine:
             masters = [p.detach() for p in params]
         # Masters share memory with fp32 parameters; their .grad holds the accumulated, then the reduced gradient.
         self.masters = dict(zip(params, masters, strict=True))
+        self.gradients = GradientExchange(self.masters, mesh, None if engine.cuda_graph else engine.bucket_mib)
         groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model)]
         self.optimizer = AdamW(groups, optim)
 
@@ -69,10 +69,8 @@ class NativeEngine:
         self.mesh.trail.enter("forward")
         output: DecoderOutput = self.model(tokens_BS, targets, step)
         self.mesh.trail.enter("backward")
-        (output.loss / self.accumulation).backward()
-        self._accumulate()
-        if self.micro + 1 == self.accumulation:
-            self._reduce()
+        with self.gradients.of_micro_step(self.micro == 0, self.micro + 1 == self.accumulation):
+            (output.loss / self.accumulation).backward()
         return output
 
     @torch.no_grad()
@@ -101,8 +99,7 @@ class NativeEngine:
 
     def _clear(self) -> None:
         if self.graphs is None:  # else the first micro-step of a step writes over them
-            for master in self.masters.values():
-                master.grad = None
+            self.gradients.clear()
 
     def held(self, kind: Kind) -> Iterator[Piece]:
         parameters = list(logical_parameters(self.model))
@@ -123,33 +120,6 @@ class NativeEngine:
         for master in self.masters.values():
             self.optimizer.moments(master).step.fill_(optimizer_step)
         self._refresh()
-
-    def _accumulate(self) -> None:
-        """Move .grad from the compute parameters to the masters. Experts that saw no token count as zero."""
-        for param, master in self.masters.items():
-            grad = torch.zeros_like(master) if param.grad is None else param.grad.to(master.dtype)
-            if master.grad is None:
-                master.grad = grad
-            elif self.micro == 0:
-                master.grad.copy_(grad)
-            else:
-                master.grad.add_(grad)
-            param.grad = None
-
-    @torch.no_grad()
-    def _reduce(self) -> None:
-        """Dense gradients: mean over dp. Expert gradients: sum over edp, divided by the full dp."""
-        by_group: dict[Group, list[Tensor]] = defaultdict(list)
-        for param, master in self.masters.items():
-            expert = spec_of(param).shard == "expert"
-            by_group[self.mesh.edp if expert else self.mesh.dp].append(grad_of(master))
-        for group, grads in by_group.items():
-            if group.size > 1:
-                flat = all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
-                parts = flat.split([grad.numel() for grad in grads])
-                torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
-            if self.mesh.layout.dp > 1:
-                torch._foreach_mul_(grads, 1.0 / self.mesh.layout.dp)
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -16,7 +16,7 @@ A node is `node_size` consecutive ranks. An ep group that spans nodes is cut bot
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -222,6 +222,16 @@ def create_mesh(
         return Group(mine, mine.index(rank), made[mine], trail)
 
     return _mesh_of(layout, rank, group, sequence_parallel)
+
+
+def own_communicator(mesh: Mesh, axis: Axis) -> Group:
+    """This rank's group of `axis` once more, for exchanges that run beside those of the mesh, in no fixed order with
+    them. Every rank must call; a mesh without processes gives its own group back."""
+    mine: Group = getattr(mesh, axis)
+    if mine.process_group is None:
+        return mine
+    made = {ranks: dist.new_group(list(ranks)) for ranks in mesh.layout.groups(axis)}
+    return replace(mine, process_group=made[mine.ranks])
 
 
 def _mesh_of(layout: Layout, rank: int, group: Callable[[Axis], Group], sequence_parallel: bool) -> Mesh:

@@ -202,7 +202,10 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         as_of_feed_forwards = {key: moe[key] for key in ("drop_order", "balance")}
         attention = attention | {"moe": _SWITCH_EXPERTS | as_of_feed_forwards | pool}
     model |= {"attention": attention}
-    engine = {"name": "native"} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
+    # Buckets so small that gradients leave one after the other while backward goes on.
+    engine = (
+        {"name": "native", "bucket_mib": 2**-7} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}
+    )
     # A large eps: with 1e-8, an entry whose gradient is rounding noise moves by a full learning rate in a random
     # direction, and the comparison would measure how Adam amplifies noise.
     optim = {"lr": 1e-4, "eps": 1e-4, "warmup_steps": min(10, steps)}

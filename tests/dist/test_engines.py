@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.engine.base import Engine, Kind
+from moe_dist.engine.exchange import GradientExchange, _Queue
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
+from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, TinyRun, assert_same, logical, run_checks, tiny_config
 
@@ -147,9 +149,66 @@ def check_ranks_gather_groups_in_the_same_order() -> None:
     assert set(begun) == {2, 4} and all(other == begun for other in seen), seen
 
 
+def check_buckets_change_no_bit() -> None:
+    """Of two numbers there is one sum, so that it does not matter how many leave together."""
+    for changes in ({}, {"parallel__ep": 2, "train__accumulation": 2}, {"engine__precision": "bf16"}):
+        runs = [start(engine__bucket_mib=mib, **changes) for mib in (None, 0.005, 1.0)]
+        states = []
+        for run in runs:
+            run.train(0, 2)
+            run.forward_backward(2)
+            states.append(logical(run.engine, "weight") | logical(run.engine, "grad"))
+        for name, expected in states[0].items():
+            assert torch.equal(states[1][name], expected) and torch.equal(states[2][name], expected), (changes, name)
+
+
+def check_buckets_leave_while_backward_goes_on() -> None:
+    """In the same order on every rank, in the last micro-step alone, most of them before the last gradient is there."""
+    run = start(train__accumulation=2, engine__bucket_mib=0.005)
+    exchange, sent, send = run.engine.gradients, [], _Queue._send
+
+    def spy(queue: _Queue) -> None:
+        sent.append((queue.group.size, queue.buckets[queue.gone].flat.numel(), len(exchange.missing)))
+        send(queue)
+
+    with mock.patch.object(_Queue, "_send", spy):
+        run.forward_backward(0)
+    sizes = [(ranks, size) for ranks, size, _ in sent]
+    assert len(sizes) == sum(len(queue.buckets) for queue in exchange.queues) > 4
+    assert sum(missing > 0 for *_, missing in sent) > len(sent) // 2, sent
+    replies: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(replies, sizes)
+    assert all(reply == sizes for reply in replies)
+
+
+def check_gradients_may_come_in_any_order() -> None:
+    """And some not at all, as those of experts that saw no token."""
+    mesh, rank = create_mesh(1, 1), dist.get_rank()
+    params = [parameter((size,), ParamSpec((size,))) for size in (700, 300, 900, 500, 100)]
+    exchange = GradientExchange({param: param.detach() for param in params}, mesh, 0.002)
+    orders = [[4, 3, 2, 1, 0], [0, 3, 1, 4]]  # on rank 1 the third has none
+    masters = [exchange.masters[param] for param in params]
+    for first in (True, False):
+        with exchange.of_micro_step(first, not first):
+            for place in orders[rank]:
+                params[place].grad = torch.full_like(params[place], 10.0 ** (rank + 2 * first) * (place + 1))
+                exchange._take(params[place])
+    for place, master in enumerate(masters):
+        each = 101 * (place + 1) * (1 if place == 2 else 11)
+        assert master.grad is not None and bool((master.grad == each / 2).all()), (place, master.grad)
+
+
 def test_two_ranks() -> None:
     run_checks(
-        2, [check_every_stage_tells_the_same_state, check_zero3_evaluates_between_steps, check_bf16_follows_fp32]
+        2,
+        [
+            check_every_stage_tells_the_same_state,
+            check_zero3_evaluates_between_steps,
+            check_bf16_follows_fp32,
+            check_buckets_change_no_bit,
+            check_buckets_leave_while_backward_goes_on,
+            check_gradients_may_come_in_any_order,
+        ],
     )
 
 

@@ -319,6 +319,7 @@ def check_blocks_of_fixed_size_are_the_same() -> None:
         Case(replace(base, top_k=1, experts="loop", overflow="reroute")),
         Case(replace(base, capacity_scope="local")),
         Case(replace(base, capacity_factor=1.0, top_k=1), one_sided()),
+        Case(replace(base, overlap_chunks=2)),
     ]
     for case in cases:
         for ep, tp, etp in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 1)):

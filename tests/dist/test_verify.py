@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moe_dist.engine.native import NativeEngine
+from moe_dist.engine.exchange import GradientExchange
 from moe_dist.moe.capacity import expert_capacity
 from moe_dist.parallel.mesh import Layout
 from moe_dist.verify.cases import LayoutCase, Options, Setting
@@ -98,15 +98,15 @@ def check_layouts_agree() -> None:
 
 def check_expert_gradients_twice_too_large_are_found() -> None:
     """The classic: expert gradients summed over edp but divided by another size."""
-    true_reduce = NativeEngine._reduce
+    true_finish = GradientExchange._finish
 
-    def wrong_reduce(engine: NativeEngine) -> None:
-        true_reduce(engine)
-        if engine.mesh.ep.size > 1:
-            grads = [m.grad for p, m in engine.masters.items() if p.spec.shard == "expert"]
+    def wrong_finish(exchange: GradientExchange) -> None:
+        true_finish(exchange)
+        grads = [m.grad for p, m in exchange.masters.items() if p.spec.shard == "expert"]
+        if grads:
             torch._foreach_mul_(grads, 2.0)
 
-    with mock.patch.object(NativeEngine, "_reduce", wrong_reduce):
+    with mock.patch.object(GradientExchange, "_finish", wrong_finish):
         assert not run_cases(options(Setting(), LayoutCase(ep="2"), steps=2), CPU)
     assert run_cases(options(Setting(), LayoutCase(ep="2"), steps=2), CPU)
 

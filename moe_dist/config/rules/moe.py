@@ -255,3 +255,11 @@ def _dispatch_rules(moe: MoEConfig, parallel: ParallelConfig, section: str) -> I
             moe.overlap_chunks,
             f"lower {key(section, 'overlap_chunks')}",
         )
+        if moe.wire == "padded" and moe.capacity_pool > 1:  # a pool's rows travel in one block
+            yield from multiple(
+                "num_experts/ep/capacity_pool",
+                moe.num_experts // ep // moe.capacity_pool,
+                "overlap_chunks",
+                moe.overlap_chunks,
+                f"lower {key(section, 'overlap_chunks')}, or set {key(section, 'wire')} to ragged",
+            )

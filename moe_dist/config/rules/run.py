@@ -20,7 +20,8 @@ _SPIKE_USES: Uses = {
 
 def engine_rules(engine: EngineConfig) -> Iterator[str]:
     yield from above_zero(engine, "engine", "grad_clip", "null clips nothing")
-    yield from at_most(engine, "engine", grad_clip=1e12)
+    yield from at_most(engine, "engine", grad_clip=1e12, bucket_mib=1e6)
+    yield from above_zero(engine, "engine", "bucket_mib", "null exchanges everything at once")
     yield from between(engine, "engine", "zero_stage", 0, 3)
     if engine.name == "native":
         if engine.zero_stage > 0:

@@ -18,7 +18,7 @@ from moe_dist.kernels.permute.backend import Permutation
 from moe_dist.kernels.permute.order import RowOrder, readable
 from moe_dist.moe.choice import Choice, DispatchPlan
 from moe_dist.moe.dispatch.base import RowExperts
-from moe_dist.moe.dispatch.blocks import arrival, block_rows, departure
+from moe_dist.moe.dispatch.blocks import arrival, block_rows, departure, most_rows
 from moe_dist.moe.dispatch.counts import arrival_order, dense_arrival, order_of, ranges, ranks_of, sent_rows, to_device
 from moe_dist.moe.dispatch.wire import Format, Wire, carry_home, carry_out, pack, unpack
 from moe_dist.parallel.collectives import start_exchange
@@ -45,22 +45,31 @@ class AllToAllDispatcher:
 
     def way(self, plan: DispatchPlan, x_TD: Tensor) -> tuple[RowOrder, "DirectTrip", RowOrder]:
         """(order in which rows leave, how they travel, order in which they arrive)."""
-        if self.padded and plan.capacity is not None and not readable(x_TD):
+        if self.knows_sizes(plan, x_TD):
             return self.way_of_blocks(plan)
         sent_wwe = sent_rows(plan, self.ep)
         trip, order = self.trip(sent_wwe, x_TD.device)
         return order_of(plan, self.permute, int(sent_wwe[self.ep.rank].sum())), trip, order
 
+    def knows_sizes(self, plan: DispatchPlan, x_TD: Tensor) -> bool:
+        """Whether messages follow from the capacity alone, where asking for counts would be a wait."""
+        return self.padded and plan.capacity is not None and not readable(x_TD)
+
     def way_of_blocks(self, plan: DispatchPlan) -> tuple[RowOrder, "DirectTrip", RowOrder]:
         """`way` that never waits for the host."""
-        block, rank = block_rows(plan), self.ep.rank
-        assert plan.pool_rows is not None
-        held_we = ranks_of(plan.kept_WE, self.ep).unflatten(1, (self.ep.size, -1))[:, rank]
+        trip, order = self.trip_of_blocks(plan, self.held(plan))
+        return departure(plan, self.permute), trip, order
+
+    def held(self, plan: DispatchPlan) -> Tensor:
+        """held_we: rows of each rank of the group for the experts here."""
+        return ranks_of(plan.kept_WE, self.ep).unflatten(1, (self.ep.size, -1))[:, self.ep.rank]
+
+    def trip_of_blocks(self, plan: DispatchPlan, held_we: Tensor) -> tuple["DirectTrip", RowOrder]:
+        """`trip` for neighbouring experts of each rank, as many as held_we has here."""
+        block = block_rows(plan)
         sizes = (held_we.shape[1] // plan.pool * block,) * self.ep.size
-        # Of all ranks together, or of each of those that send here.
-        fullest = min(plan.pool_rows if plan.shared else plan.pool_rows * self.ep.size, block * self.ep.size)
-        order = arrival(held_we, plan.pool, block, max(fullest, 1), self.permute)
-        return departure(plan, self.permute), DirectTrip(self.ep, sizes, sizes), order
+        order = arrival(held_we, plan.pool, block, most_rows(plan, self.ep.size), self.permute)
+        return DirectTrip(self.ep, sizes, sizes), order
 
     def trip(self, sent_wwe: Tensor, device: torch.device) -> tuple["DirectTrip", RowOrder]:
         """How rows travel, and the experts they arrive for. Rows leave as (rank, its expert)."""

@@ -29,8 +29,15 @@ def block_rows(plan: DispatchPlan) -> int:
     return max(min(plan.pool_rows, tokens * min(top_k, plan.pool)), 1)
 
 
-def departure(plan: DispatchPlan, permute: Permutation) -> RowOrder:
-    """Kept assignments in the blocks of the pools they go to, [P * B] rows."""
+def most_rows(plan: DispatchPlan, ranks: int) -> int:
+    """That a pool can get from `ranks` of the world: of all ranks together, or of each of those that send."""
+    assert plan.pool_rows is not None
+    return max(min(plan.pool_rows if plan.shared else plan.pool_rows * ranks, block_rows(plan) * ranks), 1)
+
+
+def departure(plan: DispatchPlan, permute: Permutation, place_P: Tensor | None = None) -> RowOrder:
+    """Kept assignments in the blocks of the pools they go to, [P * B] rows. place_P: where each pool's block stands
+    among those that leave, a permutation; None: in the order of pools."""
     num_experts, block = plan.kept_WE.shape[1], block_rows(plan)
     pools = num_experts // plan.pool
     rows = min(plan.experts_TK.numel(), pools * block)
@@ -38,9 +45,12 @@ def departure(plan: DispatchPlan, permute: Permutation) -> RowOrder:
     counts_P = dense.counts_e.view(pools, plan.pool).sum(1)
     starts_P, pool_TK = counts_P.cumsum(0) - counts_P, plan.experts_TK // plan.pool
     # From the place among sorted rows to the place among blocks, and back.
-    rows_TK = torch.where(plan.kept_TK, dense.rows_XK - starts_P[pool_TK] + pool_TK * block, 0)
+    place_TK = pool_TK if place_P is None else place_P[pool_TK]
+    rows_TK = torch.where(plan.kept_TK, dense.rows_XK - starts_P[pool_TK] + place_TK * block, 0)
     within_B = torch.arange(block, device=counts_P.device)
     sorted_PB = torch.where(within_B < counts_P[:, None], starts_P[:, None] + within_B, 0)
+    if place_P is not None:
+        sorted_PB = sorted_PB[place_P.argsort()]
     return RowOrder(dense.counts_e, dense.slots_R[sorted_PB.flatten()], rows_TK, plan.kept_TK, fullest=block)
 
 

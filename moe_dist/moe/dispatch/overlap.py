@@ -16,14 +16,16 @@ group, e experts of each, n parts. sent_wwe[i, j, k]: rows that rank i sends to 
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from moe_dist.moe.choice import Choice
+from moe_dist.kernels.permute.order import RowOrder
+from moe_dist.moe.choice import Choice, DispatchPlan
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher, DirectTrip
 from moe_dist.moe.dispatch.base import RowExperts
+from moe_dist.moe.dispatch.blocks import departure
 from moe_dist.moe.dispatch.counts import order_of, sent_rows, to_device
 from moe_dist.moe.dispatch.wire import Wire
 from moe_dist.parallel.collectives import graph_node
@@ -46,18 +48,13 @@ class OverlappedDispatcher:
 
     def carry(self, x_TD: Tensor, choice: Choice, experts: RowExperts) -> tuple[Tensor, int]:
         assert isinstance(experts, PartedExperts), "only feed-forward experts are overlapped"
-        ep, permute, wire = self.direct.ep, self.direct.permute, self.direct.wire
-        # 1. Gather kept assignments sorted by part, then by rank, then by expert.
-        sent_wwe = sent_rows(choice.plan, ep)
-        place_E = to_device(departure(sent_wwe, self.parts), x_TD.device)
-        home = order_of(choice.plan, permute, int(sent_wwe[ep.rank].sum()), place_E)
+        permute, wire = self.direct.permute, self.direct.wire
+        # 1. Gather kept assignments sorted by part, then by rank, then by expert; each part travels on its own.
+        ways = self._ways_of_blocks if self.direct.knows_sizes(choice.plan, x_TD) else self._ways
+        home, trips, orders, sizes = ways(choice.plan, x_TD.device)
         rows_YD = permute.gather_rows(x_TD, home)
-        # 2. Each part travels like a dispatch of its own.
-        sent_nwwe = sent_wwe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
-        trips, orders = zip(*(self.direct.trip(sent, x_TD.device) for sent in sent_nwwe), strict=True)
-        sizes = sent_nwwe[:, ep.rank].sum((1, 2)).tolist()
-        voyage = _Voyage(list(trips), sizes, wire)
-        # 3. There, compute, back.
+        voyage = _Voyage(trips, sizes, wire)
+        # 2. There, compute, back.
         tokens = voyage.load(rows_YD)
         on_the_way, sent_home = voyage.start(0, tokens[0]), []
         for i, part in enumerate(experts.parts(self.parts)):
@@ -68,16 +65,42 @@ class OverlappedDispatcher:
         y_TD = permute.combine_rows(voyage.unload(sent_home), choice.weights_TK, home)
         return y_TD, sum(wire.sent_bytes(trip, x_TD) for trip in trips)
 
+    def _ways(self, plan: DispatchPlan, device: torch.device) -> "_Ways":
+        ep = self.direct.ep
+        sent_wwe = sent_rows(plan, ep)
+        place_E = to_device(places(ep.size, sent_wwe.shape[2], self.parts), device)
+        home = order_of(plan, self.direct.permute, int(sent_wwe[ep.rank].sum()), place_E)
+        sent_nwwe = sent_wwe.unflatten(2, (self.parts, -1)).permute(2, 0, 1, 3)
+        trips, orders = zip(*(self.direct.trip(sent, device) for sent in sent_nwwe), strict=True)
+        return _Ways(home, list(trips), list(orders), sent_nwwe[:, ep.rank].sum((1, 2)).tolist())
 
-def departure(sent_wwe: Tensor, parts: int) -> Tensor:
-    """place_E: where rows of each expert stand among those that leave.
+    def _ways_of_blocks(self, plan: DispatchPlan, device: torch.device) -> "_Ways":
+        """`_ways` that never wait for the host."""
+        held_we = self.direct.held(plan)
+        pools = held_we.shape[1] // plan.pool
+        assert pools % self.parts == 0, "config/rules/moe.py: parts are of whole pools"
+        home = departure(plan, self.direct.permute, to_device(places(len(held_we), pools, self.parts), device))
+        parts = [self.direct.trip_of_blocks(plan, held) for held in held_we.chunk(self.parts, 1)]
+        trips, orders = zip(*parts, strict=True)
+        return _Ways(home, list(trips), list(orders), [sum(trip.send) for trip in trips])
+
+
+class _Ways(NamedTuple):
+    """The order in which rows leave; of each part, how it travels, the order in which it arrives, and rows sent."""
+
+    home: RowOrder
+    trips: list[DirectTrip]
+    orders: list[RowOrder]
+    sizes: list[int]
+
+
+def places(ranks: int, local: int, parts: int) -> Tensor:
+    """Where rows for each expert (or pool), `local` of each rank, stand among those that leave: [ranks * local].
 
     Two ranks with four experts each, 0 to 3 and 4 to 7, in 2 parts: rows for 0 1 4 5 leave first, then those for
     2 3 6 7, so the places of experts 0 to 7 are 0 1 4 5 2 3 6 7.
     """
-    ranks, local = sent_wwe.shape[1:]
-    places = torch.arange(ranks * local).view(parts, ranks, local // parts)
-    return places.transpose(0, 1).flatten()
+    return torch.arange(ranks * local).view(parts, ranks, local // parts).transpose(0, 1).flatten()
 
 
 class _Voyage:

@@ -147,6 +147,15 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "capacity_pool=2 has no meaning for router=expert_choice",
             {"model__moe__capacity_pool": 2, "model__moe__router": "expert_choice"},
         ),
+        (
+            "num_experts/ep/capacity_pool=2 is not divisible by overlap_chunks=4; lower model.moe.overlap_chunks, or",
+            {
+                "model__moe__capacity_pool": 2,
+                "parallel__ep": 2,
+                "model__moe__wire": "padded",
+                "model__moe__overlap_chunks": 4,
+            },
+        ),
         ("pool_floor=0.5 needs capacity_pool > 1", {"model__moe__pool_floor": 0.5}),
         (
             "pool_floor=1.5 is outside 0.0 to 1.0",

@@ -18,7 +18,7 @@ from moe_dist.moe.dispatch import Dispatcher, make_dispatcher
 from moe_dist.moe.dispatch.base import EtpDispatcher, RowExperts
 from moe_dist.moe.dispatch.counts import order_of, ranges, sent_rows, transposed
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
-from moe_dist.moe.dispatch.overlap import departure
+from moe_dist.moe.dispatch.overlap import places
 from moe_dist.moe.dispatch.wire import Wire, pack, row_bytes, unpack
 from moe_dist.parallel.mesh import Group, Layout, mesh_without_processes, single_process_mesh
 from moe_dist.step import Site
@@ -262,6 +262,6 @@ def test_only_the_way_out_is_fp8() -> None:
     assert (Wire.of("same"), Wire.of("bf16"), Wire.of("fp8")) == (("same",) * 2, ("bf16",) * 2, ("fp8", "bf16"))
 
 
-def test_departure_in_parts_by_hand() -> None:
+def test_places_in_parts_by_hand() -> None:
     """Two ranks of four experts in 2 parts: 0 1 4 5 leave first, then 2 3 6 7."""
-    assert departure(torch.zeros(2, 2, 4), 2).argsort().tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert places(2, 4, 2).argsort().tolist() == [0, 1, 4, 5, 2, 3, 6, 7]

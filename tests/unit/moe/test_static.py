@@ -76,6 +76,8 @@ CASES = {
     "one row each": replace(STATIC, capacity_factor=1e-6),
     "room for all": replace(AT_HOME, capacity_factor=float(E)),
     "pools": replace(STATIC, capacity_pool=3),
+    "in parts": replace(STATIC, overlap_chunks=3),
+    "pools in parts": replace(STATIC, capacity_pool=3, overlap_chunks=2),
     "pools with a floor, at home": replace(AT_HOME, capacity_pool=2, pool_floor=0.5),
 }
 
@@ -139,6 +141,8 @@ WAITS = {
     "padded": (STATIC, "bmm", []),
     "padded, pools": (CASES["pools"], "bmm", []),
     "padded, rerouted": (CASES["rerouted"], "bmm", []),
+    "padded, in parts": (replace(STATIC, overlap_chunks=3), "bmm", []),
+    "padded, pools in parts": (replace(CASES["pools"], overlap_chunks=2), "bmm", []),
     "padded, by score": (CASES["score"], "bmm", []),
     "at home, a limit": (AT_HOME, "bmm", []),
     "at home, Triton": (AT_HOME, "triton", []),
