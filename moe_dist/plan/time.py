@@ -8,7 +8,7 @@
 | recomputation       | recompute=block: the blocks' forward pass; activation: the experts' activation            |
 | exchanges           | each Transfer by `exchange_seconds`: inside a node and between nodes at once, the slower  |
 | optimizer           | bytes of an element that this rank updates: AdamW 28, its norm 4, in bf16 the copy 6      |
-| gradient copies     | bytes of an element that it holds: 24 where they are reduced, 6 to 12 for each micro-step |
+| gradient copies     | bytes of an element that it holds: `_copied`                                              |
 | host                | hardware.host; on a GPU what of it is longer than all the device does                     |
 
 What is hidden is only what the engines really overlap (`_hidden`):
@@ -17,12 +17,14 @@ What is hidden is only what the engines really overlap (`_hidden`):
 |----------------------|-------------------|-------------------------------------------------------------------------|
 | rows, overlap_chunks | the experts       | (n - 1) / n of the shorter one: the first and last of n chunks are seen |
 | ZeRO-3, on a GPU     | forward, backward | all but one block's: DeepSpeed fetches ahead, and reduces behind        |
-| gradients, native    | nothing           | they are reduced after the last backward pass                           |
+| gradients, native    | the last backward | (n - 1) / n of the shorter one, n buckets of bucket_mib: the last,      |
+|                      | pass of a step    | of the first layer, is seen. bucket_mib null: nothing                   |
 
 Everything is what one rank does that is like the others; `skew` makes it the one whose experts are asked for most, for
 which all others wait. MFU counts the FLOPs of models/flops.py (PaLM, arXiv 2204.02311, appendix B).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +88,8 @@ def step_time(
         busy = skew if part_of(transfer) == "dispatch" else 1.0
         parts[part_of(transfer)] += busy * exchange_seconds(transfer, layout, hardware)
     parts["optimizer"], parts["gradient copies"] = update_seconds(config, shape, layout, hardware, held)
-    hidden = _hidden(config, hardware, parts)
+    backward = sum(seconds.backward for seconds in compute.values())
+    hidden = _hidden(config, hardware, transfers, parts, backward)
     host = _host(config, shape, hardware)
     parts["host"] = host if hardware.device == "cpu" else max(0.0, host - (sum(parts.values()) - hidden))
     seconds = sum(parts.values()) - hidden
@@ -144,14 +147,28 @@ def update_seconds(
     low = engine.precision == "bf16"
     whole = held.dense + held.expert
     owned = held.dense / layout.dp + held.expert / layout.edp if stage >= 1 else whole
-    copies = whole * (6 if low else 0) + whole * (10 if low else 12) * (shape.accumulation - 1)
-    if layout.dp > 1:
-        copies += 24 * whole
-    return hardware.memory_seconds(owned * (28 + 4 + (6 if low else 0))), hardware.memory_seconds(copies)
+    copied = whole * _copied(engine.name, low, layout.dp > 1, shape.accumulation)
+    return hardware.memory_seconds(owned * (28 + 4 + (6 if low else 0))), hardware.memory_seconds(copied)
 
 
-def _hidden(config: Config, hardware: Hardware, parts: dict[str, float]) -> float:
-    """Seconds of exchanges that pass while something is computed; the table at the top, row by row."""
+def _copied(engine: str, low: bool, reduced: bool, accumulation: int) -> int:
+    """Bytes that are read and written for an element's gradient in a step, beside backward, exchange and update.
+
+    native: into the master's, which is the same in fp32 unless it lies in a bucket; each later micro-step adds to it;
+    the mean over dp reads and writes it. deepspeed: into a bucket and back, and the mean, 24.
+    """
+    each = 2 if low else 4
+    later = (each + 8) * (accumulation - 1)
+    if engine == "deepspeed":
+        return (6 if low else 0) + later + (24 if reduced else 0)
+    return (each + 4 if low or reduced else 0) + later + (8 if reduced else 0)
+
+
+def _hidden(
+    config: Config, hardware: Hardware, transfers: Sequence[Transfer], parts: dict[str, float], backward: float
+) -> float:
+    """Seconds of exchanges that pass while something is computed; the table at the top, row by row. backward: seconds
+    of computing one backward pass."""
     hidden = 0.0
     chunks = config.model.moe.overlap_chunks
     if chunks > 1:
@@ -160,6 +177,10 @@ def _hidden(config: Config, hardware: Hardware, parts: dict[str, float]) -> floa
     if engine.name == "deepspeed" and engine.zero_stage == 3 and hardware.device == "cuda":
         busy = sum(parts[part] for part in COMPUTE if part not in ("optimizer", "host"))
         hidden += (blocks - 1) / blocks * min(parts["ZeRO weights"] + parts["gradient exchange"], busy)
+    if engine.name == "native" and engine.bucket_mib is not None:
+        size = sum(each.bytes for each in transfers if each.phase == "gradients")
+        buckets = max(1, math.ceil(size / (engine.bucket_mib * 2**20)))
+        hidden += (buckets - 1) / buckets * min(parts["gradient exchange"], backward)
     return hidden
 
 

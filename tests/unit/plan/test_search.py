@@ -86,8 +86,8 @@ def test_recomputation_comes_in_where_memory_is_short() -> None:
 
 
 def test_what_capacity_costs() -> None:
-    """12 tokens of 2 ranks ask for 24 rows; at 0.5 four experts take ceil(0.5 * 2 * 12 / 4) = 3 each, so a token meets one
-    expert less, of 2 * 60 FLOPs forward."""
+    """12 tokens of 2 ranks ask for 24 rows; at 0.5 four experts take ceil(0.5 * 2 * 12 / 4) = 3 each, so a token meets
+    one expert less, of 2 * 60 FLOPs forward."""
     half, whole = prices(toy_config(), 2, toy_hardware(peak=1.0, bandwidth=NEVER), [0.5, None])
     tokens, nominal = 12, train_flops_per_token(toy_config().model, 3)
     assert whole.flops == pytest.approx(tokens * nominal)

@@ -161,6 +161,10 @@ def test_zero_spreads_the_update_and_not_the_gradients() -> None:
     plan = step_time(config, replace(TOY_SHAPE, dp=2, accumulation=1), Layout(2, ep=2), hardware, [], HELD)
     assert plan.parts["optimizer"] == pytest.approx((50 + 50) * 32)
     assert plan.parts["gradient copies"] == pytest.approx(150 * 24)
+    config.engine.name, config.engine.zero_stage = "native", 0
+    plan = step_time(config, replace(TOY_SHAPE, dp=2), Layout(2, ep=2), hardware, [], HELD)
+    assert plan.parts["optimizer"] == pytest.approx(150 * 32)
+    assert plan.parts["gradient copies"] == pytest.approx(150 * (8 + 12 + 8))
 
 
 def test_a_gpu_computes_while_the_host_launches() -> None:
@@ -189,6 +193,22 @@ def test_what_travels_in_chunks_is_hidden_but_for_its_ends() -> None:
     assert plan.hidden == pytest.approx(8.64e-6 / 2)
     assert plan.seconds == pytest.approx(sum(plan.parts.values()) - plan.hidden)
     assert plan.bottleneck.startswith("dispatch, ") and "wire_dtype" in plan.advice and "overlap" not in plan.advice
+
+
+def test_gradients_in_buckets_are_hidden_but_for_the_last() -> None:
+    """4000 bytes in buckets of 1000 take 1 + 4 ms; one backward pass of 6 tokens as long as it takes."""
+    config = toy_config()
+    reduced = Transfer("all_reduce", "dp", (0, 1), "gradients", "gradients", calls=1, bytes=4000)
+    backward = 6 * 2 / 3 * train_flops_per_token(config.model, 3)
+    for bucket_mib, peak, hidden in (
+        (1000 / 2**20, 1.0, 0.75 * 5e-3),
+        (1000 / 2**20, 1e9, 0.75 * backward / 1e9),
+        (None, 1.0, 0.0),
+        (1.0, 1.0, 0.0),
+    ):
+        config.engine.bucket_mib = bucket_mib
+        plan = step_time(config, replace(TOY_SHAPE, dp=2), Layout(2), toy_hardware(peak), [reduced], HELD)
+        assert plan.hidden == pytest.approx(hidden), (bucket_mib, peak)
 
 
 def test_zero_3_hides_its_weights_on_a_gpu_alone() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moe_dist.config import BatchShape, Config, ModelConfig, MoEConfig, TrainConfig
+from moe_dist.config import BatchShape, Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from moe_dist.plan.hardware import Hardware, Link, Memory, Products
 
 NEVER = 1e30
@@ -40,7 +40,8 @@ def toy_config(**moe: object) -> Config:
         d_ff=6,
         moe=MoEConfig(**(settings | moe)),
     )
-    return Config(model=model, train=TrainConfig(seq_len=3, global_batch=4, micro_batch=2))
+    data = DataConfig(kind="indexed", paths=["tokens"])  # bytes would need a larger vocabulary
+    return Config(model=model, data=data, train=TrainConfig(seq_len=3, global_batch=4, micro_batch=2))
 
 
 TOY_SHAPE = BatchShape(micro_batch=2, accumulation=2, dp=1, global_batch=4, seq_len=3)
