@@ -11,7 +11,7 @@ from tests.unit.plan.toys import toy_hardware
 
 CONFIG = """
 model:
-  vocab_size: 64
+  vocab_size: 256
   d_model: 16
   num_layers: 2
   num_heads: 4

@@ -77,11 +77,8 @@ def test_recomputation_comes_in_where_memory_is_short() -> None:
     )
     assert again.memory.total < whole.memory.total
     between = replace(ROOMY, memory=Memory(bytes=(whole.memory.total + again.memory.total) // 2, bandwidth=1e9))
-    native = {
-        choice.recompute
-        for choice, _ in search(config, 2, between).ranked
-        if choice == replace(choice, ep=1, engine="native")
-    }
+    ranked = search(config, 2, between).ranked
+    native = {choice.recompute for choice, _ in ranked if choice == replace(choice, ep=1, tp=1, engine="native")}
     assert native and "none" not in native
 
 
