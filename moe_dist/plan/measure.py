@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import moe_dist
 from moe_dist.config import EngineConfig, ModelConfig, MoEConfig, OptimConfig
 from moe_dist.config.rules.memory import machine_memory
 from moe_dist.config.values import user_path
@@ -88,7 +87,7 @@ def measured(device: torch.device, world: int, ranks_per_node: int, name: str | 
         source="measured",
         origin=[f"moe-dist plan --measure, {world} ranks on {world // ranks_per_node} nodes"],
         when=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={"moe_dist": moe_dist.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions={"torch": str(torch.__version__), "python": platform.python_version()},
         ranks_per_node=ranks_per_node,
         memory=memory,
         products=products,
