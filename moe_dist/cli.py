@@ -20,6 +20,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
   status RUN | CONFIG [flags]   how far that run is
   watch [RUN | STUDY]           loss, drops and expert loads in the terminal while it runs
+  plan CONFIG [flags]           memory, bytes and time of a run before it is paid for; search, dry run, measuring
   study ACTION STUDY            a grid of runs over capacity factors and seeds: plan, run, submit, list, report, export
   compare RUN... [flags]        a page that shows a few runs side by side
   generate RUN [flags]          text from the model of a run
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with interrupts_held():
                     from moe_dist.study.command import study
                 return study(rest)
+            case "plan":
+                return _plan(rest)
             case "watch":
                 with interrupts_held():
                     from moe_dist.study.run.watch import watch
@@ -235,6 +238,21 @@ def _chaos(args: list[str]) -> int:
         return chaos(config, own.minutes, own.ranks, own.seed)
 
 
+def _plan(args: list[str]) -> int:
+    from moe_dist.plan.arguments import ABOUT, USAGE, check_plan_arguments, measure_arguments, plan_parser
+
+    if any(word.partition("=")[0] == "--measure" for word in args):
+        measured = measure_arguments(args)
+        with interrupts_held():
+            from moe_dist.plan.measure import measure
+        return measure(measured)
+    own, config = _with_config(plan_parser(), args, USAGE, ABOUT)
+    check_plan_arguments(own)
+    with interrupts_held():
+        from moe_dist.plan.command import plan
+    return plan(config, own)
+
+
 def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
     """What follows `moe-dist train`."""
     from moe_dist.config.flags import Parser
@@ -266,7 +284,7 @@ def _with_config(parser: "Parser", args: list[str], own_usage: str, about: str) 
             f"{parser.prog} needs a configuration: {parser.prog} CONFIG, for example configs/tiny.yaml, which one core "
             f"trains in seconds; {parser.prog} --help tells more"
         )
-    return own, override_config(load_config(path), flags, [f"--{name}" for name in vars(own)])
+    return own, override_config(load_config(path), flags, [f"--{name.replace('_', '-')}" for name in vars(own)])
 
 
 def _print_help(usage: str, about: str, topic: str, config: "Config") -> None:

@@ -6,6 +6,7 @@ What a step does is a pure function of (config, seed, step): the step number is 
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import Logger
@@ -31,7 +32,7 @@ from moe_dist.models.flops import executed_flops
 from moe_dist.parallel.mesh import Layout, Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, lost_ranks_told, require_same
 from moe_dist.parallel.trail import Trail
-from moe_dist.plan.memory import Held, explained
+from moe_dist.plan.advice import explained
 from moe_dist.step import StepContext
 from moe_dist.train.changes import changes
 from moe_dist.train.health.crash_loop import note_start, refuse_crash_loop, starts_from
@@ -39,7 +40,7 @@ from moe_dist.train.health.replicas import check_replicas
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
-from moe_dist.train.opening import opening_lines
+from moe_dist.train.opening import opening_lines, refuse_what_cannot_fit
 from moe_dist.train.products import products_chosen
 from moe_dist.train.record.history import recent_losses
 from moe_dist.train.record.metrics import MetricsWriter, moe_record
@@ -92,9 +93,8 @@ class Trainer:
         self.sampler = SequenceSampler(
             self.task.num_places, self.task.width, config.train.global_batch, config.train.order_seed
         )
-        with torch.device("meta"):
-            held = Held.by(self.task.build(config.model, self.mesh))
-        with explained(config, self.shape, self.mesh.layout, held):
+        refuse_what_cannot_fit(config, self.shape, self.mesh, device, self._say)
+        with self._explained():
             built = self.task.build(config.model, self.mesh).to(device)
             self.engine = make_engine(
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
@@ -119,6 +119,9 @@ class Trainer:
                 self._say(line)
         return newest
 
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.config, self.shape, self.mesh.layout, self.mesh.rank, self.device.type)
+
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path in a log stays whole
 
@@ -135,11 +138,10 @@ class Trainer:
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
         log = self._open()
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
-        held = Held.by(self.engine.model)
         with self.folder.failures_noted(self.mesh.rank, log), lost_ranks_told(self.mesh.trail):
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))
-            with explained(self.config, self.shape, self.mesh.layout, held):
+            with self._explained():
                 outcome = self._steps(newest, guard, log)
         state = "preempted" if outcome.stopped_by else "finished"
         log.info("%s: %s", state, {k: v for k, v in outcome.last.items() if k != "layers"})

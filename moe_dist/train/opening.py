@@ -1,14 +1,41 @@
-"""The first lines of a run: what is trained, how it is cut, on what."""
+"""Before a run: whether it fits. Its first lines: what is trained, how it is cut, on what."""
+
+import os
+from collections.abc import Callable
 
 import torch
 
 from moe_dist.config import BatchShape, Config
+from moe_dist.config.rules.memory import host_memory
 from moe_dist.models.backends import describe_backends
-from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.launch import rank_from_environment
+from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.parallel.objects import gather_json
+from moe_dist.plan.advice import shortage
 from moe_dist.train.record.profile import Peak
 from moe_dist.train.record.progress import short_number
 from moe_dist.train.schedule import schedule_notes
 from moe_dist.train.task import Task
+
+
+def refuse_what_cannot_fit(
+    config: Config, shape: BatchShape, mesh: Mesh, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Raises ValueError with advice on every rank, which must all call, where one surely has too little memory; says
+    so where it may have too little. Ranks on CPU share the memory of their machine."""
+    ranks, here = range(mesh.rank, mesh.rank + 1), rank_from_environment(os.environ)
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        available, first = host_memory(), mesh.rank - here.local_rank
+        if first >= 0 and first + here.local_world <= mesh.layout.world:
+            ranks = range(first, first + here.local_world)
+    found = gather_json(shortage(config, shape, mesh.layout, ranks, available, device.type))
+    for impossible, _ in found:
+        if impossible is not None:
+            raise ValueError(impossible)
+    for doubt in dict.fromkeys(doubt for _, doubt in found if doubt is not None):
+        say(f"note      {doubt}")
 
 
 def opening_lines(

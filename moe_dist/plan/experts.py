@@ -1,0 +1,147 @@
+"""What autograd keeps of routed layers: router, the way to the experts and back, and the experts by backend.
+
+Legend: t tokens that this rank routes, D d_model, F hidden width on this rank, E experts, e experts held here, K
+experts of a token, Y rows sent, X rows that arrived, R rows of the experts held here, C rows of the fullest of them.
+
+| kept by          | what                                                                                          |
+|------------------|-----------------------------------------------------------------------------------------------|
+| router           | logits and probabilities [t, E], choices and weights [t, K]; in bf16 its input in fp32 too      |
+| dispatch         | X rows as they arrived and Y results as they came back; all_gather the tokens of all ranks      |
+| grouped_mm, CPU  | the pre-activations [R, F] (kernels/grouped_mm/cpu.py)                                          |
+| triton           | the pre-activations, and the activations but under recompute = activation                       |
+| loop, grouped_mm | rows [R, D], pre-activations, activations; results [R, D] where they are weighed                |
+| bmm              | the same, with rows and activations padded to e * C                                             |
+"""
+
+from moe_dist.config.model import MoEConfig
+from moe_dist.kernels.activation import gated
+from moe_dist.kernels.grouped_mm.onednn import ROUNDING
+from moe_dist.models.block import is_moe_layer
+from moe_dist.moe.experts import expert_widths
+from moe_dist.plan.rows import Rows, rows_of, skew_of, skew_of_expert
+from moe_dist.plan.stages import INDEX, WIDE, Sizes, Stage
+
+
+def largest_factor(moe: MoEConfig, index: int) -> float | None:
+    """The largest that is ever in force in this MoE layer; None: no limit."""
+    factors = [moe.capacity_factor, *moe.capacity_schedule.values()]
+    of_layer = [factor[index] if isinstance(factor, list) else factor for factor in factors]
+    return None if None in of_layer else max(factor for factor in of_layer if factor is not None)
+
+
+def choices(moe: MoEConfig) -> int:
+    """K"""
+    return moe.num_experts if moe.router == "expert_choice" else moe.top_k
+
+
+def feed_forward(sizes: Sizes, d_ff: int, name: str, norm: bool = True) -> Stage:
+    """Dense: norm, gate and up, hidden."""
+    model, tokens = sizes.model, sizes.tokens
+    hidden = sizes.numbers(tokens, d_ff // sizes.layout.tp)
+    of_norm, norm_spike = sizes.norm() if norm else (0, 0)
+    kept = of_norm + sizes.numbers(tokens, model.d_model) + hidden * _hidden_kept(model.activation, True)
+    spike = hidden * (3 if gated(model.activation) else 2) + sizes.numbers(tokens, model.d_model)
+    return Stage(name, kept, spike=sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))
+
+
+def _hidden_kept(activation: str, product: bool) -> int:
+    """Tensors of hidden width that the activation and the product after it keep. product: by torch's autograd."""
+    if not product:
+        return 2 if gated(activation) else 1
+    return {"relu": 1, "gelu": 2, "relu2": 2}.get(activation, 3)
+
+
+def routed_rows(sizes: Sizes, moe: MoEConfig, factor: float | None, etp: int) -> Rows:
+    model, layout = sizes.model, sizes.layout
+    skew = one = 1.0
+    if sizes.skewed:
+        moe_layers = sum(is_moe_layer(model, layer) for layer in range(model.num_layers))
+        skew = skew_of(moe, factor, layout.expert_ranks, layout.edp, 1 if model.recompute == "block" else moe_layers)
+        one = skew_of_expert(moe, factor, layout.edp)
+    return rows_of(moe, factor, sizes.routed, layout.expert_ranks, etp, skew, one)
+
+
+def router_kept(sizes: Sizes, moe: MoEConfig) -> int:
+    """Logits, probabilities, choices and weights."""
+    tokens, chosen = sizes.routed, choices(moe)
+    kept = tokens * (2 * WIDE * moe.num_experts + WIDE + INDEX + chosen * (INDEX + WIDE))
+    if moe.renormalize and moe.top_k > 1:
+        kept += tokens * WIDE * (chosen + 2)
+    if moe.router in ("sigmoid", "noisy"):
+        kept += tokens * WIDE * moe.num_experts * (1 if moe.router == "sigmoid" else 4)
+    if sizes.each < WIDE and moe.router != "hash":  # its input and its matrix in fp32
+        kept += WIDE * (tokens + moe.num_experts) * sizes.model.d_model
+    return kept
+
+
+def routed_layer(sizes: Sizes, factor: float | None) -> tuple[Stage, Stage]:
+    """(norm, router, the way there and the experts; the way back with the weighted sum)."""
+    model, layout, moe = sizes.model, sizes.layout, sizes.model.moe
+    rows, width = routed_rows(sizes, moe, factor, layout.etp), model.d_model
+    norm, norm_spike = sizes.norm()
+    kept, dispatch, back = norm + router_kept(sizes, moe), 0, 0
+    # 1. The tokens that are routed: kept by the router in fp32, by the experts where nothing travels. Shared experts
+    # keep all tokens, of which those are a copy under tp.
+    local, shared = moe.dispatch == "local", Stage("", 0)
+    if moe.num_shared_experts:
+        widths = expert_widths(moe, model.d_ff)
+        shared = feed_forward(sizes, moe.num_shared_experts * (sum(widths) // len(widths)), "shared", norm=False)
+        kept += shared.kept
+    if (local or sizes.each == WIDE) and (layout.tp > 1 or not moe.num_shared_experts):
+        kept += sizes.numbers(sizes.routed, width)
+    # 2. What travelled: rows that arrived, rows that came back, and the orders in which they lie.
+    kept += rows.asked * (INDEX + 1) + rows.sent * 2 * INDEX
+    arrived = rows.arrived
+    if not local:
+        arrived, dispatch, back = _travelled(sizes, rows)
+        kept += arrived * (3 * INDEX + 1)
+    # 3. The experts.
+    of_experts, spike = _expert_layers(sizes, rows, local)
+    kept += of_experts
+    flow = sizes.numbers(sizes.outside, width)
+    travelling = 0 if local else sizes.numbers(arrived, width)
+    spike = flow + max(spike + travelling, norm_spike, shared.spike)
+    combine = Stage("experts' results", 0, back, spike=flow + back)
+    return Stage("experts", kept, dispatch, spike), combine
+
+
+def _travelled(sizes: Sizes, rows: Rows) -> tuple[int, int, int]:
+    """(rows that arrive, bytes of them that are kept, bytes of results that are kept at home)."""
+    moe, width, ranks = sizes.model.moe, sizes.model.d_model, sizes.layout.expert_ranks
+    if moe.dispatch == "all_gather":  # all tokens of the group, and the weights of their choices
+        tokens = sizes.routed * ranks
+        return tokens, sizes.numbers(tokens, width) + tokens * choices(moe) * sizes.layout.etp * WIDE, 0
+    if moe.dispatch == "all_to_all" and moe.wire == "padded":
+        # A block for each expert from each rank, as large as the fullest.
+        experts = moe.num_experts * sizes.layout.etp
+        local = experts // ranks
+        padded = min(rows.asked, -(-rows.fullest // ranks)) * local * ranks
+        return padded, sizes.numbers(padded, width), sizes.numbers(rows.sent, width)
+    return rows.arrived, sizes.numbers(rows.arrived, width), sizes.numbers(rows.sent, width)
+
+
+def _expert_layers(sizes: Sizes, rows: Rows, weighted: bool) -> tuple[int, int]:
+    """(kept by the experts' matrices and activations, held for a moment by their backward pass). weighted: the sum over
+    a token's experts is theirs too."""
+    model, moe = sizes.model, sizes.model.moe
+    widths = expert_widths(moe, model.d_ff)
+    hidden = max(widths) // sizes.layout.etp if sizes.skewed else sum(widths) // len(widths) // sizes.layout.etp
+    units, row = sizes.numbers(rows.arrived, hidden), sizes.numbers(rows.arrived, model.d_model)
+    with_gate, fullest = gated(model.activation), rows.fullest
+    local = moe.num_experts * sizes.layout.etp // sizes.layout.expert_ranks
+    if moe.experts == "grouped_mm" and not sizes.cuda:  # kernels/grouped_mm/cpu.py
+        one = sizes.numbers(fullest, hidden) * (4 if with_gate else 3) + 2 * sizes.numbers(fullest, model.d_model)
+        rounded = sizes.numbers(local * ROUNDING // 2, hidden)
+        return (units + rounded) * _hidden_kept(model.activation, False), one + row
+    if moe.experts == "triton":
+        again = 0 if model.recompute == "activation" else units
+        return units * (2 if with_gate else 1) + again, units * (3 if with_gate else 2) + row
+    kept = row + (row if weighted else 0)  # gathered, and what the sum weighs
+    product = units
+    if moe.experts == "bmm":
+        padded = sizes.numbers(local * fullest, model.d_model)
+        kept += (2 if with_gate else 1) * padded - row
+        product = sizes.numbers(local * fullest, hidden)
+    activated = _hidden_kept(model.activation, True) - 1
+    kept += units * (2 if with_gate else 1) if model.recompute == "activation" else units * activated + product
+    return kept, units * (4 if with_gate else 3) + 2 * row
