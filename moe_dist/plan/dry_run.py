@@ -5,12 +5,14 @@ collective is entered by all members of its group, so any two of them must show 
 same size; in an all-to-all, what i sends to j is what j expects of i. A rank that fails says what it was doing. Every
 rank's calls are compared with those that traffic.py computes.
 
-What is run is model and engine, forward to update. What the loop exchanges beside them (statistics, agreement on
-stopping) is in the plan alone. Kernels are torch's on a CPU: bytes that are exchanged are those of any device, a GPU's
-own kernels may keep more or fewer activations than are counted here. Ranks are given even shares of the work.
+What is run is model and engine, DeepSpeed's too, forward to update; ZeRO-3 is seen in its third step, when it has
+learned in which order it needs what. What the loop exchanges beside them (statistics, agreement on stopping) is in the
+plan alone. Kernels are torch's on a CPU: bytes that are exchanged are those of any device, a GPU's own kernels may keep
+more or fewer activations than are counted here. Ranks are given even shares of the work.
 """
 
 import gc
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,6 +38,9 @@ from moe_dist.plan.recorder import Call, Recorder
 from moe_dist.plan.traffic import traffic
 from moe_dist.plan.transfer import Transfer
 from moe_dist.step import StepContext
+
+
+_LEARNING = 2  # steps in which ZeRO-3 notes what it needs when
 
 
 @dataclass
@@ -85,18 +90,23 @@ def dry_run(
     been joined already: this makes its own.
     """
     if dist.is_initialized():
-        raise ValueError("a dry run makes a world of its own, but this process has joined one: run it in another process")
+        raise ValueError(
+            "a dry run makes a world of its own, but this process has joined one: run it in another"
+        )
     shape = validate(config, world)
     parallel = config.parallel
-    layout = Layout(world, parallel.ep, parallel.tp, parallel.node_size or ranks_per_node or world, parallel.etp)
     config = runnable(config)
+    hierarchical = "hierarchical" in (config.model.moe.dispatch, config.model.attention.moe.dispatch)
+    node = (parallel.node_size or ranks_per_node or world) if hierarchical else world  # nodes matter nowhere else
+    layout = Layout(world, parallel.ep, parallel.tp, node, parallel.etp)
     chosen = kinds(layout) if ranks is None else list(dict.fromkeys(ranks))
     outside = [rank for rank in chosen if not 0 <= rank < world]
     if outside:
         raise ValueError(f"rank {outside[0]} is not in a world of {world}: ranks are 0 to {world - 1}")
     runs, problems = [], []
+    said: dict[tuple[int, ...], list[list[torch.Tensor]]] = {}
     for rank in chosen:
-        run, problem = _run(config, shape, layout, rank, memory_limit)
+        run, problem = _run(config, shape, layout, rank, memory_limit, said)
         runs.append(run)
         problems += problem
     pairs = [pair for pair in combinations(runs, 2) if _groups(layout, *pair)]
@@ -106,29 +116,41 @@ def dry_run(
 
 
 def kinds(layout: Layout) -> list[int]:
-    """The first rank, the last of each of its groups, and the last of all."""
-    axes = ("tp", "ep", "edp", "dp", *(("ep_node", "ep_across") if layout.even_nodes else ()))
-    return sorted({0, *(layout.ranks(axis, 0)[-1] for axis in axes), layout.world - 1})  # type: ignore[arg-type]
+    """The first and the last rank, and the last of the first tp and ep groups, and of the ep group's first node: every
+    group of the layout is like one that has two of them."""
+    ends = {0, layout.tp - 1, layout.expert_ranks - 1, layout.world - 1}
+    return sorted(ends | ({layout.ep_local - 1} if layout.even_nodes else set()))
 
 
 def runnable(config: Config) -> Config:
     """With backends that run on tensors without numbers: torch's own."""
     model, engine = config.model, config.engine
-    attention = replace(model.attention, backend="auto" if model.attention.backend == "triton" else model.attention.backend)
+    attention = replace(
+        model.attention, backend="auto" if model.attention.backend == "triton" else model.attention.backend
+    )
     moe = replace(model.moe, cpu_products="mkl", experts="auto" if model.moe.experts == "triton" else model.moe.experts)
-    model = resolve_backends(replace(model, kernels="torch", attention=attention, moe=moe), config.parallel.expert_ranks)
+    model = resolve_backends(
+        replace(model, kernels="torch", attention=attention, moe=moe), config.parallel.expert_ranks
+    )
     if config.task == "classification" and model.num_classes is None:
         raise ValueError("num_classes=null is read from the data, which a dry run does not: set model.num_classes")
     return replace(config, model=model, engine=replace(engine, cuda_graph=False))
 
 
-def _run(config: Config, shape: BatchShape, layout: Layout, rank: int, limit: int | None) -> tuple[RankRun, list[str]]:
+def _run(
+    config: Config,
+    shape: BatchShape,
+    layout: Layout,
+    rank: int,
+    limit: int | None,
+    said: dict[tuple[int, ...], list[list[torch.Tensor]]],
+) -> tuple[RankRun, list[str]]:
     run, trail, began = RankRun(rank), Trail(), time.process_time()
     recorder, problems = Recorder(trail), list[str]()
     memory = Memory(limit, trail.describe)
     balanced = Balanced(config.model, layout, rank, shape.micro_batch * shape.seq_len // layout.tp)
     try:
-        with _group(layout.world, rank), FakeWorld(recorder, memory, balanced.others):
+        with _group(layout, rank), FakeWorld(rank, recorder, memory, balanced.others, said):
             _step(config, shape, layout, trail, balanced, run, recorder, memory)
     except Exception as error:
         last = recorder.calls[-1].describe() if recorder.calls else "none"
@@ -168,16 +190,17 @@ def _step(
         _model(config, shape, mesh), mesh, config.engine, config.optim, shape.micro_batch, shape.accumulation
     )
     engine.restore(0)  # as after a checkpoint: the optimizer's state is there
-    recorder.calls.clear()  # those of the start
     run.held = memory.live
     key, size = RandomKey.of("dry run"), (shape.micro_batch, shape.seq_len)
-    trail.enter("data", 1)
-    for micro in range(shape.accumulation):
-        tokens_BS = torch.ones(size, dtype=torch.int64)
-        targets = tokens_BS if config.task == "language_modelling" else tokens_BS[:, 0]
-        engine.micro_step(tokens_BS, targets, StepContext(key.fold(micro), witness=balanced))
-    trail.enter("update")
-    engine.update(config.optim.lr)
+    for step in range(_LEARNING + 1 if config.engine.zero_stage == 3 else 1):
+        recorder.calls.clear()  # those of the start
+        trail.enter("data", step + 1)
+        for micro in range(shape.accumulation):
+            tokens_BS = torch.ones(size, dtype=torch.int64)
+            targets = tokens_BS if config.task == "language_modelling" else tokens_BS[:, 0]
+            engine.micro_step(tokens_BS, targets, StepContext(key.fold(step, micro), witness=balanced))
+        trail.enter("update")
+        engine.update(config.optim.lr)
 
 
 def _model(config: Config, shape: BatchShape, mesh: Mesh) -> Trainable:
@@ -187,12 +210,19 @@ def _model(config: Config, shape: BatchShape, mesh: Mesh) -> Trainable:
 
 
 @contextmanager
-def _group(world: int, rank: int) -> Iterator[None]:
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+def _group(layout: Layout, rank: int) -> Iterator[None]:
+    """The world as `rank` joins it. DeepSpeed asks for a variable that launchers set."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"
+    dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
     try:
         yield
     finally:
         dist.destroy_process_group()
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _groups(layout: Layout, first: RankRun, second: RankRun) -> bool:
@@ -256,11 +286,15 @@ def text(found: DryRun) -> str:
             f"  rank {run.rank}: {len(run.calls)} collectives, {_size(sent)} handed in; {_size(run.held)} held, "
             f"{_size(run.peak)} at the peak ({run.peak_at})"
         )
-        lines += [
-            f"    {_size(transfer.bytes):>10} in {transfer.calls:5} calls of {transfer.collective} over "
-            f"{len(transfer.ranks)} ranks ({transfer.axis}), {transfer.phase}, {transfer.what}"
-            for transfer in sorted(run.transfers, key=lambda transfer: -transfer.bytes)
-        ] if run is found.ranks[0] else []
+        lines += (
+            [
+                f"    {_size(transfer.bytes):>10} in {transfer.calls:5} calls of {transfer.collective} over "
+                f"{len(transfer.ranks)} ranks ({transfer.axis}), {transfer.phase}, {transfer.what}"
+                for transfer in sorted(run.transfers, key=lambda transfer: -transfer.bytes)
+            ]
+            if run is found.ranks[0]
+            else []
+        )
         lines += [
             f"    {collective} over {len(ranks)} ranks: {_size(counted)} counted, {_size(planned)} planned"
             for (collective, ranks), (counted, planned) in run.differences.items()

@@ -1,4 +1,4 @@
-"""A world of any size in one process: the code of a rank runs on tensors without numbers, among ranks that are not there.
+"""A world of any size in one process: a rank's code runs on tensors without numbers, among ranks that are not there.
 
 | what                                             | is   | why                                                        |
 |--------------------------------------------------|------|------------------------------------------------------------|
@@ -11,19 +11,19 @@
 Fake tensors are torch's (`FakeTensorMode`), the process group too (backend `fake`, which exchanges nothing). So routers
 cannot choose by scores: `Balanced` decides for them, as a witness of the step (step.py), the way an even share is dealt
 out (traffic/rows.py); and it knows what the others would have gathered: they decide as this rank does, each shifted by
-the assignments before it.
+the assignments before it. What another rank broadcasts is what it did broadcast, when it ran before.
 
 Memory is counted by storage, from the operation that makes it until nobody holds it. What kernels take for themselves,
 and what an allocator rounds up, is not seen.
 """
 
-import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +33,7 @@ from moe_dist.plan.recorder import Recorder, group_of
 from moe_dist.step import Site
 
 _READ = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _SHARED = "c10d"
 
 
@@ -67,15 +68,26 @@ class Memory:
 
 
 class FakeWorld(TorchDispatchMode):
-    """Within, tensors are as the table above says. recorder: is told of every collective. others: what ranks of a group
-    would have gathered, in their order, of whole numbers like these."""
+    """Within, tensors are as the table above says, for `rank`. recorder: is told of every collective. others: what
+    ranks of a group would have gathered, in their order, of whole numbers like these. said: what ranks that ran before
+    have broadcast, by group; shared by all ranks of a dry run."""
 
-    def __init__(self, recorder: Recorder, memory: Memory, others: Callable[[Tensor, Sequence[int]], Tensor]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        recorder: Recorder,
+        memory: Memory,
+        others: Callable[[Tensor, Sequence[int]], Tensor],
+        said: dict[tuple[int, ...], list[list[Tensor]]],
+    ) -> None:
         super().__init__()
-        self.recorder, self.memory, self.others = recorder, memory, others
+        self.rank, self.recorder, self.memory, self.others, self.said = rank, recorder, memory, others, said
+        self.heard: Counter[tuple[int, ...]] = Counter()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # as often as everything else together
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func.namespace == _SHARED:
             self.recorder.note(func, args)
@@ -101,16 +113,51 @@ class FakeWorld(TorchDispatchMode):
         faked = not isinstance(out, Tensor) or out.is_floating_point() or out.dtype == torch.uint8
         return out if faked else func(*args, **kwargs)
 
+    def _broadcast(self, ranks: tuple[int, ...], root: int, tensors: Sequence[Tensor]) -> None:
+        told = self.said.setdefault(ranks, [])
+        if root == self.rank:
+            told.append([tensor.clone() for tensor in tensors])
+            return
+        if self.heard[ranks] >= len(told):
+            raise NotImplementedError(f"rank {root} tells rank {self.rank} something: run it before, as one of `ranks`")
+        for tensor, value in zip(tensors, told[self.heard[ranks]], strict=True):
+            tensor.copy_(value)
+        self.heard[ranks] += 1
+
+    def __enter__(self) -> "FakeWorld":
+        self._convert, nn.Module._apply = nn.Module._apply, _convert  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        nn.Module._apply = self._convert  # type: ignore[method-assign]
+
     def _exchange(self, name: str, args: Sequence[Any]) -> None:
-        """Of whole numbers. Raises NotImplementedError for what no layer does with them."""
-        ranks = torch.distributed.get_process_group_ranks(group_of(args))
+        """Of whole numbers. Raises NotImplementedError for what no layer does with them, and where a rank would have to
+        be heard that has not run."""
+        ranks = tuple(torch.distributed.get_process_group_ranks(group_of(args)))
         if name == "_allgather_base_":
             args[0].copy_(self.others(args[1], ranks).view_as(args[0]))
         elif name == "allreduce_":  # a sum, and all ranks have as much
             for tensor in args[0]:
                 tensor.mul_(len(ranks))
+        elif name == "broadcast_":
+            self._broadcast(ranks, ranks[args[2]], args[0])
         else:
             raise NotImplementedError(f"a fake world does not know what other ranks give to {name} of whole numbers")
+
+
+def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What `Module.to` does to tensors that have numbers: parameters stay the same objects. Fake ones torch would swap
+    for others, and cannot while anybody remembers them, as DeepSpeed does."""
+    for child in module.children() if recurse else ():
+        child._apply(fn)
+    for param in module.parameters(recurse=False):
+        param.data = fn(param.data)
+    for name, buffer in module.named_buffers(recurse=False):
+        module._buffers[name] = fn(buffer)
+    return module
 
 
 class Balanced:

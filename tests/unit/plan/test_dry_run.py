@@ -74,7 +74,8 @@ def test_a_collective_that_one_rank_skips(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(moe_dist.engine.native, "clip_by_global_norm", skipped)
     (problem,) = of().problems
     assert problem == (
-        "rank 0 waits in all_reduce of a number float64 over ranks 0 to 3 in update of step 1, which rank 3 never enters"
+        "rank 0 waits in all_reduce of a number float64 over ranks 0 to 3 in update of step 1, "
+        "which rank 3 never enters"
     )
 
 
@@ -103,7 +104,9 @@ def test_memory_that_overflows_and_what_a_model_holds() -> None:
     count = sum(param.numel() for param in model.parameters())
     assert 0 <= run.held - 12 * count < 4096, "and small buffers"
     assert run.peak > 16 * count, "gradients, and activations"
-    limited = dry_run(tiny_config(parallel__ep=4, train__global_batch=8, model__num_layers=1), 8, memory_limit=run.peak - 1)
+    limited = dry_run(
+        tiny_config(parallel__ep=4, train__global_batch=8, model__num_layers=1), 8, memory_limit=run.peak - 1
+    )
     assert "needs" in limited.problems[0] and "lower train.micro_batch" in limited.problems[0]
 
 
