@@ -50,6 +50,7 @@ from moe_dist.engine.base import (
 )
 from moe_dist.engine.deepspeed_mesh import ModelParallelUnit, process_group
 from moe_dist.engine.deepspeed_state import Specs, ZeroState
+from moe_dist.engine.exchange import zero_bucket
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.experts import expert_widths
@@ -87,7 +88,6 @@ def _import_muon_as_it_is() -> None:
 
 _import_muon_as_it_is()
 
-_EVERYTHING = 500_000_000  # DeepSpeed's own
 _LEAVES = (MoE, SwitchAttention, RoutedSelfAttention)
 
 
@@ -284,11 +284,6 @@ def _param_groups(model: Trainable, optim: OptimConfig, mesh: Mesh) -> list[dict
     return out
 
 
-def bucket_elements(engine: EngineConfig) -> int:
-    """Gradients, in fp32, that ZeRO exchanges at a time."""
-    return _EVERYTHING if engine.bucket_mib is None else max(1, int(engine.bucket_mib * 2**20) // 4)
-
-
 def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mesh, even: bool) -> dict[str, Any]:
     """even: every rank of dp has as many numbers as any other."""
     clip = 0.0 if engine.zero_stage == 0 else engine.grad_clip or 0.0
@@ -304,7 +299,7 @@ def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mes
             "stage": engine.zero_stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
-            "reduce_bucket_size": bucket_elements(engine),
+            "reduce_bucket_size": zero_bucket(engine),
             "overlap_comm": engine.bucket_mib is not None,
             "stage3_param_persistence_threshold": 0,
         },

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.config.schema import EngineConfig
 from moe_dist.parallel.mesh import Axis, Group, Mesh, own_communicator
 from moe_dist.parallel.sharding import spec_of
 
@@ -168,3 +169,8 @@ def buckets(sizes: Sequence[int], mib: float | None) -> list[list[int]]:
             lots.append([])
         lots[-1].append(place)
     return lots
+
+
+def zero_bucket(engine: EngineConfig) -> int:
+    """Gradients that ZeRO exchanges at a time, of fp32's size whatever theirs; without bucket_mib DeepSpeed's own."""
+    return 500_000_000 if engine.bucket_mib is None else max(1, int(engine.bucket_mib * 2**20) // 4)

@@ -39,7 +39,6 @@ from moe_dist.plan.traffic import traffic
 from moe_dist.plan.transfer import Transfer
 from moe_dist.step import StepContext
 
-
 _LEARNING = 2  # steps in which ZeRO-3 notes what it needs when
 
 
@@ -60,7 +59,7 @@ class RankRun:
 
 @dataclass
 class DryRun:
-    """problems: a line each; empty when the step fits. compared: pairs of ranks in a group whose calls were compared."""
+    """problems: a line each; empty when the step fits. compared: pairs of ranks of a group whose calls were compared."""
 
     config: Config
     layout: Layout
@@ -90,9 +89,7 @@ def dry_run(
     been joined already: this makes its own.
     """
     if dist.is_initialized():
-        raise ValueError(
-            "a dry run makes a world of its own, but this process has joined one: run it in another"
-        )
+        raise ValueError("a dry run makes a world of its own, but this process has joined one: run it in another")
     shape = validate(config, world)
     parallel = config.parallel
     config = runnable(config)

@@ -150,7 +150,7 @@ def _moments(kept: States, blocks: list[Block]) -> Iterator[MemoryPlan]:
     for stage, activations, dispatch in _backward(blocks):
         shared = kept.shared if kept.bucket_elements is not None and done >= kept.bucket_elements else 0
         yield MemoryPlan(
-            gradients=kept.accumulated + kept.each * done + kept.made * stage.elements + shared,
+            gradients=kept.staying(done) + kept.made * stage.elements + shared,
             activations=activations,
             dispatch=dispatch,
             logits=stage.logits,

@@ -15,10 +15,11 @@ q_g each, ZeRO-3 cuts every tensor into d_g equal parts, p in sum (engine/deepsp
 
 Every tensor that Adam knows has a count of its steps, 4 bytes: all parameters, under ZeRO one for each group.
 
-What passes: a native engine joins the gradients of a group of ranks to exchange them. ZeRO-1 and 2 copy gradients into
-a bucket of a fixed size, exchange a copy of it, and join the partition for Adam, whose loop on CPU makes two copies of
-what it updates, and whose kernel on a GPU one. ZeRO-3 has a bucket all the time, and weights gathered: as DeepSpeed
-keeps what is used again within a billion elements, those of a smaller model all at once.
+What passes: a native engine makes the gradients that ranks exchange bucket by bucket, as the first of each comes.
+ZeRO-1 and 2 copy gradients into a bucket of a fixed size, or one of two where they leave during backward, exchange a
+copy of it, and join the partition for Adam, whose loop on CPU makes two copies of what it updates, and whose kernel on
+a GPU one. ZeRO-3 has a bucket all the time, and weights gathered: as DeepSpeed keeps what is used again within a
+billion elements, those of a smaller model all at once.
 """
 
 from collections.abc import Iterator
@@ -26,12 +27,13 @@ from dataclasses import dataclass
 
 from moe_dist.config import Config
 from moe_dist.engine.base import compute_dtype
+from moe_dist.engine.exchange import zero_bucket
 from moe_dist.moe.experts import expert_widths
 from moe_dist.parallel.mesh import Layout
 from moe_dist.plan.held import Held
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's bucket of gradients; it is there in full, however small the model."""
+WHOLE = 500_000_000
+"""Elements that DeepSpeed's stage 0, and its optimizer of bf16, exchange at a time."""
 SUB_GROUP = 1_000_000_000
 """Elements of a group that ZeRO-3 updates at once."""
 GATHERED = 1_000_000_000
@@ -47,7 +49,8 @@ class States:
     made. each: of those that stay in place until the end of the backward pass. shared: bytes that hold all finished
     gradients from the first exchange on, where they do not stay in place. standing: workspace of the whole step.
     bucket: workspace of a backward pass. bucket_elements: None, or after how many finished ones there is an exchange
-    within it, which takes `exchanged` bytes for each of them for a moment. exchange: workspace after backward, with
+    within it, which takes `exchanged` bytes for each of them for a moment. lot: elements that are made together, of the
+    `lots` that are; 0: each on its own. exchange: workspace after backward, with
     `joined` bytes of gradients. update: workspace of the update.
     """
 
@@ -62,9 +65,18 @@ class States:
     bucket: int = 0
     bucket_elements: int | None = None
     exchanged: int = 0
+    lot: int = 0
+    lots: int = 0
     joined: int = 0
     exchange: int = 0
     update: int = 0
+
+    def staying(self, done: int) -> int:
+        """Bytes of gradients in place when `done` elements have theirs, and the next one comes."""
+        if not self.lot:
+            return self.accumulated + self.each * done
+        begun = min(self.lots, (done // self.lot + 1) * self.lot)
+        return self.accumulated + self.each * max(done, begun)
 
     @property
     def total(self) -> int:
@@ -81,18 +93,20 @@ def states(config: Config, layout: Layout, held: Held, rank: int = 0, *, device_
 
 
 def _native(config: Config, layout: Layout, held: Held) -> States:
-    n, low = held.elements, config.engine.precision == "bf16"
-    each = compute_dtype(config.engine.precision).itemsize
-    exchanged = [count for count, ranks in ((held.dense, layout.dp), (held.expert, layout.edp)) if ranks > 1]
+    n, low, mib = held.elements, config.engine.precision == "bf16", config.engine.bucket_mib
+    each, accumulates = compute_dtype(config.engine.precision).itemsize, _accumulates(config, layout)
+    reduced = sum(count for count, ranks in ((held.dense, layout.dp), (held.expert, layout.edp)) if ranks > 1)
+    lot = min(reduced, zero_bucket(config.engine) if mib is not None and not config.engine.cuda_graph else reduced)
     return States(
         parameters=n * each + (4 * n if low else 0),
         gradients=4 * n,
         optimizer=8 * n + 4 * len(held.tensors),
-        accumulated=4 * n if _accumulates(config, layout) else 0,
+        accumulated=4 * n if accumulates else 0,
         made=each,
-        each=each,
+        each=0 if accumulates else 4,
+        lot=0 if accumulates else lot,
+        lots=reduced,
         joined=4 * n,
-        exchange=4 * sum(exchanged),
     )
 
 
@@ -107,7 +121,7 @@ def _zero0(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
         accumulated=4 * n if accumulates else 0,
         each=0 if accumulates else 4,
         joined=4 * n,
-        exchange=4 * max(min(held.dense, BUCKET) * (layout.dp > 1), min(held.expert, BUCKET) * (layout.edp > 1)),
+        exchange=4 * max(min(held.dense, WHOLE) * (layout.dp > 1), min(held.expert, WHOLE) * (layout.edp > 1)),
         update=4 * (2 * largest if copies == 2 else n),
     )
 
@@ -116,16 +130,20 @@ def _zero1(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
     if config.engine.precision == "bf16":
         return _zero1_low(config, layout, held, copies)
     n, q, accumulates = held.elements, list(_parts(held, layout)), _accumulates(config, layout)
-    touched = 4 * _touched(held, layout, rank)
+    touched, overlap = 4 * _touched(held, layout, rank), config.engine.bucket_mib is not None
+    bucket = zero_bucket(config.engine)
     return States(
         parameters=4 * sum(count * ranks + count for count, ranks in q),
         gradients=touched,
         optimizer=8 * sum(count for count, _ in q) + 4 * len(q),
         accumulated=4 * n if accumulates else 0,
-        each=0 if accumulates else 4,
-        bucket=4 * BUCKET,
-        joined=4 * max(0, n - BUCKET),
-        exchange=4 * BUCKET + max(4 * min(n, BUCKET), touched),
+        each=0 if accumulates or overlap else 4,
+        shared=touched if overlap and not accumulates else 0,
+        bucket=4 * bucket * _buffers(config),
+        bucket_elements=bucket if overlap else None,
+        exchanged=4,
+        joined=touched if overlap else 4 * max(0, n - bucket),
+        exchange=4 * bucket * _buffers(config) + (4 * min(n, bucket) if overlap else max(4 * min(n, bucket), touched)),
         update=4 * (1 + copies) * max(count for count, _ in q),
     )
 
@@ -143,7 +161,7 @@ def _zero1_low(config: Config, layout: Layout, held: Held, copies: int) -> State
         accumulated=4 * whole + (2 * n if _accumulates(config, layout) else 0),
         each=0 if _accumulates(config, layout) else 2,
         joined=4 * whole + 2 * n,
-        exchange=4 * sum(dense) if len(dense) > 1 and layout.dp > 1 and sum(dense) <= BUCKET else 0,
+        exchange=4 * sum(dense) if len(dense) > 1 and layout.dp > 1 and sum(dense) <= WHOLE else 0,
         update=4 * copies * max(count for count, _ in q),
     )
 
@@ -153,6 +171,7 @@ def _zero2(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
     each = compute_dtype(config.engine.precision).itemsize
     owned = 4 * (sum(count for count, _ in q) if low else _touched(held, layout, rank))
     joined = 0 if low else 4 * max(count for count, _ in q)
+    bucket = zero_bucket(config.engine)
     return States(
         parameters=sum(each * count * ranks + 4 * count for count, ranks in q),
         gradients=owned,
@@ -160,11 +179,11 @@ def _zero2(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
         accumulated=owned if _accumulates(config, layout) else 0,
         made=each,
         shared=0 if low and _accumulates(config, layout) else owned,
-        bucket=each * BUCKET,
-        bucket_elements=BUCKET,
+        bucket=each * bucket * _buffers(config),
+        bucket_elements=bucket,
         exchanged=6 if low else 4,
         joined=owned,
-        exchange=each * BUCKET + (6 if low else 4) * min(n, BUCKET),
+        exchange=each * bucket * _buffers(config) + (6 if low else 4) * min(n, bucket),
         update=joined + 4 * copies * max(count for count, _ in q),
     )
 
@@ -176,20 +195,26 @@ def _zero3(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
     p, sub_groups = sum(map(sum, parts)), [sub for group in parts for sub in _sub_groups(group, even)]
     cut = [tensor.elements for tensor in held.tensors if _ranks(tensor.expert, layout) > 1]  # others lie there whole
     gathered = min(sum(cut), GATHERED) if even else max(cut, default=0)
+    bucket = zero_bucket(config.engine)
     return States(
         parameters=(each + 4) * p,
         gradients=4 * p,
         optimizer=8 * p + 4 * len(sub_groups),
         accumulated=4 * p,
         made=each,
-        standing=4 * BUCKET,
+        standing=4 * bucket,
         bucket=each * gathered,
-        bucket_elements=BUCKET,
+        bucket_elements=bucket,
         exchanged=8 if low else 4,
         joined=4 * p,
-        exchange=each * gathered + (8 if low else 4) * min(held.elements, BUCKET),
+        exchange=each * gathered + (8 if low else 4) * min(held.elements, bucket),
         update=4 * (1 + copies) * max(sub_groups),
     )
+
+
+def _buffers(config: Config) -> int:
+    """Buckets of stages 1 and 2: one is filled while the other is exchanged."""
+    return 1 if config.engine.bucket_mib is None else 2
 
 
 def _accumulates(config: Config, layout: Layout) -> bool:

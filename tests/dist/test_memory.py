@@ -1,9 +1,7 @@
 """Planned memory against what ranks hold: states to the byte, the fullest moment of a step within a twentieth."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
 import pytest
 from torch import Tensor
@@ -17,8 +15,6 @@ from moe_dist.plan.live_memory import LiveMemory
 from moe_dist.plan.memory import memory
 from tests.dist.helpers import TinyRun, rows_that_came, run_checks, tiny_config
 
-BUCKET = 150_000
-"""Elements of DeepSpeed's bucket here: the usual one has room for a thousand such models."""
 # Large enough that activations count, with the attention that TinyRun's `auto` stands for.
 MODEL: dict[str, Any] = {
     "model__d_model": 64,
@@ -27,6 +23,7 @@ MODEL: dict[str, Any] = {
     "model__attention": {"backend": "flash"},
     "model__moe": {"num_experts": 8, "d_ff": 128, "capacity_factor": None},
     "train__seq_len": 128,
+    "engine__bucket_mib": 0.6,  # the usual one has room for many such models
 }
 ZERO = {"engine__name": "deepspeed"}
 LAYOUTS: list[dict[str, Any]] = [
@@ -55,7 +52,7 @@ def compared(changes: dict[str, Any]) -> list[str]:
     """What is wrong with the plan of this rank, in words with all numbers."""
     config = tiny_config(**changes)
     parallel = config.parallel
-    with small_bucket(), LiveMemory() as live:
+    with LiveMemory() as live:
         run = TinyRun(config, create_mesh(parallel.ep, parallel.tp, parallel.etp))
         run.train(0, 2)  # moments are there, and ZeRO-3 knows in which order weights are used
         live.forget_peak()
@@ -73,21 +70,6 @@ def compared(changes: dict[str, Any]) -> list[str]:
     if live.peak > most:
         wrong.append(f"at most {live.peak}, planned {most} with the margin")
     return [f"{changes}, rank {rank}: {said}, {came}, {plan}" for said in wrong]
-
-
-@contextmanager
-def small_bucket() -> Iterator[None]:
-    from moe_dist.engine import deepspeed
-
-    true_config = deepspeed._config
-
-    def with_bucket(*args: Any) -> dict[str, Any]:
-        config = true_config(*args)
-        config["zero_optimization"]["reduce_bucket_size"] = BUCKET
-        return config
-
-    with mock.patch.object(deepspeed, "_config", with_bucket), mock.patch.object(states, "BUCKET", BUCKET):
-        yield
 
 
 def held_bytes(engine: Engine) -> dict[str, int]:

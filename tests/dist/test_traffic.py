@@ -115,7 +115,7 @@ class Counted:
 
 def compare(changes: dict[str, Any]) -> None:
     """Every step of a layout, on this rank."""
-    config = tiny_config(**changes)
+    config = tiny_config(**{"engine__bucket_mib": 0.02} | changes)  # several buckets
     parallel = config.parallel
     run = TinyRun(config, create_mesh(parallel.ep, parallel.tp, parallel.etp, parallel.node_size))
     trail, device = run.mesh.trail, torch.device("cpu")

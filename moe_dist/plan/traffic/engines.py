@@ -1,13 +1,13 @@
 """What the engines exchange: gradients, weights that ZeRO has cut, and the numbers of a norm.
 
-native: at the end of a step one all-reduce of all dense gradients over dp and one of the experts' over edp, in fp32,
-and a norm over tp and ep (engine/native.py). DeepSpeed: zero.py.
+native: in the last micro-step an all-reduce of each bucket of dense gradients over dp and of the experts' over edp, in
+fp32 (engine/exchange.py), and a norm over tp and ep (engine/native.py). DeepSpeed: zero.py.
 """
 
 import torch
 
 from moe_dist.config import BatchShape, Config
-from moe_dist.parallel.mesh import Axis
+from moe_dist.engine.exchange import buckets
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import parameters
 from moe_dist.plan.traffic.zero import zero_traffic
@@ -21,13 +21,11 @@ def engine_traffic(config: Config, shape: BatchShape, ledger: Ledger) -> None:
     if config.engine.name == "deepspeed":
         zero_traffic(config, shape, held, ledger)
     else:
-        by_ranks: dict[tuple[int, ...], tuple[Axis, int]] = {}
-        for param in held:
-            ranks = ledger.layout.ranks(param.axis, ledger.rank)
-            axis, numel = by_ranks.get(ranks, (param.axis, 0))
-            by_ranks[ranks] = (axis, numel + param.numel)
-        for axis, numel in by_ranks.values():
-            ledger.add("all_reduce", axis, "gradients", "gradients", numel * _FP32)
+        mib = None if config.engine.cuda_graph else config.engine.bucket_mib
+        for expert in (False, True):
+            sizes = [param.numel * _FP32 for param in held if param.expert is expert]
+            calls = len(buckets(sizes, mib)) if sizes else 0
+            ledger.add("all_reduce", "edp" if expert else "dp", "gradients", "gradients", sum(sizes), calls)
         _norm(ledger)
 
 

@@ -23,12 +23,13 @@ import torch
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.engine.base import compute_dtype
+from moe_dist.engine.exchange import zero_bucket
 from moe_dist.moe.experts import expert_widths
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import Param
 
 _FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
-_BUCKET = 500_000_000  # elements: reduce_bucket_size, and of calls inside
+_WHOLE = 500_000_000  # elements of a call, where stage 0 and the optimizer of bf16 reduce at once
 _AHEAD = 50_000_000  # stage3_prefetch_bucket_size
 _REUSED = 1_000_000_000  # stage3_max_reuse_distance
 _SUB_GROUP = 1_000_000_000  # sub_group_size, of a rank's part
@@ -45,7 +46,7 @@ def zero_traffic(config: Config, shape: BatchShape, held: list[Param], ledger: L
         _reduce_at_once(held, ledger)
     else:
         for _ in range(shape.accumulation if stage == 2 else 1):
-            _reduce_in_buckets(held, ledger)
+            _reduce_in_buckets(held, zero_bucket(config.engine), ledger)
     if stage == 0:
         for axis in ("tp", "ep"):
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
@@ -75,18 +76,18 @@ def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
         waiting, sizes = 0, []
         for numel in (param.numel for param in held if param.expert is expert):
             waiting += numel
-            if waiting > _BUCKET:
+            if waiting > _WHOLE:
                 sizes.append(waiting)
                 waiting = 0
         sizes += [waiting] if waiting else []
         ledger.add("all_reduce", "edp" if expert else "dp", "gradients", "gradients", sum(sizes) * _FP32, len(sizes))
 
 
-def _reduce_in_buckets(held: Sequence[Param], ledger: Ledger) -> None:
+def _reduce_in_buckets(held: Sequence[Param], room: int, ledger: Ledger) -> None:
     """One bucket for all gradients; when it is full, a call for each group in it."""
     buckets: list[list[Param]] = [[]]
     for param in reversed(held):
-        if buckets[-1] and sum(other.numel for other in buckets[-1]) + param.numel > _BUCKET:
+        if buckets[-1] and sum(other.numel for other in buckets[-1]) + param.numel > room:
             buckets.append([])
         buckets[-1].append(param)
     for bucket in buckets:
@@ -130,7 +131,7 @@ def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: L
                 size = sum(_part(param, ledger) for param in group) * itemsize
                 ledger.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
         for _, run in groupby(reversed(held), lambda param: ledger.layout.ranks(param.axis, ledger.rank)):
-            for bucket in _full(list(run)):
+            for bucket in _full(list(run), zero_bucket(config.engine)):
                 ranks = len(ledger.layout.ranks(bucket[0].axis, ledger.rank))
                 size = sum(_part(param, ledger) for param in bucket) * ranks * _FP32
                 ledger.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
@@ -164,11 +165,11 @@ def _part(param: Param, ledger: Ledger) -> int:
     return -(-param.numel // len(ledger.layout.ranks(param.axis, ledger.rank)))
 
 
-def _full(params: Sequence[Param]) -> Iterator[list[Param]]:
+def _full(params: Sequence[Param], room: int) -> Iterator[list[Param]]:
     """Cut where a bucket is full."""
     bucket: list[Param] = []
     for param in params:
-        if bucket and sum(other.numel for other in bucket) + param.numel > _BUCKET:
+        if bucket and sum(other.numel for other in bucket) + param.numel > room:
             yield bucket
             bucket = []
         bucket.append(param)

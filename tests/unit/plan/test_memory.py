@@ -6,6 +6,7 @@ import pytest
 
 from moe_dist.config import Config, EngineConfig, ParallelConfig, TrainConfig, batch_shape, validate
 from moe_dist.config.rules.memory import parts_of
+from moe_dist.engine.exchange import zero_bucket
 from moe_dist.models.backends import resolve_backends
 from moe_dist.parallel.mesh import Layout, single_process_mesh
 from moe_dist.plan.activations import blocks_of
@@ -13,7 +14,7 @@ from moe_dist.plan.held import Held, Tensor
 from moe_dist.plan.live_memory import LiveMemory
 from moe_dist.plan.memory import MemoryPlan, fullest, memory
 from moe_dist.plan.stages import Sizes
-from moe_dist.plan.states import BUCKET, States, states
+from moe_dist.plan.states import WHOLE, States, states
 from tests.dist.helpers import TinyRun, rows_that_came, tiny_config
 
 TRAIN = TrainConfig(global_batch=32, accumulation=1)
@@ -88,7 +89,8 @@ def test_bucket_and_groups_are_those_that_deepspeed_takes_by_itself() -> None:
     from moe_dist.plan.states import GATHERED, SUB_GROUP
 
     zero = DeepSpeedZeroConfig(stage=3)
-    assert (zero.reduce_bucket_size, zero.sub_group_size) == (BUCKET, SUB_GROUP)
+    assert zero.reduce_bucket_size == zero_bucket(EngineConfig(bucket_mib=None)) == WHOLE
+    assert zero.sub_group_size == SUB_GROUP
     assert zero.max_reuse_distance == zero.max_live_parameters == GATHERED
 
 
