@@ -59,7 +59,7 @@ class RankRun:
 
 @dataclass
 class DryRun:
-    """problems: a line each; empty when the step fits. compared: pairs of ranks of a group whose calls were compared."""
+    """problems: a line each; empty when the step fits. compared: pairs of ranks whose calls were compared."""
 
     config: Config
     layout: Layout

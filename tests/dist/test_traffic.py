@@ -115,7 +115,8 @@ class Counted:
 
 def compare(changes: dict[str, Any]) -> None:
     """Every step of a layout, on this rank."""
-    config = tiny_config(**{"engine__bucket_mib": 0.02} | changes)  # several buckets
+    several = {} if "engine__name" in changes else {"engine__bucket_mib": 0.02}  # ZeRO fills them as gradients come
+    config = tiny_config(**several | changes)
     parallel = config.parallel
     run = TinyRun(config, create_mesh(parallel.ep, parallel.tp, parallel.etp, parallel.node_size))
     trail, device = run.mesh.trail, torch.device("cpu")
