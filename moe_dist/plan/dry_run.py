@@ -39,7 +39,6 @@ from moe_dist.plan.traffic import traffic
 from moe_dist.plan.transfer import Transfer
 from moe_dist.step import StepContext
 
-
 _LEARNING = 2  # steps in which ZeRO-3 notes what it needs when
 
 
@@ -60,7 +59,7 @@ class RankRun:
 
 @dataclass
 class DryRun:
-    """problems: a line each; empty when the step fits. compared: pairs of ranks in a group whose calls were compared."""
+    """problems: a line each; empty when the step fits. compared: pairs of ranks whose common calls were compared."""
 
     config: Config
     layout: Layout
@@ -90,9 +89,7 @@ def dry_run(
     been joined already: this makes its own.
     """
     if dist.is_initialized():
-        raise ValueError(
-            "a dry run makes a world of its own, but this process has joined one: run it in another"
-        )
+        raise ValueError("a dry run makes a world of its own, but this process has joined one: run it in another")
     shape = validate(config, world)
     parallel = config.parallel
     config = runnable(config)
@@ -109,7 +106,7 @@ def dry_run(
         run, problem = _run(config, shape, layout, rank, memory_limit, said)
         runs.append(run)
         problems += problem
-    pairs = [pair for pair in combinations(runs, 2) if _groups(layout, *pair)]
+    pairs = list(combinations(runs, 2))
     for first, second in pairs:
         problems += mismatches(first, second)
     return DryRun(config, layout, shape, runs, problems, len(pairs))
@@ -186,6 +183,10 @@ def _step(
     mesh = create_mesh(
         parallel.ep, parallel.tp, parallel.etp, layout.node_size, None, trail, parallel.sequence_parallel
     )
+    if config.engine.name == "deepspeed":
+        from moe_dist.engine.deepspeed import number_anew
+
+        number_anew()
     engine = make_engine(
         _model(config, shape, mesh), mesh, config.engine, config.optim, shape.micro_batch, shape.accumulation
     )
@@ -223,12 +224,6 @@ def _group(layout: Layout, rank: int) -> Iterator[None]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
-
-
-def _groups(layout: Layout, first: RankRun, second: RankRun) -> bool:
-    """Whether a group has both."""
-    axes = ("tp", "dp", "ep", "edp")
-    return any(second.rank in layout.ranks(axis, first.rank) for axis in axes) or layout.world > 1  # type: ignore[arg-type]
 
 
 def mismatches(first: RankRun, second: RankRun) -> list[str]:
