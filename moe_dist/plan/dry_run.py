@@ -59,7 +59,7 @@ class RankRun:
 
 @dataclass
 class DryRun:
-    """problems: a line each; empty when the step fits. compared: pairs of ranks whose calls were compared."""
+    """problems: a line each; empty when the step fits. compared: pairs of ranks whose common calls were compared."""
 
     config: Config
     layout: Layout
@@ -106,7 +106,7 @@ def dry_run(
         run, problem = _run(config, shape, layout, rank, memory_limit, said)
         runs.append(run)
         problems += problem
-    pairs = [pair for pair in combinations(runs, 2) if _groups(layout, *pair)]
+    pairs = list(combinations(runs, 2))
     for first, second in pairs:
         problems += mismatches(first, second)
     return DryRun(config, layout, shape, runs, problems, len(pairs))
@@ -183,6 +183,10 @@ def _step(
     mesh = create_mesh(
         parallel.ep, parallel.tp, parallel.etp, layout.node_size, None, trail, parallel.sequence_parallel
     )
+    if config.engine.name == "deepspeed":
+        from moe_dist.engine.deepspeed import number_anew
+
+        number_anew()
     engine = make_engine(
         _model(config, shape, mesh), mesh, config.engine, config.optim, shape.micro_batch, shape.accumulation
     )
@@ -220,12 +224,6 @@ def _group(layout: Layout, rank: int) -> Iterator[None]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
-
-
-def _groups(layout: Layout, first: RankRun, second: RankRun) -> bool:
-    """Whether a group has both."""
-    axes = ("tp", "dp", "ep", "edp")
-    return any(second.rank in layout.ranks(axis, first.rank) for axis in axes) or layout.world > 1  # type: ignore[arg-type]
 
 
 def mismatches(first: RankRun, second: RankRun) -> list[str]:

@@ -1,7 +1,7 @@
 """Steps in worlds that are not there: what agrees, and what is found where it does not."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 import moe_dist.engine.native
 from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.parallel.mesh import Axis, Layout, Mesh, mesh_without_processes
 from moe_dist.plan.dry_run import DryRun, RankRun, dry_run, kinds, mismatches, text
 from moe_dist.plan.recorder import Call
 from tests.dist.helpers import tiny_config
 
 WORLD = 16
+SMALL: dict[str, Any] = {"parallel__ep": 4, "train__global_batch": 8, "model__num_layers": 1}
 SHAPES: dict[str, dict[str, Any]] = {
     "ep over tp, block again": {
         "parallel__ep": 8,
@@ -42,6 +43,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model__moe__wire": "padded",
         "train__global_batch": 16,
     },
+    "ZeRO-1 in bf16": {
+        "parallel__ep": 4,
+        "engine__name": "deepspeed",
+        "engine__zero_stage": 1,
+        "engine__precision": "bf16",
+        "train__global_batch": 16,
+    },
+    "ZeRO-3": {
+        "parallel__ep": 4,
+        "parallel__tp": 2,
+        "engine__name": "deepspeed",
+        "engine__zero_stage": 3,
+        "model__recompute": "block",
+    },
     "more experts than tokens, parts": {
         "parallel__ep": 16,
         "model__moe__num_experts": 64,
@@ -51,18 +66,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+SLOW = ("ZeRO-1 in bf16", "ZeRO-3")  # DeepSpeed is imported, and takes three steps
 
-@pytest.mark.parametrize("name", SHAPES)
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SHAPES])
 def test_every_call_meets_and_is_as_planned(name: str) -> None:
-    found = dry_run(tiny_config(**SHAPES[name]), WORLD)
+    found = dry_run(tiny_config(model__num_layers=1, **SHAPES[name]), WORLD)
     assert found.problems == [] and found.compared > 0, text(found)
     assert all(run.differences == {} for run in found.ranks), text(found)
     assert all(any(call.collective == "all_to_all" for call in run.calls) for run in found.ranks)
 
 
 def of(**changes: Any) -> DryRun:
-    small = {"parallel__ep": 4, "train__global_batch": 8, "model__num_layers": 1}
-    return dry_run(tiny_config(**(small | changes)), 8)
+    return dry_run(tiny_config(**(SMALL | changes)), 8)
 
 
 def test_a_collective_that_one_rank_skips(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,10 +113,7 @@ def test_memory_that_overflows_and_what_a_model_holds() -> None:
     found = of()
     run = found.ranks[0]
     with torch.device("meta"):
-        config = found.config
-        from moe_dist.parallel.mesh import mesh_without_processes
-
-        model = Decoder(config.model, mesh_without_processes(found.layout, 0))
+        model = Decoder(found.config.model, mesh_without_processes(found.layout, 0))
     count = sum(param.numel() for param in model.parameters())
     assert 0 <= run.held - 12 * count < 4096, "and small buffers"
     assert run.peak > 16 * count, "gradients, and activations"
@@ -118,8 +131,17 @@ def test_bad_input() -> None:
     assert not dist.is_initialized()
 
 
-def test_kinds_are_the_ends_of_groups() -> None:
-    assert kinds(Layout(16, ep=4, tp=2)) == [0, 1, 3, 12, 14, 15]
+@pytest.mark.parametrize("layout", [Layout(16, ep=4, tp=2), Layout(24, 6, 2, 4, 2), Layout(16, ep=2, tp=8), Layout(4)])
+def test_two_ranks_of_every_kind_of_group_run(layout: Layout) -> None:
+    chosen = kinds(layout)
+    axes = [axis for axis in get_args(Axis) if layout.even_nodes or not axis.startswith("ep_")]
+    for axis in axes:
+        groups = layout.groups(axis)
+        if len(groups[0]) > 1:
+            assert any(len(set(ranks) & set(chosen)) > 1 for ranks in groups), (axis, chosen)
+
+
+def test_a_rank_alone() -> None:
     assert kinds(Layout(1)) == [0]
 
 
