@@ -76,6 +76,9 @@ def print_prices(found: Sequence[Price], out: Console) -> None:
         )
     out.print(table)
     _say(out, ["FLOPs leave out what no capacity could hold; MFU counts it, so that dropping does not lower it."])
+    _say(
+        out, ["without --skew experts are asked for alike, and a factor of 1 or more drops nothing and costs the same"]
+    )
     if found:
         _say(out, list(_warnings(found[0].plan.hardware)))
 

@@ -36,7 +36,7 @@ from moe_dist.plan.bottleneck import Limits, advise
 from moe_dist.plan.hardware import Hardware
 from moe_dist.plan.held import Held
 from moe_dist.plan.transfer import Transfer, links
-from moe_dist.plan.work import Seconds, micro_step, rank_products
+from moe_dist.plan.work import Seconds, bounded, micro_step, rank_products
 
 _NOT_OF_BLOCKS = ("logits", "cross-entropy")
 COMPUTE = (
@@ -85,7 +85,7 @@ def step_time(
         parts[part] = shape.accumulation * (seconds.forward + seconds.backward)
     parts["recomputation"] = shape.accumulation * recomputed(config, compute)
     for transfer in transfers:
-        busy = skew if part_of(transfer) == "dispatch" else 1.0
+        busy = bounded(config, layout, skew) if part_of(transfer) == "dispatch" else 1.0
         parts[part_of(transfer)] += busy * exchange_seconds(transfer, layout, hardware)
     parts["optimizer"], parts["gradient copies"] = update_seconds(config, shape, layout, hardware, held)
     backward = sum(seconds.backward for seconds in compute.values())

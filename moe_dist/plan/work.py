@@ -37,7 +37,7 @@ from moe_dist.moe.experts import expert_widths
 from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group, Layout
 from moe_dist.plan.hardware import Hardware
-from moe_dist.plan.kept import kept_shares
+from moe_dist.plan.kept import factors_by_layer, kept_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,13 @@ class RankProduct:
 
 
 def rank_products(config: Config, shape: BatchShape, layout: Layout, skew: float = 1.0) -> list[RankProduct]:
-    """Of one micro-step; experts are asked for equally often, the busiest rank's `skew` times as often.
+    """Of one micro-step; experts are asked for equally often, this rank's `skew` times as often.
 
     Capacity bounds what experts compute, to the share that there are places for.
     """
-    kept = kept_of(config, shape, layout)
+    busy = kept_of(config, shape, layout) * bounded(config, layout, skew)
     products = forward_products(config.model, shape.seq_len, config.task == "classification")
-    return [_cut(product, config.model, shape, layout, kept * skew) for product in products]
+    return [_cut(product, config.model, shape, layout, busy) for product in products]
 
 
 def micro_step(
@@ -107,6 +107,16 @@ def kept_of(config: Config, shape: BatchShape, layout: Layout) -> float:
     layers, attention = kept_shares(config.model, shape.micro_step_sequences * shape.seq_len, layout.world)
     both = [*layers, *([attention] * config.model.num_layers if config.model.attention.kind == "switch" else [])]
     return fmean(both) if both else 1.0
+
+
+def bounded(config: Config, layout: Layout, skew: float) -> float:
+    """The skew that capacity leaves: no rank gets more rows than its experts have places for, and where all ranks
+    compete for the same places, any of edp copies can get those of all."""
+    factors = factors_by_layer(config.model)
+    if not factors or None in factors:
+        return skew
+    copies = layout.edp if config.model.moe.capacity_scope == "global" else 1
+    return min(skew, max(1.0, *(factor for factor in factors if factor is not None)) * copies)
 
 
 def _cut(product: Product, model: ModelConfig, shape: BatchShape, layout: Layout, busy: float) -> RankProduct:
@@ -169,7 +179,7 @@ def _through_memory(
         kept = kept_of(config, shape, layout)
         widths = expert_widths(moe, model.d_ff)
         met = fmean(float(experts_of_a_token(moe, index)) for index in range(moe_layers))
-        hidden, rows = fmean(widths), own * met * kept * skew
+        hidden, rows = fmean(widths), own * met * kept * bounded(config, layout, skew)
         found["activation"] += passes(rows * hidden, *through, moe_layers)
         found["activation"] += passes(tokens * moe.num_shared_experts * hidden / tp, *through, moe_layers)
         found |= _routed(moe, own, met * kept, rows, width, layout, moe_layers, passes)

@@ -79,6 +79,18 @@ def test_capacity_bounds_what_experts_compute_and_skew_adds() -> None:
     assert busy["router"].forward == pytest.approx(2 * 6 * 16)
 
 
+@pytest.mark.parametrize(
+    ("factor", "scope", "share"),
+    [(1.25, "local", 1.25), (3.0, "local", 2.0), (0.5, "local", 2 / 3), (1.25, "global", 2.0)],
+)
+def test_capacity_bounds_skew(factor: float, scope: str, share: float) -> None:
+    """Two ranks, one set of experts on each: of 2 * 6 tokens' places one copy may take those of both. At 0.5 there are
+    ceil(0.5 * 2 * 6 / 4) = 2 rows of 3 for each expert, however often it is asked for."""
+    config, shape = toy_config(capacity_factor=factor, capacity_scope=scope), replace(TOY_SHAPE, dp=2)
+    found = micro_step(config, shape, Layout(2), toy_hardware(peak=1.0), skew=2.0)
+    assert found["experts"].forward == pytest.approx(share * 2 * 6 * 2 * 60)
+
+
 def test_passes_over_memory() -> None:
     """At 1 byte a second and no time for FLOPs; fp32. Products: 4 * (matrices + rows in and out)."""
     found = micro_step(toy_config(), TOY_SHAPE, Layout(), toy_hardware(peak=NEVER, bandwidth=1.0))
