@@ -152,7 +152,7 @@ stop() {
   local inside tick pids
   for inside in $(leftovers); do
     for ((tick = 0; tick < 50; tick++)); do
-      pids="$(ip netns pids "$inside")"
+      pids="$(ip netns pids "$inside" 2>/dev/null || true)" # a start that died may leave a name without a namespace
       [[ -n "$pids" ]] || break
       xargs --no-run-if-empty kill -KILL <<<"$pids" 2>/dev/null || true
       sleep 0.1
