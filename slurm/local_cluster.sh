@@ -51,6 +51,7 @@ start() {
   done
   check_machine "$rate"
   if controller_answers; then
+    [[ -z "$rate$preempt" ]] || fail "already running in $home, perhaps with other flags: stop it first"
     echo "already running in $home: $(node_count) nodes"
     show_export
     return
@@ -62,8 +63,10 @@ start() {
   (umask 077 && dd if=/dev/urandom of="$home/munge.key" bs=128 count=1 status=none)
   munged --force --key-file="$home/munge.key" --socket="$home/munge.socket" \
     --pid-file="$home/munged.pid" --log-file="$home/log/munged.log" --seed-file="$home/munge.seed"
-  [[ -z "$rate" ]] || network start "$nodes" --rate "$rate"
-  echo "CgroupPlugin=cgroup/v1" >"$home/cgroup.conf" # to look for the version fails where /sys has no cgroups
+  if [[ -n "$rate" ]]; then
+    network start "$nodes" --rate "$rate"
+    echo "CgroupPlugin=cgroup/v1" >"$home/cgroup.conf" # to look for the version fails in /sys of a namespace
+  fi
   write_conf "$nodes" "$preempt"
   slurmctld -c
   local k

@@ -10,8 +10,9 @@
 #
 # A node is a network namespace with one interface, eth0, and a name and a hosts file of its own. Its cable (a veth pair)
 # leads to a switch: a bridge, in one more namespace. This machine is plugged in too, without a limit, as `host`.
-# `tc tbf` limits what a node sends at its own end, and what it receives at the switch's. `address NODE` and `space NODE`
-# print a node's address and the name of its namespace. Needs root, iproute2 and util-linux.
+# `tc tbf` limits what a node sends at its own end, and what it receives at the switch's. `address NODE`, `space NODE` and
+# `processes NODE` print a node's address, the name of its namespace, and what runs there. Needs root, iproute2 and
+# util-linux.
 #
 #   MOE_DIST_NETWORK   its folder (default: moe_dist-network under ${TMPDIR:-/tmp}); its name is in all other names, so
 #                      two networks can live side by side, and `stop` finds all of one, also after a crash
