@@ -17,7 +17,7 @@
 #
 #   MOE_DIST_CLUSTER          its folder (default: moe_dist-slurm under ${TMPDIR:-/tmp})
 #   MOE_DIST_CLUSTER_PORT     its first port, of N + 1 (default: 17000)
-#   MOE_DIST_CLUSTER_SILENT   seconds after which a node that is not heard of is taken for lost (default: 10)
+#   MOE_DIST_CLUSTER_SILENT   seconds after which, at the earliest, a node that is silent is taken for lost (default: 10)
 #   MOE_DIST_CLUSTER_GRACE    with --preempt: seconds that a job has to end when its nodes are taken (default: 30)
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
