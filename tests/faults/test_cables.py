@@ -44,6 +44,7 @@ def hand(network: Network) -> Iterator[Callable[..., Hand]]:
     network.heal()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 def test_a_pulled_cable(tmp_path: Path, network: Network, hand: Callable[..., Hand]) -> None:
     """Nobody's process is to blame, so both ranks are named; plugged in, the run goes on as if nothing had been."""

@@ -40,6 +40,7 @@ def test_tasks_meet_at_their_own_addresses(slow_cluster: Cluster, network: Netwo
     assert [word for word in interfaces if "/" in word] == ["127.0.0.1/8", f"{addresses[1]}/24"]
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_machine(slow_cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(" ".join(str(number * number) for number in range(4000)))
     config = tmp_path / "tiny.yaml"
