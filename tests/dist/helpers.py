@@ -24,6 +24,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters
 from moe_dist.plan.rows import Rows
 from moe_dist.step import StepContext
+from tests.dist.nodes import Network
 from tests.dist.nursery import on_ranks
 
 KEY = RandomKey.of("tests")
@@ -35,9 +36,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def run_checks(ranks: int, checks: Sequence[Callable[..., None]], *args: Any) -> None:
-    """Every check, in order, on `ranks` processes. Checks are importable."""
-    on_ranks(_checks, ranks, list(checks), args)
+def run_checks(ranks: int, checks: Sequence[Callable[..., None]], *args: Any, network: Network | None = None) -> None:
+    """Every check, in order, on `ranks` processes, on the nodes of `network` if given. Checks are importable."""
+    on_ranks(_checks, ranks, list(checks), args, network=network)
 
 
 def _checks(checks: Sequence[Callable[..., None]], args: tuple[Any, ...]) -> None:
