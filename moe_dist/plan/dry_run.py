@@ -151,9 +151,9 @@ def _run(
             _step(config, shape, layout, trail, balanced, run, recorder, memory)
     except Exception as error:
         last = recorder.calls[-1].describe() if recorder.calls else "none"
-        said = str(error).strip().partition("\n")[0]
+        message = str(error).strip().partition("\n")[0]
         problems.append(
-            f"rank {rank} fails in {trail.describe()}: {type(error).__name__}: {said} (last collective: {last})"
+            f"rank {rank} fails in {trail.describe()}: {type(error).__name__}: {message} (last collective: {last})"
         )
     gc.collect()
     run.calls, run.transfers = recorder.calls, recorder.transfers(layout, rank)

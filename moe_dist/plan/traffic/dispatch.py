@@ -64,7 +64,7 @@ def legs(moe: MoEConfig, sent_wwe: Tensor, layout: Layout, rank: int, block: int
     if moe.wire == "ragged":
         return [Leg("ep", send, received, parts)]
     each = sent_wwe.shape[2] // parts
-    if block is None or parts > 1:
+    if block is None:
         blocks = [max(int(part_wwe.max()), 1) for part_wwe in sent_wwe.split(each, dim=2)]
         rows = len(sent_wwe) * each * sum(blocks)
     else:
