@@ -103,12 +103,14 @@ class TinyRun:
 
 
 def rows_that_came(run: TinyRun, output: DecoderOutput) -> Rows:
-    """To this rank, in the mean over layers of a micro-step without a limit; over edp in the mean of its ranks."""
+    """To this rank in a micro-step without a limit: the mean over layers, but for the fullest expert that of the layer
+    whose backward pass finds most there. Over edp the mean of its ranks."""
     layout, moe = run.mesh.layout, run.config.model.moe
     held, asked = moe.num_experts // layout.ep, run.shape.micro_batch * run.shape.seq_len * moe.top_k // layout.tp
     first = run.mesh.ep.rank * held
     kept_Le = torch.stack([stats.kept_E for stats in output.stats])[:, first : first + held] / layout.edp
-    return Rows(asked, asked, round(float(kept_Le.sum(1).mean())), round(float(kept_Le.amax(1).mean())))
+    fullest_e = kept_Le[-1 if run.config.model.recompute != "block" else 0]
+    return Rows(asked, asked, round(float(kept_Le.sum(1).mean())), round(float(fullest_e.amax())))
 
 
 def logical(engine: Engine, kind: Kind) -> dict[str, Tensor]:
