@@ -63,6 +63,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  (reads the two settings above while it is imported)
 import deepspeed.runtime.compiler as deepspeed_compiler  # noqa: E402
 from deepspeed.moe.layer import MoE as DeepSpeedMoE  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
@@ -219,6 +221,13 @@ class _Marker(DeepSpeedMoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed would make groups here; `_mark_parameters` has handed it ours."""
+
+
+def number_anew() -> None:
+    """For a process that stands for one rank after another: DeepSpeed counts modules and parameters as long as it
+    lives, and stage 3 compares their numbers between ranks."""
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def _group_name(mesh: Mesh) -> str:

@@ -95,9 +95,9 @@ class Recorder(TorchDispatchMode):
         if len(ranks) == 1:
             return
         tensors = [] if collective == "barrier" else list(_tensors(args[place]))
-        sent = received = ()
+        sent = received = tuple[int, ...]()
         if name == "alltoall_base_":
-            received, sent = (_rows(args[place], sizes, ranks) for place, sizes in ((0, args[3]), (1, args[4])))
+            received, sent = _rows(args[0], args[3], ranks), _rows(args[1], args[4], ranks)
         self.calls.append(
             Call(
                 collective,

@@ -60,8 +60,9 @@ def traffic(
     config = replace(config, model=model)
     ledger = Ledger(layout, rank)
     ledger.add("all_reduce", "world", "statistics", "whether to stop", torch.int64.itemsize)
+    even: dict[tuple[str, int | None], torch.Tensor] = {}
     for micro in range(shape.accumulation):
-        MicroStep(config, shape, ledger, rows, micro, step, device_type).add()
+        MicroStep(config, shape, ledger, rows, micro, step, device_type, even).add()
     _statistics(config, ledger)
     engine_traffic(config, shape, ledger)
     _histograms(config, ledger)

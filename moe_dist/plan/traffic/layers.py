@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.config.model import ModelConfig, MoEConfig
@@ -53,6 +54,8 @@ class MicroStep:
     micro: int
     step: int
     device_type: str
+    even: dict[tuple[str, int | None], Tensor]
+    """Even shares by kind of layer and limit, worked out once for all micro-steps."""
     again: bool = field(default=False, init=False)
     """Whether what is added now is run again in the backward pass."""
 
@@ -267,7 +270,9 @@ class MicroStep:
             room = limit * moe.capacity_pool
             block = max(min(room, tokens * min(choices * self.layout.etp, pool)), 1)
         if self.rows is None:
-            kept_WE = EvenShare(moe, self.own, self.layout.world).kept_WE(limit)
+            if (site.kind, limit) not in self.even:
+                self.even[site.kind, limit] = EvenShare(moe, self.own, self.layout.world).kept_WE(limit)
+            kept_WE = self.even[site.kind, limit]
         else:
             kept_WE = measured(self.rows, self.micro, site, self.layout.world, moe.num_experts)
         sent_wwe = sent_rows(kept_WE, self.layout, self.ledger.rank)

@@ -55,18 +55,18 @@ class EvenShare:
     def kept_WE(self, limit: int | None) -> Tensor:
         """int64, under a limit of C rows an expert: of all ranks together, in their order, or of each rank."""
         num_experts = self.moe.num_experts
-        if self.moe.router == "expert_choice":  # each expert takes C tokens, from all ranks alike
+        if self.moe.router == "expert_choice":  # each expert takes C tokens, as many from each rank, or one more
             assert limit is not None, "a rule refuses expert_choice without a limit"
-            share_W = torch.tensor(
-                [limit * (rank + 1) // self.world - limit * rank // self.world for rank in range(self.world)]
-            )
+            share_W = limit // self.world + (torch.arange(self.world) < limit % self.world).long()
             return share_W[:, None].expand(-1, num_experts)
         first_W1 = torch.arange(self.world)[:, None] * self.assignments
         place_WE = (torch.arange(num_experts) - first_W1) % num_experts
         counts_WE = self.assignments // num_experts + (place_WE < self.assignments % num_experts).long()
         if limit is None:
             return counts_WE
-        before_WE = counts_WE.cumsum(0) - counts_WE if self.moe.capacity_scope == "global" else 0
+        if self.moe.capacity_scope == "local":
+            return counts_WE.clamp(max=limit)
+        before_WE = counts_WE.cumsum(0) - counts_WE
         return (limit - before_WE).clamp(min=0).minimum(counts_WE)
 
 

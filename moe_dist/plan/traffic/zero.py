@@ -26,6 +26,7 @@ from moe_dist.engine.base import compute_dtype
 from moe_dist.moe.experts import expert_widths
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import Param
+from moe_dist.plan.transfer import Phase
 
 _FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
 _BUCKET = 500_000_000  # elements: reduce_bucket_size, and of calls inside
@@ -113,8 +114,10 @@ def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, led
     for axis in ("dp", "tp") if overflow else ():
         ledger.add("all_reduce", axis, "update", "gradients that are not finite", 1)
     for params in groups:
-        for axis in ("dp", "tp", *(["edp"] if params[0].expert else [])):
+        for axis in ("dp", "tp"):
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
+        if params[0].expert:
+            ledger.add("all_reduce", "edp", "update", "gradient norm", _FP32)
 
 
 def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: Ledger) -> None:
@@ -123,8 +126,9 @@ def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: L
     kept = _kept_from(held, _REUSED if even else 0, runs=3 if model.recompute == "block" else 2)
     itemsize = compute_dtype(config.engine.precision).itemsize
     again = [param for param in held if param.block < kept]
+    passes: list[tuple[Phase, Sequence[Param]]] = [("forward", held), ("backward", again)]
     for _ in range(shape.accumulation):
-        for phase, params in (("forward", held), ("backward", again)):
+        for phase, params in passes:
             calls = -(-sum(param.numel for param in params) // _AHEAD)
             for group in _by_ranks(params, ledger):
                 size = sum(_part(param, ledger) for param in group) * itemsize
