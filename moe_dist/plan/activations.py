@@ -4,7 +4,8 @@ A stage is a part of the model whose kept tensors go when its backward pass is d
 off the layers: a product its input, RMSNorm its input and 1 / rms, attention its queries, keys and values and what its
 backend remembers of the weights, the gated activations their two inputs (kernels/activation.py), the CPU's and Triton's
 experts no rows but those that arrived, a dispatcher the rows that came back. A tensor that two operations keep counts
-once, with the one that comes first. tests/unit/plan/test_live_memory.py compares with a step that runs.
+once, with the one that comes first. tests/unit/plan/test_memory.py and tests/dist/test_memory.py compare with steps
+that run.
 
 Legend: B batch, S sequence, T = B * S tokens of a data-parallel rank, t of them that this rank routes, o outside
 tensor-parallel regions, D d_model, M numbers of a token over this rank's query heads, P width of a head, G key/value
@@ -58,9 +59,8 @@ def _block(sizes: Sizes, held: Held, layer: int, sparse: bool, factor: float | N
     attention = _switch if sizes.model.attention.kind == "switch" else _attention
     yield replace(attention(sizes), elements=of_attention)
     if sparse:
-        experts, combine = routed_layer(sizes, factor)
-        yield replace(experts, elements=of_rest)
-        yield combine
+        outputs = held.within(f"{BLOCKS}{layer}.feed_forward.experts.w_out")
+        yield from routed_layer(sizes, factor, of_rest, outputs)
     else:
         yield replace(feed_forward(sizes, sizes.model.d_ff, "feed-forward"), elements=of_rest)
 
@@ -153,10 +153,10 @@ def _remembered(sizes: Sizes, heads: int, read: int) -> int:
 
 
 def _scores_spike(sizes: Sizes, heads: int) -> int:
-    """Gradients of all weights at once, where attention is plain maths."""
+    """Gradients of all weights, where attention is plain maths; the weights themselves have gone by then."""
     if sizes.model.attention.backend != "torch":
         return 0
-    return 2 * WIDE * sizes.batch * heads * sizes.seq_len * sizes.seq_len
+    return WIDE * sizes.batch * heads * sizes.seq_len * sizes.seq_len
 
 
 def _switch(sizes: Sizes) -> Stage:

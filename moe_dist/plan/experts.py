@@ -39,19 +39,20 @@ def feed_forward(sizes: Sizes, d_ff: int, name: str, norm: bool = True) -> Stage
     model, tokens = sizes.model, sizes.tokens
     hidden = sizes.numbers(tokens, d_ff // sizes.layout.tp)
     of_norm, norm_spike = sizes.norm() if norm else (0, 0)
-    kept = of_norm + sizes.numbers(tokens, model.d_model) + hidden * _hidden_kept(model.activation, True)
+    kept = of_norm + sizes.numbers(tokens, model.d_model) + hidden * _hidden_kept(model.activation)
     spike = hidden * (3 if gated(model.activation) else 2) + sizes.numbers(tokens, model.d_model)
     return Stage(name, kept, spike=sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))
 
 
-def _hidden_kept(activation: str, product: bool) -> int:
-    """Tensors of hidden width that the activation and the product after it keep. product: by torch's autograd."""
-    if not product:
-        return 2 if gated(activation) else 1
+def _hidden_kept(activation: str) -> int:
+    """Tensors of hidden width that torch's autograd keeps for the activation and the product after it."""
     return {"relu": 1, "gelu": 2, "relu2": 2}.get(activation, 3)
 
 
 def routed_rows(sizes: Sizes, moe: MoEConfig, factor: float | None, etp: int) -> Rows:
+    """Of one layer."""
+    if sizes.came is not None:
+        return sizes.came
     model, layout = sizes.model, sizes.layout
     skew = one = 1.0
     if sizes.skewed:
@@ -74,35 +75,50 @@ def router_kept(sizes: Sizes, moe: MoEConfig) -> int:
     return kept
 
 
-def routed_layer(sizes: Sizes, factor: float | None) -> tuple[Stage, Stage]:
-    """(norm, router, the way there and the experts; the way back with the weighted sum)."""
+def routed_layer(sizes: Sizes, factor: float | None, elements: int, outputs: int) -> list[Stage]:
+    """Norm, router and the way there; the experts; the way back with the weighted sum. elements: of all parameters.
+    outputs: of the experts' last matrices."""
     model, layout, moe = sizes.model, sizes.layout, sizes.model.moe
-    rows, width = routed_rows(sizes, moe, factor, layout.etp), model.d_model
+    rows, width, local = routed_rows(sizes, moe, factor, layout.etp), model.d_model, moe.dispatch == "local"
     norm, norm_spike = sizes.norm()
-    kept, dispatch, back = norm + router_kept(sizes, moe), 0, 0
+    kept, shared = norm + router_kept(sizes, moe), Stage("", 0)
     # 1. The tokens that are routed: kept by the router in fp32, by the experts where nothing travels. Shared experts
     # keep all tokens, of which those are a copy under tp.
-    local, shared = moe.dispatch == "local", Stage("", 0)
     if moe.num_shared_experts:
         widths = expert_widths(moe, model.d_ff)
         shared = feed_forward(sizes, moe.num_shared_experts * (sum(widths) // len(widths)), "shared", norm=False)
         kept += shared.kept
     if (local or sizes.each == WIDE) and (layout.tp > 1 or not moe.num_shared_experts):
         kept += sizes.numbers(sizes.routed, width)
-    # 2. What travelled: rows that arrived, rows that came back, and the orders in which they lie.
-    kept += rows.asked * (INDEX + 1) + rows.sent * 2 * INDEX
-    arrived = rows.arrived
-    if not local:
-        arrived, dispatch, back = _travelled(sizes, rows)
-        kept += arrived * (3 * INDEX + 1)
-    # 3. The experts.
-    of_experts, spike = _expert_layers(sizes, rows, local)
-    kept += of_experts
-    flow = sizes.numbers(sizes.outside, width)
-    travelling = 0 if local else sizes.numbers(arrived, width)
-    spike = flow + max(spike + travelling, norm_spike, shared.spike)
-    combine = Stage("experts' results", 0, back, spike=flow + back)
-    return Stage("experts", kept, dispatch, spike), combine
+    # 2. What travelled, and the orders in which rows lie.
+    arrived, dispatch, back = (rows.arrived, 0, 0) if local else _travelled(sizes, rows)
+    kept += rows.asked * (INDEX + 1) + rows.sent * 2 * INDEX + (0 if local else arrived * (3 * INDEX + 1))
+    # 3. The experts. Torch's own operations are stages of their own: what the last keeps has gone when the first works.
+    flow, travelling = sizes.numbers(sizes.outside, width), 0 if local else sizes.numbers(arrived, width)
+    if fused(sizes):
+        of_experts, spike = _fused(sizes, rows)
+        spike = flow + max(spike + travelling, norm_spike, shared.spike)
+        return [
+            Stage("experts", kept + of_experts, dispatch, spike, elements),
+            Stage("experts' results", 0, back, spike=flow + back),
+        ]
+    gathered, pre, product = _of_torch(sizes, rows)
+    row, unit = sizes.numbers(rows.arrived, width), sizes.numbers(rows.arrived, _hidden(sizes))
+    hidden = unit * (2 if gated(model.activation) else 1)
+    spike = flow + max(hidden + 2 * row + travelling, norm_spike, shared.spike)
+    results, again = row if local else back, unit if model.recompute == "activation" else 0
+    return [
+        Stage("experts", kept + gathered, 0, spike, elements - outputs),
+        Stage("experts' activation", pre, 0, flow + unit + hidden),
+        Stage("experts' outputs", product, 0, flow + unit + again + row, outputs),
+        Stage("experts' results", results - back, back, flow + results),
+    ]
+
+
+def fused(sizes: Sizes) -> bool:
+    """Whether the experts are one operation, which keeps what arrived."""
+    moe = sizes.model.moe
+    return moe.experts == "triton" or (moe.experts == "grouped_mm" and not sizes.cuda)
 
 
 def _travelled(sizes: Sizes, rows: Rows) -> tuple[int, int, int]:
@@ -120,28 +136,34 @@ def _travelled(sizes: Sizes, rows: Rows) -> tuple[int, int, int]:
     return rows.arrived, sizes.numbers(rows.arrived, width), sizes.numbers(rows.sent, width)
 
 
-def _expert_layers(sizes: Sizes, rows: Rows, weighted: bool) -> tuple[int, int]:
-    """(kept by the experts' matrices and activations, held for a moment by their backward pass). weighted: the sum over
-    a token's experts is theirs too."""
-    model, moe = sizes.model, sizes.model.moe
-    widths = expert_widths(moe, model.d_ff)
-    hidden = max(widths) // sizes.layout.etp if sizes.skewed else sum(widths) // len(widths) // sizes.layout.etp
+def _hidden(sizes: Sizes) -> int:
+    """F: the mean over experts, or the most that a rank's could be."""
+    widths, etp = expert_widths(sizes.model.moe, sizes.model.d_ff), sizes.layout.etp
+    return max(widths) // etp if sizes.skewed else sum(widths) // len(widths) // etp
+
+
+def _fused(sizes: Sizes, rows: Rows) -> tuple[int, int]:
+    """(kept for the backward pass, held by it for a moment)."""
+    model, with_gate, hidden = sizes.model, gated(sizes.model.activation), _hidden(sizes)
     units, row = sizes.numbers(rows.arrived, hidden), sizes.numbers(rows.arrived, model.d_model)
-    with_gate, fullest = gated(model.activation), rows.fullest
-    local = moe.num_experts * sizes.layout.etp // sizes.layout.expert_ranks
-    if moe.experts == "grouped_mm" and not sizes.cuda:  # kernels/grouped_mm/cpu.py
-        one = sizes.numbers(fullest, hidden) * (4 if with_gate else 3) + 2 * sizes.numbers(fullest, model.d_model)
-        rounded = sizes.numbers(local * ROUNDING // 2, hidden)
-        return (units + rounded) * _hidden_kept(model.activation, False), one + row
-    if moe.experts == "triton":
+    pre = 2 if with_gate else 1
+    if model.moe.experts == "triton":
         again = 0 if model.recompute == "activation" else units
-        return units * (2 if with_gate else 1) + again, units * (3 if with_gate else 2) + row
-    kept = row + (row if weighted else 0)  # gathered, and what the sum weighs
-    product = units
+        return units * pre + again, units * (pre + 1) + row
+    # On CPU expert by expert, each with its rows filled up to a rounder number (kernels/grouped_mm/cpu.py).
+    fullest, local = rows.fullest, model.moe.num_experts * sizes.layout.etp // sizes.layout.expert_ranks
+    one = sizes.numbers(fullest, hidden) * (2 + pre) + 2 * sizes.numbers(fullest, model.d_model)
+    return (units + sizes.numbers(local * ROUNDING // 2, hidden)) * pre, one + row
+
+
+def _of_torch(sizes: Sizes, rows: Rows) -> tuple[int, int, int]:
+    """(rows, pre-activations, activations) that loop, bmm and torch's grouped GEMM keep."""
+    model, moe, hidden = sizes.model, sizes.model.moe, _hidden(sizes)
+    units, pre = sizes.numbers(rows.arrived, hidden), 2 if gated(model.activation) else 1
+    gathered, product = sizes.numbers(rows.arrived, model.d_model), units
     if moe.experts == "bmm":
-        padded = sizes.numbers(local * fullest, model.d_model)
-        kept += (2 if with_gate else 1) * padded - row
-        product = sizes.numbers(local * fullest, hidden)
-    activated = _hidden_kept(model.activation, True) - 1
-    kept += units * (2 if with_gate else 1) if model.recompute == "activation" else units * activated + product
-    return kept, units * (4 if with_gate else 3) + 2 * row
+        padded = moe.num_experts * sizes.layout.etp // sizes.layout.expert_ranks * rows.fullest
+        gathered, product = pre * sizes.numbers(padded, model.d_model), sizes.numbers(padded, hidden)
+    if model.recompute == "activation":
+        return gathered, units * pre, 0
+    return gathered, units * (_hidden_kept(model.activation) - 1), product

@@ -27,6 +27,7 @@ from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group, Layout
 from moe_dist.plan.activations import blocks_of
 from moe_dist.plan.held import Held
+from moe_dist.plan.rows import Rows
 from moe_dist.plan.stages import Block, Sizes, Stage
 from moe_dist.plan.states import States, states
 
@@ -76,9 +77,16 @@ class MemoryPlan:
 
 
 def memory(
-    config: Config, shape: BatchShape, layout: Layout, rank: int = 0, *, device_type: str = "cuda"
+    config: Config,
+    shape: BatchShape,
+    layout: Layout,
+    rank: int = 0,
+    *,
+    device_type: str = "cuda",
+    came: Rows | None = None,
 ) -> MemoryPlan:
     """The plan of `rank`. device_type: `cuda` or `cpu`, which have other kernels where the configuration says auto.
+    came: rows of a routed layer where they are known, the mean over layers; then there is no margin.
 
     Raises ValueError where the model cannot be cut so.
     """
@@ -87,11 +95,12 @@ def memory(
     model = backends(config, layout, device_type)
 
     def when(skewed: bool) -> MemoryPlan:
-        sizes = Sizes.of(config, shape, layout, rank, model, device_type != "cpu", skewed)
+        sizes = Sizes.of(config, shape, layout, rank, model, device_type != "cpu", skewed=skewed, came=came)
         return max(_moments(kept, blocks_of(sizes, held, decoder)), key=lambda plan: plan.total)
 
     even = when(skewed=False)
-    return replace(even, margin=max(0, when(skewed=True).total - even.total), sure=kept.total)
+    margin = 0 if came is not None else max(0, when(skewed=True).total - even.total)
+    return replace(even, margin=margin, sure=kept.total)
 
 
 def fullest(config: Config, shape: BatchShape, layout: Layout, *, device_type: str = "cuda") -> int:

@@ -9,7 +9,8 @@ likely. Then the share of a rank with E / w of them, one of w ranks, is Beta dis
 
 and layers fall independently: over L of them, whose rows are there at once, that becomes sqrt(L) times smaller. Of w
 ranks, one must not have more; so room is left for what each exceeds with a probability of 0.01 / w, by the normal
-distribution. The fullest expert has, under the same assumption, H_E = 1 + 1/2 + ... + 1/E times the mean of them.
+distribution. One expert's share exceeds x with the probability (1 - x)^(E - 1), so that of the fullest exceeds
+1 - (0.01 / E)^(1 / (E - 1)) with 0.01 at most.
 
     Mixtral: 8 experts on 8 ranks, 32 layers       1.47 times the even share
     Qwen3: 128 experts on 8 ranks, 94 layers       1.07
@@ -51,8 +52,11 @@ def skew_of(moe: MoEConfig, factor: float | None, expert_ranks: int, edp: int, l
 
 def skew_of_expert(moe: MoEConfig, factor: float | None, edp: int) -> float:
     """Rows of the fullest expert over the mean."""
-    harmonic = sum(1 / number for number in range(1, moe.num_experts + 1))
-    return max(1.0, min(harmonic, _bound(moe, factor, moe.num_experts, edp)))
+    experts = moe.num_experts
+    if experts < 2:
+        return 1.0
+    likely = experts * (1 - (_EXCEEDED / experts) ** (1 / (experts - 1)))
+    return max(1.0, min(likely, _bound(moe, factor, experts, edp)))
 
 
 def rows_of(

@@ -5,6 +5,7 @@ tensor-parallel regions, a bytes of a number.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.engine.base import compute_dtype
 from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group, Layout
+from moe_dist.plan.rows import Rows
 
 WIDE = 4
 """Bytes of what is computed in fp32 whatever the precision."""
@@ -48,7 +50,8 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of one micro-step on one rank. model: with its backends named. skewed: as routing can be, not as it should."""
+    """Of one micro-step on one rank. model: with its backends named. skewed: as routing can be, not as it should. came:
+    rows of a layer as they were."""
 
     model: ModelConfig
     layout: Layout
@@ -58,14 +61,15 @@ class Sizes:
     sequence_parallel: bool
     dtype: torch.dtype
     cuda: bool
-    skewed: bool
+    skewed: bool = False
+    came: Rows | None = None
 
     @staticmethod
     def of(
-        config: Config, shape: BatchShape, layout: Layout, rank: int, model: ModelConfig, cuda: bool, skewed: bool
+        config: Config, shape: BatchShape, layout: Layout, rank: int, model: ModelConfig, cuda: bool, **routing: Any
     ) -> "Sizes":
         dtype, cut = compute_dtype(config.engine.precision), config.parallel.sequence_parallel and layout.tp > 1
-        return Sizes(model, layout, rank, shape.micro_batch, shape.seq_len, cut, dtype, cuda, skewed)
+        return Sizes(model, layout, rank, shape.micro_batch, shape.seq_len, cut, dtype, cuda, **routing)
 
     @property
     def each(self) -> int:

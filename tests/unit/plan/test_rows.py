@@ -17,9 +17,11 @@ def test_the_fullest_rank_of_a_hundred_routings_stays_below(experts: int, ranks:
     assert (of_rank_NR.max(1) > 1 + 0.6 * (skew - 1)).mean() > 0.05  # and it is not far above what happens
 
 
-def test_the_fullest_expert_is_what_is_to_be_expected() -> None:
-    share_NE = np.random.default_rng(1).dirichlet(np.ones(8), size=20000)
-    assert skew_of_expert(MoEConfig(top_k=1), None, 1) == pytest.approx(8 * share_NE.max(1).mean(), rel=0.01)
+@pytest.mark.parametrize("experts", [2, 8, 128])
+def test_the_fullest_expert_of_a_hundred_routings_stays_below(experts: int) -> None:
+    share_NE = np.random.default_rng(1).dirichlet(np.ones(experts), size=20000)
+    skew = skew_of_expert(MoEConfig(num_experts=experts, top_k=1), None, 1)
+    assert 0.005 < (experts * share_NE.max(1) > skew).mean() < 0.013
 
 
 def test_no_rank_gets_more_than_there_is_or_is_let_in() -> None:
