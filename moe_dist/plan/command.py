@@ -24,11 +24,11 @@ def plan(config: Config, own: argparse.Namespace) -> int:
         return _run_dry(config, own)
     hardware = hardware_of(own)
     if own.search:
-        found = search(config, own.ranks, hardware, own.skew)
+        found = search(config, own.ranks, hardware, own.skew, own.top)
         if own.json:
-            _print_json(search_as_json(found, own.top))
+            _print_json(search_as_json(found))
         else:
-            print_search(found, hardware, own.top, console())
+            print_search(found, hardware, console())
         return FITS if found.ranked else DOES_NOT
     if own.capacity is not None:
         priced = prices(config, own.ranks, hardware, capacity_factors(own.capacity), own.skew)
@@ -55,11 +55,10 @@ def hardware_of(own: argparse.Namespace) -> Hardware:
     return replace(hardware, ranks_per_node=own.ranks_per_node)
 
 
-def search_as_json(found: Search, top: int) -> dict[str, Any]:
-    """The `top` fastest whole, and the reasons."""
-    ranked = [asdict(choice) | {"flags": choice.flags(), "plan": plan.as_json()} for choice, plan in found.ranked[:top]]
-    reasons = [asdict(reason) for reason in found.reasons]
-    return {"tried": found.tried, "fit": len(found.ranked), "ranked": ranked, "fell_out": reasons}
+def search_as_json(found: Search) -> dict[str, Any]:
+    """The fastest whole, and the reasons."""
+    ranked = [asdict(choice) | {"flags": choice.flags(), "plan": plan.as_json()} for choice, plan in found.ranked]
+    return {"tried": found.tried, "ranked": ranked, "fell_out": [asdict(reason) for reason in found.reasons]}
 
 
 def prices_as_json(found: Sequence[Price]) -> list[dict[str, Any]]:

@@ -13,23 +13,29 @@ What else the configuration says stays as it is; wire_dtype too, which changes n
 what `validate` admits, and a layout fits when memory.py's total, its margin for skewed routing included, is within what
 the hardware can give. A refused layout is counted under the first rule that it breaks.
 
+Thousands are valid, so what computing alone takes (time.py without exchanges) is asked first, and layouts are looked at
+in that order, until it is more than the slowest of the `top` found takes in all: none of the rest can be among them.
+Where one does not fit, none with a larger micro_batch is looked at.
+
     4 ranks, 2 experts: tp and ep of 1, 2, 4;  ep = 4 "num_experts=2 is not divisible by ep=4" falls out, whatever tp
 """
 
 import re
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from moe_dist.config import Config, validate
+from moe_dist.config import Config, batch_shape, validate
 from moe_dist.models.flops import flops_at_most
 from moe_dist.plan.hardware import Hardware
+from moe_dist.plan.held import Held
 from moe_dist.plan.kept import kept_shares
-from moe_dist.plan.plan import Plan, make_plan, needs, timed
-from moe_dist.plan.size import largest, size
-from moe_dist.plan.time import model_flops
+from moe_dist.plan.plan import Plan, layout_of, make_plan, needs, timed
+from moe_dist.plan.size import largest, size, span
+from moe_dist.plan.time import model_flops, step_time
 
 _ENGINES = (("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
 _WAYS = (("all_to_all", "ragged"), ("all_to_all", "padded"), ("hierarchical", "ragged"), ("all_gather", "ragged"))
@@ -88,8 +94,8 @@ class FallenOut:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """ranked: those that fit, the fastest first. tried: their number and that of those that fell out. reasons: why
-    they did, the commonest first. Layouts that differ in recompute alone are one."""
+    """ranked: of those that fit, the `top` fastest. tried: all that there are, ranked and fallen out; layouts that
+    differ in recompute alone are one. reasons: why they fell out, the commonest first."""
 
     ranked: list[tuple[Choice, Plan]]
     tried: int
@@ -105,29 +111,29 @@ class Price:
     flops: float
 
 
-def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0) -> Search:
-    """Plans every layout. Raises ValueError where `hardware` lacks the precision."""
+def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0, top: int = 10) -> Search:
+    """The `top` fastest. Raises ValueError where `hardware` lacks the precision."""
     hardware.peak(config.engine.precision)
     ranked: list[tuple[Choice, Plan]] = []
     out = _Reasons()
-    for ep, tp, etp in product(_divisors(ranks), repeat=3):
-        choices = list(_choices(config, ranks, ep, tp, etp))
-        hopeless = _refused_with_all_else(config, ranks, choices)
-        if hopeless is not None:
-            out.add(hopeless, len(choices))
-            continue
-        full: set[tuple[object, ...]] = set()  # of what differs in micro_batch alone, and did not fit a smaller one
-        for choice in choices:
-            reason, others = _refused(choice.applied(config), ranks), _but_for_micro_batch(choice)
-            if reason is not None:
-                out.add(reason, 1)
-            elif others in full:
-                out.add("a larger micro_batch than one that does not fit", 1)
-            elif (found := _first_that_fits(config, ranks, hardware, choice, skew, out)) is not None:
-                ranked.append(found)
-            else:
-                full.add(others)
-    ranked.sort(key=lambda pair: pair[1].time.seconds)
+    full: dict[tuple[object, ...], int] = {}  # the smallest micro_batch that did not fit, of what is else the same
+    valid = sorted(_valid(config, ranks, hardware, skew, out), key=lambda pair: pair[0])
+    for place, (least, choice) in enumerate(valid):
+        if len(ranked) == top and least >= ranked[-1][1].time.seconds:
+            slowest = span(ranked[-1][1].time.seconds)
+            message = f"not among the {top} fastest: computes for {span(least)} alone, and they take {slowest} at most"
+            out.add(message, len(valid) - place, "slower")
+            break
+        others = astuple(replace(choice, micro_batch=0))
+        if choice.micro_batch >= full.get(others, choice.micro_batch + 1):
+            out.add("has a larger micro_batch than one that does not fit", 1)
+        elif (found := _first_that_fits(config, ranks, hardware, choice, skew, out)) is None:
+            full[others] = choice.micro_batch
+        else:
+            insort(ranked, found, key=lambda pair: pair[1].time.seconds)
+            for slower, plan in ranked[top:]:
+                out.add(f"fits, and takes {span(plan.time.seconds)} with {slower.flags()}", 1, "slower")
+            del ranked[top:]
     return Search(ranked, len(ranked) + out.total, out.told())
 
 
@@ -144,6 +150,27 @@ def prices(
         each = flops_at_most(changed.model, model_flops(changed), *kept)
         found.append(Price(factor, plan, plan.shape.tokens_per_step * each))
     return found
+
+
+def _valid(
+    config: Config, ranks: int, hardware: Hardware, skew: float, out: "_Reasons"
+) -> Iterator[tuple[float, Choice]]:
+    """(seconds of a step that exchanges nothing and computes nothing again, the layout)."""
+    for ep, tp, etp in product(_divisors(ranks), repeat=3):
+        choices = list(_choices(config, ranks, ep, tp, etp))
+        hopeless = _refused_with_all_else(config, ranks, choices)
+        if hopeless is not None:
+            out.add(hopeless, len(choices))
+            continue
+        for choice in choices:
+            changed = choice.applied(config)
+            reason = _refused(changed, ranks)
+            if reason is not None:
+                out.add(reason, 1)
+                continue
+            layout = layout_of(changed, ranks, hardware)
+            shape, held = batch_shape(changed.train, layout.dp), Held.of(changed, layout)
+            yield step_time(changed, shape, layout, hardware, [], held, skew).seconds, choice
 
 
 def _choices(config: Config, ranks: int, ep: int, tp: int, etp: int) -> Iterator[Choice]:
@@ -173,10 +200,6 @@ def _refused_with_all_else(config: Config, ranks: int, choices: Sequence[Choice]
             if reasons[-1] is None:
                 return None
     return reasons[0]
-
-
-def _but_for_micro_batch(choice: Choice) -> tuple[object, ...]:
-    return astuple(replace(choice, micro_batch=0))
 
 
 def _first_that_fits(

@@ -37,15 +37,15 @@ def print_plan(plan: Plan, out: Console) -> None:
     _say(out, [*_speed(plan), *_warnings(plan.hardware)])
 
 
-def print_search(found: Search, hardware: Hardware, top: int, out: Console) -> None:
+def print_search(found: Search, hardware: Hardware, out: Console) -> None:
     """The fastest layouts, and why others fell out."""
-    fit = len(found.ranked)
-    _say(out, [f"{found.tried} layouts, {fit} of them valid and within {size(hardware.memory.usable)} a rank", ""])
+    fastest = f"the {len(found.ranked)} fastest of those that are valid and fit {size(hardware.memory.usable)} a rank"
+    _say(out, [f"{found.tried} layouts; {fastest}", ""])
     if found.ranked:
         table = _table(
             "ep", "tp", "etp", "engine", "micro", "recompute", "dispatch", "step", "MFU", "memory", "most time"
         )
-        for choice, plan in found.ranked[:top]:
+        for choice, plan in found.ranked:
             engine = choice.engine if choice.engine == "native" else f"ZeRO-{choice.zero_stage}"
             way = f"{choice.dispatch} {choice.wire}" if choice.dispatch == "all_to_all" else choice.dispatch
             time = plan.time
