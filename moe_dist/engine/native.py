@@ -72,6 +72,7 @@ class NativeEngine:
         (output.loss / self.accumulation).backward()
         self._accumulate()
         if self.micro + 1 == self.accumulation:
+            self.mesh.trail.enter("gradients")
             self._reduce()
         return output
 
