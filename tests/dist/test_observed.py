@@ -24,15 +24,17 @@ def test_the_late_rank_is_named_and_only_the_steps_asked_for_are_traced(engine: 
     killed = Fault(kind="kill", rank=0, step=6, phase="forward")
     with forked_ranks():
         start = run.start([late, killed], "--profile", "steps=4-5")
-        assert 0 not in start.codes, start.said
+        assert start.codes[0] == -9 and start.codes[1] > 0, start.said
         records = [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
         check_parts(records)
         check_traces(run.run, start.said)
         ended = effective_time_of(run.run)
         start = run.start([], "--resume", "--profile", "steps=4-5")
         assert start.codes == [0, 0] and "profile: nothing, steps 4 to 5 are done already" not in start.said, start.said
-    assert ended is not None and ended.starts == 1  # of its five steps, four are in a checkpoint
-    assert ended.kept == pytest.approx(sum(record["step_seconds"] for record in records[:4])) < ended.wall
+    assert ended is not None and ended.starts == 1 and ended.kept < ended.wall
+    assert ended.kept == pytest.approx(
+        sum(record["step_seconds"] for record in records[:4])
+    )  # four are in a checkpoint
     check_started_again(run.run, records, start.said)
 
 

@@ -38,7 +38,7 @@ def gather_statistics(
     own_RP = means.new_zeros(mesh.layout.world, len(own_P))
     own_RP[mesh.rank] = means.new_tensor(own_P)  # zeros of the other ranks: their sum gathers
     reduced = all_reduce(torch.cat([means, sums, own_RP.flatten()]), mesh.world).cpu()
-    means, sums, own = reduced.split([len(means), len(sums), own_RP.numel()])
+    means, sums, gathered = reduced.split([len(means), len(sums), own_RP.numel()])
     means, whole = means / mesh.layout.world, iter(sums.split(sizes))
     nll, aux = means[:2].tolist()
     layers = []
@@ -49,7 +49,7 @@ def gather_statistics(
         found |= {name: (next(whole) / mesh.layout.world).long() for name in _OF_ALL}
         layers.append(replace(stats, **found, sent_bytes=round(float(own[-1]) * mesh.layout.world * len(outputs))))
     # Each tp rank added 1/tp of its slice's auxiliary loss, so the world's mean is 1/tp of it.
-    return nll, aux * mesh.layout.tp, layers, own.view_as(own_RP).tolist()
+    return nll, aux * mesh.layout.tp, layers, gathered.view_as(own_RP).tolist()
 
 
 def _counts(output: DecoderOutput) -> list[Tensor]:
