@@ -44,6 +44,8 @@ purpose is named: --override data,seed.
 SIGUSR2, SIGTERM, SIGINT (Ctrl-C) and run.time_limit make it save after the step at hand, and leave with exit code 75
 and `preempted` in status.json. A second Ctrl-C ends it at once.
 
+--profile steps=10-12 writes a trace of these steps, counted from 1, and their memory to profile/ of the run's folder.
+
 Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a failure too:
   0  done                                       76  diverged: going back to a checkpoint did not help
   1  failed; the reason is in status.json       77  a rank stood still (guard.stall_seconds)
@@ -52,9 +54,11 @@ Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a f
 """
 
 _STATUS = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
-or failed, with its last step and its loss, or how it ended.
+or failed, with its last step and its loss, or how it ended; in a second one its effective training time ratio: seconds
+in steps that were kept over those since it was first submitted or started, the queue apart.
 
-Takes the folder of a run, or what `moe-dist train` takes, and reads status.json and metrics.jsonl of the run.
+Takes the folder of a run, or what `moe-dist train` takes, and reads status.json, metrics.jsonl and the starts of the
+run.
 """
 
 
@@ -193,7 +197,7 @@ def _train(args: list[str]) -> int:
             return 0
         from moe_dist.train.command import train
 
-        return train(config, own.resume, own.device, _overrides(own), early)
+        return train(config, own.resume, own.device, _overrides(own), early, own.profile)
 
 
 def _overrides(own: argparse.Namespace) -> list[str]:
@@ -218,9 +222,13 @@ def _status(args: list[str]) -> int:
     else:
         _, config = _run_arguments("status", args, _STATUS)
         folder = config.run.folder
+    from moe_dist.train.record.effective_time import effective_time_of
     from moe_dist.train.record.status import describe_status, status_now
 
     print(describe_status(status_now(folder)))
+    effective = effective_time_of(folder)
+    if effective is not None:
+        print(f"effective training time: {effective.describe()}")
     return 0
 
 
@@ -261,7 +269,8 @@ def _run_arguments(command: str, args: list[str], description: str) -> tuple[arg
     parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
     parser.add_argument("--override")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    own = "[--resume [{must,auto,never}]] [--override NAME,..] [--device {cpu,cuda}]"
+    parser.add_argument("--profile")
+    own = "[--resume [{must,auto,never}]] [--override NAME,..] [--device {cpu,cuda}] [--profile steps=A-B]"
     return _with_config(parser, args, own, description)
 
 

@@ -48,6 +48,7 @@ from moe_dist.engine.base import (
     decay_groups,
     held_buffers,
 )
+from moe_dist.engine.deepspeed_comm import note_collectives
 from moe_dist.engine.deepspeed_mesh import ModelParallelUnit, process_group
 from moe_dist.engine.deepspeed_state import Specs, ZeroState
 from moe_dist.engine.exchange import zero_bucket
@@ -132,6 +133,7 @@ class DeepSpeedEngine:
             )
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
+        note_collectives(mesh.trail)
         self.model, self.params = model, [param for param, _ in specs.values()]
         if self.stage == 3:
             _gather_in_order(self.params)

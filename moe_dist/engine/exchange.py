@@ -31,7 +31,7 @@ class GradientExchange:
     """
 
     def __init__(self, masters: Mapping[nn.Parameter, Tensor], mesh: Mesh, bucket_mib: float | None) -> None:
-        self.masters, self.dp = masters, mesh.layout.dp
+        self.masters, self.dp, self.trail = masters, mesh.layout.dp, mesh.trail
         self.overlap = bucket_mib is not None
         self.first, self.last, self.missing = True, False, set[nn.Parameter]()
         by_axis: dict[Axis, list[nn.Parameter]] = {"dp": [], "edp": []}
@@ -59,6 +59,7 @@ class GradientExchange:
             if param in self.missing:  # experts that saw no token count as zero
                 self._take(param)
         if last:
+            self.trail.enter("gradients")
             self._finish()
 
     def clear(self) -> None:
@@ -152,7 +153,7 @@ class _Queue:
         bucket = self.buckets[self.gone]
         self.gone += 1
         assert bucket.flat is not None, "its gradients lie in it"
-        self.group.note("all_reduce")
+        self.group.note("all_reduce", bucket.flat)
         bucket.work = dist.all_reduce(bucket.flat, group=self.group.process_group, async_op=True)
 
 
