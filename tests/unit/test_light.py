@@ -7,7 +7,7 @@ import sys
 HELP = """
 import sys
 from moe_dist.cli import main
-commands = ["train", "status", "submit", "cancel", "chaos", "generate", "experts", "checkpoint", "verify", "study", "watch"]
+commands = "train status submit cancel chaos generate experts checkpoint verify study watch".split()
 for args in [*commands, "checkpoint inspect"]:
     try:
         main([*args.split(), "--help"])

@@ -131,7 +131,7 @@ def test_hostile_values_are_inert(slurm: Slurm, value: str, tmp_path: Path, monk
 @pytest.mark.parametrize("value", ["a\nb", "x\rtouch canary", "\x1b[2J", "a\u2028b", "a\0"])
 def test_control_characters_are_refused(slurm: Slurm, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = config(slurm)
-    for option in (f"--partition={value}", f"--run.root={value}", f"--data.tokenizer={value}"):
+    for option in (f"--partition={value}", f"--run.root={value}", f"--data.paths={value}"):
         said = refused("submit", path, "--nodes=2", option, capsys=capsys)
         assert "holds a control character" in said and said.count("\n") == 1
     assert "holds a control" in refused("submit", path, "--nodes=2", "--", f"--mem={value}", capsys=capsys)
@@ -183,7 +183,7 @@ def test_slurm_may_refuse(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_cancelled_job_saves_first_and_does_not_come_back(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
     history.append(slurm.run, "submitted", job="41")
     slurm.say(queue="41 41 RUNNING\n")
-    (slurm.tools / "scancel").write_text((slurm.tools / "scancel").read_text() + 'echo >"$tools/queue"\n')
+    (slurm.tools / "scancel").write_text((slurm.tools / "scancel").read_text() + ': >"$tools/queue"\n')
     assert main(["cancel", str(slurm.run)]) == 0
     assert slurm.calls("scontrol") == [["update", "JobId=41", "Requeue=0"]]
     assert slurm.calls("scancel") == [["--signal=USR2", "41"]]

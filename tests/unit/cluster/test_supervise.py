@@ -203,15 +203,17 @@ def written(slurm: Slurm, name: str = "config.yaml", **sections: Any) -> str:
     return str(config)
 
 
-@pytest.mark.parametrize(("requeues", "cause"), [("0", "cancelled"), ("1", "taken back")])
-def test_what_slurm_ends_is_left_to_slurm(slurm: Slurm, requeues: str, cause: str, wait: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("requeues", "cause", "code"), [("0", "cancelled", 1), ("1", "taken back", 75)])
+def test_what_slurm_ends_is_left_to_slurm(
+    slurm: Slurm, requeues: str, cause: str, code: int, wait: Callable[..., None]
+) -> None:
     slurm.start("sleep 60 & wait", state="running")
     slurm.say(requeues=requeues)
     job = batch(slurm, written(slurm))
     wait(lambda: (slurm.run / "status.json").exists())
     job.send_signal(signal.SIGTERM)
     subprocess.run(["pkill", "-TERM", "-P", str(job.pid)], check=True)  # Slurm signals all that the script started
-    assert job.wait(30) == 1
+    assert job.wait(60) == code
     assert story(slurm) == [(cause, "stop", 0)] and slurm.calls("scontrol") == []
 
 
