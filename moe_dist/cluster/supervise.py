@@ -175,6 +175,9 @@ class Supervisor:
             environ["SRUN_CPUS_PER_TASK"] = str(asked.tasks * (asked.cpus or 1))
         environ["NNODES"] = str(len(nodes))
         environ["MOE_DIST_ENDS"] = str(self._ends)
+        logs = self.folder / "logs" / f"start-{start:03d}"
+        logs.mkdir(parents=True, exist_ok=True)
+        environ["MOE_DIST_RANK_LOGS"] = str(logs)
         return environ
 
     @property
