@@ -14,13 +14,13 @@ def states_of(jobs: list[str]) -> dict[str, str]:
     if not jobs:
         return {}
     try:
-        said = ask("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%F %i %T")
+        said = ask("squeue", "--noheader", f"--jobs={','.join(jobs)}", "--format=%F %A %i %T")
     except ValueError as error:
         if "Invalid job id" in str(error):  # it has forgotten them all
             return {}
         raise
     found: dict[str, str] = {}
     for line in said.splitlines():
-        array, number, state = line.split()
-        found |= {array: state, number: state}
+        *names, state = line.split()  # 12_3, the fourth of the array 12, is also the job 15, say
+        found |= dict.fromkeys(names, state)
     return {job: found[job] for job in jobs if job in found}

@@ -28,11 +28,13 @@ from types import FrameType
 from typing import Any
 
 from moe_dist.cluster import history
+from moe_dist.cluster.allocation import Allocation
 from moe_dist.cluster.cause import Decision, Ended, cause_of, decide
 from moe_dist.cluster.nodes import chosen, is_gone, job_now, requeues, silent, states
+from moe_dist.cluster.queue import state_of
 from moe_dist.config import Config
 from moe_dist.config.flags import Parser
-from moe_dist.parallel.slurm import Variables, ask, hosts
+from moe_dist.parallel.slurm import ask
 from moe_dist.process import output_never_fatal
 from moe_dist.train.arguments import run_arguments
 from moe_dist.train.exit_codes import FAILED, SAVED
@@ -40,49 +42,7 @@ from moe_dist.train.record.status import FILE as STATUS
 from moe_dist.train.record.status import read_status
 
 _ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """The job, from the variables that Slurm sets for its script. nodes: how many the run gets, spares apart. tasks,
-    cpus: what sbatch was asked for, a node and a task. restarts: how often it was requeued before."""
-
-    job: str
-    nodelist: tuple[str, ...]
-    nodes: int
-    ranks: int
-    tasks: int
-    cpus: int | None
-    restarts: int
-
-    @staticmethod
-    def of(environ: Mapping[str, str], ranks: int | None, spare: int) -> "Allocation":
-        """ranks: a node. Raises ValueError when a variable is missing, wrong, or does not fit the others."""
-        told = Variables(environ)
-
-        def number(name: str) -> int | None:
-            return told.number(name) if environ.get(name) else None
-
-        nodelist, tasks, gpus = told.text("SLURM_JOB_NODELIST"), number("SLURM_NTASKS_PER_NODE") or 1, None
-        if environ.get("SLURM_GPUS_ON_NODE"):
-            gpus = told.number("SLURM_GPUS_ON_NODE")
-        each = environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]
-        if each and each != str(gpus):
-            raise ValueError(
-                f"--gpus-per-task={environ['SLURM_GPUS_PER_TASK']} leaves a node's one task here fewer GPUs than the "
-                "job has there: use --gpus-per-node, or start ranks as tasks (srun moe-dist train)"
-            )
-        ranks = ranks or number("RANKS_PER_NODE") or gpus or tasks
-        nodes = told.number("SLURM_JOB_NUM_NODES") - spare
-        if nodes < 1 or spare < 0:
-            raise ValueError(f"--spare-nodes {spare} leaves {nodes} of the job's nodes: ask for more with --nodes")
-        job, cpus = str(told.number("SLURM_JOB_ID")), number("SLURM_CPUS_PER_TASK")
-        restarts = number("SLURM_RESTART_COUNT") or 0
-        return Allocation(job, tuple(hosts(nodelist)), nodes, ranks, tasks, cpus, restarts)
-
-    @property
-    def spare(self) -> int:
-        return len(self.nodelist) - self.nodes
+_LOCK_SECONDS = 120  # longer than an NFS server keeps the lock of a node that is lost
 
 
 @dataclass(slots=True)
@@ -174,6 +134,7 @@ class Supervisor:
         if asked.cpus is not None or asked.tasks > 1:
             environ["SRUN_CPUS_PER_TASK"] = str(asked.tasks * (asked.cpus or 1))
         environ["NNODES"] = str(len(nodes))
+        environ["MOE_DIST_LOCK_SECONDS"] = str(_LOCK_SECONDS)
         environ["MOE_DIST_ENDS"] = str(self._ends)
         logs = self.folder / "logs" / f"start-{start:03d}"
         logs.mkdir(parents=True, exist_ok=True)
@@ -231,11 +192,14 @@ class Supervisor:
             return None
 
     def _tell_how_the_last_one_ended(self) -> None:
-        """Where its supervisor could not: its node was lost, or it was killed at once."""
+        """Where its supervisor could not: its node was lost, or it was killed at once. Raises ValueError while it goes
+        on, in another job."""
         lines = history.read(self.folder)
         start = history.unfinished(lines)
         if start is None:
             return
+        if start["job"] != self.allocation.job and state_of(start["job"]) == "RUNNING":
+            raise ValueError(f"{self.folder} is in use by job {start['job']}, which runs: wait for it, or cancel it")
         if start["job"] == self.allocation.job:  # and Slurm has queued it again
             told = {"cause": "node lost", "detail": "that of the job's script, or Slurm killed the job at once"}
         else:

@@ -84,7 +84,7 @@ def test_a_configuration_is_handed_in_with_everything_as_arguments(
 def test_a_run_is_handed_in_once(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
     path = config(slurm)
     assert main(["submit", path, "--nodes", "2"]) == 0
-    slurm.say(queue="41 41 PENDING\n")
+    slurm.say(queue="41 41 41 PENDING\n")
     assert "is in job 41 already (PENDING)" in refused("submit", path, "--nodes", "2", capsys=capsys)
     slurm.say(queue="")
     assert main(["submit", path, "--nodes", "2"]) == 0 and len(slurm.calls("sbatch")) == 2
@@ -182,7 +182,7 @@ def test_slurm_may_refuse(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_cancelled_job_saves_first_and_does_not_come_back(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
     history.append(slurm.run, "submitted", job="41")
-    slurm.say(queue="41 41 RUNNING\n")
+    slurm.say(queue="41 41 41 RUNNING\n")
     (slurm.tools / "scancel").write_text((slurm.tools / "scancel").read_text() + ': >"$tools/queue"\n')
     assert main(["cancel", str(slurm.run)]) == 0
     assert slurm.calls("scontrol") == [["update", "JobId=41", "Requeue=0"]]
@@ -194,9 +194,9 @@ def test_a_cancelled_job_saves_first_and_does_not_come_back(slurm: Slurm, capsys
 def test_a_job_that_does_not_end_or_has_not_begun_is_cancelled(
     slurm: Slurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm.say(queue="41 41_3 RUNNING\n")
+    slurm.say(queue="41 41 41_3 RUNNING\n")
     assert main(["cancel", "41_3", "--seconds", "0"]) == 0
-    slurm.say(queue="42 42 PENDING\n")
+    slurm.say(queue="42 42 42 PENDING\n")
     assert main(["cancel", "42"]) == 0
     assert slurm.calls("scancel") == [["--signal=USR2", "41_3"], ["41_3"], ["42"]]
     for what in ("-x", "no/such", "41; touch canary"):
@@ -220,7 +220,7 @@ def test_all_runs_are_listed(slurm: Slurm, tmp_path: Path, capsys: pytest.Captur
     write_status(root / "mine", "running")
     write_status(root / "deep/other", "finished", step=10)
     history.append(root / "waits", "submitted", job="42")
-    slurm.say(queue="41 41 RUNNING\n42 42 PENDING\n")
+    slurm.say(queue="41 41 41 RUNNING\n42 42 42 PENDING\n")
     with locked(root / "mine" / LOCK):
         assert main(["status", str(root)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

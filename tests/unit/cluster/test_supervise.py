@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from moe_dist.cluster import history
+from moe_dist.cluster.allocation import Allocation
 from moe_dist.cluster.keeper import keep
 from moe_dist.cluster.nodes import chosen, job_now, seconds_of
-from moe_dist.cluster.supervise import Allocation, main
+from moe_dist.cluster.supervise import main
 from tests.unit.cluster.pretended import ROOT, Slurm
 
 DIED = "mkdir -p ends; echo '{\"1\": -9}' >ends/b.json"
@@ -119,6 +120,16 @@ def test_the_end_of_a_start_whose_supervisor_was_lost_is_told_by_the_next(slurm:
     assert supervise(slurm, SLURM_RESTART_COUNT="1") == 0
     assert [line.get("start") for line in history.read(slurm.run)] == [1, 1, 2, 2]
     assert [cause for cause, _, _ in story(slurm)] == ["node lost", "finished"]
+
+
+def test_a_run_that_another_job_has_is_left_alone(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    history.append(slurm.run, "start", start=1, job="6", nodes=["a", "b"], step=0, saved=0)
+    slurm.say(queue="6 6 6 RUNNING\n")
+    assert supervise(slurm) == 2
+    assert "is in use by job 6" in capsys.readouterr().err and len(history.read(slurm.run)) == 1
+    slurm.say(queue="")
+    slurm.start(leaves=0, state="finished", step=40)
+    assert supervise(slurm) == 0 and [cause for cause, _, _ in story(slurm)] == ["cancelled", "finished"]
 
 
 def test_a_job_that_may_not_be_queued_again_says_so(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
