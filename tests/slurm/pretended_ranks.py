@@ -2,9 +2,9 @@
 
     MOE_DIST_PYTHON=SCRIPT, where SCRIPT runs this with `python -ES`: no torch, no moe_dist.
 
-Node 0 writes status.json and metrics.jsonl, saves every tenth step, goes on from there, and saves when a signal asks for
-it. All nodes watch one another's heartbeats, as ranks notice a peer that is gone. Files that a test puts into the run's
-folder make it fail: die-K, node K notes a rank that died of SIGKILL; stall, node 0 ends with 77; slow, steps wait.
+Node 0 writes status.json and metrics.jsonl, saves every tenth step, goes on from there, and saves when a signal asks
+for it. All nodes watch one another's heartbeats, as ranks notice a peer that is gone. Files that a test puts into the
+run's folder make it fail: die-K, node K notes a rank that died of SIGKILL; stall, node 0 ends with 77; slow, it waits.
 """
 
 import json
@@ -28,9 +28,8 @@ def main(run: Path, node: int, nodes: int) -> int:
         (run / f"beat-{start}-{node}").touch()
         if (run / f"die-{node}").exists():
             (run / f"die-{node}").unlink()
-            Path(os.environ["MOE_DIST_ENDS"], os.environ["SLURMD_NODENAME"] + ".json").write_text(
-                json.dumps({node: -9})
-            )
+            noted = Path(os.environ["MOE_DIST_ENDS"], f"{os.environ['SLURMD_NODENAME']}.json")
+            noted.write_text(json.dumps({node: -9}))
             return 1
         if (run / f"end-{start}").exists():
             return int((run / f"end-{start}").read_text() or 1)
