@@ -14,16 +14,16 @@ import sys
 import time
 from pathlib import Path
 
-STEPS, TICK, PATIENCE = 120, 0.1, 4.0
-heard: list[int] = []
+STEPS, TICK, PATIENCE, START = 120, 0.1, 8.0, 60.0
+heard: list[tuple[int, float]] = []
 
 
 def main(run: Path, node: int, nodes: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda got, _: heard.append(got))
+        signal.signal(number, lambda got, _: heard.append((got, time.time())))
     start = os.environ["MOE_DIST_RANK_LOGS"].rpartition("-")[2]
     step = begin(run) if node == 0 else 0
-    began = time.monotonic()
+    began = time.time()
     while True:
         (run / f"beat-{start}-{node}").touch()
         if (run / f"die-{node}").exists():
@@ -33,17 +33,16 @@ def main(run: Path, node: int, nodes: int) -> int:
             return 1
         if (run / f"end-{start}").exists():
             return int((run / f"end-{start}").read_text() or 1)
-        for other in range(nodes):
-            beat = run / f"beat-{start}-{other}"
-            age = time.time() - beat.stat().st_mtime if beat.exists() else time.monotonic() - began - 60
-            if age > PATIENCE:
-                if node == 0:
-                    status(run, state="failed", reason=f"RankLost: rank 0 lost another rank; last here: step {step}")
-                return 1
+        beats = [run / f"beat-{start}-{other}" for other in range(nodes)]
+        oldest = min(beat.stat().st_mtime if beat.exists() else 0.0 for beat in beats)
+        if time.time() - max(oldest, began + START) > PATIENCE:
+            if node == 0:
+                status(run, state="failed", reason=f"RankLost: rank 0 lost another rank; last here: step {step}")
+            return 1
         if node == 0:
-            step = advance(run, step, start)
+            step = advance(run, step, start, oldest)
         elif heard:
-            (run / f"heard-{start}").write_text(str(heard[0]))
+            (run / f"heard-{start}").write_text(str(heard[0][0]))
         time.sleep(TICK)
 
 
@@ -57,10 +56,15 @@ def begin(run: Path) -> int:
     return saved
 
 
-def advance(run: Path, step: int, start: str) -> int:
-    """One step, or the end of this start, which all nodes see."""
+def advance(run: Path, step: int, start: str, oldest: float) -> int:
+    """One step, or the end of this start, which all nodes see. oldest: when the last of them was heard of; none may be
+    older than the signal when it saves."""
     told = run / f"heard-{start}"
-    number = heard[0] if heard else int(told.read_text() or 0) if told.exists() else 0
+    number = int(told.read_text() or 0) if told.exists() else 0
+    if heard:
+        number = heard[0][0]
+        if oldest < heard[0][1]:
+            return step
     if (run / "stall").exists():
         (run / "stall").unlink()
         status(run, state="failed", reason="rank 1 has made no progress for 9 s", code=77)
