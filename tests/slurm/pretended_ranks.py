@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-STEPS, TICK, PATIENCE, START = 120, 0.1, 8.0, 60.0
+STEPS, TICK, TOGETHER, PATIENCE, START = 120, 0.1, 1.0, 8.0, 60.0  # all but the first in seconds
 heard: list[tuple[int, float]] = []
 
 
@@ -74,7 +74,7 @@ def advance(run: Path, step: int, start: str, oldest: float) -> int:
         ended = {"state": "preempted", "signal": signal.Signals(number).name} if number else {"state": "finished"}
         status(run, step=step, **ended)
         (run / f"end-{start}").write_text("1" if number else "0")
-    elif not (run / "slow").exists():
+    elif oldest > time.time() - TOGETHER and not (run / "slow").exists():
         step += 1
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "loss": 1 / step, "step_seconds": TICK}) + "\n")
