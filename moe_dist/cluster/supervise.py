@@ -114,7 +114,8 @@ class Supervisor:
         detail = f": {cause.detail}" if cause.detail else ""
         why = f": {decision.why}" if decision.why else ""
         _say(f"job {self.allocation.job}, start {number} ended at step {reached['step']}, {cause.kind}{detail}")
-        _say(f"job {self.allocation.job}: {decision.next}{why}")
+        if decision.why or decision.next != "stop":
+            _say(f"job {self.allocation.job}: {decision.next}{why}")
         return decision, chosen(left, self.allocation.nodes, self.blamed)
 
     def command(self, nodes: Sequence[str]) -> list[str]:
@@ -216,7 +217,7 @@ class Supervisor:
         own = os.environ.get("SLURMD_NODENAME", self.allocation.nodelist[0])
         others = [node for node in reversed(self.allocation.nodelist) if node != own and not self.blamed[node]]
         if others:
-            step = ["--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={others[0]}"]
+            step = ["--quiet", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={others[0]}"]
             watch = [sys.executable, "-m", "moe_dist.cluster.keeper", self.allocation.job]
             self.keeper = subprocess.Popen(["srun", "--export=ALL", *step, *watch], stdin=subprocess.DEVNULL)
 
