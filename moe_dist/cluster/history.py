@@ -23,16 +23,20 @@ from moe_dist.train.record.history import last_logged_step
 FILE = "history.jsonl"
 
 
-def append(folder: Path, event: str, time: datetime | None = None, **details: Any) -> dict[str, Any]:
-    """A line of it, which is returned. time: when it happened, if not now."""
+def append(folder: Path, event: str, **details: Any) -> None:
+    """A line of it, of now unless `time` is among the details."""
     folder.mkdir(parents=True, exist_ok=True)
-    line = {"time": (time or datetime.now(UTC)).isoformat(timespec="milliseconds"), "event": event, **details}
+    line = {"time": stamp(datetime.now(UTC)), "event": event} | details
     with (folder / FILE).open("a+b") as file:
         torn = file.tell() > 0 and _last_byte(file.fileno()) != b"\n"  # of one that was killed while it wrote
         file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
-    return line
+
+
+def stamp(time: datetime) -> str:
+    """As the lines have it."""
+    return time.isoformat(timespec="milliseconds")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def print_runs(root: Path) -> None:
     lines = {folder: history.read(folder) for folder in folders}
     jobs = {folder: job for folder in folders if (job := history.job_of(lines[folder])) is not None}
     queue = _queue(sorted(set(jobs.values())))
-    rows = [_COLUMNS]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for folder in folders:
         job = jobs.get(folder, "")
         told = f"{job} {queue[job]}" if job in queue else job

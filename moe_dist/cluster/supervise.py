@@ -205,10 +205,10 @@ class Supervisor:
             told = {"cause": "node lost", "detail": "that of the job's script, or Slurm killed the job at once"}
         else:
             told = {"cause": "cancelled", "detail": "the job was killed before it could say why"}
-        when = history.last_sign_of_life(self.folder)
+        told["time"] = history.stamp(history.last_sign_of_life(self.folder))
         names = {name: start[name] for name in ("start", "job", "nodes")}
         reached = history.reached(self.folder)
-        history.append(self.folder, "end", time=when, **names, **told, **reached, next="requeue")
+        history.append(self.folder, "end", **names, **told, **reached, next="requeue")
 
     def _keep(self, nodes: Sequence[str]) -> None:
         """Have another node watch over this one, where Slurm would not notice that the job has lost its head."""

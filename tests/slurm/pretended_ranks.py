@@ -34,8 +34,8 @@ def main(run: Path, node: int, nodes: int) -> int:
         if (run / f"end-{start}").exists():
             return int((run / f"end-{start}").read_text() or 1)
         beats = [run / f"beat-{start}-{other}" for other in range(nodes)]
-        oldest = min(beat.stat().st_mtime if beat.exists() else 0.0 for beat in beats)
-        if time.time() - max(oldest, began + START) > PATIENCE:
+        oldest = min(beat.stat().st_mtime if beat.exists() else began + START for beat in beats)
+        if time.time() - oldest > PATIENCE:
             if node == 0:
                 status(run, state="failed", reason=f"RankLost: rank 0 lost another rank; last here: step {step}")
             return 1
@@ -74,7 +74,7 @@ def advance(run: Path, step: int, start: str, oldest: float) -> int:
         ended = {"state": "preempted", "signal": signal.Signals(number).name} if number else {"state": "finished"}
         status(run, step=step, **ended)
         (run / f"end-{start}").write_text("1" if number else "0")
-    elif oldest > time.time() - TOGETHER and not (run / "slow").exists():
+    elif time.time() > oldest > time.time() - TOGETHER and not (run / "slow").exists():
         step += 1
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "loss": 1 / step, "step_seconds": TICK}) + "\n")
