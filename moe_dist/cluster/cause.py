@@ -6,7 +6,7 @@ exit codes of ranks as their launchers noted them, the exit code of srun.
 | cause | known by | then |
 |---|---|---|
 | finished | status.json | stop |
-| cancelled, taken back | Slurm told the batch script to end | stop; Slurm queues what it took back |
+| cancelled, taken back | history.jsonl; Slurm told the batch script to end | stop; Slurm queues what it took back |
 | preempted, time limit, signal | the run saved and left on SIGTERM, near the limit, on SIGUSR2 or SIGINT | requeue |
 | diverged, replicas differ, crash loop | 76, 78, 79 in status.json | stop: it would happen again |
 | node lost | Slurm, or a step that cannot start there | restart |
@@ -61,14 +61,15 @@ class Ended:
 
     code: of srun. status: what this start wrote into status.json, or found there and left with 0; else empty. ranks: by
     node and rank, the exit codes other than 0 that launchers noted, below 0 the signal. lost: nodes that do not answer.
-    told_to_end: the supervisor heard SIGTERM; requeued: and Slurm has put the job back into its queue. seconds_left: to
-    the job's time limit, None for none.
+    cancelled: by `moe-dist cancel`. told_to_end: the supervisor heard SIGTERM; requeued: and Slurm has put the job back
+    into its queue. seconds_left: to the job's time limit, None for none.
     """
 
     code: int
     status: Mapping[str, Any] = field(default_factory=dict)
     ranks: Mapping[tuple[str, int], int] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    cancelled: bool = False
     told_to_end: bool = False
     requeued: bool = False
     seconds_left: float | None = None
@@ -77,12 +78,13 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class Cause:
     """kind as in the table above; detail: a line for a person. nodes: those that are to blame. code: what the job ends
-    with if it ends for this."""
+    with if it ends for this. final: it does."""
 
     kind: Kind
     detail: str = ""
     nodes: tuple[str, ...] = ()
     code: int = FAILED
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +101,35 @@ def cause_of(ended: Ended) -> Cause:
     state, reason = ended.status.get("state"), " ".join(str(ended.status.get("reason", "")).split())
     code = ended.status.get("code", FAILED)
     if state == "finished":
-        return Cause("finished", code=0)
-    if ended.told_to_end:
-        saved = f", saved at step {ended.status['step']}" if state == "preempted" else ""
-        if ended.requeued:
-            return Cause("taken back", f"Slurm ended the job and queued it again{saved}", code=SAVED)
-        return Cause("cancelled", f"Slurm ended the job for good{saved}", code=SAVED if saved else FAILED)
+        return Cause("finished", code=0, final=True)
+    if ended.cancelled or ended.told_to_end:
+        return _ended_from_outside(ended)
     if state == "preempted":
         return _saved(ended, str(ended.status.get("signal")))
     if state == "failed" and code in _ENDED:
         return Cause(_ENDED[code], reason, code=code)  # type: ignore[arg-type]
     if ended.lost:
         told = f"; {reason}" if reason else ""
-        return Cause("node lost", f"{', '.join(ended.lost)} does not answer{told}", ended.lost)
+        return Cause("node lost", f"{_silent(ended.lost)}{told}", ended.lost)
     if state == "failed" and code == STALLED:
         return Cause("stalled", reason, code=STALLED)
     return _of_ranks(ended, reason if state == "failed" else "")
+
+
+def _ended_from_outside(ended: Ended) -> Cause:
+    """By a person, or by Slurm, which then decides what is next."""
+    saved = ended.status.get("state") == "preempted"
+    told = f", saved at step {ended.status['step']}" if saved else ""
+    if ended.requeued and ended.lost:
+        return Cause("node lost", f"{_silent(ended.lost)}: Slurm queued the job again{told}", code=SAVED, final=True)
+    if ended.requeued:
+        return Cause("taken back", f"Slurm ended the job and queued it again{told}", code=SAVED, final=True)
+    by = "moe-dist cancel" if ended.cancelled else "Slurm ended the job for good"
+    return Cause("cancelled", f"{by}{told}", code=SAVED if saved else FAILED, final=True)
+
+
+def _silent(nodes: tuple[str, ...]) -> str:
+    return f"{', '.join(nodes)} {'do' if len(nodes) > 1 else 'does'} not answer"
 
 
 def _saved(ended: Ended, heard: str) -> Cause:
@@ -146,7 +161,7 @@ def decide(
 ) -> Decision:
     """fruitless: starts in a row without progress, the one that has just ended included. enough_nodes: as many as the
     run needs answer in this allocation."""
-    if cause.kind in ("finished", "cancelled", "taken back"):
+    if cause.final:
         return Decision("stop", cause.code)
     if cause.kind in ("preempted", "time limit", "signal"):
         return Decision("requeue", cause.code)

@@ -6,8 +6,8 @@
      "detail": "rank 1 on node2 died of signal 9 (SIGKILL)", "step": 31, "saved": 30, "next": "restart"}
 
 step: the last that metrics.jsonl has, when that was written; saved: the newest checkpoint's. Written by the supervisor
-of the job, one at a time, and by `moe-dist submit`; each line is on the disk before what it tells of goes on. Light: no
-torch.
+of the job, one at a time, by `moe-dist submit` (submitted) and `moe-dist cancel` (cancel); each line is on the disk
+before what it tells of goes on. Light: no torch.
 """
 
 import json
@@ -60,6 +60,12 @@ def unfinished(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The last start, if nobody has told its end."""
     told = [line for line in lines if line["event"] in ("start", "end")]
     return told[-1] if told and told[-1]["event"] == "start" else None
+
+
+def is_cancelled(lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether somebody asked to end the run since it was last started."""
+    told = [line["event"] for line in lines if line["event"] in ("start", "cancel")]
+    return told[-1:] == ["cancel"]
 
 
 def fruitless(lines: Sequence[dict[str, Any]]) -> int:

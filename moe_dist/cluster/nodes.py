@@ -54,8 +54,8 @@ def seconds_of(text: str) -> float | None:
 
 
 def states(nodes: Sequence[str]) -> dict[str, str]:
-    """What Slurm calls them: mixed, allocated, down*, draining, ..."""
-    said = _patiently(lambda: ask("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T"))
+    """What Slurm calls them: mixed, allocated, down*, draining, ... Raises ValueError when it does not say."""
+    said = ask("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T")
     return dict(line.split(maxsplit=1) for line in said.splitlines() if line.strip())
 
 

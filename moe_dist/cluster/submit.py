@@ -63,6 +63,7 @@ def sbatch_command(request: Request, root: Path) -> list[str]:
     folder = request.config.run.folder.absolute()
     own: dict[str, str | int | bool] = {
         "job-name": request.config.run.name,
+        "comment": str(folder),  # by which `moe-dist cancel JOB` finds the run
         "output": f"{file_pattern(folder)}/slurm/{'%A_%a' if 'array' in request.sbatch else '%j'}.out",
         **request.sbatch,
     }

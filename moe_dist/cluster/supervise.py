@@ -154,13 +154,14 @@ class Supervisor:
         with suppress(ValueError):
             if code == 0 or self._written() != before:
                 status = read_status(self.folder)
-        if self.told_to_end:
-            again = False
+        if self.told_to_end:  # and killed soon
+            again, gone = False, list[str]()
             with suppress(ValueError):
                 again = requeues(self.allocation.job) > self.allocation.restarts
-            return Ended(code=code, status=status, told_to_end=True, requeued=again), []
-        if status.get("state") == "finished":
-            return Ended(code=code, status=status), []
+                gone = [node for node, state in states(nodes).items() if is_gone(state)]
+            return Ended(code=code, status=status, lost=tuple(gone), told_to_end=True, requeued=again), []
+        if status.get("state") == "finished" or history.is_cancelled(history.read(self.folder)):
+            return Ended(code=code, status=status, cancelled=True), []
         try:
             job = job_now(self.allocation.job)
             named = states(self.allocation.nodelist)
@@ -203,6 +204,9 @@ class Supervisor:
             raise ValueError(f"{self.folder} is in use by job {start['job']}, which runs: wait for it, or cancel it")
         if start["job"] == self.allocation.job:  # and Slurm has queued it again
             told = {"cause": "node lost", "detail": "that of the job's script, or Slurm killed the job at once"}
+            with suppress(ValueError):
+                gone = [node for node, state in states(start["nodes"]).items() if is_gone(state)]
+                told["detail"] = f"{', '.join(gone)}: Slurm killed the job at once" if gone else told["detail"]
         else:
             told = {"cause": "cancelled", "detail": "the job was killed before it could say why"}
         told["time"] = history.stamp(history.last_sign_of_life(self.folder))

@@ -15,7 +15,7 @@ from moe_dist.train.record.history import last_logged_step
 from tests.slurm.conftest import ROOT, Cluster, _free_ports, _missing, wait_until
 
 SCRIPT = str(ROOT / "slurm/local_cluster.sh")
-URGENT = ("--partition=urgent", "--nodes=3", "--overcommit", "--ntasks-per-node=1", "--output=/dev/null")
+URGENT = ("--partition=urgent", "--nodes=3", "--exclusive", "--ntasks-per-node=1", "--output=/dev/null")
 """Options of sbatch for a job that takes the nodes from others."""
 
 

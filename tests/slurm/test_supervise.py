@@ -126,7 +126,7 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_handed_in_again(runs: Runs) 
     run = runs.submit("cancelled")
     run.goes_on()
     assert f"job {run.job} has ended" in runs.cli("cancel", run.folder)
-    assert read_status(run.folder)["state"] == "preempted" and run.story() == [("signal", "requeue")]
+    assert read_status(run.folder)["state"] == "preempted" and run.story() == [("cancelled", "stop")]
     assert runs.cluster.details(run.job)["Restarts"] == "0"
     again = runs.submit("cancelled")
     again.goes_on()

@@ -1,5 +1,7 @@
 """Every cause by what is known of it, and what follows."""
 
+from dataclasses import replace
+
 import pytest
 
 from moe_dist.cluster.cause import Cause, Decision, Ended, Kind, cause_of, decide
@@ -27,6 +29,9 @@ def failed(reason: str, code: int | None = None) -> dict[str, object]:
         (Ended(code=1, status=SAVED | {"signal": "SIGTERM"}, told_to_end=True), "cancelled"),
         (Ended(code=143, told_to_end=True), "cancelled"),
         (Ended(code=1, status=SAVED, told_to_end=True, requeued=True), "taken back"),
+        (Ended(code=1, status=SAVED, told_to_end=True, requeued=True, lost=("b",)), "node lost"),
+        (Ended(code=1, status=SAVED, cancelled=True), "cancelled"),
+        (Ended(code=1, status=LOST_ONE, cancelled=True, lost=("b",)), "cancelled"),
         (Ended(code=1, status=failed("the loss went off", 76), lost=("b",)), "diverged"),
         (Ended(code=1, status=failed("experts.0 differs", 78)), "replicas differ"),
         (Ended(code=1, status=failed("6 starts", 79)), "crash loop"),
@@ -56,7 +61,7 @@ def test_a_cause_says_who_is_to_blame_and_with_which_code_the_job_would_end() ->
     cause = cause_of(Ended(code=1, status=LOST_ONE, ranks={("b", 1): -9, ("a", 0): 1}))
     assert cause.nodes == ("b",) and cause.detail == "rank 1 on b died of signal 9 (SIGKILL)"
     lost = cause_of(Ended(code=137, lost=("b", "c")))
-    assert lost.nodes == ("b", "c") and lost.detail == "b, c does not answer"
+    assert lost.nodes == ("b", "c") and lost.detail == "b, c do not answer"
     codes = {
         76: cause_of(Ended(code=1, status=failed("x", 76))).code,
         77: cause_of(Ended(code=1, status=failed("x", 77))).code,
@@ -66,6 +71,21 @@ def test_a_cause_says_who_is_to_blame_and_with_which_code_the_job_would_end() ->
         75: cause_of(Ended(code=1, status=SAVED)).code,
     }
     assert all(want == got for want, got in codes.items())
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        Ended(code=0, status={"state": "finished"}),
+        Ended(code=1, cancelled=True),
+        Ended(code=1, told_to_end=True),
+        Ended(code=1, told_to_end=True, requeued=True),
+        Ended(code=1, told_to_end=True, requeued=True, lost=("b",)),
+    ],
+)
+def test_what_others_have_decided_is_final(ended: Ended) -> None:
+    assert cause_of(ended).final
+    assert not cause_of(replace(ended, status={}, cancelled=False, told_to_end=False)).final
 
 
 def test_want_of_memory_is_known_by_what_the_run_says_of_it() -> None:
@@ -81,7 +101,8 @@ def test_want_of_memory_is_known_by_what_the_run_says_of_it() -> None:
 
 def decision(kind: Kind, **known: object) -> Decision:
     usual: dict[str, object] = dict(fruitless=1, max_restarts=5, enough_nodes=True, seconds_left=None)
-    return decide(Cause(kind, code=9), **(usual | known))  # type: ignore[arg-type]
+    final = kind in ("finished", "cancelled", "taken back")
+    return decide(Cause(kind, code=9, final=final), **(usual | known))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["finished", "cancelled", "taken back"])

@@ -58,6 +58,7 @@ def test_a_configuration_is_handed_in_with_everything_as_arguments(
     assert main(["submit", path, *options, *flags, "--", "--mem=0", "--exclusive"]) == 0
     assert handed_in(slurm) == [
         "--job-name=mine",
+        f"--comment={slurm.run}",
         f"--output={slurm.run}/slurm/%j.out",
         "--time=4:00:00",
         "--partition=big",
@@ -185,7 +186,7 @@ def test_a_cancelled_job_saves_first_and_does_not_come_back(slurm: Slurm, capsys
     slurm.say(queue="41 41 41 RUNNING\n")
     (slurm.tools / "scancel").write_text((slurm.tools / "scancel").read_text() + ': >"$tools/queue"\n')
     assert main(["cancel", str(slurm.run)]) == 0
-    assert slurm.calls("scontrol") == [["update", "JobId=41", "Requeue=0"]]
+    assert [line["event"] for line in history.read(slurm.run)] == ["submitted", "cancel"]
     assert slurm.calls("scancel") == [["--signal=USR2", "41"]]
     assert "job 41 has ended" in capsys.readouterr().out
     assert "job 41 neither waits nor runs" in refused("cancel", "41", capsys=capsys)
@@ -196,6 +197,7 @@ def test_a_job_that_does_not_end_or_has_not_begun_is_cancelled(
 ) -> None:
     slurm.say(queue="41 41 41_3 RUNNING\n")
     assert main(["cancel", "41_3", "--seconds", "0"]) == 0
+    assert slurm.calls("scontrol") == [["update", "JobId=41_3", "Requeue=0"]], "nothing says which run it has"
     slurm.say(queue="42 42 42 PENDING\n")
     assert main(["cancel", "42"]) == 0
     assert slurm.calls("scancel") == [["--signal=USR2", "41_3"], ["41_3"], ["42"]]

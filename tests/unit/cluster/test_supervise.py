@@ -132,6 +132,16 @@ def test_a_run_that_another_job_has_is_left_alone(slurm: Slurm, capsys: pytest.C
     assert supervise(slurm) == 0 and [cause for cause, _, _ in story(slurm)] == ["cancelled", "finished"]
 
 
+def test_a_cancelled_run_is_neither_started_nor_queued_again(slurm: Slurm) -> None:
+    slurm.start(
+        'echo \'{"event": "cancel", "job": "7"}\' >>history.jsonl', step=31, state="preempted", signal="SIGUSR2"
+    )
+    assert supervise(slurm) == 75
+    assert story(slurm) == [("cancelled", "stop", 31)] and slurm.calls("scontrol") == []
+    slurm.start(leaves=0, state="finished", step=40)
+    assert supervise(slurm) == 0, "handed in again, it goes on"
+
+
 def test_a_job_that_may_not_be_queued_again_says_so(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
     (slurm.tools / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2; exit 1\n")
     slurm.start(state="preempted", step=31, signal="SIGUSR2")
