@@ -154,12 +154,8 @@ class Supervisor:
         with suppress(ValueError):
             if code == 0 or self._written() != before:
                 status = read_status(self.folder)
-        if self.told_to_end:  # and killed soon
-            again, gone = False, list[str]()
-            with suppress(ValueError):
-                again = requeues(self.allocation.job) > self.allocation.restarts
-                gone = [node for node, state in states(nodes).items() if is_gone(state)]
-            return Ended(code=code, status=status, lost=tuple(gone), told_to_end=True, requeued=again), []
+        if self.told_to_end:
+            return self._ended_by_slurm(nodes, code, status), []
         if status.get("state") == "finished" or history.is_cancelled(history.read(self.folder)):
             return Ended(code=code, status=status, cancelled=True), []
         try:
@@ -171,12 +167,22 @@ class Supervisor:
         gone = [node for node in self.allocation.nodelist if node not in job.nodes or is_gone(named.get(node, ""))]
         there = [node for node in self.allocation.nodelist if node not in gone]
         gone += silent(there) if status.get("state") != "preempted" else []
+        if self.told_to_end:  # since: Slurm lets no step of the job start any more
+            return self._ended_by_slurm(nodes, code, status), []
         lost = tuple(node for node in nodes if node in gone)
         self.blamed.update(node for node in there if named.get(node, "").startswith("drain"))  # somebody doubts it
         return (
             Ended(code=code, status=status, ranks=self._ranks(), lost=lost, seconds_left=job.seconds_left),
             [node for node in there if node not in gone],
         )
+
+    def _ended_by_slurm(self, nodes: Sequence[str], code: int, status: Mapping[str, Any]) -> Ended:
+        """Which kills this process soon, so nothing is asked twice."""
+        again, gone = False, list[str]()
+        with suppress(ValueError):
+            again = requeues(self.allocation.job) > self.allocation.restarts
+            gone = [node for node, state in states(nodes).items() if is_gone(state)]
+        return Ended(code=code, status=status, lost=tuple(gone), told_to_end=True, requeued=again)
 
     def _ranks(self) -> dict[tuple[str, int], int]:
         """Exit codes of ranks, by node and rank, as launchers noted them."""
