@@ -1,7 +1,7 @@
 """On another node than the batch script of a job: requeues the job when Slurm has taken the script's node from it.
 
 A job submitted with --no-kill outlives the loss of any node, also of that one; without its script it would hold the
-others until its time limit. Light: no torch.
+others until its time limit. It watches from a second or two after a start on. Light: no torch.
 """
 
 import signal

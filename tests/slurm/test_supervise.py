@@ -100,8 +100,8 @@ def test_without_spare_nodes_the_job_is_queued_again(runs: Runs) -> None:
 
 def test_a_job_that_loses_the_node_of_its_script_is_queued_again(runs: Runs) -> None:
     run = runs.submit("headless", "--spare-nodes", "1")
+    run.goes_on()  # by then another node watches
     (run.folder / "slow").touch()
-    run.wait(lambda: bool(run.nodes()))
     lost = run.nodes()[0][0]
     runs.lose(lost)
     run.wait(lambda: runs.cluster.details(run.job)["Restarts"] == "1")
