@@ -6,6 +6,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -101,22 +102,29 @@ def test_without_spare_nodes_the_job_is_queued_again(runs: Runs) -> None:
 def test_a_job_that_loses_the_node_of_its_script_is_queued_again(runs: Runs) -> None:
     run = runs.submit("headless", "--spare-nodes", "1")
     run.goes_on()  # by then another node watches
-    (run.folder / "slow").touch()
     lost = run.nodes()[0][0]
     runs.lose(lost)
     run.wait(lambda: runs.cluster.details(run.job)["Restarts"] == "1")
-    (run.folder / "slow").unlink()
     runs.come_back(lost)
     ends_well(run)
     assert run.story()[0] == ("node lost", "requeue") and run.story()[-1] == ("finished", "stop")
+
+
+@contextmanager
+def standing_still(run: Run) -> Iterator[None]:
+    """What is slower than a pretended run is waited for."""
+    (run.folder / "slow").touch()
+    yield
+    (run.folder / "slow").unlink()
 
 
 def test_a_run_gives_way_five_times_and_comes_back(runs: Runs) -> None:
     run = runs.submit("preempted")
     for preempted in range(1, 6):
         run.goes_on(5)
-        runs.cluster.run("sbatch", *URGENT, "--wrap", "sleep 1")
-        run.ended(preempted)
+        with standing_still(run):
+            runs.cluster.run("sbatch", *URGENT, "--wrap", "sleep 1")
+            run.ended(preempted)
     ends_well(run)
     assert run.story() == [("preempted", "requeue")] * 5 + [("finished", "stop")]
     assert runs.cluster.details(run.job)["Restarts"] == "5"
@@ -124,16 +132,18 @@ def test_a_run_gives_way_five_times_and_comes_back(runs: Runs) -> None:
 
 def test_a_cancelled_run_has_saved_and_goes_on_when_handed_in_again(runs: Runs) -> None:
     run = runs.submit("cancelled")
-    run.goes_on()
-    assert f"job {run.job} has ended" in runs.cli("cancel", run.folder)
-    assert read_status(run.folder)["state"] == "preempted" and run.story() == [("cancelled", "stop")]
-    assert runs.cluster.details(run.job)["Restarts"] == "0"
+    run.goes_on(5)
+    with standing_still(run):
+        assert f"job {run.job} has ended" in runs.cli("cancel", run.folder)
+        assert read_status(run.folder)["state"] == "preempted" and run.story() == [("cancelled", "stop")]
+        assert runs.cluster.details(run.job)["Restarts"] == "0"
     again = runs.submit("cancelled")
-    again.goes_on()
-    runs.cluster.run("scancel", again.job)  # by hand: ranks save in the seconds that Slurm leaves them
-    again.ended(2)
-    assert again.story()[1] == ("cancelled", "stop") and read_status(run.folder)["state"] == "preempted"
-    again.over()
+    again.goes_on(5)
+    with standing_still(run):
+        runs.cluster.run("scancel", again.job)  # by hand: ranks save in the seconds that Slurm leaves them
+        again.ended(2)
+        assert again.story()[1] == ("cancelled", "stop") and read_status(run.folder)["state"] == "preempted"
+        again.over()
     ends_well(runs.submit("cancelled"))
     assert history.starts(history.read(run.folder)) == 3
 
@@ -141,5 +151,8 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_handed_in_again(runs: Runs) 
 def test_a_job_near_its_time_limit_saves_and_is_queued_again(runs: Runs) -> None:
     """Slurm counts limits in minutes, and signals within the minute before: nothing that lasts."""
     run = runs.submit("limited", "--time", "1", sbatch=("--signal=USR2@50",))
+    run.goes_on(5)
+    with standing_still(run):
+        run.ended(1)
     ends_well(run)
     assert run.story() == [("time limit", "requeue"), ("finished", "stop")]
