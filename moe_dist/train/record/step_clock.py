@@ -19,6 +19,9 @@ first ten add up to the step, all of them to the time from its beginning to that
 host's. On a GPU it is an event in the stream, so that a part is the time that it takes there; events are read when the
 statistics of a later step have come back, which is known to be after them: nobody waits for them.
 
+On one busy core of a CPU a reading takes 0.7 us, a layer's experts 55 us, forward and backward (two hooks of autograd):
+a tenth of a percent of a step of 100 ms with two layers. Where nobody listens, nothing is read and nothing is hooked.
+
 Ranks wait for each other, so their steps take equally long. The slowest is the one that spent most in parts of its own,
 the first six. A rank hands them in, of a whole step, with the statistics of the next one; on a GPU of the one after.
 """
