@@ -15,6 +15,7 @@ from moe_dist.plan.transfer import Transfer
 from moe_dist.step import Site, StepContext
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.record.statistics import gather_statistics
+from moe_dist.train.record.step_clock import OWN
 from tests.dist.helpers import KEY, TinyRun, run_checks, tiny_config
 
 ZERO = {"engine__name": "deepspeed"}
@@ -129,7 +130,7 @@ def compare(changes: dict[str, Any]) -> None:
             for counted.micro in range(run.shape.accumulation):
                 context = StepContext(KEY.fold(step, counted.micro), step=step, witness=counted)
                 outputs.append(run.engine.micro_step(*run.batch(step, counted.micro), context))
-            gather_statistics(outputs, run.mesh, device)
+            gather_statistics(outputs, run.mesh, device, [0.0] * len(OWN))
             trail.enter("update")
             run.engine.update(1e-3)
     layout, rank = run.mesh.layout, run.mesh.rank

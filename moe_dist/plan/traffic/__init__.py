@@ -31,6 +31,7 @@ from moe_dist.plan.transfer import Transfer
 
 __all__ = ["Rows", "traffic"]
 
+_TIMES = 6  # of a step, that each rank tells: train/record/step_clock.py
 _LAYER_MEANS = 6  # numbers of a layer that are averaged over ranks, sent bytes among them
 
 
@@ -70,8 +71,8 @@ def traffic(
 
 
 def _statistics(config: Config, ledger: Ledger) -> None:
-    """Means and counts of all layers in one all-reduce of fp64 (train/record/statistics.py)."""
-    numbers = 2
+    """Means and counts of all layers, and times of each rank, in one all-reduce of fp64 (train/record/statistics.py)."""
+    numbers = 2 + _TIMES * ledger.layout.world
     for moe, _ in routed_layers(config.model):
         by_expert = 3 * moe.num_experts + moe.num_experts // moe.capacity_pool
         numbers += _LAYER_MEANS + by_expert + 2 * PLACES + 2 * FREQUENCIES

@@ -7,7 +7,7 @@ import pytest
 from moe_dist.cluster.cause import Cause, Decision, Ended, Kind, cause_of, decide
 from moe_dist.config import Config, batch_shape
 from moe_dist.parallel.mesh import Layout
-from moe_dist.plan.memory import Held, explained
+from moe_dist.plan.advice import explained
 
 SAVED = {"state": "preempted", "step": 31, "signal": "SIGUSR2"}
 LOST_ONE = {"state": "failed", "reason": "RankLost: rank 0 lost another rank, which has ended; last here: step 3"}
@@ -92,7 +92,7 @@ def test_want_of_memory_is_known_by_what_the_run_says_of_it() -> None:
     config = Config()
     with (
         pytest.raises(RuntimeError) as caught,
-        explained(config, batch_shape(config.train, 1), Layout(1), Held(dense=3)),
+        explained(config, batch_shape(config.train, 1), Layout(1), 0, "cpu"),
     ):
         raise MemoryError
     reason = f"{type(caught.value).__name__}: {caught.value}"  # as failures_noted writes it
