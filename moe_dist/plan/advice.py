@@ -8,6 +8,7 @@ what computes or sends more, last what changes the precision.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -133,7 +134,8 @@ def changes(config: Config, layout: Layout) -> Iterator[Change]:
         size = getattr(parallel, name)
         for larger in range(size + 1, min(most, layout.world) + 1):
             if most % larger == 0 and layout.world % larger == 0:
-                spread = replace(config, parallel=replace(parallel, **{name: larger}))
+                values: dict[str, Any] = {name: larger}
+                spread = replace(config, parallel=replace(parallel, **values))
                 yield Change(f"raise parallel.{name} to {larger} (it is {size}, on {layout.world} ranks):", spread)
                 break
     if engine.precision != "bf16":
