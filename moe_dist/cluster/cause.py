@@ -119,7 +119,7 @@ def cause_of(ended: Ended) -> Cause:
 def _ended_from_outside(ended: Ended) -> Cause:
     """By a person, or by Slurm, which then decides what is next."""
     saved = ended.status.get("state") == "preempted"
-    told = f", saved at step {ended.status['step']}" if saved else ""
+    told = f", saved at step {ended.status.get('step')}" if saved else ""
     if ended.requeued and ended.lost:
         return Cause("node lost", f"{_silent(ended.lost)}: Slurm queued the job again{told}", code=SAVED, final=True)
     if ended.requeued:

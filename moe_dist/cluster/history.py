@@ -1,13 +1,14 @@
 """history.jsonl in the folder of a run: every time that a job took it up, and how each of these starts ended.
 
     {"time": "2026-11-27T17:43:42.120+00:00", "event": "submitted", "job": "12"}
-    {"time": ..., "event": "start", "start": 1, "job": "12", "nodes": ["node1", "node2"], "step": 0}
+    {"time": ..., "event": "start", "start": 1, "job": "12", "requeued": 0, "nodes": ["node1", "node2"], "step": 0,
+     "saved": 0}
     {"time": ..., "event": "end", "start": 1, "job": "12", "nodes": ["node1", "node2"], "cause": "rank died",
      "detail": "rank 1 on node2 died of signal 9 (SIGKILL)", "step": 31, "saved": 30, "next": "restart"}
 
-step: the last that metrics.jsonl has, when that was written; saved: the newest checkpoint's. Written by the supervisor
-of the job, one at a time, by `moe-dist submit` (submitted) and `moe-dist cancel` (cancel); each line is on the disk
-before what it tells of goes on. Light: no torch.
+requeued: how often Slurm had queued the job again. step: the last that metrics.jsonl has; saved: the newest
+checkpoint's. Written by the supervisor of the job, one at a time, by `moe-dist submit` (submitted) and by `moe-dist
+cancel` (cancel); each line is on the disk before what it tells of goes on. Light: no torch.
 """
 
 import json

@@ -85,9 +85,8 @@ class Supervisor:
         number = history.starts(history.read(self.folder)) + 1
         shutil.rmtree(self._ends, ignore_errors=True)
         self._ends.mkdir(parents=True)
-        history.append(
-            self.folder, "start", start=number, job=self.allocation.job, nodes=nodes, **history.reached(self.folder)
-        )
+        job = {"job": self.allocation.job, "requeued": self.allocation.restarts}
+        history.append(self.folder, "start", start=number, **job, nodes=nodes, **history.reached(self.folder))
         place = f"{len(nodes)} nodes x {self.allocation.ranks} ranks"
         _say(f"job {self.allocation.job}, start {number}, {place} ({','.join(nodes)})")
         before = self._written()
@@ -154,7 +153,7 @@ class Supervisor:
         with suppress(ValueError):
             if code == 0 or self._written() != before:
                 status = read_status(self.folder)
-        if self.told_to_end:
+        if self._is_ending():
             return self._ended_by_slurm(nodes, code, status), []
         if status.get("state") == "finished" or history.is_cancelled(history.read(self.folder)):
             return Ended(code=code, status=status, cancelled=True), []
@@ -167,7 +166,7 @@ class Supervisor:
         gone = [node for node in self.allocation.nodelist if node not in job.nodes or is_gone(named.get(node, ""))]
         there = [node for node in self.allocation.nodelist if node not in gone]
         gone += silent(there) if status.get("state") != "preempted" else []
-        if self.told_to_end:  # since: Slurm lets no step of the job start any more
+        if self._is_ending():  # since: Slurm lets no step of the job start any more
             return self._ended_by_slurm(nodes, code, status), []
         lost = tuple(node for node in nodes if node in gone)
         self.blamed.update(node for node in there if named.get(node, "").startswith("drain"))  # somebody doubts it
@@ -239,6 +238,10 @@ class Supervisor:
             _say(f"job {self.allocation.job} is not queued again: {error}")
             return decision.code or FAILED
         return SAVED
+
+    def _is_ending(self) -> bool:
+        """Which may have changed since it was last asked."""
+        return self.told_to_end
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         """Slurm ends the job: ranks have heard it too, and save."""

@@ -10,6 +10,9 @@ runs/NAME/
   starts.jsonl       when each start began and ended       profile/   traces of the steps that --profile names
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
+Of a run in jobs of slurm/train.sbatch, written by moe_dist/cluster:
+  history.jsonl      every start, and what ended it        slurm/JOB.out   what the job said
+  logs/start-001/rank-00000.err   standard error of a rank       ends/   exit codes of ranks
 """
 
 import json

@@ -131,7 +131,7 @@ def test_hostile_values_are_inert(slurm: Slurm, value: str, tmp_path: Path, monk
 
 @pytest.mark.parametrize("value", ["a\nb", "x\rtouch canary", "\x1b[2J", "a\u2028b", "a\0"])
 def test_control_characters_are_refused(slurm: Slurm, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = config(slurm)
+    path = config(slurm, data={"kind": "text", "paths": ["x"]})
     for option in (f"--partition={value}", f"--run.root={value}", f"--data.paths={value}"):
         said = refused("submit", path, "--nodes=2", option, capsys=capsys)
         assert "holds a control character" in said and said.count("\n") == 1
