@@ -54,10 +54,9 @@ _STATUS = """Print in one line how far a run is: none, running, interrupted (its
 or failed, with its last step and its loss, or how it ended; in a second one its effective training time ratio: seconds
 in steps that were kept over those since it was first submitted or started, the queue apart.
 
-Takes the folder of a run, or what `moe-dist train` takes, and reads status.json, metrics.jsonl and the starts of
-the run. For a
-folder that holds runs, or without anything for runs/, a table of all of them: state, step, loss, time left, restarts,
-effective training time ratio (ETTR: time in steps that were kept over the time in which jobs had the run), last job.
+Takes the folder of a run, or what `moe-dist train` takes, and reads status.json, metrics.jsonl and the starts of the
+run. For a folder that holds runs, or without anything for runs/, a table of all of them: state, step, loss, time left,
+restarts, effective training time ratio (ETTR), last job.
 """
 
 

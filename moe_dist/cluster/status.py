@@ -3,16 +3,14 @@
     run   state             step     loss    left   restarts  ETTR   job
     mine  running           310/500  2.1034  2m10s  3         91.2%  12 RUNNING
 
-left: at the pace of the last steps. restarts: starts after the first, in the same job or another. ETTR, the effective
-training time ratio: seconds in steps that were kept, over seconds in which a job had the run; waiting in the queue is
-not counted. The last three are known of runs that slurm/train.sbatch started. Light: no torch.
+left: at the pace of the last steps. restarts: starts after the first, in the same job or another. ETTR: the effective
+training time ratio (train/record/effective_time.py). restarts and job are known of runs that slurm/train.sbatch
+started. Light: no torch.
 """
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -22,6 +20,7 @@ from moe_dist.cluster import history
 from moe_dist.cluster.queue import states_of
 from moe_dist.config.load import load_config
 from moe_dist.disk import lines_backwards
+from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.history import last_record
 from moe_dist.train.record.progress import duration
 from moe_dist.train.record.status import FILE, folders_with, status_now
@@ -70,39 +69,15 @@ def _how_far(folder: Path, lines: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     if status["state"] == "running" and pace is not None and steps is not None:
         left = duration(pace * (steps - step))
     started = history.starts(lines)
-    ratio = effective_ratio(folder, lines)
+    time = effective_time_of(folder)
     return (
         status["state"],
         f"{step}/{'?' if steps is None else steps}",
         f"{loss:.4f}" if loss is not None else "",
         left,
         str(started - 1) if started else "",
-        f"{ratio:.1%}" if ratio is not None else "",
+        "" if time is None else f"{time.ratio:.1%}",
     )
-
-
-def effective_ratio(folder: Path, lines: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds in kept steps over seconds in which a job had the run; None before there are any. lines: its history."""
-    seconds = sum((end - start).total_seconds() for start, end in _held(lines))
-    path = folder / "metrics.jsonl"
-    if seconds <= 0 or not path.exists():
-        return None
-    with path.open("rb") as file:  # a line of it is long, and this is all that is asked of it
-        kept = sum(float(found[1]) for line in file if (found := re.search(rb'"step_seconds": ([\d.e+-]+)', line)))
-    return kept / seconds
-
-
-def _held(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[datetime, datetime]]:
-    """From each start to its end; the last one may go on."""
-    began = None
-    for line in lines:
-        if line["event"] == "start":
-            began = datetime.fromisoformat(line["time"])
-        elif line["event"] == "end" and began is not None:
-            yield began, datetime.fromisoformat(line["time"])
-            began = None
-    if began is not None:
-        yield began, datetime.now(UTC)
 
 
 def _pace(folder: Path) -> float | None:

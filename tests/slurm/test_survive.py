@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from moe_dist.chaos.judge import records
-from moe_dist.cluster import history
-from moe_dist.cluster.status import effective_ratio
+from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.status import read_status
 from tests.slurm.jobs import URGENT, Runs, three_nodes
 
@@ -72,5 +71,5 @@ def test_a_run_survives_ranks_nodes_and_neighbours(runs: Runs) -> None:
     restarted = [("rank died", "restart"), ("stalled", "restart"), ("node lost", "restart")]
     assert run.story() == restarted + 5 * [("preempted", "requeue")] + [("finished", "stop")]
     assert lost in run.nodes()[2] and lost not in run.nodes()[3]
-    ratio = effective_ratio(run.folder, history.read(run.folder))
-    assert ratio is not None and 0 < ratio < 1
+    time = effective_time_of(run.folder)
+    assert time is not None and 0 < time.ratio < 1

@@ -71,7 +71,7 @@ def traffic(
 
 
 def _statistics(config: Config, ledger: Ledger) -> None:
-    """Means and counts of all layers, and times of each rank, in one all-reduce of fp64 (train/record/statistics.py)."""
+    """Means and counts of all layers, and times of ranks, in one all-reduce of fp64 (train/record/statistics.py)."""
     numbers = 2 + _TIMES * ledger.layout.world
     for moe, _ in routed_layers(config.model):
         by_expert = 3 * moe.num_experts + moe.num_experts // moe.capacity_pool

@@ -9,7 +9,6 @@ import pytest
 
 from moe_dist.cli import main
 from moe_dist.cluster import history
-from moe_dist.cluster.status import effective_ratio
 from moe_dist.disk import locked
 from moe_dist.train.record.status import LOCK, write_status
 from tests.unit.cluster.pretended import ROOT, Slurm
@@ -211,14 +210,15 @@ def test_all_runs_are_listed(slurm: Slurm, tmp_path: Path, capsys: pytest.Captur
     for name, steps in (("mine", 40), ("deep/other", 10)):
         (root / name / "checkpoints/step-000005").mkdir(parents=True)
         (root / name / "config.yaml").write_text(f"train: {{steps: {steps}}}\n")
-    records = [{"step": step, "loss": 2.0 + step, "step_seconds": 3.0} for step in range(1, 11)]
+    records = [
+        {"step": step, "loss": 2.0 + step, "step_seconds": 3.0, "kept_seconds": 3.0 * step} for step in range(1, 11)
+    ]
     (root / "mine/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = [
-        {"time": f"2026-01-01T{time}+00:00", "event": event, "job": "41"}
+        {"time": f"2026-01-01T{time}+00:00", "event": event, "job": "41", "next": "requeue"}
         for time, event in (("00:00:00", "start"), ("00:00:30", "end"), ("09:00:00", "start"), ("09:00:10", "end"))
     ]
     (root / "mine/history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert effective_ratio(root / "mine", history.read(root / "mine")) == 30 / 40
     write_status(root / "mine", "running")
     write_status(root / "deep/other", "finished", step=10)
     history.append(root / "waits", "submitted", job="42")
