@@ -1,12 +1,13 @@
 """What the engines exchange: gradients, weights that ZeRO has cut, and the numbers of a norm.
 
-native: at the end of a step one all-reduce of all dense gradients over dp and one of the experts' over edp, in fp32,
-and a norm over tp and ep (engine/native.py). DeepSpeed: zero.py.
+native: during the last backward pass an all-reduce of each bucket of dense gradients over dp and of the experts' over
+edp, in fp32 (engine/exchange.py), and a norm over tp and ep. DeepSpeed: zero.py.
 """
 
 import torch
 
 from moe_dist.config import BatchShape, Config
+from moe_dist.engine.exchange import buckets
 from moe_dist.parallel.mesh import Axis
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import parameters
@@ -17,17 +18,15 @@ _FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
 
 def engine_traffic(config: Config, shape: BatchShape, ledger: Ledger) -> None:
     """Adds the engine's part of a step."""
-    held = parameters(config, shape, ledger.layout, ledger.rank)
+    held = parameters(config, ledger.layout, ledger.rank)
     if config.engine.name == "deepspeed":
         zero_traffic(config, shape, held, ledger)
     else:
-        by_ranks: dict[tuple[int, ...], tuple[Axis, int]] = {}
-        for param in held:
-            ranks = ledger.layout.ranks(param.axis, ledger.rank)
-            axis, numel = by_ranks.get(ranks, (param.axis, 0))
-            by_ranks[ranks] = (axis, numel + param.numel)
-        for axis, numel in by_ranks.values():
-            ledger.add("all_reduce", axis, "gradients", "gradients", numel * _FP32)
+        axes: tuple[Axis, ...] = ("dp", "edp")
+        for axis in axes:
+            sizes = [param.numel * _FP32 for param in held if param.axis == axis]
+            calls = len(buckets(sizes, config.engine.bucket_mib)) if sizes else 0
+            ledger.add("all_reduce", axis, "gradients", "gradients", sum(sizes), calls)
         _norm(ledger)
 
 
