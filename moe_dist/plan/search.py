@@ -13,7 +13,7 @@ What else the configuration says stays as it is; wire_dtype too, which changes n
 what `validate` admits, and a layout fits when memory.py's total, its margin for skewed routing included, is within what
 the hardware can give. A refused layout is counted under the first rule that it breaks.
 
-Thousands are valid, so what computing alone takes (time.py without exchanges) is asked first, and layouts are looked at
+Thousands are valid, so what computing alone takes (`least_seconds`) is asked first, and layouts are looked at
 in that order, until it is more than the slowest of the `top` found takes in all: none of the rest can be among them.
 Where one does not fit, none with a larger micro_batch is looked at.
 
@@ -31,11 +31,10 @@ from typing import Any, Literal
 from moe_dist.config import Config, batch_shape, validate
 from moe_dist.models.flops import flops_at_most
 from moe_dist.plan.hardware import Hardware
-from moe_dist.plan.held import Held
 from moe_dist.plan.kept import kept_shares
 from moe_dist.plan.plan import Plan, layout_of, make_plan, needs, timed
 from moe_dist.plan.size import largest, size, span
-from moe_dist.plan.time import model_flops, step_time
+from moe_dist.plan.time import least_seconds, model_flops
 
 _ENGINES = (("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
 _WAYS = (("all_to_all", "ragged"), ("all_to_all", "padded"), ("hierarchical", "ragged"), ("all_gather", "ragged"))
@@ -155,22 +154,25 @@ def prices(
 def _valid(
     config: Config, ranks: int, hardware: Hardware, skew: float, out: "_Reasons"
 ) -> Iterator[tuple[float, Choice]]:
-    """(seconds of a step that exchanges nothing and computes nothing again, the layout)."""
+    """(seconds of a step that exchanges and updates nothing and computes nothing again, the layout)."""
     for ep, tp, etp in product(_divisors(ranks), repeat=3):
         choices = list(_choices(config, ranks, ep, tp, etp))
         hopeless = _refused_with_all_else(config, ranks, choices)
         if hopeless is not None:
             out.add(hopeless, len(choices))
             continue
+        least: dict[int, float] = {}  # by micro_batch: engine and dispatch do not change it
         for choice in choices:
             changed = choice.applied(config)
             reason = _refused(changed, ranks)
             if reason is not None:
                 out.add(reason, 1)
                 continue
-            layout = layout_of(changed, ranks, hardware)
-            shape, held = batch_shape(changed.train, layout.dp), Held.of(changed, layout)
-            yield step_time(changed, shape, layout, hardware, [], held, skew).seconds, choice
+            if choice.micro_batch not in least:
+                layout = layout_of(changed, ranks, hardware)
+                shape = batch_shape(changed.train, layout.dp)
+                least[choice.micro_batch] = least_seconds(changed, shape, layout, hardware, skew)
+            yield least[choice.micro_batch], choice
 
 
 def _choices(config: Config, ranks: int, ep: int, tp: int, etp: int) -> Iterator[Choice]:

@@ -101,6 +101,12 @@ def step_time(
     return TimePlan(told, hidden, seconds, flops, mfu, bottleneck, advice)
 
 
+def least_seconds(config: Config, shape: BatchShape, layout: Layout, hardware: Hardware, skew: float = 1.0) -> float:
+    """What a step takes at least: forward and backward passes, without exchanges, update and recomputation."""
+    compute = micro_step(config, shape, layout, hardware, skew)
+    return shape.accumulation * sum(seconds.forward + seconds.backward for seconds in compute.values())
+
+
 def model_flops(config: Config) -> float:
     """Of one token, forward and backward, as MFU counts them."""
     count = classifier_flops_per_token if config.task == "classification" else train_flops_per_token

@@ -62,8 +62,13 @@ def traffic(
     ledger = Ledger(layout, rank)
     ledger.add("all_reduce", "world", "statistics", "whether to stop", torch.int64.itemsize)
     even: dict[tuple[str, int | None], torch.Tensor] = {}
-    for micro in range(shape.accumulation):
-        MicroStep(config, shape, ledger, rows, micro, step, device_type, even).add()
+    if rows is None:  # all micro-steps are alike
+        one = Ledger(layout, rank)
+        MicroStep(config, shape, one, None, 0, step, device_type, even).add()
+        ledger.add_lines(one, shape.accumulation)
+    else:
+        for micro in range(shape.accumulation):
+            MicroStep(config, shape, ledger, rows, micro, step, device_type, even).add()
     _statistics(config, ledger)
     engine_traffic(config, shape, ledger)
     _histograms(config, ledger)

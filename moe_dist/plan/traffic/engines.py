@@ -1,13 +1,14 @@
 """What the engines exchange: gradients, weights that ZeRO has cut, and the numbers of a norm.
 
-native: in the last micro-step an all-reduce of each bucket of dense gradients over dp and of the experts' over edp, in
-fp32 (engine/exchange.py), and a norm over tp and ep (engine/native.py). DeepSpeed: zero.py.
+native: during the last backward pass an all-reduce of each bucket of dense gradients over dp and of the experts' over
+edp, in fp32 (engine/exchange.py), and a norm over tp and ep. DeepSpeed: zero.py.
 """
 
 import torch
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.engine.exchange import buckets
+from moe_dist.parallel.mesh import Axis
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import parameters
 from moe_dist.plan.traffic.zero import zero_traffic
@@ -17,15 +18,16 @@ _FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
 
 def engine_traffic(config: Config, shape: BatchShape, ledger: Ledger) -> None:
     """Adds the engine's part of a step."""
-    held = parameters(config, shape, ledger.layout, ledger.rank)
+    held = parameters(config, ledger.layout, ledger.rank)
     if config.engine.name == "deepspeed":
         zero_traffic(config, shape, held, ledger)
     else:
+        axes: tuple[Axis, ...] = ("dp", "edp")
         mib = None if config.engine.cuda_graph else config.engine.bucket_mib
-        for expert in (False, True):
-            sizes = [param.numel * _FP32 for param in held if param.expert is expert]
+        for axis in axes:
+            sizes = [param.numel * _FP32 for param in held if param.axis == axis]
             calls = len(buckets(sizes, mib)) if sizes else 0
-            ledger.add("all_reduce", "edp" if expert else "dp", "gradients", "gradients", sum(sizes), calls)
+            ledger.add("all_reduce", axis, "gradients", "gradients", sum(sizes), calls)
         _norm(ledger)
 
 

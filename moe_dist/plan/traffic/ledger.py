@@ -26,3 +26,8 @@ class Ledger:
         key = (collective, ranks, phase, what)
         line = self.lines.get(key) or Transfer(collective, axis, ranks, phase, what, 0, 0)
         self.lines[key] = replace(line, calls=line.calls + calls, bytes=line.bytes + size)
+
+    def add_lines(self, other: "Ledger", times: int) -> None:
+        """All of another ledger's, so many times."""
+        for line in other.lines.values():
+            self.add(line.collective, line.axis, line.phase, line.what, times * line.bytes, times * line.calls)

@@ -1,14 +1,10 @@
-"""The parameters of a rank: the model that it builds, without memory, is asked."""
+"""The parameters of a rank, with what ZeRO asks of them: whose they are, and where in the model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from moe_dist.config import BatchShape, Config
-from moe_dist.models.classifier import Classifier
-from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.mesh import Axis, Layout, mesh_without_processes
-from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.config import Config
+from moe_dist.parallel.mesh import Axis, Layout
+from moe_dist.plan.held import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +23,14 @@ class Param:
         return "edp" if self.expert else "dp"
 
 
-def parameters(config: Config, shape: BatchShape, layout: Layout, rank: int) -> list[Param]:
+def parameters(config: Config, layout: Layout, rank: int) -> list[Param]:
     """Of the model that `rank` builds, in its order. Raises ValueError when the number of classes is not known."""
-    mesh = mesh_without_processes(layout, rank, config.parallel.sequence_parallel)
-    model = replace(config.model, kernels="torch", attention=replace(config.model.attention, backend="torch"))
+    model = config.model
     if config.task == "classification" and model.num_classes is None:
         raise ValueError("num_classes=null is read from the data, which a plan does not: set model.num_classes")
-    with torch.device("meta"):
-        built = Decoder(model, mesh) if config.task != "classification" else Classifier(model, mesh, shape.seq_len)
     return [
-        Param(param.numel(), spec.shard == "expert", spec.decay, _block(name, model.num_layers))
-        for name, param, spec in logical_parameters(built)
+        Param(tensor.elements, tensor.expert, tensor.decay, _block(tensor.name, model.num_layers))
+        for tensor in Held.of(config, layout, rank).tensors
     ]
 
 
