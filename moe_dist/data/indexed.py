@@ -114,6 +114,23 @@ def check_index(prefix: str) -> tuple[Index, bytes]:
         return index, hashlib.file_digest(file, "sha256").digest()
 
 
+def document_starts(index: Index, at_once: int = _CHUNK) -> Iterator[np.ndarray]:
+    """The first tokens of all documents and the end of the last one, int64, so many documents at a time; the end of a
+    part opens the next."""
+    with _open(f"{index.prefix}.idx") as file:
+        for first in range(0, index.documents, at_once):
+            count = min(at_once, index.documents - first) + 1
+            entries = _array(file, index.prefix, index._documents_at + 8 * first, "<i8", count)
+            begin, end = int(entries[0]), int(entries[-1])
+            size = min(end + 1, index.sequences) - begin
+            pointers = _array(file, index.prefix, index._pointers_at + 8 * begin, "<i8", size) // index.dtype.itemsize
+            yield (
+                np.append(pointers, index.tokens)[entries - begin]
+                if end == index.sequences
+                else pointers[entries - begin]
+            )
+
+
 def _read_header(file: BufferedReader, prefix: str, bin_size: int) -> Index:
     idx_size = os.fstat(file.fileno()).st_size
     if idx_size < _HEADER.size:

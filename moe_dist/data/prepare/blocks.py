@@ -1,0 +1,210 @@
+"""Files in blocks of about a MiB: what is handed to a worker at a time, and where work is taken up again.
+
+Lines are cut from a file without being looked at; workers make records of them. CSV, Parquet and Arrow are read here,
+since nobody can say in their middle where a row begins.
+
+Of a text longer than a block each part is tokenised on its own. It is cut between a letter and the end of its line,
+where tokenizers that split text before they look for pairs (GPT-2's, Llama 3's) would cut too; where there is no such
+place, after a line, or else between two characters.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+from moe_dist.data.documents import UNREADABLE, open_text
+from moe_dist.data.prepare.sources import Source
+from moe_dist.data.records import csv_rows
+from moe_dist.data.tokenizers import require
+
+BLOCK = 1 << 20
+_ENDS = re.compile(rb"[A-Za-z\x80-\xff](?=\r?\n)")
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """line: its number in the file, from 1. problem: why there is no text."""
+
+    line: int
+    text: Any = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was read of a source: bytes of the unpacked text, or records; and lines or records."""
+
+    at: int = 0
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """data: lines as bytes, a part of a text as bytes, or rows. first: number of its first line. place: behind it. read:
+    how far in the file that is, in bytes as they lie there. ends: whether the last document in it does."""
+
+    data: bytes | list[Row]
+    first: int
+    place: Place
+    read: int
+    ends: bool = True
+
+
+class Unreadable(Exception):
+    """The rest of a file, from a line on. problem: of which the message consists."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def read_blocks(source: Source, place: Place, text_key: str) -> Iterator[Block]:
+    """From `place` on. Raises Unreadable where the file gives no more, ValueError for what is no such file."""
+    line = place.line
+    try:
+        reader = {"text": _text, "jsonl": _lines, "csv": _csv, "parquet": _parquet, "arrow": _arrow}[source.kind]
+        for block in reader(source, place, text_key):
+            yield block
+            line = block.place.line
+    except (*UNREADABLE, UnicodeError) as error:
+        raise Unreadable(line + 1, f"cannot be read from here on: {error}") from None
+
+
+def cut(data: bytes) -> int:
+    """Where the first part of a text ends that is longer than BLOCK; all of a shorter one."""
+    if len(data) <= BLOCK:
+        return len(data)
+    last = None
+    for last in _ENDS.finditer(data, BLOCK // 2, BLOCK):
+        pass
+    if last is not None:
+        return last.end()
+    if (line := data.rfind(b"\n", BLOCK // 2, BLOCK)) >= 0:
+        return line + 1
+    at = BLOCK
+    while at > BLOCK - 4 and data[at] & 0xC0 == 0x80:  # inside a character
+        at -= 1
+    return at
+
+
+def _text(source: Source, place: Place, text_key: str) -> Iterator[Block]:
+    with Path(source.path).open("rb") as file:
+        stream, _ = open_text(file)
+        _skip(stream, place.at)
+        at, data = place.at, b""
+        while True:
+            more = _read(stream, BLOCK + 1 - len(data))
+            data += more
+            end = cut(data)
+            at += end
+            over = len(data) <= BLOCK
+            yield Block(data[:end], 1, Place(at), file.tell(), over)
+            data = data[end:]
+            if over:
+                return
+
+
+def _lines(source: Source, place: Place, text_key: str) -> Iterator[Block]:
+    with Path(source.path).open("rb") as file:
+        stream, _ = open_text(file)
+        _skip(stream, place.at)
+        at, line = place.at, place.line
+        while data := _read(stream, BLOCK):
+            if not data.endswith(b"\n"):
+                data += stream.readline()
+            first, at, line = line + 1, at + len(data), line + data.count(b"\n")
+            yield Block(data, first, Place(at, line), file.tell())
+
+
+def _csv(source: Source, place: Place, text_key: str) -> Iterator[Block]:
+    with Path(source.path).open("rb") as file:
+        stream, _ = open_text(file)
+        text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+        yield from _in_blocks(_csv_rows(source, text, text_key), place, file)
+
+
+def _csv_rows(source: Source, text: TextIO, text_key: str) -> Iterator[Row]:
+    for line, values, problem in csv_rows(text):
+        if values is None:
+            yield Row(line, problem=problem)
+            continue
+        _check_column(source, text_key, list(values))
+        try:
+            values[text_key].encode()
+        except UnicodeEncodeError:
+            yield Row(line, problem="not UTF-8")
+        else:
+            yield Row(line, values[text_key])
+
+
+def _parquet(source: Source, place: Place, text_key: str) -> Iterator[Block]:
+    parquet = require("pyarrow.parquet", f"{source.path}, a Parquet file,")
+    arrow = require("pyarrow", source.path)
+    with Path(source.path).open("rb") as file:
+        try:
+            opened = parquet.ParquetFile(file)
+            _check_column(source, text_key, opened.schema_arrow.names)
+            batches = opened.iter_batches(batch_size=_ROWS, columns=[text_key])
+            yield from _in_blocks(_rows(batches, text_key), place, file)
+        except arrow.ArrowException as error:
+            raise OSError(error) from None
+
+
+def _arrow(source: Source, place: Place, text_key: str) -> Iterator[Block]:
+    arrow = require("pyarrow", f"{source.path}, an Arrow file,")
+    with Path(source.path).open("rb") as file:
+        try:
+            opened = arrow.ipc.open_stream(file)
+            _check_column(source, text_key, opened.schema.names)
+            yield from _in_blocks(_rows(opened, text_key), place, file)
+        except arrow.ArrowException as error:
+            raise OSError(error) from None
+
+
+def _rows(batches: Any, text_key: str) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for first in range(0, batch.num_rows, _ROWS):
+            for value in batch.column(text_key).slice(first, _ROWS).to_pylist():
+                number += 1
+                yield Row(number, value)
+
+
+def _in_blocks(rows: Iterator[Row], place: Place, file: IO[bytes]) -> Iterator[Block]:
+    """Rows behind `place`, about a BLOCK at a time."""
+    held: list[Row] = []
+    size, number = 0, 0
+    for number, row in enumerate(rows, start=1):
+        if number <= place.at:
+            continue
+        held.append(row)
+        size += len(row.text) if isinstance(row.text, str | bytes) else 0
+        if size >= BLOCK or len(held) == BLOCK:
+            yield Block(held, held[0].line, Place(number, row.line), file.tell())
+            held, size = [], 0
+    if held:
+        yield Block(held, held[0].line, Place(number, held[-1].line), file.tell())
+
+
+def _check_column(source: Source, text_key: str, names: list[str]) -> None:
+    if text_key not in names:
+        raise ValueError(f"{source.path} has no column {text_key!r}, but {', '.join(names)}: name one in --text-key")
+
+
+def _read(stream: IO[bytes], size: int) -> bytes:
+    """So many bytes, or all that are left."""
+    parts = []
+    while size > 0 and (part := stream.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _skip(stream: IO[bytes], size: int) -> None:
+    """What was unpacked before is unpacked again, and nothing kept."""
+    while size > 0 and (part := stream.read(min(size, BLOCK))):
+        size -= len(part)
