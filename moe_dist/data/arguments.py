@@ -12,20 +12,20 @@ _ABOUT = """Make texts ready for training.
   moe-dist data prepare texts/ --tokenizer tok --output corpora/mine
   moe-dist data inspect corpora/mine
 
-Each has --help. A small corpus needs no preparation: `data.kind: text` with `data.tokenizer: tok` reads it when a run
-starts.
+Each has --help. A small corpus needs no preparation: `data.kind: text` with `data.tokenizer: tok` reads it
+when a run starts.
 """
 _PREPARE = """Tokenise texts into PREFIX.bin and PREFIX.idx, which `data.kind: indexed` and Megatron-core read.
 
-PATH is a file or a folder: text (a document is a file), JSON lines, CSV, Parquet, all of these compressed with gzip, xz,
-bzip2 or zstd, or a dataset that Hugging Face `datasets` saved to disk. What a file is, its name says (.jsonl, .csv) or
-its first bytes; --kind says it of all.
+PATH is a file or a folder: text (a document is a file), JSON lines, CSV, Parquet, compressed with gzip, xz, bzip2 or
+zstd, or a dataset that Hugging Face `datasets` saved to disk. What a file is, its name says (.jsonl, .csv)
+or its first bytes; --kind says it of all.
 
 TOKENIZER is a tokenizer.json, a folder with one, a tiktoken file, a SentencePiece model, or `bytes`. Each document ends
 with its end-of-text token. It is copied to PREFIX.tokenizer, and goes with each run that trains on the corpus.
 
 Interrupted, the same command goes on where it was, and the files become the same, byte by byte, with any --workers.
-Records without text, with broken JSON or no UTF-8 are counted and named in PREFIX.bad.jsonl; --strict ends at the first.
+Records without text, with broken JSON or no UTF-8 are counted and named in PREFIX.bad.jsonl; --strict refuses them.
 """
 _INSPECT = """Count what is in PREFIX.bin and PREFIX.idx, check it, and show the beginnings of some documents.
 

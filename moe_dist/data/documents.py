@@ -48,6 +48,9 @@ _NO_TEXT = [
     (b"PAR1", "a Parquet file"),
     (b"MMIDIDX", "a Megatron index"),
 ]
+BLOCK = 1 << 20
+"""Bytes of text that are worked on at a time."""
+_LETTER_ENDS = re.compile(rb"[A-Za-z\x80-\xff](?=\r?\n)")
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What reading a file can raise, packed or not."""
 
@@ -165,6 +168,25 @@ def _encoding(head: bytes) -> str | None:
 def _no_text(head: bytes) -> str | None:
     known = next((what for magic, what in _NO_TEXT if head.startswith(magic)), None)
     return known or ("binary" if b"\0" in head else None)
+
+
+def cut(data: bytes) -> int:
+    """Where the first part of a text in UTF-8 ends that is longer than BLOCK; all of a shorter one.
+
+    That is between a letter and the end of its line, where tokenizers that split a text before they look for pairs
+    (GPT-2's, Llama 3's) cut too. Where there is no such place: after a line, or else between two characters.
+    """
+    if len(data) <= BLOCK:
+        return len(data)
+    ends = [found.end() for found in _LETTER_ENDS.finditer(data, BLOCK // 2, BLOCK)]
+    if ends:
+        return ends[-1]
+    if (line := data.rfind(b"\n", BLOCK // 2, BLOCK)) >= 0:
+        return line + 1
+    at = BLOCK
+    while at > BLOCK - 4 and data[at] & 0xC0 == 0x80:  # inside a character
+        at -= 1
+    return at
 
 
 def walk(

@@ -2,9 +2,8 @@
 
 | PATH | read with | ends a document |
 |---|---|---|
-| tokenizer.json of the `tokenizers` package | tokenizers | eos_token of tokenizer_config.json beside it, or a usual name |
-| a Hugging Face folder with tokenizer.json | tokenizers | eos_token of its tokenizer_config.json |
-| lines of base64 and rank | tiktoken (extra `data`) | that of the encoding; FILE.json tells of encodings of one's own |
+| tokenizer.json, or a Hugging Face folder with it | tokenizers | eos_token of tokenizer_config.json, or a usual name |
+| lines of base64 and rank | tiktoken (extra `data`) | that of the encoding; FILE.json tells of one's own |
 | a SentencePiece model, or a folder with one | sentencepiece (extra `data`) | its end of sentence |
 | `bytes` | - | byte 0 |
 
@@ -24,10 +23,13 @@ import numpy as np
 import tokenizers as package
 
 from moe_dist.config.values import user_path
+from moe_dist.data.documents import cut
 from moe_dist.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 from moe_dist.disk import replacing
 
 BYTES = "bytes"
+IN_RUN = "tokenizer"
+"""The folder of a run that holds its tokenizer, where that is not bytes."""
 CONFIG = "tokenizer_config.json"
 _USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 _IN_FOLDERS = ("tokenizer.json", "*.tiktoken", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -97,12 +99,26 @@ def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Its files in a folder of their own, which load_tokenizer reads; nothing for bytes."""
+    """Its files in a folder of their own, which load_tokenizer reads; nothing for bytes. Of a tokenizer that was there
+    before, nothing stays."""
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if old.name not in tokenizer.files:
+            old.unlink()
     if tokenizer.files:
         folder.mkdir(parents=True, exist_ok=True)
     for name, data in tokenizer.files.items():
         with replacing(folder / name) as file:
             file.write(data)
+
+
+def ids_of(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
+    """int64, of a text of any length in UTF-8; a long one in the parts that `cut` makes. Raises UnicodeDecodeError."""
+    parts = []
+    while data:
+        end = cut(data)
+        parts.append(np.array(tokenizer.encode(data[:end].decode("utf-8")), np.int64))
+        data = data[end:]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _file_of(path: Path) -> Path:

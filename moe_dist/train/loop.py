@@ -21,7 +21,7 @@ from moe_dist.checkpoint.finite import NotFinite
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
-from moe_dist.data import SequenceSampler, rank_starts
+from moe_dist.data import rank_starts
 from moe_dist.disk import remove_drafts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
@@ -89,9 +89,7 @@ class Trainer:
             trail=trail,
             sequence_parallel=parallel.sequence_parallel,
         )
-        self.sampler = SequenceSampler(
-            self.task.num_places, self.task.width, config.train.global_batch, config.train.order_seed
-        )
+        self.sampler = self.task.sampler(config.train.global_batch, config.train.order_seed)
         with torch.device("meta"):
             held = Held.by(self.task.build(config.model, self.mesh))
         with explained(config, self.shape, self.mesh.layout, held):

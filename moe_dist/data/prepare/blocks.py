@@ -2,26 +2,19 @@
 
 Lines are cut from a file without being looked at; workers make records of them. CSV, Parquet and Arrow are read here,
 since nobody can say in their middle where a row begins.
-
-Of a text longer than a block each part is tokenised on its own. It is cut between a letter and the end of its line,
-where tokenizers that split text before they look for pairs (GPT-2's, Llama 3's) would cut too; where there is no such
-place, after a line, or else between two characters.
 """
 
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from moe_dist.data.documents import UNREADABLE, open_text
+from moe_dist.data.documents import BLOCK, UNREADABLE, cut, open_text
 from moe_dist.data.prepare.sources import Source
 from moe_dist.data.records import csv_rows
 from moe_dist.data.tokenizers import require
 
-BLOCK = 1 << 20
-_ENDS = re.compile(rb"[A-Za-z\x80-\xff](?=\r?\n)")
 _ROWS = 64
 
 
@@ -44,8 +37,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Block:
-    """data: lines as bytes, a part of a text as bytes, or rows. first: number of its first line. place: behind it. read:
-    how far in the file that is, in bytes as they lie there. ends: whether the last document in it does."""
+    """data: lines as bytes, a part of a text as bytes (documents.cut), or rows. first: number of its first line. place:
+    behind it. read: how far in the file that is, in bytes as they lie there. ends: whether the last document in it
+    does."""
 
     data: bytes | list[Row]
     first: int
@@ -72,23 +66,6 @@ def read_blocks(source: Source, place: Place, text_key: str) -> Iterator[Block]:
             line = block.place.line
     except (*UNREADABLE, UnicodeError) as error:
         raise Unreadable(line + 1, f"cannot be read from here on: {error}") from None
-
-
-def cut(data: bytes) -> int:
-    """Where the first part of a text ends that is longer than BLOCK; all of a shorter one."""
-    if len(data) <= BLOCK:
-        return len(data)
-    last = None
-    for last in _ENDS.finditer(data, BLOCK // 2, BLOCK):
-        pass
-    if last is not None:
-        return last.end()
-    if (line := data.rfind(b"\n", BLOCK // 2, BLOCK)) >= 0:
-        return line + 1
-    at = BLOCK
-    while at > BLOCK - 4 and data[at] & 0xC0 == 0x80:  # inside a character
-        at -= 1
-    return at
 
 
 def _text(source: Source, place: Place, text_key: str) -> Iterator[Block]:

@@ -17,8 +17,8 @@ _SHOWN_TOKENS = 200
 def inspect_corpus(prefix: str, tokenizer: Tokenizer | None, samples: int) -> dict[str, Any]:
     """Counts, lengths of documents in tokens, digests, and the beginnings of `samples` documents, evenly spread.
 
-    Reads both files once. Raises ValueError when they are no indexed corpus, when they are not what PREFIX.json says, or
-    hold ids that the tokenizer does not have.
+    Reads both files. Raises ValueError when they are no indexed corpus, not what PREFIX.json says, or hold ids that the
+    tokenizer does not have.
     """
     index, idx_digest = check_index(prefix)
     lengths = np.concatenate([np.diff(starts) for starts in document_starts(index)])

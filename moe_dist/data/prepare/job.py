@@ -147,7 +147,8 @@ class _Job:
             _workers(self.request) as pool,
         ):
             marked = time.monotonic()
-            for mark in self._steps(mark, writer, pool):
+            for now in self._steps(mark, writer, pool):
+                mark = now
                 self.watcher.step(mark)
                 if time.monotonic() - marked >= self.request.mark_every:
                     self._set(mark, writer)
@@ -229,8 +230,8 @@ class _Job:
             encoded = done.result() if isinstance(done, Future) else done
         except BrokenProcessPool:
             raise RuntimeError(
-                f"a worker has died at {source.path}, perhaps for want of memory: run it again, it goes on from the last "
-                "mark; with fewer --workers if that was it"
+                f"a worker has died at {source.path}, perhaps for want of memory: run it again, and it goes on; "
+                "with fewer --workers if that was it"
             ) from None
         assert encoded is not None
         mark = self._note(mark, source, encoded.bad)

@@ -30,8 +30,8 @@ def learn_tokenizer(
     text_key: str,
     say: Callable[[str], None],
 ) -> int:
-    """Writes tokenizer.json and tokenizer_config.json to the folder `output`. Returns how many ids there are: fewer than
-    vocab_size where the texts hold fewer pairs.
+    """Writes tokenizer.json and tokenizer_config.json to the folder `output`. Returns how many ids there are: fewer
+    than vocab_size where the texts hold fewer pairs.
 
     say: is told what was not read. Raises ValueError for paths that hold no text.
     """

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_dist.data.documents import BLOCK
 from moe_dist.data.index_writer import dtype_of
-from moe_dist.data.prepare.blocks import BLOCK, Block, Row, cut
+from moe_dist.data.prepare.blocks import Block, Row
 from moe_dist.data.prepare.sources import Kind
 from moe_dist.data.records import json_record, text_at
 from moe_dist.data.tokenizer import ByteTokenizer, Tokenizer
-from moe_dist.data.tokenizers import load_tokenizer
+from moe_dist.data.tokenizers import ids_of, load_tokenizer
 
 _TOGETHER = 1 << 18
 """Characters that are handed to a tokenizer at once: what it says of a token takes a hundred bytes."""
@@ -63,10 +64,7 @@ class Encoder:
             if len(text) > BLOCK // 4:
                 yield from self._together(held)
                 held, size = [], 0
-                ids: list[int] = []
-                for part in _parts(text):
-                    ids += self.tokenizer.encode(part)
-                yield [*ids, end]
+                yield [*ids_of(self.tokenizer, text.encode()).tolist(), end]
                 continue
             held.append(text)
             size += len(text)
@@ -128,15 +126,6 @@ def _rows(block: Block, text_key: str) -> Iterator[Row]:
             yield Row(number, values[text_key])
         else:
             yield Row(number, problem=f"nothing at {text_key!r}, but {', '.join(values)}")
-
-
-def _parts(text: str) -> Iterator[str]:
-    """As a text file of the same words is cut."""
-    data = text.encode()
-    while data:
-        end = cut(data)
-        yield data[:end].decode()
-        data = data[end:]
 
 
 _encoder: list[Encoder] = []  # of this process: a pool calls functions, and has no other place for what they share

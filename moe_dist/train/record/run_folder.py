@@ -7,6 +7,7 @@ runs/NAME/
   status.json        running | finished | preempted | failed, with the reason
   heartbeats/        what each rank did last         restarts.json    starts that got nowhere
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  tokenizer/         of a language model whose tokens are no bytes; what data.tokenizer reads
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
 """
