@@ -110,6 +110,11 @@ class DataConfig:
     that `moe-dist data prepare` left beside the corpus, if it did."""
     end_of_text: str | None = None
     """The token that ends a document. null: as the tokenizer says."""
+    mask_documents: bool = False
+    """A token sees nothing of the documents before its own in the sequence, in training and validation (Megatron's
+    reset_attention_mask). Costs a mask of seq_len * seq_len for each sequence."""
+    reset_positions: bool = False
+    """Positions count from the first token of a document, not of the sequence (Megatron's reset_position_ids)."""
     validation_fraction: float = 0.1
     """Share held out for validation: whole files, or the end of the text if there is one file only. indexed: the last
     documents of each path. With task = classification: of the texts."""

@@ -1,13 +1,13 @@
 """Several corpora in one run, each with its share of the sequences: which corpus a sequence is of, and which of its.
 
-A blend is a pattern of PERIOD sequences that is repeated. Corpus c, of share w_c, has as many as its share says, to one,
- and its kth stands where it is due,
+A blend is a pattern of PERIOD sequences that is repeated. Corpus c, of share w_c, has as many of them as its share
+says, to one, and its kth stands where it is due,
 
     t = (k + 1/2) / w_c          shares 1/2, 1/3, 1/6:   a b a c b a  a b a c b a ...
 
 so that after any number of sequences each corpus is at most about one from its share (the order of Webster's method, by
-which seats are shared out). Sequence number n of the run is in turn n // PERIOD of the pattern, and so the jth of its corpus,
-j = turn * sequences of the corpus in a turn + those before it in this one. Which window of the corpus the jth is
+which seats are shared out). Sequence n of a run is in turn n // PERIOD of the pattern, and so the jth of its corpus,
+where j = turn * places of the corpus in a turn + those before it in this one. Which window of the corpus the jth is,
 sampler.py says. So the order is a function of seed and step alone, whatever the length of the run.
 
 Megatron-core's BlendedDataset has the same meaning, and another order: its GPTDataset shuffles the documents of all the

@@ -265,7 +265,8 @@ class Trainer:
         for micro in range(shape.accumulation):
             mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
             tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
-            context = StepContext(self.key.fold(step, micro), step=step, frequency_V=self.frequency_V)
+            key = self.key.fold(step, micro)
+            context = StepContext(key, step=step, frequency_V=self.frequency_V, ends=self.task.ends)
             outputs.append(self.engine.micro_step(tokens_BS, targets, context))
         nll, aux, layers = gather_statistics(outputs, self.mesh, self.device)
         lr = learning_rate(step, self.config.train.steps, self.config.optim)

@@ -43,7 +43,7 @@ from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.step import StepContext
+from moe_dist.step import DocumentEnds, StepContext
 from moe_dist.train.record.confusion import accuracy, macro_f1, write_confusion
 from moe_dist.train.record.progress import short_number
 from moe_dist.train.record.run_folder import RunFolder
@@ -59,6 +59,7 @@ class Task(Protocol):
     num_places, width: what the sampler takes as the number of tokens and the length of a sequence; a place is where a
     sequence starts. real_share: share of a batch's tokens that are no padding. frequencies: of the
     training split's tokens. text_tokenizer: what the model's ids mean as text; None where nobody knows, or asks.
+    ends: what a forward pass does at the ends of documents.
     """
 
     model: ModelConfig
@@ -69,6 +70,7 @@ class Task(Protocol):
     real_share: float
     frequencies: Frequencies
     text_tokenizer: Tokenizer | None
+    ends: DocumentEnds | None
 
     def sampler(self, global_batch: int, seed: int) -> SequenceSampler | BlendSampler:
         """The places of each step."""
@@ -129,6 +131,7 @@ class LanguageModelling:
     """A decoder on the next byte, or token, of a corpus."""
 
     text_tokenizer: Tokenizer | None
+    ends: DocumentEnds | None
 
     real_share = 1.0
 
@@ -146,6 +149,7 @@ class LanguageModelling:
                 f"run.sample_tokens={config.run.sample_tokens} asks for text, but nothing tells what the ids of "
                 f"{self.corpus.name} mean: name the tokenizer in data.tokenizer, or set run.sample_tokens to 0"
             )
+        self.ends = _ends(config, found)
         sizes_V = None if found is None or self.corpus.unit == "byte" else found.bytes_per_token()
         self._bytes_V = None if sizes_V is None else np.pad(sizes_V, (0, max(0, self.model.vocab_size - len(sizes_V))))
 
@@ -193,7 +197,8 @@ class LanguageModelling:
         batches = in_batches(*self._validation_windows(), shape.micro_batch, mesh.layout.dp, mesh.dp.rank)
         for index, (starts, weights) in enumerate(batches):
             tokens_BS, targets_BS = micro_batch(split, starts, self.width)
-            context = StepContext(RandomKey.of(self.config.train.seed, "validation", index), phase, step=step)
+            key = RandomKey.of(self.config.train.seed, "validation", index)
+            context = StepContext(key, phase, step=step, ends=self.ends)
             losses_BS = engine.evaluate(tokens_BS.to(device), targets_BS.to(device), context, "token_losses")
             weights_B = torch.from_numpy(weights).to(device, torch.float64)
             total[:2] += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
@@ -249,6 +254,7 @@ class Classification:
 
     width = 1  # a sequence is one text, and a place its number
     text_tokenizer = None
+    ends = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -361,6 +367,16 @@ class Classification:
         values = all_reduce(total, mesh.dp).cpu().numpy()
         counts_CC = values[:-1].round().astype(np.int64).reshape(classes, classes)
         return float(values[-1] / counts_CC.sum()), counts_CC
+
+
+def _ends(config: Config, tokenizer: Tokenizer | None) -> DocumentEnds | None:
+    mask, reset = config.data.mask_documents, config.data.reset_positions
+    if not mask and not reset:
+        return None
+    if tokenizer is None:
+        name = "mask_documents" if mask else "reset_positions"
+        raise ValueError(f"data.{name}=true asks which token ends a document: name the tokenizer in data.tokenizer")
+    return DocumentEnds(tokenizer.end_id, mask, reset)
 
 
 def device_of(engine: Engine) -> torch.device:

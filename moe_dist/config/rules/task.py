@@ -55,6 +55,9 @@ def _classification(config: Config) -> Iterator[str]:
     yield from encoder_rules(config.model, config.parallel)
     if data.kind in ("text", "indexed"):
         yield f"data.kind {data.kind} has no labels for task=classification; set data.kind to jsonl, csv or stdlib"
+    for name in ("mask_documents", "reset_positions"):
+        if getattr(data, name):
+            yield f"{name}=true is of language models; set data.{name} to false"
     for name in ("tokenizer", "end_of_text"):
         if getattr(data, name) is not None:
             yield f"{name}={getattr(data, name)} is of language models; set data.{name} to null"
@@ -76,6 +79,14 @@ def _language_modelling(config: Config) -> Iterator[str]:
         yield f"end_of_text={data.end_of_text} needs data.tokenizer, which is null; set data.end_of_text to null"
     if data.kind != "indexed" and data.tokenizer is None and 1 <= model.vocab_size < _BYTES:
         yield f"vocab_size={model.vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
+    for name in ("mask_documents", "reset_positions"):
+        if getattr(data, name) and model.attention.kind == "routed":
+            yield f"{name}=true needs attention.kind multi_query or switch, not routed; set data.{name} to false"
+    if data.reset_positions and model.attention.position != "rotary":
+        yield (
+            f"reset_positions=true needs rotary positions, not attention.position={model.attention.position}; "
+            "set data.reset_positions to false"
+        )
     if model.num_classes is not None:
         yield f"num_classes={model.num_classes} is of task=classification; set model.num_classes to null"
     for name in ("dropout", "token_dropout"):
