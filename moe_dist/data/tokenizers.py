@@ -84,6 +84,8 @@ def load_tokenizer(path: str, end_of_text: str | None = None) -> Tokenizer:
         own = Path(f"{file}.json").read_bytes() if Path(f"{file}.json").is_file() else None
     except OSError as error:
         raise ValueError(f"{path}: the tokenizer cannot be read: {error}") from None
+    if not data:
+        raise ValueError(f"{path}: the file is empty, so no tokenizer")
     config = _object(beside, str(file.with_name(CONFIG)))
     end = end_of_text or _content(config.get("eos_token"))
     if end_of_text is not None:
