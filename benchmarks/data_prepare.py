@@ -1,10 +1,10 @@
-"""`moe-dist data prepare` beside Megatron's way: the same JSON lines, tokenizer and number of processes, equal bytes out.
+"""`moe-dist data prepare` beside Megatron's way: the same JSON lines, tokenizer and number of processes.
 
     python benchmarks/data_prepare.py --mib 200 --workers 2
 
-Megatron's way is that of its tools/preprocess_data.py: a pool that maps over lines, 32 at a time, and megatron-core's
-IndexedDatasetBuilder, which takes a document at a time. Each side runs in a process of its own; told are seconds of wall
-clock, the peak memory of that process and that of its largest worker. Runs alternate, `--times` each.
+Megatron's way is that of its tools/preprocess_data.py: a pool that maps over lines, 32 at a time, and the builder of
+megatron-core, which takes a document at a time. Each side runs in a process of its own; told are seconds of wall clock,
+the peak memory of that process and that of its largest worker. Runs alternate, `--times` each.
 """
 
 import argparse

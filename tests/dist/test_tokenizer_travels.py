@@ -32,10 +32,10 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_process_group()
 
 
-def own_jsonl(path: Path, records: int = 600) -> Path:
+def own_jsonl(path: Path, records: int = 1000) -> Path:
     """Of so many words that there are 8,000 pairs and more."""
     rng = random.Random(0)
-    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(6000)]
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(20000)]
     with path.open("w") as file:
         for _ in range(records):
             file.write(json.dumps({"text": " ".join(rng.choices(words, k=40)) + ".\n"}) + "\n")

@@ -111,7 +111,7 @@ def test_zstd_is_text_too(tmp_path: Path) -> None:
     corpus = load_corpus(DataConfig(kind="text", paths=[str(tmp_path / "a")], validation_fraction=0.5), 256, 2)
     assert np.asarray(corpus.train).tobytes() + np.asarray(corpus.validation).tobytes() == b"abcdef"
     (tmp_path / "a").write_bytes(codec.compress(b"abcdef", asbytes=True)[:-3])
-    with pytest.raises(ValueError, match="cannot be read: .*[Tt]runcated"):
+    with pytest.raises(ValueError, match=r"cannot be read: .*[Tt]runcated"):
         load_corpus(DataConfig(kind="text", paths=[str(tmp_path / "a")], validation_fraction=0.5), 256, 2)
 
 
