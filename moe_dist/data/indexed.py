@@ -103,7 +103,9 @@ def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float, held_ou
 
     Raises ValueError naming file and field when anything in the files is wrong, or a token id is not below vocab_size.
     """
-    train, validation, indices, sampled = [], [], [], []
+    train, validation = [], []
+    indices: list[Index] = []
+    sampled: list[str] = []
     digest, files = hashlib.sha256(), OpenFiles()
     for path in (*paths, *held_out):
         prefix = path.removesuffix(".idx").removesuffix(".bin")

@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ class JsonTokenizer:
         self.end_id = _end_id(end, None if end is None else known(end))
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.digest = _digest(self.kind, data, self.end_id)
-        self.files = {"tokenizer.json": data, CONFIG: _json({"eos_token": end} | config)}
+        self.files: Mapping[str, bytes] = {"tokenizer.json": data, CONFIG: _json({"eos_token": end} | config)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
@@ -168,6 +168,7 @@ class JsonTokenizer:
 
     def bytes_per_token(self) -> np.ndarray | None:
         decoders = _types(json.loads(self._tokenizer.to_str())["decoder"])
+        width: Callable[[str], int]
         if "ByteLevel" in decoders:
             width = len  # a letter of the token is a byte of the text
         elif decoders & {"Metaspace", "ByteFallback"}:
@@ -177,8 +178,8 @@ class JsonTokenizer:
         sizes_V = np.zeros(self.vocab_size, np.int64)
         for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
             sizes_V[number] = width(token)
-        for number, token in self._tokenizer.get_added_tokens_decoder().items():
-            sizes_V[number] = 0 if token.special else len(token.content.encode())
+        for number, added in self._tokenizer.get_added_tokens_decoder().items():
+            sizes_V[number] = 0 if added.special else len(added.content.encode())
         return sizes_V
 
 
@@ -207,7 +208,7 @@ class TiktokenTokenizer:
         self.vocab_size = max(*ranks.values(), *special.values()) + 1
         settings = _json({"pattern": pattern, "special_tokens": special, "end_of_text": end or usual})
         self.digest = _digest(self.kind, data + settings, self.end_id)
-        self.files = {"tokenizer.tiktoken": data, "tokenizer.tiktoken.json": settings}
+        self.files: Mapping[str, bytes] = {"tokenizer.tiktoken": data, "tokenizer.tiktoken.json": settings}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._encoding.encode_ordinary(_checked(text))
@@ -246,7 +247,7 @@ class SentencePieceTokenizer:
         number = None if end is None else self._model.piece_to_id(end)
         self.end_id = _end_id(end, None if number == self._model.unk_id() else number)
         self.digest = _digest(self.kind, data, self.end_id)
-        self.files = {"tokenizer.model": data, CONFIG: _json({"eos_token": end} | config)}
+        self.files: Mapping[str, bytes] = {"tokenizer.model": data, CONFIG: _json({"eos_token": end} | config)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(_checked(text))

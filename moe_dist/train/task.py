@@ -253,8 +253,8 @@ class Classification:
     """An encoder on the label of a text."""
 
     width = 1  # a sequence is one text, and a place its number
-    text_tokenizer = None
-    ends = None
+    text_tokenizer: Tokenizer | None = None
+    ends: DocumentEnds | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
