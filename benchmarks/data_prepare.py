@@ -8,6 +8,7 @@ the peak memory of that process and that of its largest worker. Runs alternate, 
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import random
@@ -21,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from moe_dist.data.command import Watch
 from moe_dist.data.prepare.job import Request, prepare
@@ -71,10 +73,10 @@ def run(side: str, source: Path, tok: Path, folder: Path, workers: int) -> None:
     for old in folder.glob(f"{side}.*"):
         if old.is_file():
             old.unlink()
+    if side == "megatron":
+        importlib.import_module("megatron.core.datasets.indexed_dataset")  # takes seconds, and is no work
     began = time.perf_counter()
     if side == "ours":
-        from rich.console import Console
-
         prepare(Request([str(source)], folder / "ours", str(tok), workers=workers), Watch(Console(stderr=True)))
     else:
         megatron(source, tok, folder / "megatron", workers)

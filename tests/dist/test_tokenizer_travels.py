@@ -142,6 +142,9 @@ def test_a_blend_goes_on_in_its_middle(tmp_path: Path, capsys: pytest.CaptureFix
     assert losses(tmp_path, "again") == whole
     assert train(tmp_path, "longer", data, "--train.steps", "5", vocab_size=256) == 0
     assert [loss for loss, _ in losses(tmp_path, "longer")][:2] == [loss for loss, _ in whole][:2]
+    masked = data | {"mask_documents": True, "reset_positions": True}
+    assert train(tmp_path, "masked", masked, vocab_size=256) == 0
+    assert all(one != other for one, other in zip(losses(tmp_path, "masked"), whole, strict=True))
     other = {"kind": "indexed", "blend": dict(zip(blend, (1.0, 1.0), strict=True))}
     capsys.readouterr()
     assert train(tmp_path, "again", other, "--resume", vocab_size=256) == 2

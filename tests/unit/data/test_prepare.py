@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -14,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from moe_dist.cli import main
-from moe_dist.data.index_writer import IndexWriter, dtype_of, write_index
+from moe_dist.data.command import Watch
+from moe_dist.data.index_writer import IndexWriter, Written, dtype_of, write_index
 from moe_dist.data.indexed import check_index, document_starts
 from moe_dist.data.prepare import inspect
 from moe_dist.data.prepare.inspect import inspect_corpus
@@ -133,6 +136,14 @@ def dataset(folder: Path, texts: list[str]) -> Path:
     (folder / "dataset_info.json").write_text("{}")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
     return folder
+
+
+def test_a_dataset_that_datasets_itself_saved(tmp_path: Path) -> None:
+    package = pytest.importorskip("datasets")
+    saved = package.Dataset.from_dict({"text": TEXTS[::-1]}).select(range(len(TEXTS))[::-1])
+    saved.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    prepared(tmp_path / "c", tmp_path / "saved")
+    assert texts_of(tmp_path / "c") == TEXTS
 
 
 def written(folder: Path, form: str) -> Path:
@@ -383,6 +394,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         file.write(b"\x05\x01")
     assert main(["data", "inspect", "out/c"]) == 2
     assert "out/c.bin changed since out/c.json was written" in capsys.readouterr().err
+
+
+def test_what_a_person_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar in a terminal; elsewhere a line now and then."""
+    mark = Mark(written=Written(50, 3), read=60, bad={"not JSON": 1})
+    for terminal in (True, False):
+        shown = io.StringIO()
+        watch = Watch(Console(file=shown, force_terminal=terminal, width=200))
+        monkeypatch.setattr("moe_dist.data.command._EVERY", 0.0)
+        watch.begin(100, Mark(written=Written(40, 2), read=50))
+        watch.step(mark)
+        watch.end()
+        assert "3 documents, 50 tokens, 1 bad" in shown.getvalue() and "60%" in shown.getvalue()
+        assert ("\x1b" in shown.getvalue()) == terminal
 
 
 def test_a_corpus_of_megatrons_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tokenizers.trainers import BpeTrainer
 
 from moe_dist.data.documents import BLOCK
 from moe_dist.data.tokenizer import ByteTokenizer, GrowingText, Tokenizer
-from moe_dist.data.tokenizers import ids_of, load_tokenizer, save_tokenizer
+from moe_dist.data.tokenizers import _KNOWN_RANKS, ids_of, load_tokenizer, save_tokenizer
 
 TEXTS = [
     "the cat sat on the mat\n",
@@ -137,6 +137,16 @@ def test_tiktoken_ids(tmp_path: Path) -> None:
     Path(f"{tmp_path}/own.bpe.json").unlink()
     with pytest.raises(ValueError, match=r"own.bpe: 261 ranks are of no published encoding.*write FILE.json"):
         load_tokenizer(str(tmp_path / "own.bpe"))
+
+
+def test_patterns_of_published_encodings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tiktoken's own list has them; their ranks, which it would download, are left out."""
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    monkeypatch.setattr(public, "load_tiktoken_bpe", lambda *args, **options: {})
+    for name, ranks in (("r50k_base", 50256), ("p50k_base", 50280), ("cl100k_base", 100256), ("o200k_base", 199998)):
+        pattern, special, end = _KNOWN_RANKS[ranks]
+        theirs = getattr(public, name)()
+        assert pattern == theirs["pat_str"] and special[end] == theirs["special_tokens"]["<|endoftext|>"]
 
 
 def test_the_end_of_a_text(tmp_path: Path) -> None:
