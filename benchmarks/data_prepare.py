@@ -25,8 +25,9 @@ import numpy as np
 from rich.console import Console
 
 from moe_dist.data.command import Watch
-from moe_dist.data.prepare.job import Request, prepare
+from moe_dist.data.prepare.job import prepare
 from moe_dist.data.prepare.learn import learn_tokenizer
+from moe_dist.data.prepare.steps import Request
 
 SYLLABLES = "ka lo mi ten sur da ve po ris na qu el or am it be".split()
 _LINES_AT_ONCE = 32

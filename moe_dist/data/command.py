@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from moe_dist.data.prepare.inspect import describe, inspect_corpus
-from moe_dist.data.prepare.job import Mark, Request, prepare, summary_of
+from moe_dist.data.prepare.job import prepare, summary_of
 from moe_dist.data.prepare.learn import learn_tokenizer
+from moe_dist.data.prepare.mark import Mark
+from moe_dist.data.prepare.steps import Request
 from moe_dist.data.prepared import tokenizer_beside
 from moe_dist.data.tokenizers import load_tokenizer
 

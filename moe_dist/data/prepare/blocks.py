@@ -16,6 +16,7 @@ from moe_dist.data.records import csv_rows
 from moe_dist.data.tokenizers import require
 
 _ROWS = 64
+_STEP = 1 << 13  # what an unpacker had read when it fails is lost, so it is asked for little at a time
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,11 @@ def read_blocks(source: Source, place: Place, text_key: str) -> Iterator[Block]:
 
 def _text(source: Source, place: Place, text_key: str) -> Iterator[Block]:
     with Path(source.path).open("rb") as file:
-        stream, _ = open_text(file)
-        _skip(stream, place.at)
+        stream = _Stream(open_text(file)[0])
+        stream.skip(place.at)
         at, data = place.at, b""
         while True:
-            more = _read(stream, BLOCK + 1 - len(data))
-            data += more
+            data += stream.read(BLOCK + 1 - len(data))
             end = cut(data)
             at += end
             over = len(data) <= BLOCK
@@ -87,12 +87,12 @@ def _text(source: Source, place: Place, text_key: str) -> Iterator[Block]:
 
 def _lines(source: Source, place: Place, text_key: str) -> Iterator[Block]:
     with Path(source.path).open("rb") as file:
-        stream, _ = open_text(file)
-        _skip(stream, place.at)
+        stream = _Stream(open_text(file)[0])
+        stream.skip(place.at)
         at, line = place.at, place.line
-        while data := _read(stream, BLOCK):
+        while data := stream.read(BLOCK):
             if not data.endswith(b"\n"):
-                data += stream.readline()
+                data += stream.line()
             first, at, line = line + 1, at + len(data), line + data.count(b"\n")
             yield Block(data, first, Place(at, line), file.tell())
 
@@ -172,16 +172,52 @@ def _check_column(source: Source, text_key: str, names: list[str]) -> None:
         raise ValueError(f"{source.path} has no column {text_key!r}, but {', '.join(names)}: name one in --text-key")
 
 
-def _read(stream: IO[bytes], size: int) -> bytes:
-    """So many bytes, or all that are left."""
-    parts = []
-    while size > 0 and (part := stream.read(size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+class _Stream:
+    """Bytes of a file. An error comes after what was read before it, and then with every call."""
 
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream, self._left = stream, b""
+        self._error: Exception | None = None
 
-def _skip(stream: IO[bytes], size: int) -> None:
-    """What was unpacked before is unpacked again, and nothing kept."""
-    while size > 0 and (part := stream.read(min(size, BLOCK))):
-        size -= len(part)
+    def read(self, size: int) -> bytes:
+        """So many bytes, or fewer where there are no more."""
+        parts = [self._left[:size]]
+        self._left = self._left[size:]
+        missing = size - len(parts[0])
+        while missing > 0 and self._error is None:
+            try:
+                part = self._stream.read1(min(missing, _STEP))
+            except (*UNREADABLE, UnicodeError) as error:
+                self._error = error
+                break
+            if not part:
+                break
+            parts.append(part)
+            missing -= len(part)
+        data = b"".join(parts)
+        if self._error is not None and not data:
+            raise self._error
+        return data
+
+    def line(self) -> bytes:
+        """What is left of a line, its end included; nothing where there is no more."""
+        parts = []
+        while part := self._part():
+            end = part.find(b"\n") + 1
+            if end:
+                parts.append(part[:end])
+                self._left = part[end:] + self._left
+                break
+            parts.append(part)
+        return b"".join(parts)
+
+    def _part(self) -> bytes:
+        try:
+            return self.read(1 << 16)
+        except (*UNREADABLE, UnicodeError):
+            return b""  # the next `read` says it
+
+    def skip(self, size: int) -> None:
+        """What was unpacked before is unpacked again, and nothing kept."""
+        while size > 0 and (part := self.read(min(size, BLOCK))):
+            size -= len(part)

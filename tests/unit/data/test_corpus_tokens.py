@@ -9,7 +9,8 @@ import pytest
 from moe_dist.config import Config, validate
 from moe_dist.config.schema import DataConfig
 from moe_dist.data.corpus import load_corpus
-from moe_dist.data.prepare.job import Request, prepare
+from moe_dist.data.prepare.job import prepare
+from moe_dist.data.prepare.steps import Request
 from moe_dist.data.tokenizers import load_tokenizer
 from tests.unit.data.test_prepare import Quiet, jsonl
 from tests.unit.data.test_tokenizers import byte_level
