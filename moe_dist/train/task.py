@@ -226,7 +226,19 @@ class LanguageModelling:
         corpus, left_out = self.corpus, self.corpus.left_out.describe()
         large = "is large: parts of it were hashed, and its ids are checked as they are read"
         sampled = [f"{path} {large}" for path in corpus.sampled]
-        return [*([left_out] if left_out else []), *sampled, *causality_notes(model)]
+        return [*([left_out] if left_out else []), *self._blend_notes(), *sampled, *causality_notes(model)]
+
+    def _blend_notes(self) -> list[str]:
+        """The share of each corpus, and how often a run of all steps reads it."""
+        blend, train, corpus = self.config.data.blend, self.config.train, self.corpus
+        if not blend or corpus.lengths is None:
+            return []
+        whole, tokens = sum(blend.values()), train.steps * train.global_batch * train.seq_len
+        parts = [
+            f"{path} {weight / whole:.1%}, read {tokens * weight / whole / length:.2g} times"
+            for (path, weight), length in zip(blend.items(), corpus.lengths[0], strict=True)
+        ]
+        return [f"blend: {'; '.join(parts)}"]
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}

@@ -4,6 +4,7 @@ tokenizer is asked for later: bits per byte, going on, generating, blends."""
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,9 @@ def test_own_texts_in_three_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
     forget_process_group()
     assert main([*generate, "--stream"]) == 0
     assert capsys.readouterr().out == said.out
+    forget_process_group()
+    assert main(["experts", str(run), "add", "1", "--output", str(tmp_path / "more")]) == 0
+    assert load_tokenizer(str(tmp_path / "more/tokenizer")).digest == tokenizer.digest
     shutil.move(run / "tokenizer", tmp_path / "kept")
     forget_process_group()
     assert main(generate) == 2
@@ -133,7 +137,9 @@ def test_a_blend_goes_on_in_its_middle(tmp_path: Path, capsys: pytest.CaptureFix
         assert main([*command, "--output", str(tmp_path / name)]) == 0
     blend = {str(tmp_path / "a"): 3.0, str(tmp_path / "b"): 1.0}
     data = {"kind": "indexed", "blend": blend}
+    capsys.readouterr()
     assert train(tmp_path, "whole", data, vocab_size=256) == 0
+    assert re.search(r"blend: \S+/a 75.0%, read 0.0\d+ times; \S+/b 25.0%, read", capsys.readouterr().out)
     whole = losses(tmp_path, "whole")
     assert "validation_bits_per_byte" in records_of(tmp_path, "whole")[-1]
     shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/again")
