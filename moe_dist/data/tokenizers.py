@@ -152,7 +152,7 @@ class JsonTokenizer:
         self.end_id = _end_id(end, None if end is None else known(end))
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.digest = _digest(self.kind, data, self.end_id)
-        self.files: Mapping[str, bytes] = {"tokenizer.json": data, CONFIG: _json({"eos_token": end} | config)}
+        self.files: Mapping[str, bytes] = {"tokenizer.json": data, CONFIG: _json(config | {"eos_token": end})}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(_checked(text), add_special_tokens=False).ids
@@ -247,7 +247,7 @@ class SentencePieceTokenizer:
         number = None if end is None else self._model.piece_to_id(end)
         self.end_id = _end_id(end, None if number == self._model.unk_id() else number)
         self.digest = _digest(self.kind, data, self.end_id)
-        self.files: Mapping[str, bytes] = {"tokenizer.model": data, CONFIG: _json({"eos_token": end} | config)}
+        self.files: Mapping[str, bytes] = {"tokenizer.model": data, CONFIG: _json(config | {"eos_token": end})}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(_checked(text))

@@ -125,8 +125,13 @@ def _parquet(source: Source, place: Place, text_key: str) -> Iterator[Block]:
         try:
             opened = parquet.ParquetFile(file)
             _check_column(source, text_key, opened.schema_arrow.names)
-            batches = opened.iter_batches(batch_size=_ROWS, columns=[text_key])
-            yield from _in_blocks(_rows(batches, text_key), place, file)
+            groups = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
+            first, before = 0, 0  # what lies in whole row groups before `place` is not read again
+            while first < len(groups) and before + groups[first] <= place.at:
+                first, before = first + 1, before + groups[first]
+            left = list(range(first, len(groups)))
+            batches = opened.iter_batches(batch_size=_ROWS, row_groups=left, columns=[text_key])
+            yield from _in_blocks(_rows(batches, text_key, before), place, file, before)
         except arrow.ArrowException as error:
             raise OSError(error) from None
 
@@ -142,8 +147,8 @@ def _arrow(source: Source, place: Place, text_key: str) -> Iterator[Block]:
             raise OSError(error) from None
 
 
-def _rows(batches: Any, text_key: str) -> Iterator[Row]:
-    number = 0
+def _rows(batches: Any, text_key: str, number: int = 0) -> Iterator[Row]:
+    """number: of the row before them."""
     for batch in batches:
         for first in range(0, batch.num_rows, _ROWS):
             for value in batch.column(text_key).slice(first, _ROWS).to_pylist():
@@ -151,11 +156,11 @@ def _rows(batches: Any, text_key: str) -> Iterator[Row]:
                 yield Row(number, value)
 
 
-def _in_blocks(rows: Iterator[Row], place: Place, file: IO[bytes]) -> Iterator[Block]:
-    """Rows behind `place`, about a BLOCK at a time."""
+def _in_blocks(rows: Iterator[Row], place: Place, file: IO[bytes], before: int = 0) -> Iterator[Block]:
+    """Rows behind `place`, about a BLOCK at a time. before: how many come before the first of `rows`."""
     held: list[Row] = []
-    size, number = 0, 0
-    for number, row in enumerate(rows, start=1):
+    size, number = 0, before
+    for number, row in enumerate(rows, start=before + 1):
         if number <= place.at:
             continue
         held.append(row)

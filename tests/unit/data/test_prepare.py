@@ -296,7 +296,7 @@ job.prepare(steps.Request(sources, Path(prefix), "bytes", mark_every=0.0), watch
 """
 
 
-@pytest.mark.parametrize(("call", "after"), [("add", [3, 9, 1, 9]), ("replace", [1, 1, 1, 1])])
+@pytest.mark.parametrize(("call", "after"), [("add", [3, 9, 1, 9, 2, 1]), ("replace", [1, 1, 1, 1])])
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, call: str, after: list[int]) -> None:
     """Within the work, behind its last mark; and between the files' coming to their names: .bin, .idx, .bad.jsonl and
     .json."""
@@ -306,7 +306,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, call: str,
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes() + b"{bad\n")[:-2000])
     with (tmp_path / "d.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([rng.bytes(100).hex()] for _ in range(30))])
-    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl.gz", "d.csv")]
+    parquet(tmp_path / "e.parquet", [rng.bytes(100).hex() for _ in range(33)])
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl.gz", "d.csv", "e.parquet")]
     whole = prepared(tmp_path / "whole", *map(Path, sources))
     for number in after:
         command = [sys.executable, "-c", KILLED, call, str(number), str(tmp_path / "c"), *sources]

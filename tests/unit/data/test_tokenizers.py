@@ -14,7 +14,7 @@ from tokenizers.trainers import BpeTrainer
 
 from moe_dist.data.documents import BLOCK
 from moe_dist.data.tokenizer import ByteTokenizer, GrowingText, Tokenizer
-from moe_dist.data.tokenizers import _KNOWN_RANKS, ids_of, load_tokenizer, save_tokenizer
+from moe_dist.data.tokenizers import _KNOWN_RANKS, JsonTokenizer, ids_of, load_tokenizer, save_tokenizer
 
 TEXTS = [
     "the cat sat on the mat\n",
@@ -124,6 +124,31 @@ def test_ids_are_those_of_the_libraries_themselves(tmp_path: Path) -> None:
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for text in TEXTS:
         assert ours.encode(text) == theirs(text, add_special_tokens=False, truncation=False, padding=False).input_ids
+
+
+def test_bytes_of_other_kinds_of_tokenizer_json() -> None:
+    """Blanks as letters and bytes to fall back on, as in Llama 2: each text has one blank more, in front. Parts of
+    words that are glued by their neighbours: nobody can tell."""
+    tokenizer = Package(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "</s>", *(f"<0x{number:02X}>" for number in range(256))]
+    trainer = BpeTrainer(vocab_size=320, special_tokens=special[:2], initial_alphabet=[], show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat"] * 3, trainer)
+    settings = json.loads(tokenizer.to_str())
+    vocab = settings["model"]["vocab"]
+    vocab |= {token: len(vocab) + number for number, token in enumerate(special[2:])}
+    ours = JsonTokenizer(json.dumps(settings).encode(), None, {})
+    sizes = ours.bytes_per_token()
+    for text in ("the cat", "the naïve cat", "日本"):
+        ids = ours.encode(text)
+        assert sizes is not None and sizes[ids].sum() == len(text.encode()) + 1 and ours.decode(ids) == text
+    assert sizes is not None and sizes[ours.end_id] == 0
+    glued = Package(models.WordPiece({"[SEP]": 0, "a": 1, "##b": 2}, unk_token="[SEP]"))
+    glued.decoder = decoders.WordPiece()
+    assert JsonTokenizer(glued.to_str().encode(), None, {}).bytes_per_token() is None
 
 
 def test_tiktoken_ids(tmp_path: Path) -> None:
