@@ -20,6 +20,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   plan CONFIG [flags]           memory, bytes and time of a run before it is paid for; search, dry run, measuring
   study ACTION STUDY            a grid of runs over capacity factors and seeds: plan, run, submit, list, report, export
   compare RUN... [flags]        a page that shows a few runs side by side
+  data ACTION ...               prepare and inspect corpora, learn a tokenizer
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model
@@ -117,6 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with interrupts_held():
                     from moe_dist.study.compare.command import compare
                 return compare(own)
+            case "data":
+                from moe_dist.data.arguments import data_arguments
+
+                own = data_arguments(rest)
+                from moe_dist.data.command import data
+
+                return data(own)
             case "generate":
                 from moe_dist.generate.arguments import generate_arguments
 

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from moe_dist.config import Config, validate
 from moe_dist.config.rules.memory import machine_memory
-from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
@@ -118,8 +117,9 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
 
 def sample(trainer: Trainer, tokens: int) -> str:
     """Text that the model writes; every rank must call."""
-    tokenizer, engine, train = ByteTokenizer(), trainer.engine, trainer.config.train
+    tokenizer, engine, train = trainer.task.text_tokenizer, trainer.engine, trainer.config.train
     assert isinstance(engine.model, Decoder), "a rule refuses sample_tokens for other tasks"
+    assert tokenizer is not None, "the task refuses sample_tokens without"
     model = CachedDecoder(engine.model, trainer.device, engine.evaluate)
     prompts = [tokenizer.encode(_PROMPT)]
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))

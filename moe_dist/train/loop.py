@@ -20,7 +20,7 @@ from moe_dist.checkpoint.finite import NotFinite
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
-from moe_dist.data import SequenceSampler, rank_starts
+from moe_dist.data import rank_starts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
@@ -90,9 +90,7 @@ class Trainer:
         )
         self.clock = StepClock(device)
         self.mesh.trail.listener = self.clock.hear
-        self.sampler = SequenceSampler(
-            self.task.num_places, self.task.width, config.train.global_batch, config.train.order_seed
-        )
+        self.sampler = self.task.sampler(config.train.global_batch, config.train.order_seed)
         refuse_what_cannot_fit(config, self.shape, self.mesh, device, self._say)
         with self._explained():
             built = self.task.build(config.model, self.mesh).to(device)
@@ -269,7 +267,8 @@ class Trainer:
             with trail.inside("data"):
                 mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
                 tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
-            context = StepContext(self.key.fold(step, micro), step=step, frequency_V=self.frequency_V)
+            key = self.key.fold(step, micro)
+            context = StepContext(key, step=step, frequency_V=self.frequency_V, ends=self.task.ends)
             outputs.append(self.engine.micro_step(tokens_BS, targets, context))
         trail.enter("statistics")
         nll, aux, layers, own_RP = gather_statistics(outputs, self.mesh, self.device, self.clock.handed_in())

@@ -8,6 +8,7 @@ runs/NAME/
   heartbeats/        what each rank did last         restarts.json    starts that got nowhere
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
   starts.jsonl       when each start began and ended       profile/   traces of the steps that --profile names
+  tokenizer/         of a language model whose tokens are no bytes; what data.tokenizer reads
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
 Of a run in jobs of slurm/train.sbatch, written by moe_dist/cluster:
