@@ -62,8 +62,9 @@ class Choice:
         if self.ep * self.etp == 1:  # nothing travels
             moe |= {"overlap_chunks": 1, "wire_dtype": "same"}
         parallel = replace(config.parallel, ep=self.ep, tp=self.tp, etp=self.etp, sequence_parallel=sequences)
-        model: Any = replace(config.model, recompute=self.recompute, moe=replace(config.model.moe, **moe))
-        engine: Any = replace(config.engine, name=self.engine, zero_stage=self.zero_stage)
+        how: dict[str, Any] = {"recompute": self.recompute, "moe": replace(config.model.moe, **moe)}
+        zero: dict[str, Any] = {"name": self.engine, "zero_stage": self.zero_stage}
+        model, engine = replace(config.model, **how), replace(config.engine, **zero)
         train = replace(config.train, micro_batch=self.micro_batch, accumulation=None)
         return replace(config, parallel=parallel, model=model, engine=engine, train=train)
 

@@ -81,14 +81,14 @@ def step_time(
     """
     compute = micro_step(config, shape, layout, hardware, skew)
     parts: dict[str, float] = defaultdict(float)
-    for part, seconds in compute.items():
-        parts[part] = shape.accumulation * (seconds.forward + seconds.backward)
+    for part, of_micro_step in compute.items():
+        parts[part] = shape.accumulation * (of_micro_step.forward + of_micro_step.backward)
     parts["recomputation"] = shape.accumulation * recomputed(config, compute)
     for transfer in transfers:
         busy = bounded(config, layout, skew) if part_of(transfer) == "dispatch" else 1.0
         parts[part_of(transfer)] += busy * exchange_seconds(transfer, layout, hardware)
     parts["optimizer"], parts["gradient copies"] = update_seconds(config, shape, layout, hardware, held)
-    backward = sum(seconds.backward for seconds in compute.values())
+    backward = sum(each.backward for each in compute.values())
     hidden = _hidden(config, hardware, transfers, parts, backward)
     host = _host(config, shape, hardware)
     parts["host"] = host if hardware.device == "cpu" else max(0.0, host - (sum(parts.values()) - hidden))

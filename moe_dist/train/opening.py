@@ -11,6 +11,7 @@ from moe_dist.config import BatchShape, Config
 from moe_dist.config.rules.memory import host_memory
 from moe_dist.config.schema import TrainConfig
 from moe_dist.data import SequenceSampler
+from moe_dist.data.blending import BlendSampler
 from moe_dist.disk import remove_drafts
 from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.launch import rank_from_environment
@@ -76,7 +77,7 @@ def write_opening(
     mesh: Mesh,
     device: torch.device,
     shape: BatchShape,
-    sampler: SequenceSampler,
+    sampler: SequenceSampler | BlendSampler,
     *,
     ahead: bool,
 ) -> None:
@@ -91,7 +92,9 @@ def write_opening(
     folder.write_status("running")
 
 
-def documents_per_micro_step(task: Task, sampler: SequenceSampler, shape: BatchShape, train: TrainConfig) -> float:
+def documents_per_micro_step(
+    task: Task, sampler: SequenceSampler | BlendSampler, shape: BatchShape, train: TrainConfig
+) -> float:
     """Documents that the sequences of a micro-step touch: the mean over micro-steps of the first steps, about as many
     as have a thousand sequences."""
     steps = range(min(train.steps, max(1, _LOOKED_AT // train.global_batch)))

@@ -25,6 +25,7 @@ from moe_dist.config import BatchShape, Config
 from moe_dist.engine.base import compute_dtype
 from moe_dist.engine.exchange import zero_bucket
 from moe_dist.moe.experts import expert_widths
+from moe_dist.parallel.mesh import Axis
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import Param
 from moe_dist.plan.transfer import Phase
@@ -115,10 +116,9 @@ def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, led
     for axis in ("dp", "tp") if overflow else ():
         ledger.add("all_reduce", axis, "update", "gradients that are not finite", 1)
     for params in groups:
-        for axis in ("dp", "tp"):
+        axes: tuple[Axis, ...] = ("dp", "tp", "edp") if params[0].expert else ("dp", "tp")
+        for axis in axes:
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
-        if params[0].expert:
-            ledger.add("all_reduce", "edp", "update", "gradient norm", _FP32)
 
 
 def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: Ledger) -> None:
