@@ -37,7 +37,7 @@ from moe_dist.config.flags import Parser
 from moe_dist.parallel.slurm import ask
 from moe_dist.process import output_never_fatal
 from moe_dist.train.arguments import run_arguments
-from moe_dist.train.exit_codes import FAILED, SAVED
+from moe_dist.train.exit_codes import FAILED, SAVED, USAGE
 from moe_dist.train.record.status import FILE as STATUS
 from moe_dist.train.record.status import read_status
 
@@ -260,9 +260,9 @@ def main(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
         _, config = run_arguments("train", list(own.train), "")
         allocation = Allocation.of(environ, own.ranks_per_node, own.spare_nodes)
         return Supervisor(allocation, config, own.train, own.srun, own.within).run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # without a history nobody could tell when to stop
         print(f"moe-dist: {error}", file=sys.stderr)
-        return 2
+        return USAGE if isinstance(error, ValueError) else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -196,6 +196,14 @@ def test_what_is_wrong_is_said(
     assert said in capsys.readouterr().err and slurm.calls("srun") == []
 
 
+def test_without_a_history_nothing_is_started(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody could tell whether the run gets further."""
+    slurm.run.mkdir(parents=True)
+    (slurm.run / history.FILE).symlink_to("/dev/full")
+    assert supervise(slurm) == 1
+    assert "No space left on device" in capsys.readouterr().err and slurm.calls("srun") == []
+
+
 def test_times_and_nodes() -> None:
     times = {"1-02:03:04": 93784.0, "2:00:00": 7200.0, "5:00": 300.0, "0:07": 7.0, "UNLIMITED": None, "INVALID": 0.0}
     assert {text: seconds_of(text) for text in times} == times
