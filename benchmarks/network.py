@@ -169,7 +169,9 @@ def network(nodes: int, rate: str) -> Iterator[None]:
 def on_nodes(section: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """`measure` on ranks of all nodes. Exits where one of them fails."""
     each = RANKS_PER_NODE[section]
-    address = subprocess.run([SCRIPT, "address", "node1"], check=True, capture_output=True, text=True).stdout.strip()
+    address = subprocess.run(
+        [SCRIPT, "address", "node1"], check=True, capture_output=True, encoding="utf-8"
+    ).stdout.strip()
     shared = {"WORLD_SIZE": str(args.nodes * each), "LOCAL_WORLD_SIZE": str(each), "GLOO_SOCKET_IFNAME": "eth0"}
     shared |= {"MASTER_ADDR": address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
     shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses that no name server knows

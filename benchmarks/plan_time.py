@@ -71,7 +71,7 @@ def on_ranks(command: Sequence[str], port: int, nodes: bool) -> None:
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(each), "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if nodes:
-        address = subprocess.run([SCRIPT, "address", "node1"], check=True, capture_output=True, text=True)
+        address = subprocess.run([SCRIPT, "address", "node1"], check=True, capture_output=True, encoding="utf-8")
         shared |= {"MASTER_ADDR": address.stdout.strip(), "GLOO_SOCKET_IFNAME": "eth0"}
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     ranks = []
