@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from moe_dist.plan.size import size, span
 from moe_dist.plan.time import EXCHANGES
 
 _COMPUTED, _EXCHANGED, _LIMIT = "#4878a8", "#c8773c", "#a03030"
-_STYLE = {
+_STYLE: Any = {
     "svg.hashsalt": "moe_dist",
     "svg.fonttype": "none",
     "font.size": 9,

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,7 @@ def _memory(device: torch.device, ranks_per_node: int) -> Memory:
     for count in _COPIES[device.type]:
         x = torch.ones(count // 4, device=device)
         y = torch.empty_like(x)
-        rates.append((2.0 * count, 2 * count / _seconds(lambda x=x, y=y: y.copy_(x), device)))
+        rates.append((2.0 * count, 2 * count / _seconds(partial(y.copy_, x), device)))
     best = max(rate for _, rate in rates)
     return Memory(bytes=whole, reserved=reserved, bandwidth=best, rates=rates)
 
@@ -233,7 +234,7 @@ def _finished(device: torch.device) -> None:
 
 def _link(group: Group, device: torch.device, ranks_here: int) -> Link:
     """ranks_here: how many groups leave a node together; bytes are counted for all of them."""
-    curves = {name: _curve(name, group, device, ranks_here) for name in _COLLECTIVES}
+    curves: dict[str, Curve] = {name: _curve(name, group, device, ranks_here) for name in _COLLECTIVES}
     reduces = curves["all_reduce"].seconds
     return Link(
         bandwidth=max(sent / seconds for sent, seconds in reduces),

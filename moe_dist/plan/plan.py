@@ -70,7 +70,12 @@ class Plan:
     def _transfer(self, each: Transfer) -> dict[str, Any]:
         inside, between = links(each, self.hardware.ranks_per_node)
         seconds = exchange_seconds(each, self.layout, self.hardware)
-        told = {"collective": each.collective, "axis": each.axis, "ranks": len(each.ranks), "phase": each.phase}
+        told: dict[str, Any] = {
+            "collective": each.collective,
+            "axis": each.axis,
+            "ranks": len(each.ranks),
+            "phase": each.phase,
+        }
         told |= {"what": each.what, "calls": each.calls, "bytes": each.bytes}
         return told | {"inside": inside, "between": between, "seconds": seconds}
 

@@ -62,8 +62,10 @@ class Choice:
         if self.ep * self.etp == 1:  # nothing travels
             moe |= {"overlap_chunks": 1, "wire_dtype": "same"}
         parallel = replace(config.parallel, ep=self.ep, tp=self.tp, etp=self.etp, sequence_parallel=sequences)
-        model: Any = replace(config.model, recompute=self.recompute, moe=replace(config.model.moe, **moe))
-        engine: Any = replace(config.engine, name=self.engine, zero_stage=self.zero_stage)
+        recompute: Any = self.recompute
+        name: Any = self.engine
+        model = replace(config.model, recompute=recompute, moe=replace(config.model.moe, **moe))
+        engine = replace(config.engine, name=name, zero_stage=self.zero_stage)
         train = replace(config.train, micro_batch=self.micro_batch, accumulation=None)
         return replace(config, parallel=parallel, model=model, engine=engine, train=train)
 

@@ -81,8 +81,8 @@ def step_time(
     """
     compute = micro_step(config, shape, layout, hardware, skew)
     parts: dict[str, float] = defaultdict(float)
-    for part, seconds in compute.items():
-        parts[part] = shape.accumulation * (seconds.forward + seconds.backward)
+    for part, each in compute.items():
+        parts[part] = shape.accumulation * (each.forward + each.backward)
     parts["recomputation"] = shape.accumulation * recomputed(config, compute)
     for transfer in transfers:
         busy = bounded(config, layout, skew) if part_of(transfer) == "dispatch" else 1.0
