@@ -24,6 +24,7 @@ import torch
 from moe_dist.config import BatchShape, Config
 from moe_dist.engine.base import compute_dtype
 from moe_dist.moe.experts import expert_widths
+from moe_dist.parallel.mesh import Axis
 from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.parameters import Param
 from moe_dist.plan.transfer import Phase
@@ -111,10 +112,11 @@ def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, led
         if any(params[0].expert for params in groups):
             ledger.add("all_reduce", "ep", "update", "gradient norm", _FP32)
         return
-    for axis in ("dp", "tp") if overflow else ():
+    axes: tuple[Axis, ...] = ("dp", "tp")
+    for axis in axes if overflow else ():
         ledger.add("all_reduce", axis, "update", "gradients that are not finite", 1)
     for params in groups:
-        for axis in ("dp", "tp"):
+        for axis in axes:
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
         if params[0].expert:
             ledger.add("all_reduce", "edp", "update", "gradient norm", _FP32)
