@@ -113,10 +113,11 @@ def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, led
         if any(params[0].expert for params in groups):
             ledger.add("all_reduce", "ep", "update", "gradient norm", _FP32)
         return
-    for axis in ("dp", "tp") if overflow else ():
+    axes: tuple[Axis, ...] = ("dp", "tp")
+    for axis in axes if overflow else ():
         ledger.add("all_reduce", axis, "update", "gradients that are not finite", 1)
     for params in groups:
-        axes: tuple[Axis, ...] = ("dp", "tp", "edp") if params[0].expert else ("dp", "tp")
+        axes = ("dp", "tp", "edp") if params[0].expert else ("dp", "tp")
         for axis in axes:
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
 
