@@ -107,7 +107,8 @@ class Supervisor:
             enough_nodes=len(left) >= self.allocation.nodes,
             seconds_left=ended.seconds_left,
         )
-        told = {"cause": cause.kind, "detail": cause.detail, **reached, "next": decision.next}
+        then = "requeue" if ended.requeued else decision.next  # by Slurm itself
+        told = {"cause": cause.kind, "detail": cause.detail, **reached, "next": then}
         told |= {"why": decision.why} if decision.why else {}
         history.append(self.folder, "end", start=number, job=self.allocation.job, nodes=nodes, **told)
         detail = f": {cause.detail}" if cause.detail else ""

@@ -231,9 +231,11 @@ def written(slurm: Slurm, name: str = "config.yaml", **sections: Any) -> str:
     return str(config)
 
 
-@pytest.mark.parametrize(("requeues", "cause", "code"), [("0", "cancelled", 1), ("1", "taken back", 75)])
+@pytest.mark.parametrize(
+    ("requeues", "cause", "then", "code"), [("0", "cancelled", "stop", 1), ("1", "taken back", "requeue", 75)]
+)
 def test_what_slurm_ends_is_left_to_slurm(
-    slurm: Slurm, requeues: str, cause: str, code: int, wait: Callable[..., None]
+    slurm: Slurm, requeues: str, cause: str, then: str, code: int, wait: Callable[..., None]
 ) -> None:
     slurm.start("sleep 60 & wait", state="running")
     slurm.say(requeues=requeues)
@@ -242,7 +244,7 @@ def test_what_slurm_ends_is_left_to_slurm(
     job.send_signal(signal.SIGTERM)
     subprocess.run(["pkill", "-TERM", "-P", str(job.pid)], check=True)  # Slurm signals all that the script started
     assert job.wait(60) == code
-    assert story(slurm) == [(cause, "stop", 0)] and slurm.calls("scontrol") == []
+    assert story(slurm) == [(cause, then, 0)] and slurm.calls("scontrol") == []
 
 
 @pytest.fixture
