@@ -99,6 +99,7 @@ def test_without_spare_nodes_the_job_is_queued_again(runs: Runs) -> None:
     assert lost not in run.nodes()[1] and runs.cluster.details(run.job)["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_a_job_that_loses_the_node_of_its_script_is_queued_again(runs: Runs) -> None:
     run = runs.submit("headless", "--spare-nodes", "1")
     run.goes_on()  # by then another node watches
@@ -118,6 +119,7 @@ def standing_still(run: Run) -> Iterator[None]:
     (run.folder / "slow").unlink()
 
 
+@pytest.mark.slow
 def test_a_run_gives_way_five_times_and_comes_back(runs: Runs) -> None:
     run = runs.submit("preempted")
     for preempted in range(1, 6):
