@@ -33,7 +33,8 @@ from moe_dist.models.decoder import Decoder
 from moe_dist.models.trainable import Trainable
 from moe_dist.parallel.mesh import Layout, Mesh, create_mesh
 from moe_dist.parallel.trail import Trail
-from moe_dist.plan.fake_world import Balanced, FakeWorld, Memory
+from moe_dist.plan.fake_world import Balanced, FakeWorld
+from moe_dist.plan.live_memory import Memory
 from moe_dist.plan.recorder import Call, Recorder
 from moe_dist.plan.traffic import traffic
 from moe_dist.plan.transfer import Transfer

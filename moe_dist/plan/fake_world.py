@@ -13,11 +13,9 @@ cannot choose by scores: `Balanced` decides for them, as a witness of the step (
 out (traffic/rows.py); and it knows what the others would have gathered: they decide as this rank does, each shifted by
 the assignments before it. What another rank broadcasts is what it did broadcast, when it ran before.
 
-Memory is counted by storage, from the operation that makes it until nobody holds it. What kernels take for themselves,
-and what an allocator rounds up, is not seen.
+Memory is counted by storage, of what operations make (live_memory.py).
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,42 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.config.model import ModelConfig
 from moe_dist.parallel.mesh import Layout
+from moe_dist.plan.live_memory import Memory
 from moe_dist.plan.recorder import Recorder, group_of
 from moe_dist.step import Site
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _DEVICE = torch.ops.prim.device.default
 _SHARED = "c10d"
-
-
-class Memory:
-    """Bytes of the storages that are alive. peak: the most there were, and `peak_at` what was made then. limit: the
-    first time that there are more is noted in `over`."""
-
-    def __init__(self, limit: int | None, where: Callable[[], str]) -> None:
-        self.limit, self.where = limit, where
-        self.live = self.peak = 0
-        self.peak_at = self.over = ""
-        self._known: set[int] = set()
-
-    def note(self, tensor: Tensor, maker: Any) -> None:
-        """maker: the operation whose result this is."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or size == 0:
-            return
-        self._known.add(key)
-        self.live += size
-        weakref.finalize(storage, self._release, key, size)
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.where()
-            if self.limit is not None and self.live > self.limit and not self.over:
-                shape = " x ".join(map(str, tensor.shape))
-                self.over = f"{maker} makes {shape} {str(tensor.dtype).removeprefix('torch.')} in {self.peak_at}"
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 class FakeWorld(TorchDispatchMode):
