@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moe_dist.train.record.history import last_logged_step
+from moe_dist.train.record.history import last_logged_step, last_saved_step
 
 FILE = "history.jsonl"
 
@@ -86,8 +86,7 @@ def job_of(lines: Sequence[dict[str, Any]]) -> str | None:
 
 def reached(folder: Path) -> dict[str, int]:
     """step and saved, as a line has them."""
-    steps = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
-    return {"step": last_logged_step(folder), "saved": max((int(step) for step in steps if step.isdigit()), default=0)}
+    return {"step": last_logged_step(folder), "saved": last_saved_step(folder)}
 
 
 def last_sign_of_life(folder: Path) -> datetime:

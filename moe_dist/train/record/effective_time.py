@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.disk import lines_backwards
+from moe_dist.train.record.history import last_saved_step
 from moe_dist.train.record.progress import duration
 from moe_dist.train.record.status import FILE as STATUS
 from moe_dist.train.record.status import status_now
@@ -96,7 +97,7 @@ def effective_time_of(folder: Path) -> EffectiveTime | None:
         events = read_events(folder / STARTS)
     state = status_now(folder)["state"]
     until = time.time() if state == "running" else last_sign_of_life(folder)
-    saved = None if state in ("running", "finished", "preempted") else _newest_checkpoint(folder)
+    saved = None if state in ("running", "finished", "preempted") else last_saved_step(folder)
     return effective_time(kept_seconds(folder, saved), events, until)
 
 
@@ -160,11 +161,6 @@ def process_began() -> float:
     except (OSError, ValueError, IndexError):
         return now
     return now - max(0.0, up - ticks / os.sysconf("SC_CLK_TCK"))
-
-
-def _newest_checkpoint(folder: Path) -> int:
-    steps = (path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*"))
-    return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
 def _note(folder: Path, event: str, at: float, **details: Any) -> None:
