@@ -13,7 +13,7 @@ Dense gradients are averaged over dp; those of experts are summed over edp and d
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -99,19 +99,22 @@ class GradientExchange:
 
 @dataclass(eq=False)
 class _Bucket:
-    """flat: gradients of `params`, one after the other; None between steps. left: how many are not there yet."""
+    """flat: gradients of `params`, one after the other, each at its place; None between steps. left: how many are not
+    there yet."""
 
     params: list[nn.Parameter]
     flat: Tensor | None = None
+    places: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     left: int = 0
     work: dist.Work | None = None
 
-    def parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Of each parameter."""
-        if self.flat is None:
-            size = sum(param.numel() for param in self.params)
-            self.flat = torch.empty(size, dtype=dtype, device=self.params[0].device)
-        return iter(self.flat.split([param.numel() for param in self.params]))
+    def make(self, dtype: torch.dtype) -> None:
+        sizes = [param.numel() for param in self.params]
+        self.flat = torch.empty(sum(sizes), dtype=dtype, device=self.params[0].device)
+        self.places = dict(zip(self.params, self.flat.split(sizes), strict=True))
+
+    def drop(self) -> None:
+        self.flat, self.places = None, {}
 
 
 class _Queue:
@@ -129,8 +132,9 @@ class _Queue:
     def place(self, param: nn.Parameter, dtype: torch.dtype) -> Tensor:
         """Where its gradient lies in its bucket."""
         bucket = self.bucket_of[param]
-        places = zip(bucket.params, bucket.parts(dtype), strict=True)
-        return next(part for each, part in places if each is param).view_as(param)
+        if bucket.flat is None:
+            bucket.make(dtype)
+        return bucket.places[param].view_as(param)
 
     def arrived(self, param: nn.Parameter) -> None:
         self.bucket_of[param].left -= 1
@@ -147,7 +151,7 @@ class _Queue:
 
     def drop(self) -> None:
         for bucket in self.buckets:
-            bucket.flat = None
+            bucket.drop()
 
     def _send(self) -> None:
         bucket = self.buckets[self.gone]
