@@ -2,8 +2,8 @@
 # Installs, then checks style, layout, types and numbers: launch/test.sh [PYTEST ARGUMENTS].
 # Slow tests are left out; `launch/test.sh -m ''` runs everything. Tests run in 3 to 8 workers, one more than cores;
 # `launch/test.sh -n 0` runs them in one process, as plain `pytest` does: with --pdb or -s, for example.
-# As root on Debian or Ubuntu it installs Slurm and Chromium from the distribution, for tests/slurm and the tests of
-# pages; elsewhere those tests skip.
+# As root on Debian or Ubuntu it installs Slurm, iproute2 and Chromium from the distribution, for tests/slurm, tests on
+# virtual nodes and the tests of pages; elsewhere those tests skip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,6 +19,16 @@ if ! PATH="$PATH:/usr/sbin" type slurmctld slurmd sbatch munged >/dev/null 2>&1;
   fi
   PATH="$PATH:/usr/sbin" type slurmctld slurmd sbatch munged >/dev/null 2>&1 ||
     echo "WARNING: no Slurm here, so tests/slurm SKIP. Install slurmctld slurmd slurm-client munge as root." >&2
+fi
+
+if ! PATH="$PATH:/usr/sbin" type ip tc >/dev/null 2>&1; then
+  if ((EUID == 0)) && command -v apt-get >/dev/null; then
+    echo "Installing iproute2."
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends iproute2; } \
+      >/dev/null || echo "WARNING: apt-get could not install iproute2" >&2
+  fi
+  PATH="$PATH:/usr/sbin" type ip tc >/dev/null 2>&1 ||
+    echo "WARNING: no iproute2 here, so tests on virtual nodes SKIP." >&2
 fi
 
 if [[ -z "$(type -P chromium chromium-browser google-chrome)" ]]; then

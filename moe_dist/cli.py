@@ -6,22 +6,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import moe_dist
 from moe_dist.process import EarlySignals, interrupts_held, output_never_fatal
 
-if TYPE_CHECKING:
-    from moe_dist.config.flags import Parser
-    from moe_dist.config.schema import Config
-
 _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
 
   train CONFIG [flags]          train a Mixture-of-Experts language model or text classifier
-  status RUN | CONFIG [flags]   how far that run is
+  status [RUN | ROOT | CONFIG]  how far that run is, or all runs under a folder
+  submit CONFIG --nodes N ...   that run as a job of Slurm, which survives what happens to it
+  cancel RUN | JOB              have such a job save, and end
   watch [RUN | STUDY]           loss, drops and expert loads in the terminal while it runs
+  plan CONFIG [flags]           memory, bytes and time of a run before it is paid for; search, dry run, measuring
   study ACTION STUDY            a grid of runs over capacity factors and seeds: plan, run, submit, list, report, export
   compare RUN... [flags]        a page that shows a few runs side by side
+  data ACTION ...               prepare and inspect corpora, learn a tokenizer
   generate RUN [flags]          text from the model of a run
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model
@@ -43,6 +42,8 @@ purpose is named: --override data,seed.
 SIGUSR2, SIGTERM, SIGINT (Ctrl-C) and run.time_limit make it save after the step at hand, and leave with exit code 75
 and `preempted` in status.json. A second Ctrl-C ends it at once.
 
+--profile steps=10-12 writes a trace of these steps, counted from 1, and their memory to profile/ of the run's folder.
+
 Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a failure too:
   0  done                                       76  diverged: going back to a checkpoint did not help
   1  failed; the reason is in status.json       77  a rank stood still (guard.stall_seconds)
@@ -51,9 +52,12 @@ Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a f
 """
 
 _STATUS = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
-or failed, with its last step and its loss, or how it ended.
+or failed, with its last step and its loss, or how it ended; in a second one its effective training time ratio: seconds
+in steps that were kept over those since it was first submitted or started, the queue apart.
 
-Takes the folder of a run, or what `moe-dist train` takes, and reads status.json and metrics.jsonl of the run.
+Takes the folder of a run, or what `moe-dist train` takes, and reads status.json, metrics.jsonl and the starts of the
+run. For a folder that holds runs, or without anything for runs/, a table of all of them: state, step, loss, time left,
+restarts, effective training time ratio (ETTR), last job.
 """
 
 
@@ -86,10 +90,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _train(rest)
             case "status":
                 return _status(rest)
+            case "submit":
+                from moe_dist.cluster.arguments import submit_arguments
+                from moe_dist.cluster.submit import submit
+
+                return submit(submit_arguments(rest))
+            case "cancel":
+                from moe_dist.cluster.arguments import cancel_arguments
+                from moe_dist.cluster.cancel import cancel
+
+                own = cancel_arguments(rest)
+                return cancel(own.what, own.seconds)
             case "study":
                 with interrupts_held():
                     from moe_dist.study.command import study
                 return study(rest)
+            case "plan":
+                return _plan(rest)
             case "watch":
                 with interrupts_held():
                     from moe_dist.study.run.watch import watch
@@ -101,6 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with interrupts_held():
                     from moe_dist.study.compare.command import compare
                 return compare(own)
+            case "data":
+                from moe_dist.data.arguments import data_arguments
+
+                own = data_arguments(rest)
+                from moe_dist.data.command import data
+
+                return data(own)
             case "generate":
                 from moe_dist.generate.arguments import generate_arguments
 
@@ -179,7 +203,9 @@ def _print_any_text() -> None:
 def _train(args: list[str]) -> int:
     first = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     with EarlySignals(speak=first == "0") as early, output_never_fatal():
-        own, config = _run_arguments("train", args, _TRAIN)
+        from moe_dist.train.arguments import run_arguments
+
+        own, config = run_arguments("train", args, _TRAIN)
         from moe_dist.train.record.status import is_finished
         from moe_dist.train.resume import as_configured
 
@@ -190,7 +216,7 @@ def _train(args: list[str]) -> int:
             return 0
         from moe_dist.train.command import train
 
-        return train(config, own.resume, own.device, _overrides(own), early)
+        return train(config, own.resume, own.device, _overrides(own), early, own.profile)
 
 
 def _overrides(own: argparse.Namespace) -> list[str]:
@@ -206,73 +232,59 @@ def _overrides(own: argparse.Namespace) -> list[str]:
 
 
 def _status(args: list[str]) -> int:
-    if args and Path(args[0]).is_dir():
+    folder = Path(args[0] if args else "runs")
+    if folder.is_dir():
         if len(args) > 1:
             raise ValueError(f"{args[0]} is the folder of a run, and takes no {args[1]}: flags go with a configuration")
-        folder = Path(args[0])
         if not (folder / "config.yaml").exists():
-            raise ValueError(f"{folder} holds no config.yaml, so no run: give root/NAME, or the run's configuration")
+            from moe_dist.cluster.status import print_runs
+
+            print_runs(folder)
+            return 0
     else:
-        _, config = _run_arguments("status", args, _STATUS)
+        from moe_dist.train.arguments import run_arguments
+
+        _, config = run_arguments("status", args, _STATUS)
         folder = config.run.folder
+    from moe_dist.train.record.effective_time import effective_time_of
     from moe_dist.train.record.status import describe_status, status_now
 
     print(describe_status(status_now(folder)))
+    effective = effective_time_of(folder)
+    if effective is not None:
+        print(f"effective training time: {effective.describe()}")
     return 0
 
 
 def _chaos(args: list[str]) -> int:
     from moe_dist.config.flags import Parser
+    from moe_dist.train.arguments import with_config
 
     parser = Parser("moe-dist chaos", add_help=False)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    own, config = _with_config(parser, args, "[--minutes M] [--ranks N] [--seed S]", _CHAOS)
+    own, config = with_config(parser, args, "[--minutes M] [--ranks N] [--seed S]", _CHAOS)
     with interrupts_held():
         from moe_dist.chaos.command import chaos
     with output_never_fatal():  # what it found is in chaos.json too
         return chaos(config, own.minutes, own.ranks, own.seed)
 
 
-def _run_arguments(command: str, args: list[str], description: str) -> tuple[argparse.Namespace, "Config"]:
-    """What follows `moe-dist train`."""
-    from moe_dist.config.flags import Parser
+def _plan(args: list[str]) -> int:
+    from moe_dist.plan.arguments import ABOUT, USAGE, check_plan_arguments, measure_arguments, plan_parser
+    from moe_dist.train.arguments import with_config
 
-    parser = Parser(f"moe-dist {command}", add_help=False)
-    parser.add_argument("--resume", nargs="?", choices=["never", "auto", "must"], default="never", const="must")
-    parser.add_argument("--override")
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    own = "[--resume [{must,auto,never}]] [--override NAME,..] [--device {cpu,cuda}]"
-    return _with_config(parser, args, own, description)
-
-
-def _with_config(parser: "Parser", args: list[str], own_usage: str, about: str) -> tuple[argparse.Namespace, "Config"]:
-    """A YAML file, flags of the command itself, and flags of the configuration."""
-    from moe_dist.config.flags import override_config
-    from moe_dist.config.load import load_config
-    from moe_dist.config.schema import Config
-
-    path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
-    asked = next((at for at, word in enumerate(rest) if word in ("-h", "--help")), None)
-    if asked is not None:
-        usage = f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
-        topic = next((word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")), "")
-        _print_help(usage, about, topic, load_config(path) if path else Config())
-        raise SystemExit(0)
-    own, flags = parser.parse_known_args(rest)
-    if path is None and not flags:
-        raise ValueError(
-            f"{parser.prog} needs a configuration: {parser.prog} CONFIG, for example configs/tiny.yaml, which one core "
-            f"trains in seconds; {parser.prog} --help tells more"
-        )
-    return own, override_config(load_config(path), flags, [f"--{name}" for name in vars(own)])
-
-
-def _print_help(usage: str, about: str, topic: str, config: "Config") -> None:
-    from moe_dist.config.describe import describe_keys, describe_sections
-
-    print(describe_keys(topic, config) if topic else f"usage: {usage}\n\n{about}\n{describe_sections()}")
+    if any(word.partition("=")[0] == "--measure" for word in args):
+        measured = measure_arguments(args)
+        with interrupts_held():
+            from moe_dist.plan.measure import measure
+        return measure(measured)
+    own, config = with_config(plan_parser(), args, USAGE, ABOUT)
+    check_plan_arguments(own)
+    with interrupts_held():
+        from moe_dist.plan.command import plan
+    return plan(config, own)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,18 @@ class RealTokens:
 
 
 @dataclass(frozen=True)
+class DocumentEnds:
+    """What happens behind the token that ends a document, `end_id`.
+
+    mask: later tokens do not see it, nor what is before it. reset: the next token is at position 0.
+    """
+
+    end_id: int
+    mask: bool
+    reset: bool
+
+
+@dataclass(frozen=True)
 class StepContext:
     """What a forward pass must know beside its activations. Everything random is a function of `key`.
 
@@ -58,7 +70,7 @@ class StepContext:
     this rank's tokens, for hash routing. real: which of them are no padding; None: all. parts: ranks whose local losses
     this process computes; one, unless a single process stands for several. frequency_V: the class of each token id by
     how often it is in the training split. marks_XT: by what the drops of this rank's tokens are counted (moe/drops.py).
-    Where either is None, these counts are zeros.
+    Where either is None, these counts are zeros. ends: None: a sequence is one document.
     """
 
     key: RandomKey
@@ -71,3 +83,4 @@ class StepContext:
     parts: int = 1
     frequency_V: Tensor | None = None
     marks_XT: Tensor | None = None
+    ends: DocumentEnds | None = None

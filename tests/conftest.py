@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.dist.nodes import CannotError, Network
+
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 QUEUES = {"tests/dist/": "ranks", "tests/faults/": "ranks", "tests/slurm/": "programs", "tests/examples/": "programs"}
 
@@ -26,6 +28,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return next((queue for folder, queue in QUEUES.items() if nodeid.startswith(folder)), nodeid)
 
     return TwoQueues(config, log)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """Two nodes, and cables of 200 Mbit/s; who pulls one plugs it in again."""
+    try:
+        with Network(tmp_path_factory.mktemp("network") / "two", nodes=2, rate="200mbit") as network:
+            yield network
+    except CannotError as reason:
+        pytest.skip(f"NO NETWORK IS TESTED: {reason}")
 
 
 @pytest.fixture(autouse=True)

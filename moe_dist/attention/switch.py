@@ -40,6 +40,7 @@ from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
 from moe_dist.parallel.linear import SharedBias, TokenSlices, enter
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
+from moe_dist.parallel.told import told
 from moe_dist.step import StepContext
 
 
@@ -185,7 +186,7 @@ class AttentionExperts(nn.Module):
             raise ValueError(f"num_experts={moe.num_experts} is not divisible by ep={ep.size}")
         self.backend, self.permute = moe.experts, permutation(kernels)
         # Where every rank holds all experts, the tp ranks see different slices of the tokens.
-        self.slices = mesh.tp if ep.size == 1 else Group()
+        self.world, self.slices = mesh.world, mesh.tp if ep.size == 1 else Group()
         local, shard = moe.num_experts // ep.size, "expert" if ep.size > 1 else "replicated"
 
         def matrices(std: float, shard: Shard = shard) -> nn.Parameter:  # type: ignore[assignment]
@@ -206,13 +207,18 @@ class AttentionExperts(nn.Module):
 
     def _map(self, x: Tensor, weights_XK: Tensor | None, order: RowOrder, w_eMD: Tensor, out_first: bool) -> Tensor:
         w_eMD = copy_to_group(w_eMD, self.slices)
-        if torch.is_autocast_enabled(x.device.type):  # the kernels are single functions: cast here, once
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, w_eMD = x.to(dtype), w_eMD.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = self.permute.gather_rows(x, order)
-            rows = linear(rows, w_eMD, order, self.backend, out_first)
-            return self.permute.combine_rows(rows, weights_XK, order)
+
+        def mapped(x: Tensor) -> Tensor:
+            w = w_eMD
+            if torch.is_autocast_enabled(x.device.type):  # the kernels are single functions: cast here, once
+                dtype = torch.get_autocast_dtype(x.device.type)
+                x, w = x.to(dtype), w.to(dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                rows = self.permute.gather_rows(x, order)
+                rows = linear(rows, w, order, self.backend, out_first)
+                return self.permute.combine_rows(rows, weights_XK, order)
+
+        return told(self.world.trail, "experts", mapped, x)
 
 
 def each_alone(choice: Choice) -> Choice:

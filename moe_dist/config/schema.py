@@ -52,7 +52,8 @@ class EngineConfig:
     grad_clip: float | None = 1.0
     """Largest global gradient norm. null: no clipping."""
     bucket_mib: float | None = 32.0
-    """With native: gradients are exchanged while backward goes on, as many MiB at a time. null: all of them after."""
+    """Gradients are exchanged while backward goes on, as many MiB at a time. null: all of them after it (native), or in
+    buckets of 2 GB (deepspeed)."""
     cuda_graph: bool = False
     """With native, on a GPU: record micro-steps once and replay them, so that the host launches one thing instead of
     thousands. For models whose shapes depend on no data: capacity limits with wire = padded, or all experts on each
@@ -94,11 +95,27 @@ class DataConfig:
     kind: Literal["stdlib", "text", "indexed", "jsonl", "csv"] = "stdlib"
     """stdlib: the sources of Python's standard library, present on every machine; with task = classification, blocks
     of their lines, labelled by the package that they come from. text: files or folders in `paths`. jsonl, csv: files in
-    `paths` of records with a text and, for task = classification, a label. Language models read the bytes of all these.
-    indexed: token ids in Megatron-core's .bin and .idx files, for language models."""
+    `paths` of records with a text and, for task = classification, a label. Language models read the bytes of all these,
+    or with `tokenizer` its tokens. indexed: token ids in Megatron-core's .bin and .idx files, for language models."""
     paths: list[str] = field(default_factory=list)
     """With kind = text: files, or folders that are searched for files. With jsonl and csv: files.
-    indexed: paths without .bin and .idx. ~ is your home folder."""
+    indexed: paths without .bin and .idx, which follow one another. ~ is your home folder."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """indexed, in place of paths: {path: weight}. Of the sequences of a run, and of the weight of its validation loss,
+    each corpus has its weight's share."""
+    validation_paths: list[str] = field(default_factory=list)
+    """indexed: held out are these corpora, and nothing of the others."""
+    tokenizer: str | None = None
+    """For language models: a tokenizer.json, a Hugging Face folder, a tiktoken file or a SentencePiece model; texts are
+    tokenised with it when a run starts. indexed: the one that the corpus was made with. null: bytes; indexed: the one
+    that `moe-dist data prepare` left beside the corpus, if it did."""
+    end_of_text: str | None = None
+    """The token that ends a document. null: as the tokenizer says."""
+    mask_documents: bool = False
+    """A token sees nothing of the documents before its own in the sequence, in training and validation (Megatron's
+    reset_attention_mask). Costs a mask of seq_len * seq_len for each sequence."""
+    reset_positions: bool = False
+    """Positions count from the first token of a document, not of the sequence (Megatron's reset_position_ids)."""
     validation_fraction: float = 0.1
     """Share held out for validation: whole files, or the end of the text if there is one file only. indexed: the last
     documents of each path. With task = classification: of the texts."""
@@ -178,7 +195,7 @@ class RunConfig:
     tensorboard: bool = True
     """Write metrics for TensorBoard too."""
     sample_tokens: int = 0
-    """Bytes to generate from the trained model at the end."""
+    """Tokens to generate from the trained model at the end."""
     time_limit: Annotated[float | None, Minutes()] = None
     """Time after which the run saves and leaves with exit code 75, as after a signal: 4h, 90m, 1:30:00, or a number of
     minutes. null: none."""

@@ -1,4 +1,5 @@
-"""Reads files into one array of tokens for training and one for validation. A token is a byte of UTF-8 text.
+"""Reads files into one array of tokens for training and one for validation. A token is a byte of UTF-8 text, or with
+data.tokenizer what that makes of it.
 
 A corpus is the same bytes on every rank and in every run: files are ordered and split by their names alone, never by
 the order in which the file system lists them, nor by the locale or Python's hash seed. Its digest says so.
@@ -18,12 +19,16 @@ import numpy as np
 from moe_dist.config.schema import DataConfig
 from moe_dist.config.values import user_path
 from moe_dist.data.documents import UNREADABLE, Document, LeftOut, read_text, told_apart, walk
+from moe_dist.data.index_writer import dtype_of
 from moe_dist.data.indexed import read_indexed
+from moe_dist.data.prepared import tokenizer_beside
 from moe_dist.data.records import read_records
 from moe_dist.data.stream import TokenStream
+from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.data.tokenizers import BYTES, ids_of, load_tokenizer
 
 SEPARATOR = b"\0"
-"""Follows each file of a corpus of several files."""
+"""Follows each file of a corpus of several files, where tokens are bytes."""
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
@@ -47,6 +52,12 @@ class Corpus:
     left_out: LeftOut = field(default_factory=LeftOut)
     unit: Literal["byte", "token"] = "byte"
     """What a token is. The loss is told in bits per unit."""
+    tokenizer: Tokenizer | None = None
+    """None: nobody knows it."""
+    lengths: tuple[list[int], list[int]] | None = None
+    """indexed: tokens of each corpus in train and in validation."""
+    sampled: list[str] = field(default_factory=list)
+    """indexed: .bin files of which only parts were hashed."""
 
     @property
     def validation_share(self) -> float:
@@ -66,8 +77,8 @@ class Corpus:
 def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
     """Read the corpus that `config` names; each split holds at least one sequence of seq_len tokens and its targets.
 
-    Raises ValueError if a path is missing, unreadable or empty, if a token id does not fit vocab_size, or if a split
-    is too short.
+    Raises ValueError if a path is missing, unreadable or empty, if a token id does not fit vocab_size, if a split is
+    too short, or for a tokenizer that cannot be read.
     """
     if not 0 < config.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction={config.validation_fraction} must lie between 0 and 1, e.g. 0.1")
@@ -82,32 +93,109 @@ def load_corpus(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
     else:
         found = _records(config, left_out)
     documents = told_apart(_unique(found, left_out))
-    _check_ids(documents, vocab_size)
-    pieces = _split(documents, config.validation_fraction)
-    begins = np.cumsum([0, *map(len, pieces["train"])])[:-1:2]  # a separator belongs to the document before it
-    parts = {split: b"".join(data) for split, data in pieces.items()}
+    tokenizer = load_tokenizer(config.tokenizer or BYTES, config.end_of_text)
+    if tokenizer.kind == BYTES:
+        _check_ids(documents, vocab_size)
+    else:
+        _check_vocabulary(tokenizer, config.tokenizer, vocab_size)
+        documents = _decodable(documents, left_out)
+    pieces = _split(documents, config.validation_fraction, keep_characters=tokenizer.kind != BYTES)
+    tokens = {split: _tokens(data, len(documents) > 1, tokenizer) for split, data in pieces.items()}
+    begins = np.cumsum([0, *map(len, tokens["train"])])[:-1]
+    parts = {split: np.concatenate(data) for split, data in tokens.items()}
     for split, data in parts.items():
         _check_length(split, len(data), seq_len)
     return Corpus(
-        train=np.frombuffer(parts["train"], np.uint8),
-        validation=np.frombuffer(parts["validation"], np.uint8),
+        train=parts["train"],
+        validation=parts["validation"],
         vocab_size=vocab_size,
         name=name,
-        digest=_digest(parts),
+        digest=_digest({split: data.tobytes() for split, data in parts.items()}),
         num_files=len(documents),
         made_of="files" if config.kind in ("stdlib", "text") else "records",
         left_out=left_out,
         document_of=lambda offsets: np.searchsorted(begins, offsets, side="right") - 1,
+        unit="byte" if tokenizer.kind == BYTES else "token",
+        tokenizer=tokenizer,
     )
 
 
 def _indexed(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
-    prefixes = [str(user_path(path)) for path in config.paths]
-    train, validation, digest, document_of = read_indexed(prefixes, vocab_size, config.validation_fraction)
-    for split, stream in (("train", train), ("validation", validation)):
+    named = [*config.blend] or config.paths
+    prefixes = [str(user_path(path)) for path in named]
+    held_out = [str(user_path(path)) for path in config.validation_paths]
+    tokenizer = _made_with([*prefixes, *held_out], config)
+    found = read_indexed(prefixes, vocab_size, config.validation_fraction, held_out)
+    for split, stream in (("train", found.train), ("validation", found.validation)):
         _check_length(split, len(stream), seq_len)
-    name = ", ".join(config.paths)
-    return Corpus(train, validation, vocab_size, name, digest, document_of, len(config.paths), unit="token")
+    digest = found.digest
+    if config.blend:
+        for split, lengths in zip(("train", "validation"), found.lengths, strict=True):
+            for path, length in zip(named if split == "train" or not held_out else held_out, lengths, strict=True):
+                _check_length(f"{path}: {split}", length, seq_len)
+        digest = hashlib.sha256(f"{digest} {list(config.blend.values())}".encode()).hexdigest()
+    return Corpus(
+        found.train,
+        found.validation,
+        vocab_size,
+        name=", ".join(named),
+        digest=digest,
+        document_of=found.documents,
+        num_files=len(prefixes) + len(held_out),
+        unit="token",
+        tokenizer=tokenizer,
+        lengths=found.lengths,
+        sampled=found.sampled,
+    )
+
+
+def _made_with(prefixes: list[str], config: DataConfig) -> Tokenizer | None:
+    """The tokenizer of indexed corpora; None where one of them does not tell. Raises ValueError when they differ."""
+    named = None if config.tokenizer is None else load_tokenizer(config.tokenizer, config.end_of_text)
+    told = {}
+    for prefix in prefixes:
+        prefix = prefix.removesuffix(".idx").removesuffix(".bin")
+        told[prefix] = tokenizer_beside(prefix)
+    known = {prefix: tokenizer for prefix, tokenizer in told.items() if tokenizer is not None}
+    first = named or next(iter(known.values()), None)
+    for prefix, tokenizer in known.items():
+        assert first is not None
+        if tokenizer.digest != first.digest:
+            other = f"data.tokenizer={config.tokenizer}" if named else next(iter(known))
+            raise ValueError(f"{prefix} was made with another tokenizer than {other}: prepare it with that one")
+    return first if named or len(known) == len(told) else None
+
+
+def _check_vocabulary(tokenizer: Tokenizer, path: str | None, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} token ids, but model.vocab_size is {vocab_size}: "
+            f"set model.vocab_size to {tokenizer.vocab_size}"
+        )
+
+
+def _decodable(documents: list[Document], left_out: LeftOut) -> list[Document]:
+    """Those in UTF-8; a tokenizer reads no other."""
+    found = []
+    for document in documents:
+        try:
+            document.data.decode("utf-8")
+        except UnicodeDecodeError:
+            left_out.add("not UTF-8", os.path.join(*document.above, os.fsdecode(document.key)))
+        else:
+            found.append(document)
+    if not found:
+        raise ValueError(f"none of {len(documents)} texts is UTF-8, as data.tokenizer needs them")
+    return found
+
+
+def _tokens(documents: list[bytes], ended: bool, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Of each document, with what ends it where there are several."""
+    if tokenizer.kind == BYTES:
+        return [np.frombuffer(data + SEPARATOR if ended else data, np.uint8) for data in documents]
+    dtype = dtype_of(tokenizer.vocab_size)
+    end = [tokenizer.end_id] if ended else []
+    return [np.concatenate([ids_of(tokenizer, data), end]).astype(dtype) for data in documents]
 
 
 def _stdlib(left_out: LeftOut) -> list[Document]:
@@ -198,18 +286,20 @@ def _unique(documents: list[Document], left_out: LeftOut) -> list[Document]:
     return list(first.values())
 
 
-def _split(documents: list[Document], fraction: float) -> dict[str, list[bytes]]:
-    """Cut a single file near its end; sort several into the splits by a hash of their keys, each before a SEPARATOR."""
+def _split(documents: list[Document], fraction: float, keep_characters: bool) -> dict[str, list[bytes]]:
+    """Cut a single file near its end, keep_characters: not inside one; sort several by a hash of their keys."""
     if len(documents) == 1:
         data = documents[0].data
         cut = int(len(data) * (1 - fraction))
+        while keep_characters and 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:
+            cut -= 1
         return {"train": [data[:cut]], "validation": [data[cut:]]}
     parts: dict[str, list[bytes]] = {"train": [], "validation": []}
     held_out = round(fraction * 10_000)
     for document in documents:
         bucket = int.from_bytes(hashlib.sha256(document.key).digest(), "big") % 10_000
         split = "validation" if bucket < held_out else "train"
-        parts[split] += [document.data, SEPARATOR]
+        parts[split].append(document.data)
     for split, verb in (("train", "lower"), ("validation", "raise")):
         if not parts[split]:
             raise ValueError(

@@ -20,22 +20,37 @@ from typing import IO, Any, TextIO
 _SNIFFED = 8192
 _SHOWN = 3
 _RECORDED = 100
+
+
+def _from_zstd(file: IO[bytes]) -> Any:
+    """The file as it is, where pyarrow is not there: it is then no text, and _NO_TEXT says why."""
+    try:
+        import pyarrow
+    except ImportError:
+        return file
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
 _PACKED: list[tuple[re.Pattern[bytes], Callable[[IO[bytes]], Any]]] = [
     (re.compile(rb"\x1f\x8b\x08"), lambda file: gzip.GzipFile(fileobj=file)),
     (re.compile(rb"\xfd7zXZ\0"), lzma.LZMAFile),
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), _from_zstd),
 ]
 _MARKS = [  # a UTF-32 mark opens with a UTF-16 one
     *((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig")),
 ]
 _NO_TEXT = [
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd, which Python does not unpack"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd, which pyarrow unpacks: pip install 'moe_dist[data]'"),
     (b"PK\x03\x04", "a zip archive"),
     (b"%PDF-", "a PDF"),
     (b"PAR1", "a Parquet file"),
     (b"MMIDIDX", "a Megatron index"),
 ]
+BLOCK = 1 << 20
+"""Bytes of text that are worked on at a time."""
+_LETTER_ENDS = re.compile(rb"[A-Za-z\x80-\xff](?=\r?\n)")
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What reading a file can raise, packed or not."""
 
@@ -99,13 +114,45 @@ def read_text(path: Path) -> tuple[bytes, str | None]:
 def open_lines(path: Path) -> TextIO:
     """A text file, unpacked and decoded, line ends as they are. Raises UNREADABLE; ValueError for what is no text."""
     file = path.open("rb")
-    unpacked = io.BufferedReader(_unpacked(file))
-    head = unpacked.peek(_SNIFFED)[:_SNIFFED]
-    encoding = _encoding(head)
-    if encoding is None and (reason := _no_text(head)):
+    unpacked, encoding, reason = _opened(file)
+    if reason:
         file.close()
         raise ValueError(f"{path} in data.paths is {reason}: give text")
     return io.TextIOWrapper(unpacked, encoding=encoding or "utf-8", newline="")
+
+
+def open_text(file: IO[bytes]) -> tuple[io.BufferedReader, str | None]:
+    """(the text of an open file as UTF-8, or as it is where no mark names its encoding; why it is no text), to be read
+    in parts. Raises UNREADABLE; the stream too, and UnicodeError where the text is not what its mark says."""
+    unpacked, encoding, reason = _opened(file)
+    return (unpacked if encoding is None else io.BufferedReader(_Recoded(unpacked, encoding))), reason
+
+
+class _Recoded(io.RawIOBase):
+    """Text of another encoding as UTF-8, without its mark."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._file, self._decoder, self._left = file, codecs.getincrementaldecoder(encoding)(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b"-"
+        while not self._left and data:
+            data = self._file.read(_SNIFFED)
+            self._left = self._decoder.decode(data, final=not data).encode()
+        now, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(now)] = now
+        return len(now)
+
+
+def _opened(file: IO[bytes]) -> tuple[io.BufferedReader, str | None, str | None]:
+    """(unpacked, the encoding that its mark names, why it is no text)."""
+    unpacked = io.BufferedReader(_unpacked(file), _SNIFFED)
+    head = unpacked.peek(_SNIFFED)[:_SNIFFED]
+    encoding = _encoding(head)
+    return unpacked, encoding, _no_text(head) if encoding is None else None
 
 
 def _unpacked(file: IO[bytes]) -> Any:
@@ -121,6 +168,25 @@ def _encoding(head: bytes) -> str | None:
 def _no_text(head: bytes) -> str | None:
     known = next((what for magic, what in _NO_TEXT if head.startswith(magic)), None)
     return known or ("binary" if b"\0" in head else None)
+
+
+def cut(data: bytes) -> int:
+    """Where the first part of a text in UTF-8 ends that is longer than BLOCK; all of a shorter one.
+
+    That is between a letter and the end of its line, where tokenizers that split a text before they look for pairs
+    (GPT-2's, Llama 3's) cut too. Where there is no such place: after a line, or else between two characters.
+    """
+    if len(data) <= BLOCK:
+        return len(data)
+    ends = [found.end() for found in _LETTER_ENDS.finditer(data, BLOCK // 2, BLOCK)]
+    if ends:
+        return ends[-1]
+    if (line := data.rfind(b"\n", BLOCK // 2, BLOCK)) >= 0:
+        return line + 1
+    at = BLOCK
+    while at > BLOCK - 4 and data[at] & 0xC0 == 0x80:  # inside a character
+        at -= 1
+    return at
 
 
 def walk(

@@ -2,6 +2,8 @@
 
 Nothing in the two files is believed before it has been checked, and nothing is allocated by a number that they hold:
 both are read once from end to end, in chunks. Training then reads the windows it needs from PREFIX.bin (stream.py).
+A PREFIX.bin of more than WHOLE bytes would take minutes: of it SAMPLES parts, evenly spread, are read and hashed, and
+each token is looked at when a window with it is read.
 
 PREFIX.idx, little-endian: magic (9 bytes) · version u64 = 1 · dtype code u8 · sequences u64 · documents u64, plus one ·
 length of each sequence i32 · its first byte in PREFIX.bin i64 · first sequence of each document i64, and the end ·
@@ -15,7 +17,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -26,6 +28,9 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = (6, 7)
 _CHUNK = 1 << 20
+WHOLE = 1 << 30
+SAMPLES = 1024
+_SAMPLE = 1 << 16  # bytes
 _WANTED = "data.kind indexed reads PREFIX.idx and PREFIX.bin for each PREFIX in data.paths"
 
 
@@ -57,6 +62,18 @@ class Index:
         return self._pointers_at + 8 * self.sequences
 
 
+class Indexed(NamedTuple):
+    """Corpora one after the other. lengths: tokens of each in train and in validation. digest: SHA-256 of all the files
+    and of where they are cut. sampled: .bin files of which parts were hashed. documents: of train."""
+
+    train: TokenStream
+    validation: TokenStream
+    lengths: tuple[list[int], list[int]]
+    digest: str
+    sampled: list[str]
+    documents: "Documents"
+
+
 class Documents:
     """Numbers the documents of several corpora, of which the first `lengths` tokens each follow one another."""
 
@@ -78,29 +95,37 @@ class Documents:
         return numbers_N
 
 
-def read_indexed(
-    paths: Sequence[str], vocab_size: int, fraction: float
-) -> tuple[TokenStream, TokenStream, str, "Documents"]:
-    """(train, validation, SHA-256 of all the files and of where they are cut, documents of train) of the corpora with
-    these prefixes.
+def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float, held_out: Sequence[str] = ()) -> Indexed:
+    """The corpora with these prefixes. held_out: those that are for validation as a whole; then nothing of `paths` is.
 
-    The last documents of each prefix are held out: those that begin past a share 1 - fraction of its tokens. If no
-    document does, the last one; a single document is cut there.
+    Otherwise the last documents of each prefix are held out: those that begin past a share 1 - fraction of its tokens.
+    If no document does, the last one; a single document is cut there.
 
     Raises ValueError naming file and field when anything in the files is wrong, or a token id is not below vocab_size.
     """
-    train, validation, indices, digest, files = [], [], [], hashlib.sha256(), OpenFiles()
-    for path in paths:
+    train, validation = [], []
+    indices: list[Index] = []
+    sampled: list[str] = []
+    digest, files = hashlib.sha256(), OpenFiles()
+    for path in (*paths, *held_out):
         prefix = path.removesuffix(".idx").removesuffix(".bin")
         index, idx_digest = check_index(prefix)
         bin_digest, file = _check_tokens(index, vocab_size)
-        cut = _cut(index, fraction)
+        whole = file.size <= WHOLE
+        if not whole:
+            sampled.append(file.path)
+        limit = None if whole else vocab_size
+        for_validation = len(indices) >= len(paths)
+        cut = 0 if for_validation else index.tokens if held_out else _cut(index, fraction)
         indices.append(index)
         digest.update(idx_digest + bin_digest + cut.to_bytes(8, "big"))
-        train.append(StoredTokens(files, file, index.dtype, 0, cut))
-        validation.append(StoredTokens(files, file, index.dtype, cut, index.tokens))
-    documents = Documents(indices, [len(part) for part in train])
-    return TokenStream(train), TokenStream(validation), digest.hexdigest(), documents
+        if not for_validation:
+            train.append(StoredTokens(files, file, index.dtype, 0, cut, limit))
+        if for_validation or not held_out:
+            validation.append(StoredTokens(files, file, index.dtype, cut, index.tokens, limit))
+    lengths = [len(part) for part in train], [len(part) for part in validation]
+    documents = Documents(indices[: len(train)], lengths[0])
+    return Indexed(TokenStream(train), TokenStream(validation), lengths, digest.hexdigest(), sampled, documents)
 
 
 def check_index(prefix: str) -> tuple[Index, bytes]:
@@ -112,6 +137,23 @@ def check_index(prefix: str) -> tuple[Index, bytes]:
         _check_documents(file, index)
         file.seek(0)
         return index, hashlib.file_digest(file, "sha256").digest()
+
+
+def document_starts(index: Index, at_once: int = _CHUNK) -> Iterator[np.ndarray]:
+    """The first tokens of all documents and the end of the last one, int64, so many documents at a time; the end of a
+    part opens the next."""
+    with _open(f"{index.prefix}.idx") as file:
+        for first in range(0, index.documents, at_once):
+            count = min(at_once, index.documents - first) + 1
+            entries = _array(file, index.prefix, index._documents_at + 8 * first, "<i8", count)
+            begin, end = int(entries[0]), int(entries[-1])
+            size = min(end + 1, index.sequences) - begin
+            pointers = _array(file, index.prefix, index._pointers_at + 8 * begin, "<i8", size) // index.dtype.itemsize
+            yield (
+                np.append(pointers, index.tokens)[entries - begin]
+                if end == index.sequences
+                else pointers[entries - begin]
+            )
 
 
 def _read_header(file: BufferedReader, prefix: str, bin_size: int) -> Index:
@@ -193,11 +235,17 @@ def _check_documents(file: BufferedReader, index: Index) -> None:
 
 
 def _check_tokens(index: Index, vocab_size: int) -> tuple[bytes, CheckedFile]:
-    """SHA-256 of PREFIX.bin, of which every token is looked at."""
+    """SHA-256 of PREFIX.bin, of which every token is looked at; or of its size and SAMPLES parts."""
     path, digest = f"{index.prefix}.bin", hashlib.sha256()
     with _open(path) as file:
         checked = CheckedFile.of(file)
-        for first, count in _chunks(index.tokens):
+        parts = _chunks(index.tokens)
+        if checked.size > WHOLE:
+            digest.update(checked.size.to_bytes(8, "big"))
+            count = _SAMPLE // index.dtype.itemsize
+            parts = (((index.tokens - count) * i // (SAMPLES - 1), count) for i in range(SAMPLES))
+        for first, count in parts:
+            file.seek(first * index.dtype.itemsize)
             data = file.read(count * index.dtype.itemsize)
             ids = np.frombuffer(data, index.dtype, len(data) // index.dtype.itemsize)
             if len(ids) < count:

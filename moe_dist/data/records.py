@@ -2,8 +2,9 @@
 
 import csv
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, TextIO
 
 from moe_dist.config.values import user_path
 from moe_dist.data.documents import UNREADABLE, open_lines
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,22 @@ class Record:
 
     def text(self, key: str, field: str) -> str:
         """What stands at `key`, which data.`field` names. Raises ValueError for neither text nor a whole number."""
-        value = self.values.get(key)
-        if value is None or isinstance(value, dict | list | float):
-            known = ", ".join(str(name) for name in self.values)
-            raise ValueError(f"{self.where}: no text or whole number at {key!r}, but {known}: set data.{field}")
-        text = str(value)
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{self.where}: the text at {key!r} holds half of a surrogate pair: take it out")
-        return text
+        try:
+            return text_at(self.values, key, f"set data.{field}")
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+
+
+def text_at(values: Mapping[str, Any], key: str, way_out: str) -> str:
+    """What stands at `key`. Raises ValueError for neither text nor a whole number."""
+    value = values.get(key)
+    if not isinstance(value, str | int):
+        known = ", ".join(str(name) for name in values)
+        raise ValueError(f"no text or whole number at {key!r}, but {known}: {way_out}")
+    text = str(value)
+    if _SURROGATE.search(text):
+        raise ValueError(f"the text at {key!r} holds half of a surrogate pair: take it out")
+    return text
 
 
 def read_records(kind: str, paths: Sequence[str]) -> Iterator[Record]:
@@ -48,15 +59,32 @@ def _jsonl(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json_record(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object: {line[:60]!r}")
-        yield number, record
+            raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def json_record(line: str | bytes) -> dict[str, Any]:
+    """The object on a line. Raises ValueError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object: {line[:60]!r}")
+    return record
 
 
 def _csv(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, values, problem in csv_rows(file):
+        if values is None:
+            raise ValueError(f"{path}, line {line}: {problem}")
+        yield line, values
+
+
+def csv_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """(line where it begins, values by the names of the header, "") of each row; or (line, None, what is wrong there),
+    after which the next line is read as a row. A header that names a column twice is the last."""
     reader = csv.reader(file, strict=True, skipinitialspace=True)
     names: list[str] | None = None
     while True:
@@ -67,22 +95,22 @@ def _csv(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {line}: no CSV: {error}; put a text with quotes into quotes, and double those in it"
-            ) from None
+            way_out = "put a text with quotes into quotes, and double those in it"
+            yield line, None, f"no CSV: {error}; {way_out}"
+            continue
         if not fields:
             continue
         if names is None:
             names = fields
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"{path}, line {line}: the header names {', '.join(twice)} twice")
+                yield line, None, f"the header names {', '.join(twice)} twice"
+                return
             continue
         if len(fields) != len(names):
-            raise ValueError(
-                f"{path}, line {line}: {len(fields)} fields, but the header names {len(names)}: "
-                "put a text that holds a comma into quotes"
-            )
-        yield line, dict(zip(names, fields, strict=True))
+            way_out = "put a text that holds a comma into quotes"
+            yield line, None, f"{len(fields)} fields, but the header names {len(names)}: {way_out}"
+            continue
+        yield line, dict(zip(names, fields, strict=True)), ""
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class SequenceSampler:
     of the step at hand (permutation.py): a list of 73 million, 3e11 tokens, takes a minute and 1.2 GB on every rank.
     """
 
-    def __init__(self, num_tokens: int, seq_len: int, global_batch: int, seed: int) -> None:
+    def __init__(self, num_tokens: int, seq_len: int, global_batch: int, seed: int, key: tuple[int, ...] = ()) -> None:
+        """key: tells samplers of one seed apart."""
         _check_window(num_tokens, seq_len)
         if global_batch < 1:
             raise ValueError(f"global_batch={global_batch} must be at least 1")
@@ -38,6 +39,7 @@ class SequenceSampler:
         self.seq_len = seq_len
         self.global_batch = global_batch
         self.seed = seed
+        self.key = key
         self.windows_per_epoch = max(1, (num_tokens - seq_len) // seq_len)
         # A window is seq_len tokens and one more, the last target.
         self.num_phases = min(seq_len, num_tokens - self.windows_per_epoch * seq_len)
@@ -47,18 +49,25 @@ class SequenceSampler:
         """Start offsets [global_batch] int64 of the sequences of optimizer step `step`, counted from 0."""
         if step < 0:
             raise ValueError(f"step={step} must not be negative: the first step is 0")
-        first, last, size = step * self.global_batch, (step + 1) * self.global_batch, self.windows_per_epoch
-        epochs = range(first // size, (last - 1) // size + 1)
-        self._epochs = {k: self._epochs.get(k) or self._epoch(k) for k in epochs}
+        return self.starts(np.arange(step * self.global_batch, (step + 1) * self.global_batch))
+
+    def starts(self, numbers_N: np.ndarray) -> np.ndarray:
+        """Start offsets, int64, of sequences by their numbers, counted from 0 over all epochs; in rising order."""
+        if len(numbers_N) == 0:
+            return np.zeros(0, np.int64)
+        epoch_N, place_N = np.divmod(numbers_N, self.windows_per_epoch)
+        wanted, first = np.unique(epoch_N, return_index=True)
+        self._epochs = {k: self._epochs.get(k) or self._epoch(k) for k in wanted.tolist()}
+        places = np.split(place_N, first[1:])
         windows = [
-            epoch.phase + epoch.order(np.arange(max(first - k * size, 0), min(last - k * size, size))) * self.seq_len
-            for k, epoch in self._epochs.items()
+            epoch.phase + epoch.order(some) * self.seq_len
+            for epoch, some in zip(self._epochs.values(), places, strict=True)
         ]
         return np.concatenate(windows)
 
     def _epoch(self, number: int) -> "_Epoch":
         # Raw bits and a stable sort, not Generator.permutation: NumPy keeps only the former across its versions.
-        random = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(number,)))
+        random = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(*self.key, number)))
         size = self.windows_per_epoch
         listed = size <= LISTED
         bits = random.random_raw(1 + (size if listed else ROUNDS))
@@ -113,12 +122,19 @@ def validation_batches(
     Each window has weight 1 on exactly one rank. Weight 0 marks padding (a repeat of the first window): the loss of
     the split is sum(weights * losses) / sum(weights), both summed over dp. Padding comes last in global order.
     """
+    starts = validation_starts(num_tokens, seq_len, limit)
+    yield from in_batches(starts, np.ones(len(starts), np.float32), batch, dp, dp_rank)
+
+
+def in_batches(
+    starts: np.ndarray, weights: np.ndarray, batch: int, dp: int, dp_rank: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `validation_batches`, of windows with these weights."""
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
     assert 0 <= dp_rank < dp
-    starts = validation_starts(num_tokens, seq_len, limit)
     padding = -len(starts) % (batch * dp)
-    weights = np.pad(np.ones(len(starts), np.float32), (0, padding))
+    weights = np.pad(weights.astype(np.float32), (0, padding))
     starts = np.pad(starts, (0, padding), constant_values=starts[0])
     shape = (-1, dp, batch)
     yield from zip(starts.reshape(shape)[:, dp_rank], weights.reshape(shape)[:, dp_rank], strict=True)

@@ -55,20 +55,33 @@ class OpenFiles:
 
 
 class StoredTokens:
-    """Tokens [first, last) of a file. One system call for each run of offsets that follow each other."""
+    """Tokens [first, last) of a file. One system call for each run of offsets that follow each other.
 
-    def __init__(self, files: OpenFiles, file: CheckedFile, dtype: np.dtype, first: int, last: int) -> None:
+    vocab_size: what ids must be below, where not every token was looked at before.
+    """
+
+    def __init__(
+        self,
+        files: OpenFiles,
+        file: CheckedFile,
+        dtype: np.dtype,
+        first: int,
+        last: int,
+        vocab_size: int | None = None,
+    ) -> None:
         self.files = files
         self.file = file
         self.dtype = dtype
         self.first = first
         self.last = last
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __getitem__(self, offsets_N: np.ndarray) -> np.ndarray:
-        """Raises OSError when the file has become shorter, or was replaced while it was not open."""
+        """Raises OSError when the file has become shorter, or was replaced while it was not open; ValueError for an id
+        that the vocabulary does not have."""
         descriptor = self.files.descriptor(self.file)
         tokens_N = np.empty(len(offsets_N), self.dtype)
         data, size = tokens_N.view(np.uint8).data, self.dtype.itemsize
@@ -80,7 +93,18 @@ class StoredTokens:
                 if read == 0:
                     raise OSError(f"{self.file.path} has become shorter since the run began: {_PUT_BACK}")
                 done += read
+        if self.vocab_size is not None and len(tokens_N):
+            self._check(tokens_N, offsets_N)
         return tokens_N
+
+    def _check(self, tokens_N: np.ndarray, offsets_N: np.ndarray) -> None:
+        wrong_N = (tokens_N < 0) | (tokens_N >= self.vocab_size)
+        if wrong_N.any():
+            at = int(wrong_N.argmax())
+            raise ValueError(
+                f"{self.file.path}: token id {tokens_N[at]} at offset {self.first + offsets_N[at]} is not within "
+                f"model.vocab_size={self.vocab_size}: raise it, or encode the text with the tokenizer of this model"
+            )
 
 
 class TokenStream:

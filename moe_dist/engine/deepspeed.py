@@ -20,6 +20,8 @@ What DeepSpeed 0.19 needs to be told, and why:
 - Stage 0 clips by a norm that averages ranks, wrong under ep: we clip there ourselves, by the true norm.
 - ZeRO leaves a step out when its norm is not finite, and keeps its counters right: so discarding a step is giving it
   such a norm. It then says so in `overflow` alone, for the norm it reports can be an older one.
+- It makes a bucket for gradients in full, and one more where they leave while backward goes on, 2 GB each unless told:
+  ours has the size that the native engine's buckets have.
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
 """
 
@@ -46,8 +48,10 @@ from moe_dist.engine.base import (
     decay_groups,
     held_buffers,
 )
+from moe_dist.engine.deepspeed_comm import note_collectives
 from moe_dist.engine.deepspeed_mesh import ModelParallelUnit, process_group
 from moe_dist.engine.deepspeed_state import Specs, ZeroState
+from moe_dist.engine.exchange import zero_bucket
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.experts import expert_widths
@@ -63,6 +67,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402  (reads the two settings above while it is imported)
 import deepspeed.runtime.compiler as deepspeed_compiler  # noqa: E402
 from deepspeed.moe.layer import MoE as DeepSpeedMoE  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
@@ -127,6 +133,7 @@ class DeepSpeedEngine:
             )
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
+        note_collectives(mesh.trail)
         self.model, self.params = model, [param for param, _ in specs.values()]
         if self.stage == 3:
             _gather_in_order(self.params)
@@ -221,6 +228,13 @@ class _Marker(DeepSpeedMoE):
         """DeepSpeed would make groups here; `_mark_parameters` has handed it ours."""
 
 
+def number_anew() -> None:
+    """For a process that stands for one rank after another: DeepSpeed counts modules and parameters as long as it
+    lives, and stage 3 compares their numbers between ranks."""
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
 def _group_name(mesh: Mesh) -> str:
     return f"ep_size_{mesh.ep.size}"  # DeepSpeed reads the number out of it
 
@@ -296,6 +310,8 @@ def _config(engine: EngineConfig, micro_batch: int, accumulation: int, mesh: Mes
             "stage": engine.zero_stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
+            "reduce_bucket_size": zero_bucket(engine),
+            "overlap_comm": engine.bucket_mib is not None,
             "stage3_param_persistence_threshold": 0,
         },
     }

@@ -13,12 +13,13 @@ Dense gradients are averaged over dp; those of experts are summed over edp and d
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.config.schema import EngineConfig
 from moe_dist.parallel.mesh import Axis, Group, Mesh, own_communicator
 from moe_dist.parallel.sharding import spec_of
 
@@ -30,7 +31,7 @@ class GradientExchange:
     """
 
     def __init__(self, masters: Mapping[nn.Parameter, Tensor], mesh: Mesh, bucket_mib: float | None) -> None:
-        self.masters, self.dp = masters, mesh.layout.dp
+        self.masters, self.dp, self.trail = masters, mesh.layout.dp, mesh.trail
         self.overlap = bucket_mib is not None
         self.first, self.last, self.missing = True, False, set[nn.Parameter]()
         by_axis: dict[Axis, list[nn.Parameter]] = {"dp": [], "edp": []}
@@ -58,6 +59,7 @@ class GradientExchange:
             if param in self.missing:  # experts that saw no token count as zero
                 self._take(param)
         if last:
+            self.trail.enter("gradients")
             self._finish()
 
     def clear(self) -> None:
@@ -97,19 +99,22 @@ class GradientExchange:
 
 @dataclass(eq=False)
 class _Bucket:
-    """flat: gradients of `params`, one after the other; None between steps. left: how many are not there yet."""
+    """flat: gradients of `params`, one after the other, each at its place; None between steps. left: how many are not
+    there yet."""
 
     params: list[nn.Parameter]
     flat: Tensor | None = None
+    places: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     left: int = 0
     work: dist.Work | None = None
 
-    def parts(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Of each parameter."""
-        if self.flat is None:
-            size = sum(param.numel() for param in self.params)
-            self.flat = torch.empty(size, dtype=dtype, device=self.params[0].device)
-        return iter(self.flat.split([param.numel() for param in self.params]))
+    def make(self, dtype: torch.dtype) -> None:
+        sizes = [param.numel() for param in self.params]
+        self.flat = torch.empty(sum(sizes), dtype=dtype, device=self.params[0].device)
+        self.places = dict(zip(self.params, self.flat.split(sizes), strict=True))
+
+    def drop(self) -> None:
+        self.flat, self.places = None, {}
 
 
 class _Queue:
@@ -127,8 +132,9 @@ class _Queue:
     def place(self, param: nn.Parameter, dtype: torch.dtype) -> Tensor:
         """Where its gradient lies in its bucket."""
         bucket = self.bucket_of[param]
-        places = zip(bucket.params, bucket.parts(dtype), strict=True)
-        return next(part for each, part in places if each is param).view_as(param)
+        if bucket.flat is None:
+            bucket.make(dtype)
+        return bucket.places[param].view_as(param)
 
     def arrived(self, param: nn.Parameter) -> None:
         self.bucket_of[param].left -= 1
@@ -145,13 +151,13 @@ class _Queue:
 
     def drop(self) -> None:
         for bucket in self.buckets:
-            bucket.flat = None
+            bucket.drop()
 
     def _send(self) -> None:
         bucket = self.buckets[self.gone]
         self.gone += 1
         assert bucket.flat is not None, "its gradients lie in it"
-        self.group.note("all_reduce")
+        self.group.note("all_reduce", bucket.flat)
         bucket.work = dist.all_reduce(bucket.flat, group=self.group.process_group, async_op=True)
 
 
@@ -168,3 +174,8 @@ def buckets(sizes: Sequence[int], mib: float | None) -> list[list[int]]:
             lots.append([])
         lots[-1].append(place)
     return lots
+
+
+def zero_bucket(engine: EngineConfig) -> int:
+    """Gradients that ZeRO exchanges at a time, of fp32's size whatever theirs; without bucket_mib DeepSpeed's own."""
+    return 500_000_000 if engine.bucket_mib is None else max(1, int(engine.bucket_mib * 2**20) // 4)

@@ -1,7 +1,6 @@
 """`moe-dist generate`: text from a run's checkpoint, on one process or in any layout."""
 
 import argparse
-import codecs
 import os
 import sys
 import time
@@ -13,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.find import run_config, whole_checkpoint
+from moe_dist.checkpoint.find import run_config, run_of, whole_checkpoint
+from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import load_weights
 from moe_dist.config import Config, validate
 from moe_dist.config.schema import ParallelConfig
 from moe_dist.config.values import user_path
-from moe_dist.data import ByteTokenizer
+from moe_dist.data.tokenizer import ByteTokenizer, GrowingText, Tokenizer
+from moe_dist.data.tokenizers import BYTES, IN_RUN, load_tokenizer
 from moe_dist.engine.base import compute_dtype
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
@@ -39,32 +40,50 @@ def generate_text(own: argparse.Namespace) -> int:
         config = run_config(own.run)
         if config.task != "language_modelling":
             raise ValueError(f"{own.run} was trained for {config.task}: only a language model writes text")
-        if config.data.kind == "indexed":
-            raise ValueError(
-                f"{own.run} was trained on token ids (data.kind indexed), and their tokenizer is not part of a run"
-            )
         config = in_layout(config, rank.world, own.ep, own.tp)
         prompts = _same_on_all_ranks(own)
         checkpoint = whole_checkpoint(own.run, _say if rank.rank == 0 else _keep_quiet)
+        tokenizer = tokenizer_of(checkpoint)
         decoder = load_decoder(checkpoint, config, device)
-    show = _Screen(prompts, own.stream) if rank.rank == 0 else None
+    show = _Screen(tokenizer, prompts, own.stream) if rank.rank == 0 else None
     if show is not None:
         _describe(checkpoint, config, decoder, rank.world)
-    ids = [ByteTokenizer().encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
     # A cache is as long as the context, so no longer than what it can come to hold.
     needed = max(max(map(len, ids)) + own.max_new_tokens, config.train.seq_len)
     context = min(own.context, needed) if own.context else config.train.seq_len
-    began, first = time.monotonic(), 0.0
+    began, first, drawn = time.monotonic(), 0.0, 0
+    going = set() if tokenizer.kind == BYTES else set(range(len(ids)))  # texts that may come to their end
     for tokens in generate(CachedDecoder(decoder, device), ids, own.max_new_tokens, context, own.seed, sampling):
-        first = first or time.monotonic() - began
+        first, drawn = first or time.monotonic() - began, drawn + 1
         if show is not None:
             show.add(tokens)
+        if tokenizer.end_id in tokens and going:
+            going -= {row for row in going if tokens[row] == tokenizer.end_id}
+            if not going:
+                break
     seconds = time.monotonic() - began
     if show is not None:
         show.end()
-        _say(_speed(sum(map(len, ids)), len(prompts), own.max_new_tokens, first, seconds))
+        _say(_speed(sum(map(len, ids)), len(prompts), drawn, first, seconds))
     stop()
     return 0
+
+
+def tokenizer_of(checkpoint: Path) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with. Raises ValueError where it is not there."""
+    run, trained = run_of(checkpoint), Manifest.load(checkpoint).run.get("tokenizer", BYTES)
+    if trained == BYTES:
+        return ByteTokenizer()
+    folder = run / IN_RUN
+    if not folder.is_dir():
+        raise ValueError(
+            f"{run} was trained on token ids, and {folder} with their tokenizer is not there: train with data.tokenizer"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.digest != trained:
+        raise ValueError(f"{folder} is not the tokenizer that {checkpoint} was trained with: put that one back")
+    return tokenizer
 
 
 def load_decoder(checkpoint: Path, config: Config, device: torch.device) -> Decoder:
@@ -141,29 +160,33 @@ def _same_on_all_ranks(own: argparse.Namespace) -> list[str]:
 
 
 class _Screen:
-    """Texts, shown while they grow if there is but one, else at the end. Bytes that are no character yet wait."""
+    """Texts, shown while they grow if there is but one, else at the end: up to the token that ends a text, where there
+    is one."""
 
-    def __init__(self, prompts: list[str], stream: bool) -> None:
-        self.prompts, self.stream = prompts, stream
+    def __init__(self, tokenizer: Tokenizer, prompts: list[str], stream: bool) -> None:
+        self.tokenizer, self.prompts, self.stream = tokenizer, prompts, stream
         self.texts: list[list[int]] = [[] for _ in prompts]
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.ended = [False] * len(prompts)
+        self.growing = GrowingText(tokenizer)
         if stream:
             _write(prompts[0])
 
     def add(self, tokens: list[int]) -> None:
-        if self.stream:
-            _write(self.decoder.decode(bytes([min(tokens[0], 0xFF)])))
-            return
-        for text, token in zip(self.texts, tokens, strict=True):
-            text.append(token)
+        for row, token in enumerate(tokens):
+            self.ended[row] |= token == self.tokenizer.end_id and self.tokenizer.kind != BYTES
+            if self.ended[row]:
+                continue
+            self.texts[row].append(token)
+            if self.stream:
+                _write(self.growing.add(token))
 
     def end(self) -> None:
         if self.stream:
-            _write(self.decoder.decode(b"", final=True) + "\n")
+            _write(self.growing.end() + "\n")
             return
         for index, (prompt, ids) in enumerate(zip(self.prompts, self.texts, strict=True), start=1):
             title = f"--- {index}\n" if len(self.prompts) > 1 else ""
-            _write(title + prompt + ByteTokenizer().decode(ids) + "\n")
+            _write(title + prompt + self.tokenizer.decode(ids) + "\n")
 
 
 def _write(text: str) -> None:

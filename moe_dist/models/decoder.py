@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
-from moe_dist.attention.positions import Positions
+from moe_dist.attention.positions import Positions, between_documents, places_in_documents
 from moe_dist.attention.rotary import RotaryScaling, rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
@@ -29,7 +29,7 @@ from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
-from moe_dist.step import Site, StepContext
+from moe_dist.step import DocumentEnds, Site, StepContext
 
 Want = Literal["loss", "token_losses", "logits"]
 
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         if caches is None:
             step = replace(step, marks_XT=marks(ids_T, self.mesh.token_ranks, shape[1], step.frequency_V))
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
-        positions = self._positions(shape[1], x_TD, caches)
+        positions = self._positions(tokens_BS, x_TD, caches, step.ends)
         recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None
         stats: list[MoEStats] = []
         for index, block in enumerate(self.blocks):
@@ -144,21 +144,28 @@ class Decoder(nn.Module):
             stats += of_block
         return x_TD, tuple(stats)
 
-    def _positions(self, length: int, x_TD: Tensor, caches: Sequence[KVCache] | None) -> Positions:
+    def _positions(
+        self, tokens_BS: Tensor, x_TD: Tensor, caches: Sequence[KVCache] | None, ends: DocumentEnds | None
+    ) -> Positions:
         """Positions continue what is in the caches, row by row."""
-        model = self.config
+        model, bias = self.config, None
+        if ends is not None and ends.mask:
+            bias = between_documents(tokens_BS, ends.end_id, x_TD.dtype)
         if model.attention.position == "none":
-            return Positions()
+            return Positions(bias=bias)
         if model.attention.position == "alibi":
-            return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device))
-        at_BS, longest = torch.arange(length, device=x_TD.device)[None], length
+            return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device), bias=bias)
+        longest = tokens_BS.shape[1]
+        at_BS = torch.arange(longest, device=x_TD.device)[None]
+        if ends is not None and ends.reset:
+            at_BS = places_in_documents(tokens_BS, ends.end_id)
         if caches is not None:
-            starts_B, longest = caches[0].starts(), length + caches[0].cache_position
+            starts_B, longest = caches[0].starts(), longest + caches[0].cache_position
             at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
         if x_TD.dtype == torch.float64:
             at_BS = at_BS.double()
-        scaling = _scaling(model.attention, longest)
-        return Positions(rotary=rotary_table(at_BS, model.rotary_width, model.rope_theta, scaling))
+        table = rotary_table(at_BS, model.rotary_width, model.rope_theta, _scaling(model.attention, longest))
+        return Positions(table, bias=bias)
 
 
 def _scaling(config: AttentionConfig, longest: int) -> RotaryScaling:

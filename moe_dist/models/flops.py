@@ -9,19 +9,64 @@ parameters.py, which asks the model.)
 | executed | those that computed one of its assignments     | MFU across capacity factors                             |
 | at most  | nominal, less what no capacity could hold      | plans and budgets of runs that have not begun           |
 
+All of it comes from one list, `forward_products`: which matrices the rows of a token are multiplied with. Whoever plans
+a step takes the list itself, with the way in which ranks cut each product.
+
 Legend: L layers, D d_model, F d_ff, E experts, K experts of a token, H query heads, G key/value heads, P width of a
 head, S sequence, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
-from moe_dist.moe.experts import expert_widths
+from moe_dist.moe.experts import expert_widths, shared_width
 from moe_dist.moe.losses import MoEStats
+
+Part = Literal[
+    "attention projections", "attention scores", "router", "experts", "shared experts", "dense feed-forwards", "logits"
+]
+
+Cut = Literal["columns", "rows", "key_values", "tokens", "expert_columns", "expert_rows"]
+"""How ranks share a product. columns and rows: of the matrix, over tp. key_values: heads over tp as far as there are
+any. tokens: each tp rank has its own slice of them. expert_columns and expert_rows: whole experts over ep, and the
+columns or rows of each over etp."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[rows, fan_in] x [fan_in, fan_out] for each token of a forward pass, `times` over all layers; means over tokens
+    and layers, so sizes need not be whole."""
+
+    part: Part
+    cut: Cut
+    rows: Fraction | float
+    fan_in: Fraction | float
+    fan_out: Fraction | float
+    times: int
+    experts: int = 1
+    """Over the matrices of so many experts the rows are spread."""
+
+    @property
+    def flops(self) -> float:
+        """Of one token, forward."""
+        return float(2 * self.rows * self.fan_in * self.fan_out * self.times)
+
+
+def forward_products(model: ModelConfig, seq_len: int, classifier: bool = False) -> list[Product]:
+    """Every matrix product that a token of a sequence takes part in, in the order of the forward pass; nothing is
+    dropped. Attention is a product of queries with the keys seen, and one of their weights with the values."""
+    products = [*_attention_products(model, seq_len, classifier), *_feed_forward_products(model)]
+    if classifier:  # of one mean for each sequence
+        head = Fraction(1, seq_len)
+        products.append(Product("logits", "columns", head, model.d_model, model.num_classes or 0, 1))
+    else:
+        products.append(Product("logits", "columns", 1, model.d_model, model.vocab_size, 1))
+    return [product for product in products if product.times and product.flops]
 
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -41,11 +86,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     (`executed_flops` leaves it out). Recomputation is not counted either: both would make a worse run look like a
     faster one. Under expert_choice nothing is dropped, and the capacity says how many experts a token meets.
     """
-    matrices = _active_block_matrices(model) + model.vocab_size * model.d_model
-    heads = model.num_heads * (model.attention.moe.top_k if model.attention.kind == "switch" else 1)
-    attention = 2 * 2 * heads * model.head_width * _keys_seen(model, seq_len)
-    far = model.num_layers * _routed_flops(model, seq_len) if model.attention.kind == "routed" else 0
-    return 3 * (2 * matrices + attention + far)
+    return 3 * sum(product.flops for product in forward_products(model, seq_len))
 
 
 def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -53,9 +94,7 @@ def classifier_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
     train = 3 * (2 * N + L * 2 * 2 * H * P * S + 2 * C * D / S)
     """
-    attention = model.num_layers * 2 * 2 * model.num_heads * model.head_width * seq_len
-    head = 2 * (model.num_classes or 0) * model.d_model / seq_len
-    return 3 * (2 * _active_block_matrices(model) + attention + head)
+    return 3 * sum(product.flops for product in forward_products(model, seq_len, classifier=True))
 
 
 def executed_flops(model: ModelConfig, nominal: float, tokens: float, layers: Iterable[MoEStats]) -> float:
@@ -100,21 +139,69 @@ def experts_of_a_token(moe: MoEConfig, index: int) -> Fraction:
     return min(Fraction(str(factor)) * moe.top_k, Fraction(moe.num_experts))
 
 
-def _active_block_matrices(model: ModelConfig) -> float:
-    """Matrix parameters of all blocks that one token meets."""
+def _attention_products(model: ModelConfig, seq_len: int, classifier: bool) -> Iterator[Product]:
+    layers, d_model, attention = model.num_layers, model.d_model, model.attention
+    heads, width, groups = model.num_heads, model.num_heads * model.head_width, model.num_kv_heads
+    if attention.kind == "switch" and not classifier:
+        top_k, groups = attention.moe.top_k, 1
+        yield Product("router", "tokens", 1, d_model, _router_columns(attention.moe), layers)
+        experts = attention.moe.num_experts
+        yield Product("experts", "expert_columns", top_k, d_model, width, layers, experts)
+        yield Product("experts", "expert_rows", top_k, width, d_model, layers, experts)
+        heads *= top_k
+    else:
+        yield Product("attention projections", "columns", 1, d_model, width, layers)
+        yield Product("attention projections", "rows", 1, width, d_model, layers)
+    yield Product("attention projections", "key_values", 1, d_model, 2 * groups * model.head_width, layers)
+    keys = float(seq_len) if classifier else _keys_seen(model, seq_len)
+    yield Product("attention scores", "rows", 1, heads * model.head_width, keys, 2 * layers)
+    if attention.kind == "routed" and not classifier:
+        yield from _routed_products(model, seq_len)
+
+
+def _routed_products(model: ModelConfig, seq_len: int) -> Iterator[Product]:
+    """Of the routed part: its routers' scores, and the share that a token has in the Q queries and K keys of each
+    expert in every window but the first."""
+    routed, layers, d_model = model.attention.routed, model.num_layers, model.d_model
+    width = model.num_heads * model.head_width
+    window = routed.routed_window or routed.local_window
+    windows = max(-(-seq_len // window) - 1, 0)
+    queries = Fraction(routed.num_experts * min(routed.num_routed_queries, window) * windows, seq_len)
+    keys = Fraction(routed.num_experts * routed.num_routed_key_values * windows, seq_len)
+    yield Product("router", "tokens", 1, d_model, 2 * routed.num_experts, layers)
+    yield Product("attention projections", "columns", queries, d_model, width, layers)
+    yield Product("attention projections", "rows", queries, width, d_model, layers)
+    yield Product(
+        "attention projections", "key_values", keys, d_model, 2 * model.num_kv_heads * model.head_width, layers
+    )
+    yield Product("attention scores", "rows", queries, width, routed.num_routed_key_values + 1, 2 * layers)
+
+
+def _feed_forward_products(model: ModelConfig) -> Iterator[Product]:
     moe, moe_layers = model.moe, _moe_layers(model)
-    attention = 2 * model.d_model * model.head_width * (model.num_heads + model.num_kv_heads)
-    if model.attention.kind == "switch":
-        attention = 2 * model.d_model * model.head_width + _router_parameters(model, model.attention.moe)
-    dense = _feed_forward_parameters(model, model.d_ff)
-    beside = 0
-    if moe_layers:  # without a width of their own, shared experts are as wide as the mean of the others
-        widths = expert_widths(model.moe, model.d_ff)
-        width = moe.shared_d_ff or sum(widths) // len(widths)
-        shared = moe.num_shared_experts * _feed_forward_parameters(model, width) + moe.shared_gate * model.d_model
-        beside = moe_layers * (_router_parameters(model, moe) + shared)
-    blocks = model.num_layers * attention + (model.num_layers - moe_layers) * dense + beside
-    return float(blocks + _met_expert_matrices(model))
+    yield from _feed_forward("dense feed-forwards", 1, model, model.d_ff, model.num_layers - moe_layers)
+    if not moe_layers:
+        return
+    widths = expert_widths(moe, model.d_ff)
+    mean = Fraction(sum(widths), len(widths))
+    yield Product("router", "tokens", 1, model.d_model, _router_columns(moe), moe_layers)
+    for met, layers in Counter(experts_of_a_token(moe, index) for index in range(moe_layers)).items():
+        yield from _feed_forward("experts", met, model, mean, layers)
+    yield from _feed_forward("shared experts", 1, model, shared_width(moe, model.d_ff), moe_layers)
+    if moe.shared_gate:
+        yield Product("shared experts", "tokens", 1, model.d_model, 1, moe_layers)
+
+
+def _feed_forward(
+    part: Part, rows: Fraction | float, model: ModelConfig, hidden: Fraction | float, layers: int
+) -> Iterator[Product]:
+    into = 2 if gated(model.activation) else 1
+    if part == "experts":
+        yield Product(part, "expert_columns", rows, model.d_model, hidden, into * layers, model.moe.num_experts)
+        yield Product(part, "expert_rows", rows, hidden, model.d_model, layers, model.moe.num_experts)
+    else:
+        yield Product(part, "columns", rows, model.d_model, hidden, into * layers)
+        yield Product(part, "rows", rows, hidden, model.d_model, layers)
 
 
 def _met_expert_matrices(
@@ -140,12 +227,12 @@ def _expert_matrices(model: ModelConfig, kind: Literal["feed_forward", "attentio
 
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:
-    """By a token, on average over the sequence; the sum over layers."""
+    """By a token, on average over the sequence and over layers."""
     attention = model.attention
     if attention.kind == "routed":
-        return model.num_layers * _within(attention.routed.local_window + 1, seq_len)
+        return _within(attention.routed.local_window + 1, seq_len)
     windows = Counter(attention.window_of(layer) for layer in range(model.num_layers))
-    return sum(layers * _within(window, seq_len) for window, layers in windows.items())
+    return sum(layers * _within(window, seq_len) for window, layers in windows.items()) / model.num_layers
 
 
 def _within(window: int | None, seq_len: int) -> float:
@@ -154,20 +241,8 @@ def _within(window: int | None, seq_len: int) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
-def _routed_flops(model: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs of one layer's routed part for a token, on average: its routers' scores, and the share that it has
-    in the Q queries and K keys of each expert in every window but the first."""
-    routed, heads, groups, width = model.attention.routed, model.num_heads, model.num_kv_heads, model.head_width
-    window = routed.routed_window or routed.local_window
-    queries = min(routed.num_routed_queries, window)
-    each = queries * 4 * width * heads * (model.d_model + routed.num_routed_key_values + 1)
-    each += routed.num_routed_key_values * 4 * model.d_model * groups * width
-    windows = max(-(-seq_len // window) - 1, 0)
-    return routed.num_experts * (4 * model.d_model + each * windows / seq_len)
-
-
-def _router_parameters(model: ModelConfig, moe: MoEConfig) -> int:
-    return {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts * model.d_model
+def _router_columns(moe: MoEConfig) -> int:
+    return {"noisy": 2, "hash": 0}.get(moe.router, 1) * moe.num_experts
 
 
 def _moe_layers(model: ModelConfig) -> int:

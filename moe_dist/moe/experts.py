@@ -19,6 +19,7 @@ from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
+from moe_dist.parallel.told import told
 
 
 class Experts(nn.Module):
@@ -55,6 +56,7 @@ class Experts(nn.Module):
         self.kernels = kernels
         self.permute = permutation(kernels)
         self.recompute = recompute
+        self.world = mesh.world
         self.slices = mesh.tp if mesh.ep.size == 1 else Group()
         self.shard: Shard = "expert" if mesh.ep.size > 1 else "replicated"
         self.logical = expert_widths(moe, d_ff)
@@ -127,14 +129,8 @@ class Experts(nn.Module):
         """
         w = self.weights() if w is None else w
         widths = None if self.uniform else widths or self.widths
-        device_type = x_XD.device.type
-        if torch.is_autocast_enabled(device_type):
-            # The kernels are single functions, so their inputs are cast here, once.
-            dtype = torch.get_autocast_dtype(device_type)
-            x_XD, w = x_XD.to(dtype), ExpertWeights._make(None if p is None else p.to(dtype) for p in w)
-            with torch.autocast(device_type, enabled=False):
-                return self._compute(x_XD, weights_XK, order, w, widths)
-        return self._compute(x_XD, weights_XK, order, w, widths)
+        compute = partial(self._compute, weights_XK=weights_XK, order=order, w=w, widths=widths)
+        return told(self.world.trail, "experts", compute, x_XD)
 
     def _compute(
         self,
@@ -144,7 +140,14 @@ class Experts(nn.Module):
         w: ExpertWeights,
         widths: tuple[int, ...] | None,
     ) -> Tensor:
-        if cpu.replaces(self.backend, x_XD.device.type) and order.fullest is None:
+        device_type = x_XD.device.type
+        if torch.is_autocast_enabled(device_type):
+            # The kernels are single functions, so their inputs are cast here, once.
+            dtype = torch.get_autocast_dtype(device_type)
+            x_XD, w = x_XD.to(dtype), ExpertWeights._make(None if p is None else p.to(dtype) for p in w)
+            with torch.autocast(device_type, enabled=False):
+                return self._compute(x_XD, weights_XK, order, w, widths)
+        if cpu.replaces(self.backend, device_type) and order.fullest is None:
             return cpu.feed_forward(x_XD, weights_XK, order, w, self.activation, widths, named(self.products))
         if self.backend == "triton":
             from moe_dist.kernels.grouped_mm.triton import feed_forward as fused
@@ -159,3 +162,11 @@ def expert_widths(moe: MoEConfig, d_ff: int) -> Sequence[int]:
     """Hidden width of every expert: moe.d_ff for each, one number for all, or `d_ff`."""
     width = moe.d_ff or d_ff
     return tuple(width) if isinstance(width, list) else (width,) * moe.num_experts
+
+
+def shared_width(moe: MoEConfig, d_ff: int) -> int:
+    """Hidden width of all shared experts, side by side: each has moe.shared_d_ff, or the mean of the others."""
+    if not moe.num_shared_experts:
+        return 0
+    widths = expert_widths(moe, d_ff)
+    return moe.num_shared_experts * (moe.shared_d_ff or sum(widths) // len(widths))

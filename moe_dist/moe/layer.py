@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_dist.config.model import MoEConfig
 from moe_dist.moe.dispatch import make_dispatcher
-from moe_dist.moe.experts import Experts
+from moe_dist.moe.experts import Experts, shared_width
 from moe_dist.moe.gate import Gate, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
@@ -56,8 +56,7 @@ class MoE(nn.Module):
         self.experts = Experts(moe, d_model, d_ff, activation, mesh, kernels, recompute, out_std)
         self.shared = None
         if moe.num_shared_experts:
-            width = moe.num_shared_experts * (moe.shared_d_ff or self.experts.mean_width)
-            self.shared = FeedForward(d_model, width, activation, mesh, self.experts.out_std)
+            self.shared = FeedForward(d_model, shared_width(moe, d_ff), activation, mesh, self.experts.out_std)
         self.out_bias = SharedBias(d_model, mesh) if moe.out_bias else None
         self.shared_gate = SharedGate(d_model, mesh) if moe.shared_gate else None
 

@@ -35,8 +35,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x` in place over the group and return it. Not differentiable."""
     if group.size > 1:
-        group.note("all_reduce")
-        dist.all_reduce(x, op=op, group=group.process_group)
+        with group.entering("all_reduce", x):
+            dist.all_reduce(x, op=op, group=group.process_group)
     return x
 
 
@@ -45,8 +45,8 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     out = x.new_empty(group.size * x.shape[0], *x.shape[1:])
-    group.note("all_gather")
-    _all_gather(out, x.contiguous(), group=group.process_group)
+    with group.entering("all_gather", x):
+        _all_gather(out, x.contiguous(), group=group.process_group)
     return out
 
 
@@ -55,8 +55,8 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     out = x.new_empty(x.shape[0] // group.size, *x.shape[1:])
-    group.note("reduce_scatter")
-    _reduce_scatter(out, x.contiguous(), group=group.process_group)
+    with group.entering("reduce_scatter", x):
+        _reduce_scatter(out, x.contiguous(), group=group.process_group)
     return out
 
 
@@ -84,10 +84,12 @@ class Pending:
     rows: Tensor
     sent: Tensor | None = None
     work: dist.Work | None = None
+    group: Group | None = None
 
     def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
+        if self.work is not None and self.group is not None:
+            with self.group.waiting():
+                self.work.wait()
         self.work = self.sent = None
         return self.rows
 
@@ -101,12 +103,13 @@ def start_exchange(
         return Pending(x if out is None else out.copy_(x))
     x = x.contiguous()
     out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
-    group.note("all_to_all")
+    group.note("all_to_all", x)
     sizes = (list(receive), list(send))
     if torch.compiler.is_compiling():  # a compiled graph orders its exchanges itself
         dist.all_to_all_single(out, x, *sizes, group=group.process_group)
         return Pending(out)
-    return Pending(out, x, dist.all_to_all_single(out, x, *sizes, group=group.process_group, async_op=True))
+    work = dist.all_to_all_single(out, x, *sizes, group=group.process_group, async_op=True)
+    return Pending(out, x, work, group)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -50,8 +50,13 @@ class _ChunkLosses(NamedTuple):
 
 
 def _chunks(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> list[tuple[Tensor, Tensor]]:
-    tokens = max(16, _CHUNK_LOGITS // weight_VD.shape[0])
+    tokens = chunk_tokens(weight_VD.shape[0])
     return list(zip(x_TD.split(tokens), targets_T.split(tokens), strict=True))
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens of a chunk, where this rank has `vocabulary` columns of the logits."""
+    return max(16, _CHUNK_LOGITS // vocabulary)
 
 
 def _chunk_losses(x_tD: Tensor, weight_VD: Tensor, targets_t: Tensor, tp: Group) -> _ChunkLosses:

@@ -16,12 +16,14 @@ A node is `node_size` consecutive ranks. An ep group that spans nodes is cut bot
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_dist.parallel.trail import Trail
 
@@ -118,23 +120,37 @@ class Layout:
 @dataclass(frozen=True)
 class Group:
     """One rank's membership in one group. `process_group` is None where the group is a single rank, or has no
-    processes. trail: where its collectives are noted."""
+    processes. trail: where its collectives are noted. axis: of the mesh; groups of two axes can be the same ranks."""
 
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
     process_group: dist.ProcessGroup | None = None
     trail: Trail = field(default_factory=Trail, compare=False, repr=False)
+    axis: Axis = field(default="world", compare=False)
 
     @property
     def size(self) -> int:
         return len(self.ranks)
 
-    def note(self, what: str) -> None:
-        """Called before every collective on the group; a graph that torch.compile makes of them notes nothing."""
+    def note(self, what: str, x: Tensor | None = None) -> None:
+        """Called before every collective on the group, with what this rank hands in; a graph that torch.compile makes
+        of them notes nothing."""
         if torch.compiler.is_compiling():
             return
         assert self.size == 1 or self.process_group is not None, f"{what} in a mesh without processes"
-        self.trail.note(what, self.ranks)
+        if x is None:
+            self.trail.note(what, self.ranks)
+        else:
+            self.trail.note(what, self.ranks, x.shape, x.nbytes)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around what lasts until the other ranks have done their part."""
+        return nullcontext() if torch.compiler.is_compiling() else self.trail.inside(self.axis)
+
+    def entering(self, what: str, x: Tensor) -> AbstractContextManager[None]:
+        """`note`, and around the collective `waiting`."""
+        self.note(what, x)
+        return self.waiting()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
         return self  # a copied layer talks to the same ranks
@@ -185,7 +201,7 @@ def mesh_without_processes(layout: Layout, rank: int, sequence_parallel: bool = 
 
     def group(axis: Axis) -> Group:
         ranks = layout.ranks(axis, rank)
-        return Group(ranks, ranks.index(rank))
+        return Group(ranks, ranks.index(rank), axis=axis)
 
     return _mesh_of(layout, rank, group, sequence_parallel)
 
@@ -219,7 +235,7 @@ def create_mesh(
             if ranks not in made:
                 made[ranks] = _new_group(ranks, layout.world, timeout)
         mine = layout.ranks(axis, rank)
-        return Group(mine, mine.index(rank), made[mine], trail)
+        return Group(mine, mine.index(rank), made[mine], trail, axis)
 
     return _mesh_of(layout, rank, group, sequence_parallel)
 

@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
+from moe_dist.parallel.rank_logs import PREFIX, RankLogs
 from moe_dist.parallel.rendezvous import Member, meet
 from moe_dist.parallel.share import cpus_of_task
 from moe_dist.parallel.slurm import Variables, address_of, refuse_other_tasks, step_from_environment, tasks_of_step
@@ -134,10 +135,20 @@ def _run_here(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         given.local_addr, given.rdzv_backend = "127.0.0.1", "c10d"
         given.rdzv_endpoint, given.rdzv_conf = os.path.join(folder, "rendezvous"), "store_type=file"
-        run.run(given)
+        _run(given)
 
 
 def _run_on_nodes(given: argparse.Namespace, node: Node) -> None:
     rendezvous_handler_registry.register(_BACKEND, lambda _: Meeting(node))
     given.rdzv_backend, given.rdzv_endpoint, given.rdzv_id = _BACKEND, f"{node.host}:{node.port}", node.run_id
-    run.run(given)
+    _run(given)
+
+
+def _run(given: argparse.Namespace) -> None:
+    folder = os.environ.get("MOE_DIST_RANK_LOGS")
+    if folder:
+        os.environ.setdefault(*PREFIX)
+    config, command, args = run.config_from_args(given)
+    if folder:
+        config.logs_specs = RankLogs(folder)
+    run.elastic_launch(config=config, entrypoint=command)(*args)

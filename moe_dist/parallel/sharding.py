@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_dist.kernels.permute.order import traced
 from moe_dist.kernels.random import RandomKey
 
 Shard = Literal["replicated", "tensor", "expert"]
@@ -77,7 +78,7 @@ def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter from (seed, name), so that all layouts start from the same logical model. `prefix`: the name
     of `module` within that model and a dot, where it is filled on its own."""
     for name, param, spec in logical_parameters(module):
-        if param.is_meta:  # without memory; filled when it has some
+        if traced(param):  # without memory; filled when it has some
             continue
         key = RandomKey.of(seed, prefix + name)
         if spec.std is None:

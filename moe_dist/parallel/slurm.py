@@ -7,6 +7,7 @@ Ranks are numbered node by node, whatever srun's --distribution says, so that ne
 
 import itertools
 import re
+import shlex
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 _PORTS = range(20000, 32000)  # below the range that Linux takes for outgoing connections
 _STEPS = 16  # steps of one job that are sure to have ports of their own
+_PATIENCE = 60.0  # seconds for an answer of Slurm
 
 OF_A_STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID")
 
@@ -147,19 +149,32 @@ def address_of(node: str) -> str:
     """
     if resolves(node):
         return node
-    command = ["scontrol", "show", "node", node]
     try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        failed = f"{' '.join(command)} failed ({error})"
-        raise ValueError(f"the network knows no host {node}, and {failed}: set MASTER_ADDR") from None
-    found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+        said = ask("scontrol", "show", "node", node)
+    except ValueError as error:
+        raise ValueError(f"the network knows no host {node}, and {error}: set MASTER_ADDR") from None
+    found = re.search(r"\bNodeAddr=(\S+)", said)
     if found is None or not resolves(found[1]):
         known = f"its NodeAddr {found[1]} leads nowhere" if found else "Slurm has no NodeAddr of it"
         raise ValueError(
             f"the network knows no host {node}, and {known}: set MASTER_ADDR to an address of that machine"
         )
     return found[1]
+
+
+def ask(*command: str, environ: Mapping[str, str] | None = None) -> str:
+    """What a command of Slurm prints. No shell sees its words. Raises ValueError when it is missing, or fails."""
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, encoding="utf-8", errors="replace", timeout=_PATIENCE
+        )
+    except OSError as error:
+        raise ValueError(f"{command[0]} cannot be started ({error.strerror}): is it on the PATH?") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]} has not answered for {_PATIENCE:.0f} s; try again later") from None
+    if done.returncode:
+        raise ValueError(f"{shlex.join(command)} failed: {' '.join(done.stderr.split())}")
+    return done.stdout
 
 
 def resolves(host: str) -> bool:

@@ -3,16 +3,23 @@
     python -m moe_dist.parallel.torchrun --nproc_per_node 2 -m moe_dist.cli train CONFIG
 
 Takes the flags of torchrun, but for those of the rendezvous; where machines and ranks meet is in nodes.py.
+
+MOE_DIST_ENDS names a folder where each machine notes the exit codes of its ranks that ended badly, NAME.json, for
+whoever started it there (`moe_dist/cluster/supervise.py`): what srun returns is one code for all machines.
 """
 
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_dist.disk import replace_text
 from moe_dist.process import EarlySignals, output_never_fatal
 
 if TYPE_CHECKING:
@@ -38,12 +45,21 @@ def main(args: Sequence[str]) -> int:
         print(f"moe-dist: {error}", file=sys.stderr, flush=True)
         return 2
     except ChildFailedError as error:
+        _note(error.failures)
         print("\n".join(described(error.failures)), file=sys.stderr, flush=True)
         return 1
     except SignalException as error:
         print(f"moe-dist: {signal.Signals(error.sigval).name}, passed on to all ranks", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _note(failures: dict[int, "ProcessFailure"]) -> None:
+    if folder := os.environ.get("MOE_DIST_ENDS"):
+        name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        codes = {rank: failure.exitcode for rank, failure in failures.items()}
+        with suppress(OSError):  # what it prints says it too
+            replace_text(Path(folder) / f"{name}.json", json.dumps(codes))
 
 
 def described(failures: dict[int, "ProcessFailure"]) -> list[str]:

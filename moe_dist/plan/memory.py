@@ -1,84 +1,195 @@
-"""What an error for want of memory should have said: how much is needed for what, and which settings lower it."""
+"""What a rank needs in memory at the fullest moment of an optimizer step, by part, from sizes alone.
+
+A step is walked through as it runs: a stage of the model (activations.py) keeps tensors in the forward pass and gives
+them back in the backward pass, in which gradients take their place; then gradients are exchanged, and the optimizer
+updates (states.py). What is there is counted at every one of these moments, and the fullest is the plan:
+
+    moment                      gradients                 activations                 workspace
+    the loss                    of earlier micro-steps    of all layers               logits of a chunk
+    backward of a stage         and of later layers       of this and earlier layers  the stage's own, buckets
+    exchange after backward     all                       none                        buffers that are exchanged
+    update                      those that are left       none                        copies that Adam makes
+
+So `gradients` are those of that moment: where activations are many, it comes before most gradients are there.
+`MemoryPlan.sure` has all of them.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
-import torch
-from torch import nn
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import Any
 
 from moe_dist.config import BatchShape, Config
-from moe_dist.engine.base import compute_dtype
-from moe_dist.parallel.mesh import Layout
-from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.config.model import ModelConfig
+from moe_dist.models.backends import resolve_backends
+from moe_dist.moe.experts import expert_widths
+from moe_dist.parallel.heads import HeadAssignment
+from moe_dist.parallel.mesh import Group, Layout
+from moe_dist.plan.activations import blocks_of
+from moe_dist.plan.held import Held
+from moe_dist.plan.rows import Rows
+from moe_dist.plan.stages import Block, Sizes, Stage
+from moe_dist.plan.states import States, states
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """Elements of the parameters on a rank, before ZeRO cuts them: over dp, those of experts over edp."""
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one rank at the fullest moment of an optimizer step, by part; no part is counted in another.
 
-    dense: int
-    expert: int = 0
+    parameters: weights that are computed with, and fp32 masters where they lie apart. gradients: accumulated ones, and
+    those of the backward pass, as far as they are there at that moment. optimizer: both moments, and what fills up
+    ZeRO's partitions. activations: what autograd keeps, without what the next two count. dispatch: rows that came to
+    the experts, and results that came back, as far as they are kept. logits: those of the loss. workspace: what is
+    there for that moment: buffers of gradients that are exchanged, weights that ZeRO-3 gathers, what the backward pass
+    of a layer makes. margin: what the fullest rank needs besides when routing is skewed (rows.py); where capacity
+    bounds its rows, up to that bound.
 
-    @staticmethod
-    def by(model: nn.Module) -> "Held":
-        """What this rank holds of a model, which may be on the meta device."""
-        count = {True: 0, False: 0}
-        for _, param, spec in logical_parameters(model):
-            count[spec.shard == "expert"] += getattr(param, "ds_numel", param.numel())  # whole ones, under ZeRO-3
-        return Held(dense=count[False], expert=count[True])
+    moment: which one it is. sure: what is there before the update whatever the estimates say: all parameters,
+    gradients and optimizer state, exactly.
+    """
 
-    def bytes(self, each: int, layout: Layout, cut: bool) -> int:
-        """each: of an element. cut: whether ZeRO cuts them."""
-        return each * (self.dense // (layout.dp if cut else 1) + self.expert // (layout.edp if cut else 1))
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    dispatch: int
+    logits: int
+    workspace: int
+    margin: int
+    moment: str = ""
+    sure: int = 0
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by the name of the part, in this order."""
+        names = "parameters gradients optimizer activations dispatch logits workspace margin"
+        return {name: getattr(self, name) for name in names.split()}
 
-@contextmanager
-def explained(config: Config, shape: BatchShape, layout: Layout, held: Held) -> Iterator[None]:
-    """Raises RuntimeError with advice in place of an error for want of memory; others pass."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise RuntimeError(f"out of memory: {advice(config, shape, layout, held)}") from error
+    @property
+    def total(self) -> int:
+        """Of all parts, the margin too."""
+        return sum(self.parts.values())
 
-
-def advice(config: Config, shape: BatchShape, layout: Layout, held: Held) -> str:
-    """Bytes for what a rank holds, by what they are for, and what to change, the cheapest first."""
-    engine, dp = config.engine, layout.dp
-    stage = engine.zero_stage if engine.name == "deepspeed" else 0
-    low = engine.precision == "bf16"
-    weights = held.bytes(compute_dtype(engine.precision).itemsize, layout, cut=stage >= 3)
-    gradients = held.bytes(4, layout, cut=stage >= 2)
-    masters = low or stage >= 1  # ZeRO keeps them beside fp32 weights too
-    optimizer = held.bytes(12 if masters else 8, layout, cut=stage >= 1)
-    lines = [
-        f"{held.dense + held.expert} parameters on this rank take about {_size(weights)} of weights, "
-        f"{_size(gradients)} of gradients and {_size(optimizer)} of optimizer state, beside the activations of "
-        f"{shape.micro_batch} x {shape.seq_len} tokens in {config.model.num_layers} blocks"
-    ]
-    if shape.micro_batch > 1:
-        lines.append(f"lower train.micro_batch (it is {shape.micro_batch}; gradients accumulate over the rest)")
-    elif shape.seq_len > 1:
-        lines.append(f"train.micro_batch is 1 already; lower train.seq_len (it is {shape.seq_len})")
-    if config.model.recompute != "block":
-        lines.append(f"set model.recompute to block (it is {config.model.recompute})")
-    if dp > 1 and stage < 3:
-        lines.append(f"raise engine.zero_stage (it is {stage}, over {dp} ranks; engine.name must be deepspeed)")
-    experts, ep, etp = config.model.moe.num_experts, config.parallel.ep, config.parallel.etp
-    if any(experts % more == 0 and layout.world % (more * etp) == 0 for more in range(ep + 1, experts + 1)):
-        lines.append(f"raise parallel.ep (it is {ep}, for {experts} experts on {layout.world} ranks)")
-    if not low:
-        lines.append("set engine.precision to bf16 (activations take half)")
-    return "; ".join(lines)
+    @property
+    def expected(self) -> int:
+        """Without the margin: when every rank is sent an even share of the rows."""
+        return self.total - self.margin
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    said = str(error)
-    known = ("DefaultCPUAllocator: can't allocate", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in said for words in known)
+def memory(
+    config: Config,
+    shape: BatchShape,
+    layout: Layout,
+    rank: int = 0,
+    *,
+    device_type: str = "cuda",
+    came: Rows | None = None,
+) -> MemoryPlan:
+    """The plan of `rank`. device_type: `cuda` or `cpu`, which have other kernels where the configuration says auto.
+    came: rows of a routed layer where they are known, the mean over layers; then there is no margin.
+
+    Raises ValueError where the model cannot be cut so.
+    """
+    held, decoder = Held.of(config, layout, rank), config.task != "classification"
+    kept = states(config, layout, held, rank, device_type=device_type)
+    model = backends(config, layout, device_type)
+
+    def when(skewed: bool) -> MemoryPlan:
+        sizes = Sizes.of(config, shape, layout, rank, model, device_type != "cpu", skewed=skewed, came=came)
+        return max(_moments(kept, blocks_of(sizes, held, decoder)), key=lambda plan: plan.total)
+
+    even = when(skewed=False)
+    margin = 0 if came is not None else max(0, when(skewed=True).total - even.total)
+    return replace(even, margin=margin, sure=kept.total)
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def fullest(config: Config, shape: BatchShape, layout: Layout, *, device_type: str = "cuda") -> int:
+    """The rank that needs most, the first of them. Ranks differ by the heads that they read where tp does not divide
+    the key/value heads, and by their experts where these differ in width; all others are alike."""
+    ranks = _unlike(config.model, layout)
+    return max(ranks, key=lambda rank: memory(config, shape, layout, rank, device_type=device_type).total)
+
+
+def _unlike(model: ModelConfig, layout: Layout) -> list[int]:
+    """One rank of each kind."""
+    if model.moe.num_experts and len(set(expert_widths(model.moe, model.d_ff))) > 1:
+        return list(range(min(layout.world, lcm(layout.tp, layout.expert_ranks))))
+    kinds: dict[int, int] = {}
+    for rank in range(layout.tp):
+        heads = HeadAssignment.of(model.num_heads, model.num_kv_heads, Group(tuple(range(layout.tp)), rank))
+        kinds.setdefault(heads.kv_read, rank)
+    return list(kinds.values())
+
+
+def backends(config: Config, layout: Layout, device_type: str) -> ModelConfig:
+    """The model with what `auto` means there. Triton is taken to be installed where there are GPUs."""
+    model = config.model
+    if device_type == "cpu":
+        return resolve_backends(model, layout.expert_ranks, "cpu", config.train.seq_len)
+    given = _words(model)
+    plain = _with(model, *("auto" if word == "triton" else word for word in given))
+    named = resolve_backends(plain, layout.expert_ranks, device_type, config.train.seq_len)
+    found = zip(given, _words(named), strict=True)
+    return _with(named, *("triton" if word == "triton" else other for word, other in found))
+
+
+def _words(model: ModelConfig) -> tuple[Any, Any, Any]:
+    """What `triton` may be the word for, and memory hangs on."""
+    return model.attention.backend, model.moe.experts, model.attention.moe.experts
+
+
+def _with(model: ModelConfig, backend: Any, experts: Any, of_attention: Any) -> ModelConfig:
+    attention = replace(model.attention, backend=backend, moe=replace(model.attention.moe, experts=of_attention))
+    return replace(model, kernels="torch", attention=attention, moe=replace(model.moe, experts=experts))
+
+
+def _moments(kept: States, blocks: list[Block]) -> Iterator[MemoryPlan]:
+    """Every moment of the last micro-step at which there could be most."""
+    always = dict(parameters=kept.parameters, optimizer=kept.optimizer, margin=0)
+    done = 0
+    for stage, activations, dispatch in _backward(blocks):
+        shared = kept.shared if kept.bucket_elements is not None and done >= kept.bucket_elements else 0
+        yield MemoryPlan(
+            gradients=kept.staying(done) + kept.made * stage.elements + shared,
+            activations=activations,
+            dispatch=dispatch,
+            logits=stage.logits,
+            workspace=kept.standing + kept.bucket + stage.spike - stage.logits,
+            moment=stage.name,
+            **always,
+        )
+        done += stage.elements
+        if kept.bucket_elements is not None and done >= kept.bucket_elements:
+            yield MemoryPlan(
+                gradients=kept.accumulated + kept.shared,
+                activations=activations - stage.kept,
+                dispatch=dispatch - stage.dispatch,
+                logits=0,
+                workspace=kept.standing + kept.bucket + kept.exchanged * kept.bucket_elements,
+                moment=f"exchange after {stage.name}",
+                **always,
+            )
+    nothing = dict(activations=0, dispatch=0, logits=0)
+    exchange, update = kept.standing + kept.exchange, kept.standing + kept.update
+    yield MemoryPlan(gradients=kept.joined, workspace=exchange, moment="exchange of gradients", **nothing, **always)
+    yield MemoryPlan(gradients=kept.gradients, workspace=update, moment="update", **nothing, **always)
+
+
+def _backward(blocks: list[Block]) -> Iterator[tuple[Stage, int, int]]:
+    """Stages in the order of the backward pass, with the activations and the rows that are kept when it begins theirs.
+    The loss comes first, whose forward pass is the end of that of the model."""
+    waiting = [_until_then(block) for block in blocks]
+    activations, dispatch = (sum(values) for values in zip(*waiting, strict=True))
+    for block, (of_block, rows_of_block) in zip(reversed(blocks), reversed(waiting), strict=True):
+        activations, dispatch = activations - of_block, dispatch - rows_of_block
+        for count in range(len(block.stages), 0, -1):
+            there = block.stages[:count]
+            kept = sum(stage.kept for stage in there) + (block.again or 0)
+            yield there[-1], activations + kept, dispatch + sum(stage.dispatch for stage in there)
+
+
+def _until_then(block: Block) -> tuple[int, int]:
+    """(activations, rows) that are kept of a block until the backward pass comes to it."""
+    if block.again is not None:
+        return block.again, 0
+    return sum(stage.kept for stage in block.stages), sum(stage.dispatch for stage in block.stages)

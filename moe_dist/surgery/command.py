@@ -24,6 +24,7 @@ from moe_dist.checkpoint.reshard import Reader
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.config import Config, EngineConfig
 from moe_dist.config.load import dump_config
+from moe_dist.data.tokenizers import IN_RUN
 from moe_dist.disk import lines_backwards, replace_text
 from moe_dist.engine.base import STATE_KINDS, Kind
 from moe_dist.engine.make import make_engine
@@ -118,6 +119,8 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
     tokenizer = run_of(checkpoint) / "tokenizer.json"
     if tokenizer.is_file():
         shutil.copy(tokenizer, output / tokenizer.name)
+    if (run_of(checkpoint) / IN_RUN).is_dir():
+        shutil.copytree(run_of(checkpoint) / IN_RUN, output / IN_RUN)
 
 
 def describe(model: Trainable, run: Path) -> list[str]:

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from moe_dist.config import Config, validate
 from moe_dist.config.rules.memory import machine_memory
-from moe_dist.data import ByteTokenizer
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.models.decoder import Decoder
@@ -23,8 +22,10 @@ from moe_dist.train.exit_codes import DONE, SAVED, EndRun
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.watchdog import Watchdog
 from moe_dist.train.loop import Outcome, Trainer
+from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.progress import duration, print_summary, short_number
 from moe_dist.train.record.run_folder import RunFolder
+from moe_dist.train.record.trace import profiled_steps
 from moe_dist.train.resume import Resume
 from moe_dist.train.run_lock import run_lock
 
@@ -37,17 +38,19 @@ def train(
     device: str | None,
     override: Sequence[str] = (),
     early: EarlySignals | None = None,
+    profile: str | None = None,
 ) -> int:
     """Run one rank from start to end. Returns the exit code, one of exit_codes.py.
 
     override: names of what a resumed run may have changed, keys of resume.OVERRIDES. early: signals that have come
-    before.
+    before. profile: steps to profile, as `steps=10-12`.
 
     Raises ValueError for what a user got wrong.
     """
     rank = rank_from_environment(os.environ)
     with said_once(rank):
         validate(config, rank.world, machine_memory())  # before anything starts
+        profiled = profiled_steps(profile, config.train.steps)
     console, folder = Console(quiet=rank.rank != 0), RunFolder(config.run.folder)
     with StopGuard(config.run.time_limit, early) as guard, ExitStack() as held:
         chosen, trail = start(rank, device, config.train.threads, config.train.deterministic), Trail()
@@ -59,7 +62,7 @@ def train(
                 held.enter_context(Watchdog(folder.path, rank.rank, rank.world, trail, config.guard.stall_seconds))
                 trainer = Trainer(config, chosen, console, trail)
                 newest = trainer.checkpoint_to_continue(resume, override)
-            outcome = trainer.run(newest, guard)
+            outcome = trainer.run(newest, guard, profiled)
         except EndRun as error:
             if rank.rank == 0:
                 print(f"moe-dist: {error}", file=sys.stderr, flush=True)
@@ -101,6 +104,12 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
         if "mfu_executed" in last and "drop_rate" in last:  # records of earlier versions do not say
             rows["throughput"] += f" ({last['mfu_executed']:.1%} without what was dropped)"
         rows["memory"] = f"{short_number(last['memory_bytes'])}B a rank at most"
+    slowest = trainer.clock.describe_slowest()
+    if slowest is not None:
+        rows["slowest rank"] = slowest
+    effective = effective_time_of(outcome.folder.path)
+    if effective is not None:
+        rows["effective time"] = effective.describe()
     newest = outcome.folder.newest_checkpoint()
     rows["checkpoint"] = str(newest) if newest else f"none under {config.run.root}"
     return rows
@@ -108,8 +117,9 @@ def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
 
 def sample(trainer: Trainer, tokens: int) -> str:
     """Text that the model writes; every rank must call."""
-    tokenizer, engine, train = ByteTokenizer(), trainer.engine, trainer.config.train
+    tokenizer, engine, train = trainer.task.text_tokenizer, trainer.engine, trainer.config.train
     assert isinstance(engine.model, Decoder), "a rule refuses sample_tokens for other tasks"
+    assert tokenizer is not None, "the task refuses sample_tokens without"
     model = CachedDecoder(engine.model, trainer.device, engine.evaluate)
     prompts = [tokenizer.encode(_PROMPT)]
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))

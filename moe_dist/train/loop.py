@@ -6,14 +6,13 @@ What a step does is a pure function of (config, seed, step): the step number is 
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import Logger
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -21,8 +20,7 @@ from moe_dist.checkpoint.finite import NotFinite
 from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
-from moe_dist.data import SequenceSampler, rank_starts
-from moe_dist.disk import remove_drafts
+from moe_dist.data import rank_starts
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
@@ -31,7 +29,7 @@ from moe_dist.models.flops import executed_flops
 from moe_dist.parallel.mesh import Layout, Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, lost_ranks_told, require_same
 from moe_dist.parallel.trail import Trail
-from moe_dist.plan.memory import Held, explained
+from moe_dist.plan.advice import explained
 from moe_dist.step import StepContext
 from moe_dist.train.changes import changes
 from moe_dist.train.health.crash_loop import note_start, refuse_crash_loop, starts_from
@@ -39,19 +37,20 @@ from moe_dist.train.health.replicas import check_replicas
 from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
-from moe_dist.train.opening import opening_lines
+from moe_dist.train.opening import opening_lines, refuse_what_cannot_fit, write_opening
 from moe_dist.train.products import products_chosen
+from moe_dist.train.record.effective_time import tell_end
 from moe_dist.train.record.history import recent_losses
 from moe_dist.train.record.metrics import MetricsWriter, moe_record
-from moe_dist.train.record.profile import matmul_peak, memory_bytes
+from moe_dist.train.record.profile import matmul_peak, memory_bytes, speed_record
 from moe_dist.train.record.progress import Progress
 from moe_dist.train.record.run_folder import RunFolder, write_together
 from moe_dist.train.record.statistics import gather_statistics
+from moe_dist.train.record.step_clock import StepClock
+from moe_dist.train.record.trace import StepProfiler
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
 from moe_dist.train.schedule import evaluates_after, learning_rate
 from moe_dist.train.task import Task, make_task
-
-_LOOKED_AT = 1024  # sequences
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,11 @@ class Trainer:
             trail=trail,
             sequence_parallel=parallel.sequence_parallel,
         )
-        self.sampler = SequenceSampler(
-            self.task.num_places, self.task.width, config.train.global_batch, config.train.order_seed
-        )
-        with torch.device("meta"):
-            held = Held.by(self.task.build(config.model, self.mesh))
-        with explained(config, self.shape, self.mesh.layout, held):
+        self.clock = StepClock(device)
+        self.mesh.trail.listener = self.clock.hear
+        self.sampler = self.task.sampler(config.train.global_batch, config.train.order_seed)
+        refuse_what_cannot_fit(config, self.shape, self.mesh, device, self._say)
+        with self._explained():
             built = self.task.build(config.model, self.mesh).to(device)
             self.engine = make_engine(
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
@@ -119,12 +117,15 @@ class Trainer:
                 self._say(line)
         return newest
 
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.config, self.shape, self.mesh.layout, self.mesh.rank, self.device.type)
+
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path in a log stays whole
 
-    def run(self, newest: Path | None, guard: StopGuard) -> Outcome:
+    def run(self, newest: Path | None, guard: StopGuard, profiled: range = range(0)) -> Outcome:
         """Train to the last step, from checkpoint `newest` if given. Status, metrics and checkpoints are on disk
-        whatever happens.
+        whatever happens. profiled: steps, counted from 1, that are looked at (record/trace.py).
 
         Raises ValueError when the checkpoint does not fit, EndRun when the run must not go on, RuntimeError with advice
         when memory does not suffice.
@@ -133,52 +134,44 @@ class Trainer:
         ahead = begin != self.config.train.steps
         earlier, furthest = broadcast_json(starts_from(self.folder.path, begin) if ahead else (0, 0))
         torch.distributed.barrier()  # nobody writes before everybody has looked at the folder
-        log = self._open()
+        log = self._open(ahead)
         log.info("rank %d of %d, %s", self.mesh.rank, self.mesh.layout.world, self.mesh.layout)
-        held = Held.by(self.engine.model)
         with self.folder.failures_noted(self.mesh.rank, log), lost_ranks_told(self.mesh.trail):
             refuse_crash_loop(self.folder.path, begin, earlier, self.config.guard.max_restarts)
             self._write(lambda: note_start(self.folder.path, begin, earlier + 1, furthest))
-            with explained(self.config, self.shape, self.mesh.layout, held):
-                outcome = self._steps(newest, guard, log)
+            with self._explained():
+                outcome = self._steps(newest, guard, log, profiled)
         state = "preempted" if outcome.stopped_by else "finished"
         log.info("%s: %s", state, {k: v for k, v in outcome.last.items() if k != "layers"})
         details: dict[str, Any] = {"signal": outcome.stopped_by} if outcome.stopped_by else {}
         if outcome.stopped_by and outcome.last["step"] == begin:
             details["starts"] = earlier + 1  # unlike the status before, which scripts compare with
-        self._write(lambda: self.folder.write_status(state, step=outcome.last["step"], **details))
+
+        def last() -> None:
+            self.folder.write_status(state, step=outcome.last["step"], **details)
+            if ahead:
+                tell_end(self.folder.path)
+
+        self._write(last)
         return outcome
 
-    def _open(self) -> Logger:
-        """The run's folder, with all that is known at the start; this rank's log. Raises EndRun."""
-
-        def first() -> None:
-            remove_drafts(self.folder.path)
-            self.folder.write_config(self.config)
-            data = self.task.data_record() | {"documents_per_micro_step": self._documents()}
-            self.folder.write_environment(self.config, self.mesh, self.device, data)
-            self.task.prepare(self.folder)
-            self.folder.write_status("running")
-
+    def _open(self, ahead: bool) -> Logger:
+        """The run's folder, with all that is known at the start; this rank's log. ahead: there are steps to train.
+        Raises EndRun."""
+        on_what = (self.mesh, self.device, self.shape, self.sampler)
+        first = partial(write_opening, self.folder, self.config, self.task, *on_what, ahead=ahead)
         logs: list[Logger] = []
         with self.folder.failures_noted(self.mesh.rank):
             self._write(first)
             self._write(lambda: logs.append(self.folder.rank_log(self.mesh.rank)), everywhere=True)
         return logs[0]
 
-    def _documents(self) -> float:
-        """Documents that the sequences of a micro-step touch: the mean over micro-steps of the first steps, about as
-        many as have a thousand sequences."""
-        steps = range(min(self.config.train.steps, max(1, _LOOKED_AT // self.config.train.global_batch)))
-        micro_steps = (np.split(self.sampler.indices(step), self.shape.accumulation) for step in steps)
-        return fmean(self.task.documents(places) for of_step in micro_steps for places in of_step)
-
     def _write(self, work: Callable[[], None], everywhere: bool = False) -> None:
         """On rank 0, or everywhere. Raises EndRun on every rank when it failed on one: the disk may be full."""
         mine = work if everywhere or self.mesh.rank == 0 else lambda: None
         write_together(self.folder.path, mine)
 
-    def _steps(self, newest: Path | None, guard: StopGuard, log: Logger) -> Outcome:
+    def _steps(self, newest: Path | None, guard: StopGuard, log: Logger, profiled: range) -> Outcome:
         run, total, main = self.config.run, self.config.train.steps, self.mesh.rank == 0
         progress = Progress(self.console, run.log_every)
         keeper = Keeper(self.config, self.folder, self.engine, self.identity, progress.message)
@@ -187,16 +180,18 @@ class Trainer:
         if writer is not None:
             writer.rewind(step)
         health = Health(self.config.guard, skipped, self._recent_losses(), newest is not None)
+        profiler = StepProfiler(self.folder.path, self.mesh.rank, self.device, profiled, step, progress.message)
         began = time.monotonic()
         record: dict[str, Any] = {"step": step}
         stopped_by = None
-        with progress, keeper:
+        with progress, keeper, profiler:
             for line in opening_lines(
                 self.config, self.task, self.mesh.layout, self.shape, self.device, self.peak, step
             ):
                 progress.message(line)
             while step < total and (stopped_by := guard.agreed(self.mesh.world, self.device)) is None:
-                record, step = self._train_step(step, health), step + 1
+                with profiler.around(step + 1):
+                    record, step = self._train_step(step, health), step + 1
                 keeper.raise_pending()
                 if health.trouble is None:
                     evaluated = self._evaluate(step)
@@ -216,6 +211,7 @@ class Trainer:
                     log.warning(line)
                     self._write(partial(self.folder.note_roll_back, step, health.trouble))
                     step = keeper.go_back(step, health)
+                    self.clock.forget()
                     if writer is not None:
                         writer.rewind(step)
                     health.compare_with(self._recent_losses())  # as after a restart from there
@@ -241,6 +237,7 @@ class Trainer:
         record = self.task.evaluate(self.engine, self.shape, step)
         if step == steps:
             record |= self.task.finish(self.engine, self.shape, step, self.folder, self._say)
+        self.mesh.trail.enter("bookkeeping")
         return record
 
     def _save(
@@ -253,6 +250,7 @@ class Trainer:
             keeper.save(step, health, record.get("validation_loss"))
         except NotFinite as error:
             health.found(f"after step {step}, {error}")
+        self.mesh.trail.enter("bookkeeping")
 
     def _should_compare(self, step: int, due: bool) -> bool:
         """Before each checkpoint too: one with a flipped bit in it would keep it for ever."""
@@ -260,37 +258,36 @@ class Trainer:
         return every is not None and (due or step % every == 0)
 
     def _train_step(self, step: int, health: Health) -> dict[str, Any]:
-        began, shape = time.monotonic(), self.shape
-        self.mesh.trail.enter("data", step + 1)
+        shape, trail = self.shape, self.mesh.trail
+        self.clock.begin(step + 1)
+        trail.enter("data", step + 1)
         starts = self.sampler.indices(step)
         outputs = []
         for micro in range(shape.accumulation):
-            mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
-            tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
-            context = StepContext(self.key.fold(step, micro), step=step, frequency_V=self.frequency_V)
+            with trail.inside("data"):
+                mine = rank_starts(starts, shape.accumulation, shape.dp, self.mesh.dp.rank, micro)
+                tokens_BS, targets = (values.to(self.device) for values in self.task.batch(mine))
+            key = self.key.fold(step, micro)
+            context = StepContext(key, step=step, frequency_V=self.frequency_V, ends=self.task.ends)
             outputs.append(self.engine.micro_step(tokens_BS, targets, context))
-        nll, aux, layers = gather_statistics(outputs, self.mesh, self.device)
+        trail.enter("statistics")
+        nll, aux, layers, own_RP = gather_statistics(outputs, self.mesh, self.device, self.clock.handed_in())
         lr = learning_rate(step, self.config.train.steps, self.config.optim)
-        self.mesh.trail.enter("update")
+        trail.enter("update")
         notes = self._update(step + 1, nll, aux, lr, health)
-        seconds = time.monotonic() - began
+        trail.enter("bookkeeping")
+        seconds = self.clock.step_seconds()
         tokens = shape.tokens_per_step * self.task.real_share
-        nominal = tokens * self.flops / seconds
-        executed = executed_flops(self.config.model, self.flops, tokens, layers) / seconds
-        peak = self.peak.flops_per_second * self.mesh.layout.world
+        executed = executed_flops(self.config.model, self.flops, tokens, layers)
         return {
             "step": step + 1,
             "loss": nll,
             "aux_loss": aux,
             "lr": lr,
             **notes,
-            "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds,
-            "tflops": nominal / 1e12,
-            "mfu": nominal / peak,
-            "tflops_executed": executed / 1e12,
-            "mfu_executed": executed / peak,
+            **speed_record(seconds, tokens, tokens * self.flops, executed, self.peak, self.mesh.layout.world),
             "memory_bytes": memory_bytes(self.device)["peak"],
+            **self.clock.record(own_RP),
             **moe_record(layers, self.row_bytes),
         }
 

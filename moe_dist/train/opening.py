@@ -1,14 +1,51 @@
-"""The first lines of a run: what is trained, how it is cut, on what."""
+"""Before a run: whether it fits. Its first lines: what is trained, how it is cut, on what."""
 
+import os
+from collections.abc import Callable
+from statistics import fmean
+
+import numpy as np
 import torch
 
 from moe_dist.config import BatchShape, Config
+from moe_dist.config.rules.memory import host_memory
+from moe_dist.config.schema import TrainConfig
+from moe_dist.data import SequenceSampler
+from moe_dist.data.blending import BlendSampler
+from moe_dist.disk import remove_drafts
 from moe_dist.models.backends import describe_backends
-from moe_dist.parallel.mesh import Layout
+from moe_dist.parallel.launch import rank_from_environment
+from moe_dist.parallel.mesh import Layout, Mesh
+from moe_dist.parallel.objects import gather_json
+from moe_dist.plan.advice import shortage
+from moe_dist.train.record.effective_time import tell_start
 from moe_dist.train.record.profile import Peak
 from moe_dist.train.record.progress import short_number
+from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.schedule import schedule_notes
 from moe_dist.train.task import Task
+
+_LOOKED_AT = 1024  # sequences
+
+
+def refuse_what_cannot_fit(
+    config: Config, shape: BatchShape, mesh: Mesh, device: torch.device, say: Callable[[str], None]
+) -> None:
+    """Raises ValueError with advice on every rank, which must all call, where one surely has too little memory; says
+    so where it may have too little. Ranks on CPU share the memory of their machine."""
+    ranks, here = range(mesh.rank, mesh.rank + 1), rank_from_environment(os.environ)
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        available, first = host_memory(), mesh.rank - here.local_rank
+        if first >= 0 and first + here.local_world <= mesh.layout.world:
+            ranks = range(first, first + here.local_world)
+    found = gather_json(shortage(config, shape, mesh.layout, ranks, available, device.type))
+    for impossible, _ in found:
+        if impossible is not None:
+            raise ValueError(impossible)
+    for doubt in dict.fromkeys(doubt for _, doubt in found if doubt is not None):
+        say(f"note      {doubt}")
 
 
 def opening_lines(
@@ -31,3 +68,35 @@ def opening_lines(
         *(f"note      {note}" for note in schedule_notes(config.train.steps, config.optim)),
         f"peak      {peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({peak.source})",
     ]
+
+
+def write_opening(
+    folder: RunFolder,
+    config: Config,
+    task: Task,
+    mesh: Mesh,
+    device: torch.device,
+    shape: BatchShape,
+    sampler: SequenceSampler | BlendSampler,
+    *,
+    ahead: bool,
+) -> None:
+    """All that is known at the start, into the run's folder, by rank 0. ahead: there are steps to train."""
+    remove_drafts(folder.path)
+    folder.write_config(config)
+    documents = documents_per_micro_step(task, sampler, shape, config.train)
+    folder.write_environment(config, mesh, device, task.data_record() | {"documents_per_micro_step": documents})
+    task.prepare(folder)
+    if ahead:
+        tell_start(folder.path)
+    folder.write_status("running")
+
+
+def documents_per_micro_step(
+    task: Task, sampler: SequenceSampler | BlendSampler, shape: BatchShape, train: TrainConfig
+) -> float:
+    """Documents that the sequences of a micro-step touch: the mean over micro-steps of the first steps, about as many
+    as have a thousand sequences."""
+    steps = range(min(train.steps, max(1, _LOOKED_AT // train.global_batch)))
+    micro_steps = (np.split(sampler.indices(step), shape.accumulation) for step in steps)
+    return fmean(task.documents(places) for of_step in micro_steps for places in of_step)

@@ -1,9 +1,10 @@
 """One run in a folder at a time: a lock on a file in it, held by rank 0.
 
 The kernel drops the lock when its holder ends, however it ends, so a file that is left over never keeps anybody out;
-its text only tells who holds it. On NFS, Linux passes flock to the server, which sees all machines; after a
-machine died, an NFSv4 server keeps its locks for the lease, about 90 seconds. A file system that knows no flock
-(Lustre mounted without it, for example) is named in a warning, and then nothing keeps a second run out.
+its text only tells who holds it. On NFS, Linux passes flock to the server, which sees all machines; after a machine
+died, an NFSv4 server keeps its locks for the lease, about 90 seconds: whoever starts a run again after such a loss sets
+MOE_DIST_LOCK_SECONDS, and it waits so long. A file system that knows no flock (Lustre mounted without it, for example)
+is named in a warning, and then nothing keeps a second run out.
 """
 
 import json
@@ -52,7 +53,10 @@ def run_lock(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]
 
 def _take(folder: Path, say: Callable[[str], None]) -> int:
     path = folder / LOCK
-    for last in (False, False, True):
+    # At least a moment: `moe-dist status` may be looking.
+    end = time.monotonic() + max(0.2, float(os.environ.get("MOE_DIST_LOCK_SECONDS") or 0))
+    while True:
+        last = time.monotonic() >= end
         descriptor, error = open_locked(path, wait=False)
         if not isinstance(error, BlockingIOError):
             break
@@ -60,7 +64,7 @@ def _take(folder: Path, say: Callable[[str], None]) -> int:
         os.close(descriptor)
         if last:
             raise ValueError(f"{folder} is in use by {holder}: wait for it, stop it, or choose another --run.name")
-        time.sleep(0.1)  # `moe-dist status` may have been looking
+        time.sleep(0.1)
     if error is not None:
         say(f"warning: {path} cannot be locked ({error.strerror}); nothing keeps a second run out of {folder}")
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}

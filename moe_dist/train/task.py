@@ -20,13 +20,19 @@ from moe_dist.data import (
     Corpus,
     LabelledCorpus,
     LabelledSplit,
+    SequenceSampler,
     bits_per_byte,
     load_corpus,
     load_labelled,
     micro_batch,
     validation_batches,
+    validation_starts,
 )
+from moe_dist.data.blending import BlendSampler, blended_validation
 from moe_dist.data.frequency import Frequencies, token_counts
+from moe_dist.data.sampler import in_batches
+from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.data.tokenizers import BYTES, IN_RUN, save_tokenizer
 from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
@@ -38,12 +44,13 @@ from moe_dist.moe.causality import causality_notes
 from moe_dist.moe.learning import learning_notes
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.step import StepContext
+from moe_dist.step import DocumentEnds, StepContext
 from moe_dist.train.record.confusion import accuracy, macro_f1, write_confusion
 from moe_dist.train.record.progress import short_number
 from moe_dist.train.record.run_folder import RunFolder
 
 Phase = Literal["dropless", "eval"]
+_BITS = {"byte": "validation_bits_per_byte", "token": "validation_bits_per_token"}
 
 
 class Task(Protocol):
@@ -52,7 +59,8 @@ class Task(Protocol):
 
     num_places, width: what the sampler takes as the number of tokens and the length of a sequence; a place is where a
     sequence starts. real_share: share of a batch's tokens that are no padding. frequencies: of the
-    training split's tokens.
+    training split's tokens. text_tokenizer: what the model's ids mean as text; None where nobody knows, or asks.
+    ends: what a forward pass does at the ends of documents.
     """
 
     model: ModelConfig
@@ -62,6 +70,11 @@ class Task(Protocol):
     width: int
     real_share: float
     frequencies: Frequencies
+    text_tokenizer: Tokenizer | None
+    ends: DocumentEnds | None
+
+    def sampler(self, global_batch: int, seed: int) -> SequenceSampler | BlendSampler:
+        """The places of each step."""
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Trainable:
         """The model on this rank. model: with its backends resolved."""
@@ -118,6 +131,9 @@ def phases(config: Config) -> list[tuple[Phase, str]]:
 class LanguageModelling:
     """A decoder on the next byte, or token, of a corpus."""
 
+    text_tokenizer: Tokenizer | None
+    ends: DocumentEnds | None
+
     real_share = 1.0
 
     def __init__(self, config: Config) -> None:
@@ -125,7 +141,24 @@ class LanguageModelling:
         self.corpus: Corpus = load_corpus(config.data, config.model.vocab_size, config.train.seq_len)
         self.digest, self.num_places = self.corpus.digest, len(self.corpus.train)
         self.frequencies = Frequencies.of(token_counts(self.corpus.train, config.model.vocab_size))
-        self.tokenizer = "bytes" if self.corpus.unit == "byte" else "that of the indexed files"
+        self.text_tokenizer = found = self.corpus.tokenizer
+        self.tokenizer = (
+            "that of the indexed files" if found is None else BYTES if found.kind == BYTES else found.digest
+        )
+        if config.run.sample_tokens and found is None:
+            raise ValueError(
+                f"run.sample_tokens={config.run.sample_tokens} asks for text, but nothing tells what the ids of "
+                f"{self.corpus.name} mean: name the tokenizer in data.tokenizer, or set run.sample_tokens to 0"
+            )
+        self.ends = _ends(config, found)
+        sizes_V = None if found is None or self.corpus.unit == "byte" else found.bytes_per_token()
+        self._bytes_V = None if sizes_V is None else np.pad(sizes_V, (0, max(0, self.model.vocab_size - len(sizes_V))))
+
+    def sampler(self, global_batch: int, seed: int) -> SequenceSampler | BlendSampler:
+        blend, lengths = list(self.config.data.blend.values()), self.corpus.lengths
+        if not blend or lengths is None:
+            return SequenceSampler(self.num_places, self.width, global_batch, seed)
+        return BlendSampler(lengths[0], blend, self.width, global_batch, seed)
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Decoder:
         return Decoder(model, mesh, self.config.train.seed)
@@ -141,25 +174,39 @@ class LanguageModelling:
     def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
         record = {}
         for phase, suffix in phases(self.config):
-            loss = self._validation_loss(engine, shape, phase, step)
+            loss, bytes_per_token = self._validation_loss(engine, shape, phase, step)
             record[f"validation_loss{suffix}"] = loss
             if not suffix:
                 record[f"validation_bits_per_{self.corpus.unit}"] = bits_per_byte(loss, 1, 1)
+            if not suffix and bytes_per_token > 0:
+                record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1) / bytes_per_token
         return record
 
-    def _validation_loss(self, engine: Engine, shape: BatchShape, phase: Phase, step: int) -> float:
+    def _validation_windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, weights)."""
+        split, limit, data = self.corpus.validation, self.config.run.eval_sequences, self.config.data
+        if data.blend and not data.validation_paths:
+            assert self.corpus.lengths is not None
+            return blended_validation(self.corpus.lengths[1], list(data.blend.values()), self.width, limit)
+        starts = validation_starts(len(split), self.width, limit)
+        return starts, np.ones(len(starts), np.float32)
+
+    def _validation_loss(self, engine: Engine, shape: BatchShape, phase: Phase, step: int) -> tuple[float, float]:
+        """(nats per token, bytes of text that a token stands for); the latter 0 where that cannot be told."""
         split, mesh, device = self.corpus.validation, engine.mesh, device_of(engine)
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        limit = self.config.run.eval_sequences
-        batches = validation_batches(len(split), self.width, limit, shape.micro_batch, mesh.layout.dp, mesh.dp.rank)
+        total = torch.zeros(3, dtype=torch.float64, device=device)
+        batches = in_batches(*self._validation_windows(), shape.micro_batch, mesh.layout.dp, mesh.dp.rank)
         for index, (starts, weights) in enumerate(batches):
             tokens_BS, targets_BS = micro_batch(split, starts, self.width)
-            context = StepContext(RandomKey.of(self.config.train.seed, "validation", index), phase, step=step)
+            key = RandomKey.of(self.config.train.seed, "validation", index)
+            context = StepContext(key, phase, step=step, ends=self.ends)
             losses_BS = engine.evaluate(tokens_BS.to(device), targets_BS.to(device), context, "token_losses")
             weights_B = torch.from_numpy(weights).to(device, torch.float64)
-            total += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
+            total[:2] += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
+            if self._bytes_V is not None:
+                total[2] += float((self._bytes_V[targets_BS.numpy()].mean(1) * weights).sum())
         total = all_reduce(total, mesh.dp)
-        return float(total[0] / total[1])
+        return float(total[0] / total[1]), float(total[2] / total[1])
 
     def finish(
         self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
@@ -167,7 +214,8 @@ class LanguageModelling:
         return {}
 
     def prepare(self, folder: RunFolder) -> None:
-        pass
+        if self.text_tokenizer is not None:
+            save_tokenizer(self.text_tokenizer, folder.path / IN_RUN)
 
     def flops_per_token(self, model: ModelConfig) -> float:
         return train_flops_per_token(model, self.width)
@@ -176,15 +224,29 @@ class LanguageModelling:
         return parameter_counts(model)
 
     def notes(self, model: ModelConfig) -> list[str]:
-        left_out = self.corpus.left_out.describe()
-        return [*([left_out] if left_out else []), *causality_notes(model), *learning_notes(model)]
+        corpus, left_out = self.corpus, self.corpus.left_out.describe()
+        large = "is large: parts of it were hashed, and its ids are checked as they are read"
+        sampled = [f"{path} {large}" for path in corpus.sampled]
+        of_model = [*causality_notes(model), *learning_notes(model)]
+        return [*([left_out] if left_out else []), *self._blend_notes(), *sampled, *of_model]
+
+    def _blend_notes(self) -> list[str]:
+        """The share of each corpus, and how often a run of all steps reads it."""
+        blend, train, corpus = self.config.data.blend, self.config.train, self.corpus
+        if not blend or corpus.lengths is None:
+            return []
+        whole, tokens = sum(blend.values()), train.steps * train.global_batch * train.seq_len
+        parts = [
+            f"{path} {weight / whole:.1%}, read {tokens * weight / whole / length:.2g} times"
+            for (path, weight), length in zip(blend.items(), corpus.lengths[0], strict=True)
+        ]
+        return [f"blend: {'; '.join(parts)}"]
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}
         if "validation_loss" in last:
-            unit = self.corpus.unit
-            loss, bits = last["validation_loss"], last[f"validation_bits_per_{unit}"]
-            rows["validation"] = f"{loss:.4f} nats/token, {bits:.3f} bits/{unit}"
+            bits = (f"{last[name]:.3f} bits/{unit}" for unit, name in _BITS.items() if name in last)
+            rows["validation"] = ", ".join([f"{last['validation_loss']:.4f} nats/token", *bits])
         if "validation_loss_capped" in last:
             rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
         return rows
@@ -205,6 +267,8 @@ class Classification:
     """An encoder on the label of a text."""
 
     width = 1  # a sequence is one text, and a place its number
+    text_tokenizer: Tokenizer | None = None
+    ends: DocumentEnds | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -223,6 +287,9 @@ class Classification:
         counts_V = np.bincount(self.corpus.train.tokens_NS.flatten(), minlength=config.model.vocab_size)
         counts_V[0] = 0  # padding
         self.frequencies = Frequencies.of(counts_V)
+
+    def sampler(self, global_batch: int, seed: int) -> SequenceSampler:
+        return SequenceSampler(self.num_places, self.width, global_batch, seed)
 
     def build(self, model: ModelConfig, mesh: Mesh) -> Classifier:
         return Classifier(model, mesh, self.config.train.seq_len, self.config.train.seed)
@@ -314,6 +381,16 @@ class Classification:
         values = all_reduce(total, mesh.dp).cpu().numpy()
         counts_CC = values[:-1].round().astype(np.int64).reshape(classes, classes)
         return float(values[-1] / counts_CC.sum()), counts_CC
+
+
+def _ends(config: Config, tokenizer: Tokenizer | None) -> DocumentEnds | None:
+    mask, reset = config.data.mask_documents, config.data.reset_positions
+    if not mask and not reset:
+        return None
+    if tokenizer is None:
+        name = "mask_documents" if mask else "reset_positions"
+        raise ValueError(f"data.{name}=true asks which token ends a document: name the tokenizer in data.tokenizer")
+    return DocumentEnds(tokenizer.end_id, mask, reset)
 
 
 def device_of(engine: Engine) -> torch.device:

@@ -22,7 +22,9 @@ from moe_dist.models.decoder import Decoder, DecoderOutput
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.plan.rows import Rows
 from moe_dist.step import StepContext
+from tests.dist.nodes import Network
 from tests.dist.nursery import on_ranks
 
 KEY = RandomKey.of("tests")
@@ -34,9 +36,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def run_checks(ranks: int, checks: Sequence[Callable[..., None]], *args: Any) -> None:
-    """Every check, in order, on `ranks` processes. Checks are importable."""
-    on_ranks(_checks, ranks, list(checks), args)
+def run_checks(ranks: int, checks: Sequence[Callable[..., None]], *args: Any, network: Network | None = None) -> None:
+    """Every check, in order, on `ranks` processes, on the nodes of `network` if given. Checks are importable."""
+    on_ranks(_checks, ranks, list(checks), args, network=network)
 
 
 def _checks(checks: Sequence[Callable[..., None]], args: tuple[Any, ...]) -> None:
@@ -98,6 +100,17 @@ class TinyRun:
             losses.append(self.forward_backward(step)[0])
             self.engine.update(self.config.optim.lr)
         return losses
+
+
+def rows_that_came(run: TinyRun, output: DecoderOutput) -> Rows:
+    """To this rank in a micro-step without a limit: the mean over layers, but for the fullest expert that of the layer
+    whose backward pass finds most there. Over edp the mean of its ranks."""
+    layout, moe = run.mesh.layout, run.config.model.moe
+    held, asked = moe.num_experts // layout.ep, run.shape.micro_batch * run.shape.seq_len * moe.top_k // layout.tp
+    first = run.mesh.ep.rank * held
+    kept_Le = torch.stack([stats.kept_E for stats in output.stats])[:, first : first + held] / layout.edp
+    fullest_e = kept_Le[-1 if run.config.model.recompute != "block" else 0]
+    return Rows(asked, asked, round(float(kept_Le.sum(1).mean())), round(float(fullest_e.amax())))
 
 
 def logical(engine: Engine, kind: Kind) -> dict[str, Tensor]:

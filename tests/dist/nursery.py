@@ -31,7 +31,8 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any, Protocol
 
-from moe_dist.parallel.launch import Rank, start, stop
+from moe_dist.parallel.launch import Rank, rank_from_environment, start, stop
+from tests.dist.nodes import Network, Seat
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = (
@@ -58,7 +59,8 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One of `ranks` ranks, which meet in `folder`. call: worker and arguments, pickled."""
+    """One of `ranks` ranks. call: worker and arguments, pickled. seat: on a virtual node, from which ranks meet over
+    its network; None for this machine, where they meet in `folder`."""
 
     rank: int
     ranks: int
@@ -66,6 +68,7 @@ class Job:
     folder: str
     working_directory: str
     environment: dict[str, str]
+    seat: Seat | None = None
 
     @property
     def raised(self) -> Path:
@@ -74,9 +77,10 @@ class Job:
 
     def run(self) -> None:
         try:
-            move_to(self.working_directory, self.environment)
+            move_to(self.working_directory, self.environment, self.seat)
             worker, args = pickle.loads(self.call)
-            start(Rank(self.rank, self.ranks, self.rank, self.ranks, file=f"{self.folder}/store"), "cpu")
+            here = Rank(self.rank, self.ranks, self.rank, self.ranks, file=f"{self.folder}/store")
+            start(here if self.seat is None else rank_from_environment(os.environ), "cpu")
             worker(*args)
             stop()
         except Exception:
@@ -162,10 +166,12 @@ def _live(work: Work, output: int | None) -> None:
     work.run()
 
 
-def move_to(working_directory: str, environment: dict[str, str]) -> None:
+def move_to(working_directory: str, environment: dict[str, str], seat: Seat | None) -> None:
     os.chdir(working_directory)
     os.environ.clear()
     os.environ.update(environment)
+    if seat is not None:
+        seat.take()
 
 
 def kill(child: int) -> None:
@@ -189,16 +195,18 @@ def nursery_of(rank: int) -> Nursery:
     return _NURSERIES[rank]
 
 
-def on_ranks(worker: Callable[..., None], ranks: int, *args: Any) -> None:
+def on_ranks(worker: Callable[..., None], ranks: int, *args: Any, network: Network | None = None) -> None:
     """worker(*args) on `ranks` new processes of this machine that form a process group; they end before this returns.
 
-    worker must be importable. The ranks have this process's environment and working directory. Raises RankError where
-    a rank fails; the others have a few seconds to end, and are killed then.
+    worker must be importable. The ranks have this process's environment and working directory. network: whose nodes
+    they are on, equally many on each. Raises RankError where a rank fails; the others have a few seconds to end, and
+    are killed then.
     """
+    seats = [None] * ranks if network is None else network.seats(ranks)
     nurseries = [nursery_of(rank) for rank in range(ranks)]
     call, environment = pickle.dumps((worker, args)), dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        jobs = [Job(rank, ranks, call, folder, os.getcwd(), environment) for rank in range(ranks)]
+        jobs = [Job(rank, ranks, call, folder, os.getcwd(), environment, seats[rank]) for rank in range(ranks)]
         try:
             codes = _run(dict(zip(nurseries, jobs, strict=True)))
         finally:

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from subprocess import DEVNULL, PIPE, STDOUT
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from tests.dist.nodes import Network, Seat
 from tests.dist.nursery import move_to, nursery_of
 
 
@@ -26,9 +28,10 @@ class Program:
     arguments: tuple[str, ...]
     working_directory: str
     environment: dict[str, str]
+    seat: Seat | None
 
     def run(self) -> None:
-        move_to(self.working_directory, self.environment)
+        move_to(self.working_directory, self.environment, self.seat)
         sys.argv = [self.module, *self.arguments]
         runpy.run_module(self.module, run_name="__main__", alter_sys=True)
 
@@ -36,12 +39,16 @@ class Program:
 class ForkedRank:
     """What `Ranks` asks of `subprocess.Popen`, for `python -m MODULE ARGUMENTS` as the rank that `env` names."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], **streams: Any) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], network: Network | None = None, **streams: Any
+    ) -> None:
         assert list(command[:2]) == [sys.executable, "-m"]
         assert streams == dict(stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, process_group=0)
         ours, theirs = os.pipe()
-        self._nursery, self._code = nursery_of(int(env["RANK"])), None
-        self._nursery.begin(Program(command[2], tuple(command[3:]), os.getcwd(), dict(env)), theirs)
+        rank = int(env["RANK"])
+        seat = None if network is None else network.seats(int(env["WORLD_SIZE"]))[rank]
+        self._nursery, self._code = nursery_of(rank), None
+        self._nursery.begin(Program(command[2], tuple(command[3:]), os.getcwd(), dict(env), seat), theirs)
         os.close(theirs)
         self.pid, self.stdout = self._nursery.child(), os.fdopen(ours, "rb")
 
@@ -54,7 +61,7 @@ class ForkedRank:
         return self._code
 
 
-def forked_ranks() -> AbstractContextManager[object]:
-    """Within it the ranks of `moe_dist.chaos` are forked."""
-    made = SimpleNamespace(Popen=ForkedRank, DEVNULL=DEVNULL, PIPE=PIPE, STDOUT=STDOUT)
+def forked_ranks(network: Network | None = None) -> AbstractContextManager[object]:
+    """Within it the ranks of `moe_dist.chaos` are forked. network: whose nodes they are on, equally many on each."""
+    made = SimpleNamespace(Popen=partial(ForkedRank, network=network), DEVNULL=DEVNULL, PIPE=PIPE, STDOUT=STDOUT)
     return mock.patch("moe_dist.chaos.ranks.subprocess", made)

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import yaml
 
-from moe_dist import cli
 from moe_dist.chaos.harass import Harassment
 from moe_dist.chaos.ranks import End
 from moe_dist.chaos.series import Series, Start
@@ -29,6 +28,7 @@ from moe_dist.process import STOP_SIGNALS
 from moe_dist.study.design.grid import load_study
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.run.runner import Runner
+from moe_dist.train import arguments
 from moe_dist.train.record.status import read_status
 from moe_dist.verify.cases import LayoutCase, Options, Setting
 from moe_dist.verify.command import _worker
@@ -209,7 +209,7 @@ def test_a_signal_before_the_imports_is_heard(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The run is left before its first step, in order, and goes on from there."""
-    config, parsed = write_config(tmp_path), cli._run_arguments
+    config, parsed = write_config(tmp_path), arguments.run_arguments
 
     def signalled(*args: Any) -> Any:
         os.kill(os.getpid(), number)  # where a user's Ctrl-C falls into the imports
@@ -217,7 +217,7 @@ def test_a_signal_before_the_imports_is_heard(
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_run_arguments", signalled)
+        patch.setattr(arguments, "run_arguments", signalled)
         assert main(["train", config, "--device", "cpu"]) == 75  # what scripts know it by
     assert read_status(tmp_path / "runs/run") == {"state": "preempted", "step": 0, "signal": number.name}
     said = capfd.readouterr()

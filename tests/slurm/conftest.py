@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.dist.nodes import Network
+
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "local_cluster.sh"
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,38 @@ def wait_until(is_so: Callable[[], bool], seconds: float, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Started by slurm/local_cluster.sh in a folder of its own, and stopped by it."""
+    """Two nodes that are this machine, so ranks meet over loopback."""
+    with started(tmp_path_factory.mktemp("slurm") / "cluster", {"GLOO_SOCKET_IFNAME": "lo"}) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def slow_cluster(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes with an address and a slow cable each. network: of other nodes, beside these; where there can be none,
+    it skips."""
+    with started(tmp_path_factory.mktemp("slurm") / "cluster", {}, "--rate", network.rate) as cluster:
+        yield cluster
+
+
+@contextmanager
+def started(home: Path, variables: dict[str, str], *flags: str) -> Iterator[Cluster]:
+    """Two nodes by slurm/local_cluster.sh, in a folder of its own, and stopped by it. variables: of its jobs."""
     missing = _missing()
     if missing:
         pytest.skip(f"SLURM IS NOT TESTED: {missing}")
-    home = tmp_path_factory.mktemp("slurm") / "cluster"
-    script = str(ROOT / "slurm" / "local_cluster.sh")
-    env = os.environ | {
+    env = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"} | {
         "MOE_DIST_CLUSTER": str(home),
         "MOE_DIST_CLUSTER_PORT": str(_free_ports(3)),
         "SLURM_CONF": str(home / "slurm.conf"),
         "MOE_DIST_PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # both nodes are this machine
     }
-    cluster = Cluster(env)
-    cluster.run(script, "start", "2")
+    cluster = Cluster(env | variables)
+    cluster.run(SCRIPT, "start", "2", *flags)
     try:
         yield cluster
     finally:
-        cluster.run(script, "stop")
+        cluster.run(SCRIPT, "stop")
         assert not home.exists()
 
 

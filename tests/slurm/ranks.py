@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(folder: Path) -> None:
         "ep_node": mesh.ep_node.ranks,
         "met": found.nonzero().flatten().tolist(),
         "node": os.environ["SLURMD_NODENAME"],
+        "host": socket.gethostname(),
+        "met_at": os.environ["MASTER_ADDR"],
     }
     stop()
     (folder / f"{step}-{rank.rank}").write_text(json.dumps(told), encoding="utf-8")

@@ -1,7 +1,8 @@
-"""What surely does not fit is refused before it is tried, and the number that is to blame is named.
+"""An absurd size is refused before anything is imported or built for it, and the number that is to blame is named.
 
 A lower bound, not a plan: weights, gradients and both moments in fp32, 16 bytes an element, and the input of the first
-block; ZeRO is taken to cut all but that. A run that passes may still be too large, and then hears `plan/memory.py`.
+block; ZeRO is taken to cut all but that. What a rank needs is counted in `plan/memory.py`, which the training loop asks
+next; nothing that fits by that count is refused here (tests/unit/plan/test_memory.py).
 
     8 experts of 3 matrices of 4096 x 14336 in 32 layers on one rank: 45e9 elements, 672 GiB
     too much for 64 GiB; the largest factor is d_ff=14336
@@ -35,11 +36,17 @@ class Part:
         return prod(self.factors.values()) * self.each
 
 
-def machine_memory() -> int:
-    """Bytes that a rank could have at most here: of the host or its control group, or of a large GPU if one is here."""
+def host_memory() -> int:
+    """Bytes of this machine or its control group."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no control group, or `max`: no limit
         memory = min(memory, int(_CGROUP.read_text(encoding="utf-8")))
+    return memory
+
+
+def machine_memory() -> int:
+    """Bytes that a rank could have at most here: of the host or its control group, or of a large GPU if one is here."""
+    memory = host_memory()
     return max(memory, _LARGEST_GPU) if Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() else memory
 
 
@@ -53,8 +60,8 @@ def memory_rules(config: Config, shape: BatchShape, memory: int) -> Iterator[str
     name = max(largest.factors, key=lambda key: largest.factors[key])
     product = " x ".join(f"{key.rpartition('.')[2]}={value}" for key, value in largest.factors.items())
     yield (
-        f"{name.rpartition('.')[2]}={largest.factors[name]} is too much for {_size(memory)} of memory: "
-        f"{largest.what} of {product} take {_size(largest.size)} or more on each rank; "
+        f"{name.rpartition('.')[2]}={largest.factors[name]} is too much for {in_units(memory)} of memory: "
+        f"{largest.what} of {product} take {in_units(largest.size)} or more on each rank; "
         f"lower {name}, or spread them over more ranks"
     )
 
@@ -102,7 +109,8 @@ def _tokens(config: Config, shape: BatchShape) -> dict[str, int]:
     return {key: shape.micro_batch, "train.seq_len": shape.seq_len}
 
 
-def _size(count: float) -> str:
+def in_units(count: float) -> str:
+    """Bytes for people: 1.5 GiB."""
     unit = next((unit for unit in ("PiB", "TiB", "GiB") if count >= _UNITS[unit]), "MiB")
     return f"{count / _UNITS[unit]:.1f} {unit}"
 

@@ -11,6 +11,9 @@ _MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
 _OF_DECODERS = (
     "kind position rotary_share rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window sinks dropout"
 ).split()
+_MOST_WEIGHT = 1e12
+SMALLEST_SHARE = 1e-4
+"""Of a blend: a hundred sequences in a million, so that a whole number of them is 1% from it at most."""
 _LABELLED = ("jsonl", "csv")
 
 
@@ -20,6 +23,7 @@ def task_rules(config: Config) -> Iterator[str]:
     yield from at_most(config.data, "data", block_lines=1_000_000)
     yield from unused(config.data, "data", {"text_key": ("kind", "jsonl csv"), "label_key": ("kind", "jsonl csv")})
     yield from unused(config.data, "data", {"block_lines": ("kind", "stdlib")})
+    yield from unused(config.data, "data", {"blend": ("kind", "indexed"), "validation_paths": ("kind", "indexed")})
     yield from (_classification if config.task == "classification" else _language_modelling)(config)
 
 
@@ -54,6 +58,12 @@ def _classification(config: Config) -> Iterator[str]:
     yield from encoder_rules(config.model, config.parallel)
     if data.kind in ("text", "indexed"):
         yield f"data.kind {data.kind} has no labels for task=classification; set data.kind to jsonl, csv or stdlib"
+    for name in ("mask_documents", "reset_positions"):
+        if getattr(data, name):
+            yield f"{name}=true is of language models; set data.{name} to false"
+    for name in ("tokenizer", "end_of_text"):
+        if getattr(data, name) is not None:
+            yield f"{name}={getattr(data, name)} is of language models; set data.{name} to null"
     if config.run.sample_tokens > 0:
         yield f"sample_tokens={config.run.sample_tokens} needs a language model; set run.sample_tokens to 0"
     yield from at_least(3, config.model, "model", "vocab_size")
@@ -68,11 +78,18 @@ def _classification(config: Config) -> Iterator[str]:
 
 def _language_modelling(config: Config) -> Iterator[str]:
     data, model = config.data, config.model
-    if data.kind == "indexed":
-        if config.run.sample_tokens:
-            yield f"sample_tokens={config.run.sample_tokens} needs bytes as tokens, not data.kind indexed; set it to 0"
-    elif 1 <= model.vocab_size < _BYTES:
+    if data.end_of_text is not None and data.tokenizer is None:
+        yield f"end_of_text={data.end_of_text} needs data.tokenizer, which is null; set data.end_of_text to null"
+    if data.kind != "indexed" and data.tokenizer is None and 1 <= model.vocab_size < _BYTES:
         yield f"vocab_size={model.vocab_size} is below {_BYTES}; {data.kind} is read as bytes: raise model.vocab_size"
+    for name in ("mask_documents", "reset_positions"):
+        if getattr(data, name) and model.attention.kind == "routed":
+            yield f"{name}=true needs attention.kind multi_query or switch, not routed; set data.{name} to false"
+    if data.reset_positions and model.attention.position != "rotary":
+        yield (
+            f"reset_positions=true needs rotary positions, not attention.position={model.attention.position}; "
+            "set data.reset_positions to false"
+        )
     if model.num_classes is not None:
         yield f"num_classes={model.num_classes} is of task=classification; set model.num_classes to null"
     for name in ("dropout", "token_dropout"):
@@ -85,8 +102,8 @@ def _language_modelling(config: Config) -> Iterator[str]:
 
 
 def _paths_rules(data: DataConfig) -> Iterator[str]:
-    if data.kind == "indexed" and not data.paths:
-        yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths"
+    if data.kind == "indexed":
+        yield from _indexed_rules(data)
     elif data.kind != "stdlib" and not data.paths:
         what = "files" if data.kind in _LABELLED else "files or folders"
         yield f"data.kind {data.kind} needs paths; name {what} in data.paths, or set data.kind to stdlib"
@@ -96,4 +113,30 @@ def _paths_rules(data: DataConfig) -> Iterator[str]:
         yield (
             f"validation_fraction={data.validation_fraction} is outside 0 < validation_fraction < 1; "
             "change data.validation_fraction"
+        )
+
+
+def _indexed_rules(data: DataConfig) -> Iterator[str]:
+    if not data.paths and not data.blend:
+        yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths or data.blend"
+    if data.paths and data.blend:
+        yield f"data.blend names corpora with weights, and data.paths names {data.paths} without; clear one of them"
+    for path, weight in data.blend.items():
+        if not 0 < weight <= _MOST_WEIGHT:
+            yield f"blend[{path}]={weight} is outside 0 < weight <= {_MOST_WEIGHT:g}; change data.blend"
+    if data.blend and min(data.blend.values()) > 0:
+        path = min(data.blend, key=lambda path: data.blend[path])
+        share = data.blend[path] / sum(data.blend.values())
+        if share < SMALLEST_SHARE:
+            yield (
+                f"blend[{path}]={data.blend[path]} is a share of {share:.2g}, below {SMALLEST_SHARE:g}, "
+                f"which is not kept exactly enough; raise data.blend[{path}], or leave it out"
+            )
+    both = [path for path in data.validation_paths if path in data.paths or path in data.blend]
+    if both:
+        yield f"validation_paths names {both[0]}, which is trained on; take it out of one of them"
+    if data.validation_paths and data.validation_fraction != DataConfig().validation_fraction:
+        yield (
+            f"validation_fraction={data.validation_fraction} means nothing where data.validation_paths names "
+            "what is held out; leave it out"
         )

@@ -39,7 +39,7 @@ class _PackedAttention(torch.autograd.Function):
         k_NSP, v_NSP = (t.reshape(-1, length, width) for t in (k_BGSP, v_BGSP))
         q_NHSP = q_BHSP.reshape(len(k_NSP), -1, length, width)
         out_NHSP, all_probs = torch.empty_like(q_NHSP, memory_format=torch.contiguous_format), []
-        for start, stop in _blocks(length, q_BHSP.dtype):
+        for start, stop in blocks(length, q_BHSP.dtype):
             q_NRP = q_NHSP[:, :, start:stop].flatten(1, 2)
             scores_NRK = torch.bmm(q_NRP, k_NSP[:, :stop].mT).mul_(scale)
             newest_NHcc = scores_NRK.unflatten(1, (-1, stop - start))[..., start:]
@@ -61,7 +61,7 @@ class _PackedAttention(torch.autograd.Function):
             torch.zeros_like(k_NSP),
             torch.zeros_like(v_NSP),
         )
-        for (start, stop), probs_NRK in zip(_blocks(q_NHSP.shape[2], q_NHSP.dtype), all_probs, strict=True):
+        for (start, stop), probs_NRK in zip(blocks(q_NHSP.shape[2], q_NHSP.dtype), all_probs, strict=True):
             q_NRP, grad_NRP = (t[:, :, start:stop].flatten(1, 2) for t in (q_NHSP, grad_NHSP))
             grad_v_NSP[:, :stop].baddbmm_(probs_NRK.mT, grad_NRP)
             grad_probs_NRK = torch.bmm(grad_NRP, v_NSP[:, :stop].mT)
@@ -73,8 +73,9 @@ class _PackedAttention(torch.autograd.Function):
         return grad_q_NHSP.view(of_q), grad_k_NSP.view(of_kv), grad_v_NSP.view(of_kv), None
 
 
-def _blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Equal ones: larger ones compute more of what is hidden, smaller ones make products too small to be fast."""
+def blocks(length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """[start, stop) of equal blocks of positions: larger ones compute more of what is hidden, smaller ones make
+    products too small to be fast."""
     count = max(-(-length // _BLOCK.get(dtype, 128)), 1)
     size = max(-(-length // count), 1)
     return [(start, min(start + size, length)) for start in range(0, length, size)]

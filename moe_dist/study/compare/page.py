@@ -74,7 +74,11 @@ def _other_losses(runs: Sequence[RunRecord]) -> list[str]:
         found.append("Some runs are language models and some are classifiers: their losses do not compare.")
     for keys, of, what in (
         (("data.name", "data.tokens.validation", "data.texts.validation"), "environment", "on other data"),
-        (("data.kind", "data.paths", "model.vocab_size", "run.eval_sequences"), "config", "on other texts or tokens"),
+        (
+            ("data.kind", "data.paths", "data.blend", "data.tokenizer", "model.vocab_size", "run.eval_sequences"),
+            "config",
+            "on other texts or tokens",
+        ),
     ):
         known = [getattr(run, of) for run in runs if getattr(run, of)]
         differing = [key for key in keys if len({str(each.get(key)) for each in known}) > 1]

@@ -5,19 +5,16 @@
 | FLOPs  | the nominal ones of a token (models/flops.py), less the expert rows that no capacity could hold            |
 | rows   | at most: K a token, or what the experts have places for, whichever is less                                |
 
-A limit of C rows leaves places for at most E * C of K * T assignments, so at a capacity factor below 1 at least the
-rest is not computed, however the router balances; counting it would call a run of factor 0.5 twice as dear in experts
-as it can be. What imbalance drops beyond that nobody knows before, and counts. Buffers are not counted: experts compute
-the rows that came.
-
-Legend: T tokens that compete, K top_k, E experts, C rows of an expert.
+What no capacity could hold (plan/kept.py) is left out: counting it would call a run of factor 0.5 twice as dear in
+experts as it can be. What imbalance drops beyond that nobody knows before, and counts. Buffers are not counted: experts
+compute the rows that came.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from moe_dist.config import Config, MoEConfig
+from moe_dist.config import Config
 from moe_dist.config.model import ModelConfig
 from moe_dist.config.rules.batch import batch_shape
 from moe_dist.engine.base import compute_dtype
@@ -27,7 +24,7 @@ from moe_dist.models.flops import (
     flops_at_most,
     train_flops_per_token,
 )
-from moe_dist.moe.capacity import expert_capacity
+from moe_dist.plan.kept import factors_by_layer, kept_shares, places
 
 
 def planned_tokens(config: Config) -> float:
@@ -70,19 +67,15 @@ def forward_flops(config: Config) -> float:
 def buffer_rows(config: Config, ranks: int) -> float:
     """Places that all experts have for an assignment, at the end of training; infinite without a limit."""
     *_, (_, model) = _spans(config)
-    places = [_places(config, model.moe, factor, ranks) for factor in _by_layer(model)]
-    return sum(places) / max(1, len(places))
+    tokens = micro_step_tokens(config, ranks)
+    found = [places(model.moe, factor, tokens, ranks) for factor in factors_by_layer(model)]
+    return sum(found) / max(1, len(found))
 
 
 def micro_step_tokens(config: Config, ranks: int) -> int:
     """Of one forward pass over all ranks, padding included."""
     shape = batch_shape(config.train, ranks // config.parallel.tp)
     return shape.micro_step_sequences * shape.seq_len
-
-
-def competing_tokens(moe: MoEConfig, tokens: float, ranks: int) -> int:
-    """T: of `tokens` of a micro-step over all ranks, those that compete for an expert's rows."""
-    return round(tokens / ranks if moe.capacity_scope == "local" else tokens)
 
 
 def _spans(config: Config) -> Iterator[tuple[int, ModelConfig]]:
@@ -96,41 +89,13 @@ def _spans(config: Config) -> Iterator[tuple[int, ModelConfig]]:
 
 
 def _flops_per_token(config: Config, model: ModelConfig, ranks: int) -> float:
-    return flops_at_most(model, _nominal(config, model), *_shares(config, model, ranks))
+    return flops_at_most(model, _nominal(config, model), *kept_shares(model, micro_step_tokens(config, ranks), ranks))
 
 
 def _rows_per_token(config: Config, model: ModelConfig, ranks: int) -> float:
-    return expert_rows_per_token(model, *_shares(config, model, ranks))
+    return expert_rows_per_token(model, *kept_shares(model, micro_step_tokens(config, ranks), ranks))
 
 
 def _nominal(config: Config, model: ModelConfig) -> float:
     count = classifier_flops_per_token if config.task == "classification" else train_flops_per_token
     return count(model, config.train.seq_len)
-
-
-def _shares(config: Config, model: ModelConfig, ranks: int) -> tuple[list[float], float]:
-    """The most that can be kept of the assignments of each MoE layer, and of attention experts', 0 to 1."""
-    layers = [min(1.0, _places(config, model.moe, factor, ranks)) for factor in _by_layer(model)]
-    attention, factor = model.attention.moe, model.attention.moe.capacity_factor
-    if model.attention.kind != "switch" or isinstance(factor, list):
-        return layers, 1.0
-    return layers, min(1.0, _places(config, attention, factor, ranks))
-
-
-def _by_layer(model: ModelConfig) -> list[float | None]:
-    moe = model.moe
-    if isinstance(moe.capacity_factor, list):
-        return moe.capacity_factor
-    return [moe.capacity_factor] * moe.layer_count(model.num_layers)
-
-
-def _places(config: Config, moe: MoEConfig, factor: float | None, ranks: int) -> float:
-    """Places of all experts of a layer over its assignments. Under expert_choice the count of FLOPs has it already."""
-    if factor is None:
-        return float("inf")
-    if moe.router == "expert_choice":
-        return 1.0
-    tokens = competing_tokens(moe, micro_step_tokens(config, ranks), ranks)
-    capacity = expert_capacity(factor, moe.top_k, tokens, moe.num_experts, moe.min_capacity)
-    assert capacity is not None
-    return moe.num_experts * capacity / (moe.top_k * tokens)

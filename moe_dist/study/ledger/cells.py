@@ -7,6 +7,9 @@ from typing import Any
 
 from moe_dist.study.design.grid import CAPACITY, Point, Scalar, Study, axis_names, show
 
+Record = Mapping[str, Any]
+"""A line of the ledger (measure.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:

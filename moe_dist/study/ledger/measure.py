@@ -48,9 +48,9 @@ from moe_dist.kernels.random import RandomKey
 from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.moe.capacity import Capacity, expert_capacity
 from moe_dist.parallel.mesh import Group
+from moe_dist.plan.kept import competing_tokens
 from moe_dist.step import Site, StepContext
 from moe_dist.study.design.grid import Point
-from moe_dist.study.design.planned import competing_tokens
 from moe_dist.study.design.study_file import METRICS
 from moe_dist.study.ledger.ledger import loss_unit as loss_unit
 from moe_dist.study.ledger.measurements import FILE, Measurements, write_measurements

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from moe_dist.study.design.grid import Study
 from moe_dist.study.design.study_file import Question
 from moe_dist.study.ledger.cells import Cell
-from moe_dist.study.report.costs import SAME_COST, cost
+from moe_dist.study.report.costs import cost, same_cost
 from moe_dist.study.report.matches import Families, Match, compared, families, settings_of
 from moe_dist.study.report.metric import lower_is_better, title
 from moe_dist.study.statistics.paired import Comparison, Verdict
@@ -68,7 +68,8 @@ class Order:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """asked: the question in words. sentences: the answer. comparisons: those that the question names, in the order of
-    families.named. orders: which points may be ranked. floor: of the metric over seeds."""
+    families.named. orders: which points may be ranked. floor: of the metric over seeds. same_cost: relative difference
+    of what the question decides by that does not count."""
 
     question: Question | None
     families: Families
@@ -78,6 +79,7 @@ class Answer:
     advice: tuple[Advice, ...]
     orders: tuple[Order, ...]
     floor: NoiseFloor | None
+    same_cost: float = 0.0
 
 
 def answer(study: Study, grid: Sequence[Cell]) -> Answer:
@@ -101,7 +103,8 @@ def answer(study: Study, grid: Sequence[Cell]) -> Answer:
         )
         return Answer(question, found, asked, (f"{none}, so it has no answer yet.",), (), (), (), floor)
     comparisons = compared(found.named, metric, matters=question.smallest_difference)
-    advice = _advice(found.named, question)
+    same = same_cost(grid, question.decide_by)
+    advice = _advice(found.named, question, same)
     return Answer(
         question,
         found,
@@ -111,6 +114,7 @@ def answer(study: Study, grid: Sequence[Cell]) -> Answer:
         advice,
         _orders(found.named, metric),
         floor,
+        same,
     )
 
 
@@ -183,11 +187,11 @@ def _better_or_worse(verdict: Verdict, metric: str) -> str:
     return "worse" if (verdict is Verdict.LARGER) == lower_is_better(metric) else "better"
 
 
-def _advice(matches: Sequence[Match], question: Question) -> tuple[Advice, ...]:
-    return tuple(_advice_at(setting, cells, question) for setting, cells in settings_of(matches).items())
+def _advice(matches: Sequence[Match], question: Question, same: float) -> tuple[Advice, ...]:
+    return tuple(_advice_at(setting, cells, question, same) for setting, cells in settings_of(matches).items())
 
 
-def _advice_at(setting: str, cells: dict[str, Cell], question: Question) -> Advice:
+def _advice_at(setting: str, cells: dict[str, Cell], question: Question, same: float) -> Advice:
     metric, by = question.metric, question.decide_by
     if question.smallest_difference is None:
         return Advice(setting, None, "the question states no `smallest_difference`")
@@ -202,9 +206,7 @@ def _advice_at(setting: str, cells: dict[str, Cell], question: Question) -> Advi
     candidates = {
         name: Candidate(prices[name] or 0.0, cell.by_seed(metric, sign)) for name, cell in with_results.items()
     }
-    found = recommend(
-        candidates, matters=question.smallest_difference, same_cost=SAME_COST[by], metric=title(metric), sign=sign
-    )
+    found = recommend(candidates, matters=question.smallest_difference, same_cost=same, metric=title(metric), sign=sign)
     return Advice(setting, found, "" if found.name else found.reasons[0])
 
 

@@ -14,6 +14,7 @@
 | steadiness  | all             | steps were skipped or rolled back                                                    |
 | software    | all             | versions or revision differ                                                          |
 | machine     | all             | host, CPU, threads or device differ: times are not comparable                        |
+| times       | all             | a warning where a point's times spread so much over its seeds that they decide less  |
 | data        | all             | digests differ                                                                       |
 | same start  | of one seed     | seeds of weights or of data order differ                                             |
 
@@ -21,39 +22,18 @@ A violation leads the report and ends `--check` with 1; a warning is said beside
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
-from moe_dist.study.design.budget import LARGEST_RESIDUAL
 from moe_dist.study.design.grid import Study
-from moe_dist.study.design.planned import planned_flops
-from moe_dist.study.ledger.cells import Cell
+from moe_dist.study.ledger.cells import Cell, Record
 from moe_dist.study.ledger.settings import config_hash, other_settings
+from moe_dist.study.report.comparable import budget, pairs, same_start, schedule
+from moe_dist.study.report.costs import same_cost
+from moe_dist.study.report.finding import SHOWN, Finding, number_of
 from moe_dist.study.report.matches import Families
-from moe_dist.study.report.metric import title
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
 
-Record = Mapping[str, Any]
-_SHOWN = 4
-_TIME_APART = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """check: its name. what: the rule that is broken, and how. points: whose. remedy: what to do."""
-
-    level: Literal["violation", "warning"]
-    check: str
-    what: str
-    points: tuple[str, ...]
-    remedy: str
-
-    @property
-    def line(self) -> str:
-        more = len(self.points) - _SHOWN
-        shown = ", ".join(self.points[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        return f"{self.check}: {self.what}{f' ({shown})' if shown else ''}; {self.remedy}"
-
+_UNSTEADY = 0.05
+"""Relative difference of times that a quiet machine tells."""
 
 CHECKS = (
     "ledger",
@@ -67,6 +47,7 @@ CHECKS = (
     "steadiness",
     "software",
     "machine",
+    "times",
     "data",
     "same start",
 )
@@ -81,13 +62,14 @@ def check(
     findings += _finished(study, latest)
     findings += _settings(study, records)
     findings += _seeds(study, grid)
-    findings += _pairs(study, found)
-    findings += _budget(study, records, found)
-    findings += _schedule(study, records, found)
+    findings += pairs(study, found)
+    findings += budget(study, records, found)
+    findings += schedule(study, records, found)
     findings += _evaluations(study, records)
     findings += _steadiness(records)
     findings += _same_everywhere(records)
-    findings += _same_start(study, records)
+    findings += _times(grid)
+    findings += same_start(study, records)
     return findings
 
 
@@ -110,13 +92,13 @@ def _finished(study: Study, latest: Mapping[str, Record]) -> Iterator[Finding]:
         yield Finding(
             "violation",
             "finished",
-            f"{_points(failed)} failed and {'is' if len(failed) == 1 else 'are'} left out of all numbers",
+            f"{number_of(failed)} failed and {'is' if len(failed) == 1 else 'are'} left out of all numbers",
             failed,
             f"see why under Failed points, mend it, and {again}",
         )
     if missing:
         has = "has" if len(missing) == 1 else "have"
-        yield Finding("violation", "finished", f"{_points(missing)} {has} no result yet", missing, again)
+        yield Finding("violation", "finished", f"{number_of(missing)} {has} no result yet", missing, again)
 
 
 def _settings(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
@@ -130,11 +112,11 @@ def _settings(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
                 changed[point.name] = own
     if changed:
         first, own = next(iter(changed.items()))
-        told = "; ".join(f"{key} {what}" for key, what in list(own.items())[:_SHOWN])
+        told = "; ".join(f"{key} {what}" for key, what in list(own.items())[:SHOWN])
         yield Finding(
             "violation",
             "settings",
-            f"{_points(list(changed))} had other settings than the study gives now: {told} of {first}",
+            f"{number_of(list(changed))} had other settings than the study gives now: {told} of {first}",
             tuple(changed),
             "give the study's file its settings back, or remove these points' folders and lines, and run them anew",
         )
@@ -170,80 +152,6 @@ def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:
             (),
             "give every repetition seeds of its own for claims",
         )
-
-
-def _pairs(study: Study, found: Families) -> Iterator[Finding]:
-    metric = "validation_loss" if study.file.question is None else study.file.question.metric
-    for match in (*found.named, *found.others):
-        planned = {point.seed for cell in (match.cell, match.baseline) for point in cell.points}
-        alone = sorted(planned - (match.cell.by_seed(metric).keys() & match.baseline.by_seed(metric).keys()))
-        if alone:
-            yield Finding(
-                "violation",
-                "pairs",
-                f"seeds {', '.join(map(str, alone))} of {match.name} or its baseline lack the {title(metric)}, on one "
-                "side or on both, and play no part",
-                tuple(point.name for point in match.cell.points if point.seed in alone),
-                "finish both sides, or name the seeds left out",
-            )
-    what = "the grid has no baseline that shares all else with them"
-    if found.lonely:
-        yield Finding("violation", "pairs", what, found.lonely, "add it to the axes, or take them out of the question")
-    if found.lonely_others and study.file.question is not None:
-        remedy = "nothing, where the question leaves them out on purpose"
-        yield Finding("warning", "pairs", f"{what}, nor does the question ask for it", found.lonely_others, remedy)
-
-
-def _budget(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:
-    equal = study.file.equal
-    if equal is not None:
-        known = _spent(study, records, equal)
-        apart = _TIME_APART if equal == "time" else 2 * LARGEST_RESIDUAL
-        if known and max(known.values()) > min(known.values()) * (1 + apart):
-            low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-            what = f"`equal: {equal}` is not kept: {known[low]:.4g} to {known[high]:.4g}"
-            yield Finding("violation", "budget", what, (low, high), "give train.steps back to the study, and run anew")
-        return
-    for match in (*found.named, *found.others):
-        mine, others = match.cell.mean("tokens"), match.baseline.mean("tokens")
-        if mine is not None and others is not None and mine != others:
-            what = f"{match.name} was trained on {mine:.6g} tokens and its baseline on {others:.6g}"
-            remedy = "state `equal: tokens` (or flops, time), or read the difference as one of budget too"
-            yield Finding("violation", "budget", what, _names(match.cell), remedy)
-
-
-def _spent(study: Study, records: Sequence[Record], equal: str) -> dict[str, float]:
-    """By point. FLOPs are counted as the budget does, without rows that a factor below 1 has no place for."""
-    configs = {point.name: point.config for point in study.points}
-    if equal == "flops":
-        return {
-            record["point"]: planned_flops(config, study.file.ranks) * record["steps"] / config.train.steps
-            for record in records
-            if (config := configs.get(record["point"])) is not None
-        }
-    field = {"tokens": "tokens", "time": "seconds"}[equal]
-    return {record["point"]: record[field] for record in records if record.get(field)}
-
-
-def _schedule(study: Study, records: Sequence[Record], found: Families) -> Iterator[Finding]:
-    planned = {point.name: point.config for point in study.points}
-    short = tuple(
-        record["point"]
-        for record in records
-        if record["point"] in planned and record["steps"] != planned[record["point"]].train.steps
-    )
-    if short:
-        what = "ended at another step than the schedule does, so the learning rate's decay is not at its end"
-        yield Finding("violation", "schedule", what, short, "remove these points' folders and lines, and run them anew")
-    for match in (*found.named, *found.others):
-        mine, others = _fractions(match.cell), _fractions(match.baseline)
-        for what, value in mine.items():
-            if what in others and abs(value - others[what]) > 1e-9 + (
-                0 if what == "evaluations" else _step(match.cell)
-            ):
-                said = f"{match.name} has {what} {value:.4g} and its baseline {others[what]:.4g}"
-                remedy = "give both the same fractions of their schedules"
-                yield Finding("violation", "schedule", said, _names(match.cell), remedy)
 
 
 def _evaluations(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
@@ -291,46 +199,11 @@ def _same_everywhere(records: Sequence[Record]) -> Iterator[Finding]:
                 values.setdefault(str(value), []).append(record["point"])
         if len(values) > 1:
             rarest = min(values.values(), key=len)
-            told = ", ".join(f"{value} of {_points(points)}" for value, points in list(values.items())[:_SHOWN])
+            told = ", ".join(f"{value} of {number_of(points)}" for value, points in list(values.items())[:SHOWN])
             yield Finding("violation", check, f"{what.replace('_', ' ')} differs: {told}", tuple(rarest), remedy)
 
 
-def _same_start(study: Study, records: Sequence[Record]) -> Iterator[Finding]:
-    """Of one seed all points share what decides initial weights and data order."""
-    planned = {point.name: point for point in study.points}
-    for kind in ("weights", "data"):
-        by_seed: dict[int, dict[int, str]] = {}
-        for record in records:
-            if record["point"] in planned and (seed := (record.get("seeds") or {}).get(kind)) is not None:
-                by_seed.setdefault(record["seed"], {})[seed] = record["point"]
-        for seed, found in by_seed.items():
-            if len(found) > 1:
-                what = (
-                    f"seed {seed} stands for seeds {', '.join(map(str, sorted(found)))} of {kind}, so nothing is paired"
-                )
-                remedy = "remove these points' folders and lines, and run them anew"
-                yield Finding("violation", "same start", what, tuple(found.values()), remedy)
-
-
-def _fractions(cell: Cell) -> dict[str, float]:
-    """What should be the same of a point and its baseline."""
-    schedules = [record["schedule"] for record in cell.records if record.get("schedule")]
-    if not schedules:
-        return {}
-    first = schedules[0]
-    found = {"warm-up over steps": first["warmup_steps"] / first["steps"]}
-    if isinstance(first.get("evaluations"), int):
-        found["evaluations"] = first["evaluations"]
-    return found
-
-
-def _step(cell: Cell) -> float:
-    return 1.0 / max(1, min(record["steps"] for record in cell.records))
-
-
-def _names(cell: Cell) -> tuple[str, ...]:
-    return tuple(record["point"] for record in cell.records)
-
-
-def _points(points: Sequence[str]) -> str:
-    return f"{len(points)} point{'s' * (len(points) != 1)}"
+def _times(grid: Sequence[Cell]) -> Iterator[Finding]:
+    if (same := same_cost(grid, "time")) > _UNSTEADY:
+        what = f"step times spread so much over the seeds of a point that times within {same:.0%} count as equal"
+        yield Finding("warning", "times", what, (), "run the points on a machine that does nothing else")

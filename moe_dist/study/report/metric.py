@@ -15,7 +15,7 @@ _TITLES = {
     "test_macro_f1": "test macro-F1",
     "drop_rate": "dropped, end",
     "drop_rate_whole_run": "dropped, whole run",
-    "steps_until_few_drops": "steps until 3% are dropped",
+    "steps_until_few_drops": "steps until under 3% are dropped",
 }
 
 

@@ -19,7 +19,8 @@ from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice, Page, Part, Prose, Section, Table
 from moe_dist.study.page.write import write_page
 from moe_dist.study.report.answer import HOW, Answer, answer
-from moe_dist.study.report.checks import CHECKS, Finding, check
+from moe_dist.study.report.checks import CHECKS, check
+from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.matches import compared
 from moe_dist.study.report.metric import title
 from moe_dist.study.report.sections import compute_sections, dispatch_section, pareto_section, run_section

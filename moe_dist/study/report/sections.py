@@ -10,7 +10,7 @@ from moe_dist.study.design.study_file import GivenLaw
 from moe_dist.study.ledger.cells import Cell, called, label, names_of
 from moe_dist.study.ledger.measurements import FILE
 from moe_dist.study.page.model import Part, Prose, Section, Table, Value
-from moe_dist.study.report.costs import COSTS, cost, costs_of
+from moe_dist.study.report.costs import COSTS, cost, costs_of, same_cost
 from moe_dist.study.report.figures.against import Line, Stop, against
 from moe_dist.study.report.figures.canvas import LINES, places_of
 from moe_dist.study.report.figures.drops_by_place import Tokens, drops_by_place
@@ -43,7 +43,8 @@ def run_section(study: Study, grid: Sequence[Cell], found: Families, metric: str
     """Losses, evaluations and drops against the axis that is asked about."""
     key = x_axis(study)
     name = axis_names(list(grid[0].axes))[key]
-    wanted = [metric, "validation_loss", "validation_loss_capped", "drop_rate", "validation_accuracy", "loss"]
+    wanted = [metric, "validation_loss", "validation_loss_capped", "drop_rate", "steps_until_few_drops"]
+    wanted += ["validation_accuracy", "loss"]
     metrics = {
         each: _shown_as(each, title(each)) for each in dict.fromkeys(wanted) if any(cell.values(each) for cell in grid)
     }
@@ -78,6 +79,7 @@ def _lines(grid: Sequence[Cell], key: str, values: Mapping[int, Mapping[str, ByS
                 Stop(label(key, cell.axes[key]), places[cell.axes[key]], cell.axes[key] is None, values[id(cell)])
                 for cell in members
             ],
+            joined=not any(isinstance(cell.axes[key], bool | str) for cell in members),
         )
         for members in by_rest.values()
     ]
@@ -143,7 +145,8 @@ def pareto_section(grid: Sequence[Cell], metric: str) -> list[Section]:
         for cell in with_values
     }
     sign = 1.0 if lower_is_better(metric) else -1.0
-    figure = pareto_figure(points, {by: COSTS[by] for by in known}, title(metric), sign)
+    same_costs = {by: same_cost(grid, by) for by in known}
+    figure = pareto_figure(points, {by: COSTS[by] for by in known}, same_costs, title(metric), sign)
     missing = [by for by in COSTS if by not in (*known, *same)]
     parts: list[Part] = [figure]
     for kinds, why in ((missing, "the ledger has none or 0 of them"), (same, "all points cost the same")):

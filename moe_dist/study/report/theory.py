@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from moe_dist.config import Config
 from moe_dist.moe.capacity import expert_capacity
-from moe_dist.study.design.planned import competing_tokens, micro_step_tokens
+from moe_dist.plan.kept import competing_tokens
+from moe_dist.study.design.planned import micro_step_tokens
 from moe_dist.study.statistics.drops import uniform_drops
 
 

@@ -10,25 +10,29 @@ jobs.jsonl in the study's folder: points that wait or run in one of them are not
 """
 
 import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from moe_dist.cluster.sbatch import (
+    file_pattern,
+    flags,
+    hand_in,
+    refuse_control_characters,
+    refuse_without_sbatch,
+    repository,
+)
 from moe_dist.disk import locked, replace_text
+from moe_dist.parallel.slurm import ask
 from moe_dist.study.design.grid import Scalar, Study
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.run.whereabouts import remember
 
 _SCRIPT = Path("slurm/study.sbatch")
-_PATIENCE = 60.0  # seconds for an answer of Slurm's controller
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,8 @@ def submit(study: Study, at_once: int | None, dry_run: bool, options: Sequence[s
     """
     if at_once is not None and at_once < 1:
         raise ValueError(f"--at-once {at_once} is below 1; say how many points may run at a time")
-    if shutil.which("sbatch") is None:
-        raise ValueError(f"no sbatch on the PATH: submit where Slurm is, or: moe-dist study run {study.path}")
-    root, latest = repository(), Ledger(study.ledger).latest()
+    refuse_without_sbatch(f"moe-dist study run {study.path}")
+    root, latest = repository(_SCRIPT), Ledger(study.ledger).latest()
     remember(study)
     left = [each.index for each in study.points if latest.get(each.name, {}).get("status") != "finished"]
     if not left:
@@ -71,6 +74,7 @@ def submit(study: Study, at_once: int | None, dry_run: bool, options: Sequence[s
         limit = study.file.at_once if at_once is None else at_once
         for array in arrays(new, max_array_size()):
             command = sbatch_command(study, root, array, limit, before, options)
+            refuse_control_characters(command)
             if dry_run:
                 print(shlex.join(command))
                 before = ["THE_JOB_BEFORE"]
@@ -82,14 +86,6 @@ def submit(study: Study, at_once: int | None, dry_run: bool, options: Sequence[s
         print(f"  squeue --array --jobs={','.join(handed)}        which of them wait or run")
         print(f"  moe-dist watch {study.path}        how far they are; {study.folder}/slurm has what each task says")
     return 0
-
-
-def repository() -> Path:
-    """The folder with slurm/study.sbatch: MOE_DIST_ROOT, or the one that you are in. Raises ValueError for another."""
-    root = Path(os.environ.get("MOE_DIST_ROOT") or ".").absolute()
-    if not (root / _SCRIPT).is_file() or not (root / "launch/env.sh").is_file():
-        raise ValueError(f"{root} is not the repository: submit from its root, or set MOE_DIST_ROOT")
-    return root
 
 
 def arrays(points: Sequence[int], size: int) -> list[Array]:
@@ -122,8 +118,11 @@ def sbatch_command(
 ) -> list[str]:
     """Later options win in sbatch: ours, the study's, those of the command line; but what the array is, is ours. after:
     jobs that have to end first."""
-    own: dict[str, Scalar] = {"job-name": study.file.name, "output": f"{study.folder.absolute()}/slurm/%A_%a.out"}
-    command = ["sbatch", *_flags(own | study.file.slurm), *options, "--parsable"]
+    own: dict[str, Scalar] = {
+        "job-name": study.file.name,
+        "output": f"{file_pattern(study.folder.absolute())}/slurm/%A_%a.out",
+    }
+    command = ["sbatch", *flags(own | study.file.slurm), *options, "--parsable"]
     command.append(f"--array={ranges(array.tasks)}%{at_once}")
     if after:
         command.append(f"--dependency=afterany:{':'.join(after)}")
@@ -132,7 +131,7 @@ def sbatch_command(
 
 def max_array_size() -> int:
     """Raises ValueError where Slurm takes no arrays."""
-    said = _ask("scontrol", "show", "config")
+    said = ask("scontrol", "show", "config")
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
     if found is None or int(found[1]) < 2:
         raise ValueError(f"this Slurm takes no job arrays (MaxArraySize {found[1] if found else 'is not told'})")
@@ -145,7 +144,7 @@ def queued(jobs: Sequence[dict[str, Any]]) -> dict[int, str]:
     if not by_number:
         return {}
     try:
-        said = _ask("squeue", "--noheader", "--array", "--format=%F %K", f"--jobs={','.join(by_number)}")
+        said = ask("squeue", "--noheader", "--array", "--format=%F %K", f"--jobs={','.join(by_number)}")
     except ValueError as error:
         if "Invalid job id" not in str(error):  # it has forgotten them all
             raise
@@ -157,9 +156,7 @@ def queued(jobs: Sequence[dict[str, Any]]) -> dict[int, str]:
 def _hand_in(study: Study, root: Path, command: Sequence[str], array: Array) -> str:
     """The number of the job."""
     (study.folder / "slurm").mkdir(parents=True, exist_ok=True)
-    environ = os.environ | {"MOE_DIST_ROOT": str(root)}
-    environ.setdefault("MOE_DIST_PYTHON", sys.executable)
-    job = _ask(*command, environ=environ).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
+    job = hand_in(command, root)
     jobs = [*_jobs(study), {"job": job, "offset": array.offset, "points": array.points}]
     replace_text(study.folder / "jobs.jsonl", "".join(json.dumps(each) + "\n" for each in jobs))
     return job
@@ -174,22 +171,3 @@ def _by_job(handed_in: dict[int, str], left: Sequence[int]) -> Iterator[tuple[st
     jobs = {index: handed_in[index] for index in left if index in handed_in}
     for job in dict.fromkeys(jobs.values()):
         yield job, [index for index in jobs if jobs[index] == job]
-
-
-def _flags(options: dict[str, Scalar]) -> list[str]:
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-
-
-def _ask(*command: str, environ: dict[str, str] | None = None) -> str:
-    """What a command of Slurm prints. Raises ValueError when there is none, or when it refuses."""
-    try:
-        done = subprocess.run(
-            command, env=environ, capture_output=True, encoding="utf-8", errors="replace", timeout=_PATIENCE
-        )
-    except FileNotFoundError:
-        raise ValueError(f"no {command[0]} on the PATH, though Slurm's sbatch is: install all of its clients") from None
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]} has not answered for {_PATIENCE:.0f} s; try again later") from None
-    if done.returncode:
-        raise ValueError(f"{shlex.join(command)} failed: {' '.join(done.stderr.split())}")
-    return done.stdout

@@ -7,7 +7,6 @@ any time and from any machine that sees them. Light for a run: no torch.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from moe_dist.study.run.live import Standing
 from moe_dist.study.run.plot import bars, curve
 from moe_dist.study.run.whereabouts import is_study_folder, lock_of, study_of
 from moe_dist.train.record.progress import duration, smoothed
-from moe_dist.train.record.status import FILE, status_now
+from moe_dist.train.record.status import FILE, folders_with, status_now
 
 _ABOUT = """Shows a run or a study in the terminal until it ends: loss curve, drop rate, load of the experts, step time
 and time left of a run; the points of a study.
@@ -73,11 +72,7 @@ def watch(args: Sequence[str]) -> int:
 
 def newest_run(root: Path) -> Path:
     """The run under `root` whose status was written last. Raises ValueError when there is none."""
-    found = []
-    for folder, inner, files in os.walk(root):
-        if FILE in files and "config.yaml" in files:
-            inner.clear()  # checkpoints
-            found.append(Path(folder))
+    found = [folder for folder in folders_with(root, FILE) if (folder / "config.yaml").exists()]
     if not found:
         raise ValueError(f"no run under {root.absolute()}; name one: moe-dist watch root/NAME")
     return max(found, key=lambda folder: max((folder / name).stat().st_mtime for name in (FILE, "config.yaml")))

@@ -16,13 +16,13 @@ tests with Holm, and by a mean of more than the smallest difference that matters
 cheapest of them and those within same_cost of it) the one of lower mean loss counts as cheaper. Few seeds tell little
 apart, so three numbers say how far to trust it: `shown`, the cheapest point that is shown not to be worse by as much as
 matters (one-sided tests with Holm); the share of bootstrap draws of the seeds in which each point is the cheapest
-within what matters of the draw's best; and the seeds. Draws are stretched about the mean by sqrt(n / (n - 1)), which
-makes their variance that of a mean of n. The best of many points is partly the luckiest; that makes the others look
-worse than they are, so the advice errs towards the dearer.
+within what matters of the draw's best, and of equally cheap ones the best; and the seeds. Draws are stretched about the
+mean by sqrt(n / (n - 1)), which makes their variance that of a mean of n. The best of many points is partly the
+luckiest; that makes the others look worse than they are, so the advice errs towards the dearer.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -123,7 +123,7 @@ def recommend(
     by_cost = [each for tier in tiers for each in tier]
     name = next(each for each in by_cost if each == best or not _worse(rivals[each], matters, alpha))
     shown = next(each for each in by_cost if each == best or not_worse[each] <= alpha)
-    chosen = _chosen(losses, by_cost, matters)
+    chosen = _chosen(losses, tiers, matters)
     mates = next(tier for tier in tiers if name in tier)
     reasons = []
     for each in by_cost[: by_cost.index(name)]:
@@ -172,16 +172,18 @@ def _p(rival: Comparison) -> str:
     return f"{rival.p_holm:.2g}"
 
 
-def _chosen(losses: Mapping[str, BySeed], by_cost: list[str], matters: float) -> dict[str, float]:
-    """By point, how often it is the cheapest within what matters of the best."""
-    values_NP = np.array([list(losses[name].values()) for name in by_cost]).T
+def _chosen(losses: Mapping[str, BySeed], tiers: Sequence[Sequence[str]], matters: float) -> dict[str, float]:
+    """By point, how often it is the cheapest within what matters of the best; of equally cheap ones the best."""
+    names, tier_P = zip(*((name, number) for number, tier in enumerate(tiers) for name in tier), strict=True)
+    values_NP = np.array([list(losses[name].values()) for name in names]).T
     count = len(values_NP)
     counts_DN, weights_D = draws(count)
     mean_P = values_NP.mean(0)
     means_DP = mean_P + (counts_DN @ (values_NP - mean_P) / count) * math.sqrt(count / (count - 1))
-    first_D = (means_DP <= means_DP.min(1, keepdims=True) + matters).argmax(1)
-    shares = np.bincount(first_D, weights_D, len(by_cost))
-    return {name: float(shares[by_cost.index(name)]) for name in losses}
+    tier_DP = np.where(means_DP <= means_DP.min(1, keepdims=True) + matters, tier_P, len(tiers))
+    cheapest_DP = tier_DP == tier_DP.min(1, keepdims=True)
+    shares = np.bincount(np.where(cheapest_DP, means_DP, np.inf).argmin(1), weights_D, len(names))
+    return {name: float(shares[names.index(name)]) for name in losses}
 
 
 def _mean(losses: BySeed) -> float:

@@ -9,6 +9,9 @@ files are read and judged:
 2. Else, when every main thread has stood still for so long, the one that has noted the fewest phases and collectives:
    the others wait for it, further on. Not before the first step: how long reading data takes nobody knows.
 
+What each rank entered last is there too as soon as its main thread stands still; the verdict names the collective that
+some ranks have entered and others have not, and logs/collectives.log has the last ones of all.
+
 The first to judge writes verdict.json; all watch for that file, and leave on it with os._exit, as their main threads
 hang in a collective. Stopped processes on one's own machine are killed, so that none is left behind.
 """
@@ -21,14 +24,17 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from moe_dist.disk import replace_text
 from moe_dist.parallel.trail import Trail
 from moe_dist.train.exit_codes import STALLED
+from moe_dist.train.health.collectives import LOG, Entered, describe, mismatch, read_entered, write_entered
 from moe_dist.train.record.run_folder import write_together
 from moe_dist.train.record.status import write_status
 
@@ -79,6 +85,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._number, self._born, self._own = 0, _born(os.getpid()), Age()
+        self._told = -1  # the count at which the last collectives were written
 
     def clear(self) -> None:
         """Forget an earlier start. Rank 0 alone."""
@@ -117,8 +124,13 @@ class Watchdog:
         while not self._stop.wait(self.period):
             now = time.monotonic()
             passed, last = min(now - last, 4 * self.period), now  # if this process slept, so may the others have
-            stalled = self._idle(passed) >= self.seconds
+            idle = self._idle(passed)
+            stalled = idle >= self.seconds
             self._beat()
+            if idle >= self.seconds / 2 and self._told != self.trail.count:
+                self._told = self.trail.count
+                with suppress(OSError, RuntimeError):  # RuntimeError: it goes on after all
+                    write_entered(self._entered(self.rank), self.trail)
             if (dead := self.verdict()) is not None:
                 self._leave(dead)
             beat = self._read(next_rank)
@@ -151,7 +163,11 @@ class Watchdog:
         waits = next((beat for beat in alive if beat not in blamed), None)
         if waits is not None:
             lines.append(f"rank {waits.rank} waits in {waits.doing}")
-        self._pronounce("; ".join(lines), dead)
+        entered = {rank: read_entered(self._entered(rank)) for rank in after}
+        known = {rank: each for rank, each in entered.items() if each is not None and each.count == after[rank].count}
+        if (line := mismatch(known)) is not None:
+            lines.append(line)
+        self._pronounce("; ".join(lines), dead, known)
 
     def _sleep(self, periods: int) -> bool:
         """False when there is nothing to judge any more."""
@@ -163,12 +179,15 @@ class Watchdog:
                 return False
         return True
 
-    def _pronounce(self, reason: str, dead: list[Beat]) -> None:
+    def _pronounce(self, reason: str, dead: list[Beat], entered: Mapping[int, Entered] | None = None) -> None:
         """Leaves whatever happens: with a full disk, or without the folder, the others come to their own verdict."""
         try:
             if not self._write_verdict(reason, dead):
                 return  # another rank was first: the next round finds its verdict
             write_status(self.run, "failed", reason=reason, code=STALLED)
+            if entered:
+                (self.run / "logs").mkdir(exist_ok=True)
+                replace_text(self.run / "logs" / LOG, describe(entered))
         except OSError as error:
             reason += f" (not written to {self.run}: {error})"
         with suppress(OSError):  # nobody may read it any more
@@ -230,6 +249,9 @@ class Watchdog:
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
+
+    def _entered(self, rank: int) -> Path:
+        return self.folder / f"entered-{rank:05d}.json"
 
 
 def _sentence(beat: Beat, seconds: float, dead: bool) -> str:

@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SYSTEM = frozenset("tokens_per_second step_seconds tflops mfu tflops_executed mfu_executed memory_bytes".split())
+SYSTEM = frozenset(
+    "tokens_per_second step_seconds tflops mfu tflops_executed mfu_executed memory_bytes timing kept_seconds".split()
+)
+"""What a repeated run need not repeat."""
 _MOE = frozenset(
     "drop_rate unserved_rate over_budget_rows load_max_over_mean balance_loss z_loss router_entropy "
     "dispatch_rows_bytes dispatch_bytes".split()
@@ -60,6 +63,8 @@ class Board:
         step = record["step"]
         for tag, value in board_scalars(record):
             self._writer.add_scalar(tag, value, step)
+        for tag, value in timing_scalars(record.get("timing", {})):
+            self._writer.add_scalar(tag, value, record["timing"]["step"])
         if step % self._histogram_every == 0:
             for layer in record.get("layers", []):
                 for name in _HISTOGRAMS:
@@ -105,6 +110,18 @@ def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for name in ("drop_rate", "load_max_over_mean", "entropy"):
             yield f"{_tag(layer)}/{name}", layer[name]
         yield f"{_tag(layer)}/over_budget_rows", sum(layer["over_budget_by_pool"])
+
+
+def timing_scalars(timing: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Of `timing` in a record: seconds of each part; of the slowest rank its number, and by how much it is slower than
+    the median in parts of its own."""
+    for name, value in timing.items():
+        if name == "slowest":
+            yield "time/slowest_rank", value["rank"]
+            if value["median_own"]:
+                yield "time/slowest_over_median", value["own"] / value["median_own"]
+        elif name != "step":
+            yield f"time/{name}", value
 
 
 def _tag(row: dict[str, Any]) -> str:

@@ -23,6 +23,12 @@ def last_logged_step(run_dir: Path) -> int:
     return step
 
 
+def last_saved_step(run_dir: Path) -> int:
+    """That of the newest folder of a checkpoint, whole or not; 0 for none."""
+    steps = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
 def recent_losses(run_dir: Path, count: int) -> list[float]:
     """Losses of the last `count` steps in metrics.jsonl that were applied."""
     losses: list[float] = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dist.disk import lines_backwards
 from moe_dist.moe.losses import MoEStats
 from moe_dist.train.record.board import Board
+from moe_dist.train.record.effective_time import kept_seconds
 
 
 def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
@@ -89,12 +90,16 @@ class MetricsWriter:
         self._open(last_step=math.inf)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write one record, which must have the key "step", as one line.
+        """Write one record, which must have the key "step", as one line; where it has step_seconds, with kept_seconds:
+        those of all steps so far that were applied.
 
         A number that is not finite is written as null, and its name is listed under "nonfinite".
         """
         if "step" not in record:
             raise ValueError(f'a record needs the key "step", got {sorted(record)}')
+        if "step_seconds" in record:
+            self._kept += 0.0 if "skipped" in record else record["step_seconds"]
+            record = record | {"kept_seconds": self._kept}
         nonfinite: list[str] = []
         clean = _finite(record, "", nonfinite)
         if nonfinite:
@@ -122,6 +127,7 @@ class MetricsWriter:
 
     def _open(self, last_step: float) -> None:
         _trim(self._path, last_step)
+        self._kept = kept_seconds(self._path.parent)
         self._file = self._path.open("a", encoding="utf-8")
         if self._board is not None:
             self._board.begin(None if last_step == math.inf else int(last_step))

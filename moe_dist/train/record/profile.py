@@ -69,6 +69,21 @@ def datasheet_peak(name: str, dtype: torch.dtype, *, tf32: bool) -> Peak | None:
     return None
 
 
+def speed_record(
+    seconds: float, tokens: float, nominal: float, executed: float, peak: Peak, ranks: int
+) -> dict[str, float]:
+    """How fast a step was, for metrics.jsonl. tokens, and FLOPs nominal and executed: of the step, over all ranks."""
+    most = peak.flops_per_second * ranks
+    return {
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+        "tflops": nominal / seconds / 1e12,
+        "mfu": nominal / seconds / most,
+        "tflops_executed": executed / seconds / 1e12,
+        "mfu_executed": executed / seconds / most,
+    }
+
+
 def memory_bytes(device: torch.device) -> dict[str, int]:
     """Memory of this process: `current` and `peak` bytes.
 

@@ -3,12 +3,17 @@
 runs/NAME/
   config.yaml        everything, resolved       environment.json   versions, backends, layout, data, revision
   metrics.jsonl      one line a step            tensorboard/
-  checkpoints/step-000100/                      logs/rank-00000.log
+  checkpoints/step-000100/                      logs/rank-00000.log, of a standstill logs/collectives.log
   status.json        running | finished | preempted | failed, with the reason
   heartbeats/        what each rank did last         restarts.json    starts that got nowhere
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  starts.jsonl       when each start began and ended       profile/   traces of the steps that --profile names
+  tokenizer/         of a language model whose tokens are no bytes; what data.tokenizer reads
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
+Of a run in jobs of slurm/train.sbatch, written by moe_dist/cluster:
+  history.jsonl      every start, and what ended it        slurm/JOB.out   what the job said
+  logs/start-001/rank-00000.err   standard error of a rank       ends/   exit codes of ranks
 """
 
 import json

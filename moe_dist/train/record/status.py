@@ -7,6 +7,8 @@ failed, with the reason and, where it has one, its code of exit_codes.py
 """
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,14 @@ def describe_status(status: dict[str, Any]) -> str:
     """One line: the state first, then what is known of it, for example `preempted step=40 signal=SIGUSR2`."""
     details = (f"{key}={value:.4f}" if key == "loss" else f"{key}={value}" for key, value in status.items())
     return " ".join(details).removeprefix("state=").replace("\n", " ")
+
+
+def folders_with(root: Path, *names: str) -> Iterator[Path]:
+    """Those under `root` that hold a file with one of these names; what lies inside of them is not looked at."""
+    for folder, inner, files in os.walk(root):
+        if not set(names).isdisjoint(files):
+            inner.clear()  # checkpoints, for example
+            yield Path(folder)
 
 
 def is_finished(folder: Path, steps: int) -> bool:

@@ -325,10 +325,6 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ("data.kind text needs paths", {"data__kind": "text"}),
         ("data.kind stdlib takes no paths", {"data__paths": ["a"]}),
         ("data.kind indexed needs paths; name PREFIX", {"data__kind": "indexed"}),
-        (
-            "sample_tokens=5 needs bytes as tokens",
-            {"data__kind": "indexed", "data__paths": ["a"], "run__sample_tokens": 5},
-        ),
         ("data.kind indexed has no labels", {"task": "classification", "data__kind": "indexed", "data__paths": ["a"]}),
         ("decay_fraction=1.5 is above 1", {"optim__decay_fraction": 1.5, "optim__schedule": "wsd"}),
         ("keep_every=750 is not a multiple of save_every=500", {"run__keep_every": 750}),

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from moe_dist.config.schema import DataConfig
 from moe_dist.data import indexed
 from moe_dist.data.corpus import Corpus, load_corpus
 from moe_dist.data.indexed import check_index, read_indexed
-from moe_dist.data.sampler import micro_batch
+from moe_dist.data.sampler import SequenceSampler, micro_batch
 from moe_dist.data.stream import TokenStream
+from moe_dist.train.task import make_task
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [], [[11, 12, 13, 14]], [[15]]]
 
@@ -133,9 +135,58 @@ def test_rules_of_the_configuration() -> None:
     config = Config(data=DataConfig(kind="indexed", paths=["c"]))
     config.model.vocab_size = 64  # no bytes, so less than 256 is fine
     validate(config, 1)
-    config.data.paths, config.run.sample_tokens = [], 5
-    with pytest.raises(ValueError, match=r"(?s)indexed needs paths.*sample_tokens=5"):
+    config.data.paths, config.data.end_of_text = [], "</s>"
+    with pytest.raises(ValueError, match=r"(?s)end_of_text=</s> needs data.tokenizer.*"):
         validate(config, 1)
+    with pytest.raises(ValueError, match=r"indexed needs paths"):
+        validate(config, 1)
+
+
+def test_a_sample_needs_a_tokenizer(tmp_path: Path) -> None:
+    config = Config(data=DataConfig(kind="indexed", paths=[str(write(tmp_path / "c", DOCUMENTS))]))
+    config.train.seq_len, config.run.sample_tokens, config.data.validation_fraction = 1, 5, 0.5
+    with pytest.raises(ValueError, match=r"run.sample_tokens=5 asks for text, .*name the tokenizer in data.tokenizer"):
+        make_task(config)
+
+
+def test_corpora_that_are_held_out_as_a_whole(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", [[[20, 21]], [[22]]])
+    config = DataConfig(kind="indexed", paths=[str(one)], validation_paths=[str(other)])
+    corpus = load_corpus(config, 1000, 1)
+    assert (tokens(corpus.train), tokens(corpus.validation)) == ([*range(5, 16)], [20, 21, 22])
+    assert corpus.document_of(np.array([0, 10])).tolist() == [0, 4] and corpus.lengths == ([11], [3])
+    assert corpus.digest != load(one, fraction=0.5).digest
+
+
+def test_ten_billion_tokens_give_their_first_batch_in_seconds(tmp_path: Path) -> None:
+    """A sparse file: what is not written is zeros, and takes no room. Of CPU time, whatever else the machine does."""
+    documents, length, began = 10_000, 1_000_000, time.process_time()
+    starts = np.arange(documents, dtype="<i8") * length
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1)
+    body = np.full(documents, length, "<i4").tobytes() + (starts * 2).astype("<i8").tobytes()
+    (tmp_path / "c.idx").write_bytes(head + body + np.arange(documents + 1, dtype="<i8").tobytes())
+    with (tmp_path / "c.bin").open("wb") as file:
+        file.truncate(documents * length * 2)
+    corpus = load(tmp_path / "c", fraction=0.01, seq_len=4096)
+    assert len(corpus.train) + len(corpus.validation) == 10**10 and corpus.sampled == [f"{tmp_path}/c.bin"]
+    sampler = SequenceSampler(len(corpus.train), 4096, 8, seed=0)
+    places = sampler.indices(0)
+    tokens_BS, _ = micro_batch(corpus.train, places, 4096)
+    assert tokens_BS.shape == (8, 4096) and not tokens_BS.any()
+    assert time.process_time() - began < 5
+
+    whole = corpus.digest
+    with (tmp_path / "c.bin").open("r+b") as file:  # an id where nobody looked when the run began
+        file.seek(2 * (int(places[3]) + 7))
+        file.write(b"\xe8\x03")
+    again = load(tmp_path / "c", fraction=0.01, seq_len=4096)
+    with pytest.raises(
+        ValueError, match=rf"c.bin: token id 1000 at offset {places[3] + 7} is not within .*=1000: raise"
+    ):
+        micro_batch(again.train, places, 4096)
+    with (tmp_path / "c.bin").open("r+b") as file:  # and one where everybody looks
+        file.write(b"\x01")
+    assert load(tmp_path / "c", fraction=0.01, seq_len=4096).digest != whole
 
 
 def idx(

@@ -4,8 +4,8 @@ import os
 from argparse import Namespace
 
 import pytest
-from torch.distributed import run
 
+from moe_dist.parallel import nodes as of_nodes
 from moe_dist.parallel.nodes import launch, node_from_environment
 from moe_dist.parallel.torchrun import main
 from tests.unit.parallel.test_slurm import STEP
@@ -90,6 +90,6 @@ def test_ranks_divide_what_the_launcher_may_use(
         monkeypatch.setenv(name, value)
     started: list[Namespace] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(run, "run", started.append)
+    monkeypatch.setattr(of_nodes, "_run", started.append)
     launch(["--nproc_per_node", "2", "-m", *COMMAND])
     assert len(started) == 1 and os.environ["OMP_NUM_THREADS"] == threads

@@ -1,5 +1,6 @@
 """The launcher says which rank came to which end."""
 
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ time.sleep(60)
 """
 
 
-def launched(tmp_path: Path, program: str) -> subprocess.Popen[str]:
+def launched(tmp_path: Path, program: str, **told: str) -> subprocess.Popen[str]:
     (tmp_path / "program.py").write_text(program)
     command = [
         sys.executable,
@@ -30,9 +31,8 @@ def launched(tmp_path: Path, program: str) -> subprocess.Popen[str]:
         "2",
         str(tmp_path / "program.py"),
     ]
-    return subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environ = os.environ | {"PYTHONPATH": str(ROOT)} | told
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_killed_rank_is_named_in_one_line(tmp_path: Path) -> None:
@@ -68,3 +68,28 @@ def test_who_ended_the_others_comes_first() -> None:
     assert ends(r0=75) == [f"moe-dist: rank 0 on {HOST} saved and stopped (exit code 75): run it again to go on"]
     assert ends(r0=75, r1=1)[0] == f"moe-dist: rank 1 on {HOST} ended with exit code 1"
     assert ends(r0=-15, r1=-15) == [f"moe-dist: ranks 0, 1 on {HOST} died of signal 15 (SIGTERM)"]
+
+
+SPEAKING = """
+import os, sys, time
+rank, logs = os.environ["RANK"], os.environ["MOE_DIST_RANK_LOGS"]
+print("rank", rank, "speaks", file=sys.stderr, flush=True)
+while rank == "1" and not os.path.getsize(logs + "/rank-00000.err"):
+    time.sleep(0.1)
+if rank == "1":
+    os.kill(os.getpid(), 9)
+time.sleep(60)
+"""
+
+
+def test_the_ends_of_ranks_and_what_they_say_are_kept_for_who_started_the_launcher(tmp_path: Path) -> None:
+    logs, ends = tmp_path / "logs", tmp_path / "ends"
+    logs.mkdir()
+    ends.mkdir()
+    told = {"MOE_DIST_ENDS": str(ends), "MOE_DIST_RANK_LOGS": str(logs), "SLURMD_NODENAME": "node7"}
+    launcher = launched(tmp_path, SPEAKING, **told)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert json.loads((ends / "node7.json").read_text())["1"] == -signal.SIGKILL
+    assert [(logs / f"rank-0000{rank}.err").read_text() for rank in range(2)] == ["rank 0 speaks\n", "rank 1 speaks\n"]
+    assert "[rank 1] rank 1 speaks\n" in said and f"rank 1 on {HOST} died of signal 9" in said

@@ -1,6 +1,7 @@
 """Every check of the design, violated once; and the exit code of `--check`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice
 from moe_dist.study.report.answer import answer
-from moe_dist.study.report.checks import Finding, check
+from moe_dist.study.report.checks import check
+from moe_dist.study.report.costs import same_cost
+from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.report import check_study, page_of
 from moe_dist.study.run.runner import Runner
 from tests.unit.study.helpers import STUDY as TOY
@@ -46,6 +49,19 @@ def test_a_whole_study_keeps_all(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert findings(study) == []
     assert command_line(["report", str(study.path), "--check"]) == 0
     assert capsys.readouterr().out == "The design supports the question.\n"
+
+
+def test_times_that_spread_over_seeds_are_told(tmp_path: Path) -> None:
+    """By hand: log times of each point are -0.1, 0, 0.1, 0, 0 over its seeds, so s = 0.0707 with 4 degrees for each of
+    3 points: t(0.975, 12) 0.0707 sqrt(2 / 5) = 2.179 * 0.0447 = 0.0974, a factor of 1.102."""
+    study = planted_study(tmp_path)
+    logs = dict(enumerate([-0.1, 0.0, 0.1, 0.0, 0.0]))
+    found = findings(study, lambda point: {"step_seconds": math.exp(logs[point.seed])})
+    assert [(each.level, each.check) for each in found] == [("warning", "times")]
+    assert "times within 10% count as equal" in found[0].what
+    grid = cells(study, Ledger(study.ledger).latest())
+    assert len(grid) == 3 and same_cost(grid, "time") == pytest.approx(0.1023, abs=2e-4)
+    assert same_cost(grid, "flops") == 0.0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy import stats
 from moe_dist.study.design.grid import Study
 from moe_dist.study.ledger.columns import Columns
 from moe_dist.study.page.model import Figure
+from moe_dist.study.report.figures.against import Line, Stop, against
 from moe_dist.study.report.figures.canvas import places_of, spread_over
 from moe_dist.study.report.figures.drops_by_place import Tokens, drop_rates, drops_by_place, place_shares
 from moe_dist.study.report.figures.drops_split import split_layers
@@ -236,6 +238,19 @@ def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
     assert places_of([1.0, 8.0, 1.1, None]) == {1.0: 0.0, 1.1: 1.0, 8.0: 2.0, None: 3.5}
     assert places_of(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
     assert places_of([True, False]) == {True: 0.0, False: 1.0}
+
+
+def test_names_are_not_joined() -> None:
+    """Between `sign` and `quantile` there is nothing that a line could say; between 1.0 and 1.25 there is."""
+    stops = [
+        Stop(name, x, False, {"loss": {0: 1.0 + x, 1: 1.1, 2: 1.2}}) for name, x in (("sign", 0.0), ("quantile", 1.0))
+    ]
+    drawn = {
+        joined: against([Line("", "", stops, joined)], "balance", {"loss": ("loss", 1.0)}).svg
+        for joined in (True, False)
+    }
+    paths = {joined: len(re.findall(r"<path ", svg)) for joined, svg in drawn.items()}
+    assert paths[False] < paths[True]
 
 
 def test_few_are_drawn_of_many() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,12 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         assert part in said
     for part in ("slurm.array is set by", "slurm.wait is set by", "slurm.partition=null", "slurm.exclusive=false"):
         assert part in said
+
+
+@pytest.mark.parametrize(("offset", "task"), [("a[$(touch canary)]", "0"), ("0", "a[$(touch canary)]"), ("0;x", "1")])
+def test_numbers_of_an_array_are_numbers(offset: str, task: str, tmp_path: Path) -> None:
+    """bash would run what stands in them where it reckons."""
+    environ = os.environ | {"SLURM_ARRAY_TASK_ID": task, "MOE_DIST_ROOT": str(ROOT), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    script = ["bash", str(ROOT / "slurm/study.sbatch"), "study.yaml", offset]
+    done = subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "usage: sbatch" in done.stderr and not (tmp_path / "canary").exists()

@@ -84,6 +84,7 @@ class Watched:
         engine.update = watched_update  # type: ignore[method-assign]
         self.shapes = {name: tuple(p.shape) for name, p in engine.model.named_parameters()}
         clock = SimpleNamespace(monotonic=lambda: time.monotonic() + self.ahead)
+        trainer.clock._now = lambda: time.perf_counter() + self.ahead
         with StopGuard() as guard, pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "time", clock)
             self.last = trainer.run(None, guard).last

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,26 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
     assert (folder / LOCK).read_text() == ""
     with run_lock(folder):
         pass
+
+
+def test_a_lock_that_goes_in_time_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an NFS server drops that of a machine that was lost."""
+    holding = threading.Event()
+
+    def hold() -> None:
+        with disk.locked(tmp_path / LOCK):
+            holding.set()
+            time.sleep(1.0)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holding.wait()
+    with pytest.raises(ValueError, match="in use by another process"), run_lock(tmp_path):
+        pass
+    monkeypatch.setenv("MOE_DIST_LOCK_SECONDS", "60")
+    with run_lock(tmp_path):
+        assert not holder.is_alive() or holder.join() is None
+    holder.join()
 
 
 def test_a_folder_made_for_the_lock_goes_with_it(tmp_path: Path) -> None:

@@ -30,11 +30,13 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """group: its panel. name: in the legend, empty where there is one line alone."""
+    """group: its panel. name: in the legend, empty where there is one line alone. joined: between stops there is
+    something, as between numbers, and not between names."""
 
     group: str
     name: str
     stops: Sequence[Stop]
+    joined: bool = True
 
 
 def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str, float]]) -> Figure:
@@ -64,8 +66,9 @@ def against(lines: Sequence[Line], x_name: str, metrics: Mapping[str, tuple[str,
     return Figure(
         name="against",
         title=f"Losses, evaluations and drops against {x_name}",
-        caption="A dot a seed; the line joins means; bars are 95% t intervals of the mean over seeds (three at least), "
-        "which hold what all points of a seed share; those of minus baseline, which is taken seed by seed, do not."
+        caption="A dot a seed; lines join means, where there is something between them; bars are 95% t intervals of "
+        "the mean over seeds (three at least), which hold what all points of a seed share; those of minus baseline, "
+        "which is taken seed by seed, do not."
         + left_out(drawn, len(lines), "lines")
         + left_out(len(drawn_metrics), len(metrics), "numbers"),
         svg=svg,
@@ -79,7 +82,7 @@ def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int, shift:
     color, marker = look(number)
     stops = sorted((stop for stop in line.stops if stop.values.get(metric)), key=lambda stop: stop.x)
     means = [scale * fmean(stop.values[metric].values()) for stop in stops]
-    inside = [at for at, stop in enumerate(stops) if not stop.beyond]
+    inside = [at for at, stop in enumerate(stops) if line.joined and not stop.beyond]
     axes.plot([stops[at].x for at in inside], [means[at] for at in inside], color=color, label=line.name)
     if inside and len(inside) < len(stops):
         ends = [inside[-1], len(stops) - 1]

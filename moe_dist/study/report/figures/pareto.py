@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from moe_dist.study.page.model import Figure, Value
 from moe_dist.study.page.theme import FAINT, svg_of
-from moe_dist.study.report.costs import SAME_COST
+from moe_dist.study.report.costs import same_times
 from moe_dist.study.report.figures.canvas import legend, look, panel_rows, panels
 from moe_dist.study.statistics.pareto import Candidate, Place, Standing, pareto
 from moe_dist.study.statistics.samples import BySeed, Interval, t_interval
@@ -24,23 +24,26 @@ class Priced:
     costs: Mapping[str, float]
 
 
-def fronts(points: Mapping[str, Priced], costs: Sequence[str], sign: float) -> dict[str, list[Place]]:
-    """Of each cost. sign: -1 where more of the metric is better."""
+def fronts(points: Mapping[str, Priced], same_costs: Mapping[str, float], sign: float) -> dict[str, list[Place]]:
+    """Of each cost. same_costs: relative differences that do not count. sign: -1 where more of the metric is better."""
     return {
         cost: pareto(
             {
                 name: Candidate(point.costs[cost], {seed: sign * value for seed, value in point.values.items()})
                 for name, point in points.items()
             },
-            same_cost=SAME_COST[cost],
+            same_cost=same,
         )
-        for cost in costs
+        for cost, same in same_costs.items()
     }
 
 
-def pareto_figure(points: Mapping[str, Priced], titles: Mapping[str, str], metric: str, sign: float) -> Figure:
-    """titles: cost -> the name of its axis."""
-    found = fronts(points, list(titles), sign)
+def pareto_figure(
+    points: Mapping[str, Priced], titles: Mapping[str, str], same_costs: Mapping[str, float], metric: str, sign: float
+) -> Figure:
+    """titles: cost -> the name of its axis. same_costs: of `fronts`."""
+    found = fronts(points, same_costs, sign)
+    same = f" {same_times(same_costs['time'])}" if "time" in same_costs else ""
     with panels(*panel_rows(len(titles), 2)) as (figure, grid):
         every = [axes for row in grid for axes in row]
         for axes, (cost, title) in zip(every, titles.items(), strict=False):
@@ -63,7 +66,7 @@ def pareto_figure(points: Mapping[str, Priced], titles: Mapping[str, str], metri
         title=f"{metric[:1].upper()}{metric[1:]} against what it costs",
         caption="Front: its metric is told to be better than that of all points that cost no more, by paired tests of "
         "all pairs (Holm). Inside noise: one of those is not told apart. Dominated: one is told to be better. Bars are "
-        f"95% t intervals of the mean. Times within {SAME_COST['time']:.0%} count as equal.",
+        f"95% t intervals of the mean.{same}",
         svg=svg,
         columns=["point", "cost", "value", "mean", "low", "high", "standing", "against"],
         rows=rows,

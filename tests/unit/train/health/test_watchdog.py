@@ -88,7 +88,7 @@ class Others:
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog, self.said, self.numbers = watchdog, list[str](), count()
-        watchdog._pronounce = lambda reason, dead: self.said.append(reason)  # type: ignore[method-assign]
+        watchdog._pronounce = lambda reason, *_: self.said.append(reason)  # type: ignore[method-assign]
 
     def beat(self, rank: int, number: int, notes: int, idle: float) -> None:
         beat = Beat(

@@ -84,7 +84,9 @@ def test_the_command_tells_how_far_a_run_is(tmp_path: Path, capsys: pytest.Captu
     assert said(capsys, str(run)) == "failed step=2 loss=2.3457 reason=went off code=76\n"
     write_status(run, "finished", step=2)
     assert said(capsys, str(run)) == "finished step=2\n"
-    assert "holds no config.yaml, so no run" in said(capsys, str(tmp_path), code=2)
+    assert said(capsys, str(tmp_path)).splitlines()[1].split() == ["mine", "finished", "2/1000", "2.3457"]
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.yaml, so no run" in said(capsys, str(tmp_path / "empty"), code=2)
     assert "takes no --run.name" in said(capsys, str(run), "--run.name", "x", code=2)
 
 

@@ -1,0 +1,1 @@
+"""Runs as jobs of Slurm: handing in, starting again after faults, asking how far it is, ending in order."""

@@ -1,0 +1,134 @@
+"""What follows `moe-dist submit` and `moe-dist cancel`. Light: help and mistakes come without torch."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.config import Config
+from moe_dist.config.flags import Parser
+from moe_dist.config.values import user_path
+from moe_dist.train.arguments import with_config
+
+_SUBMIT = """Check a configuration for so many ranks, and hand slurm/train.sbatch to sbatch, each value as an argument.
+
+  moe-dist submit configs/quickstart.yaml --nodes 2 --gpus-per-node 8 --time 4:00:00 --run.name mine
+  moe-dist submit configs/quickstart.yaml --nodes 2 --ranks-per-node 1 -- --mem=0 --exclusive
+
+--nodes           machines to train on
+--spare-nodes     more of them, for the place of one that is lost (default 0); the job then outlives a lost node
+--gpus-per-node   GPUs of each; as many ranks, unless --ranks-per-node says otherwise
+--ranks-per-node  processes on each (default: --gpus-per-node, or 1)
+--time --partition --account --qos --reservation --exclude    as sbatch takes them
+--array           0-9%1: jobs one after the other, where the site queues no job again; each continues the run
+--site            a file to source in the job: modules, containers, network (slurm/site.sh.example)
+--print           show the call of sbatch, and hand in nothing
+-- --NAME=VALUE   any other option of sbatch
+
+The run's folder gets slurm/JOB.out, what the job says, and history.jsonl, every start with what ended it.
+"""
+_CANCEL = """Have a job of a run save, and end: it is asked to save as before its time limit, is not queued again, and
+is cancelled when it has not ended --seconds later.
+
+JOB is the number of a job in Slurm; RUN the folder of a run, whose last job is taken.
+"""
+_OF_SBATCH = ("time", "partition", "account", "qos", "reservation", "exclude", "array")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked of `moe-dist submit`. train: what follows `moe-dist train` in the job. sbatch: options by their
+    long names. more: those that were written for sbatch itself."""
+
+    config: Config
+    train: tuple[str, ...]
+    nodes: int
+    spare: int
+    ranks: int
+    gpus: int
+    sbatch: dict[str, str]
+    more: tuple[str, ...]
+    site: Path | None
+    show: bool
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.ranks
+
+
+def submit_arguments(args: Sequence[str]) -> Request:
+    """Raises ValueError for what makes no sense whatever the configuration says."""
+    words, more = _at_dashes(list(args))
+    parser = Parser("moe-dist submit", add_help=False)
+    for name, default in (("nodes", None), ("spare-nodes", 0), ("gpus-per-node", 0), ("ranks-per-node", None)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name in _OF_SBATCH:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--site", type=user_path)
+    parser.add_argument("--print", action="store_true")
+    parser.add_argument("--override")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    own, config = with_config(parser, words, "--nodes N --gpus-per-node G [...] [-- OPTIONS OF sbatch]", _SUBMIT)
+    if words[0].startswith("-"):
+        raise ValueError("command line: name the file of a configuration first: moe-dist submit CONFIG --nodes N ...")
+    ranks = own.ranks_per_node if own.ranks_per_node is not None else own.gpus_per_node or 1
+    if own.nodes is None:
+        raise ValueError("command line: --nodes is missing: on how many machines is this to train?")
+    for name, value, low in (
+        ("--nodes", own.nodes, 1),
+        ("--spare-nodes", own.spare_nodes, 0),
+        ("--gpus-per-node", own.gpus_per_node, 0),
+        ("--ranks-per-node", ranks, 1),
+    ):
+        if value < low:
+            raise ValueError(f"command line: {name} {value} is below {low}")
+    if own.array is not None and not own.array.endswith("%1"):
+        raise ValueError(
+            f"command line: --array {own.array}: all jobs of an array train the same run, so they must come one after "
+            f"the other; write {own.array.partition('%')[0]}%1"
+        )
+    if own.site is not None and not own.site.is_file():
+        raise ValueError(f"command line: --site {own.site} is no file")
+    _refuse_what_is_no_option(more)
+    _, flags = parser.parse_known_args(words[1:])
+    kept = [f"--{name}={value}" for name in ("override", "device") if (value := getattr(own, name)) is not None]
+    return Request(
+        config,
+        (str(user_path(words[0]).absolute()), *flags, *kept),
+        own.nodes,
+        own.spare_nodes,
+        ranks,
+        own.gpus_per_node,
+        {name: value for name in _OF_SBATCH if (value := getattr(own, name)) is not None},
+        tuple(more),
+        own.site.absolute() if own.site is not None else None,
+        own.print,
+    )
+
+
+def cancel_arguments(args: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("moe-dist cancel", _CANCEL)
+    parser.add_argument("what", metavar="RUN|JOB", help="folder of a run, or the number of a job")
+    parser.add_argument("--seconds", type=int, default=120, help="given to save in, before it is cancelled")
+    own = parser.parse_args(list(args))
+    if own.seconds < 0:
+        raise ValueError(f"command line: --seconds {own.seconds} is below 0")
+    return own
+
+
+def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and behind."""
+    at = args.index("--") if "--" in args else len(args)
+    return args[:at], args[at + 1 :]
+
+
+def _refuse_what_is_no_option(more: Sequence[str]) -> None:
+    """sbatch would take a word that is none for the script to run. What says how the run is cut is ours."""
+    for word in more:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--") or name == "--":
+            raise ValueError(f"command line: {word!r} behind --: write options of sbatch as --NAME=VALUE, or as --NAME")
+        if name in ("--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--wrap"):
+            raise ValueError(f"command line: {name} behind --: moe-dist submit sets it itself; leave it out")
+        if name == "--array" and equals:
+            raise ValueError("command line: --array behind --: write it before, where it is checked")

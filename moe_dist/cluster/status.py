@@ -1,0 +1,89 @@
+"""`moe-dist status ROOT`: all runs under a folder, how far each is, and what its jobs have been through.
+
+    run   state             step     loss    left   restarts  ETTR   job
+    mine  running           310/500  2.1034  2m10s  3         91.2%  12 RUNNING
+
+left: at the pace of the last steps. restarts: starts after the first, in the same job or another. ETTR: the effective
+training time ratio (train/record/effective_time.py). restarts and job are known of runs that slurm/train.sbatch
+started. Light: no torch.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from moe_dist.cluster import history
+from moe_dist.cluster.queue import states_of
+from moe_dist.config.load import load_config
+from moe_dist.disk import lines_backwards
+from moe_dist.train.record.effective_time import effective_time_of
+from moe_dist.train.record.history import last_record
+from moe_dist.train.record.progress import duration
+from moe_dist.train.record.status import FILE, folders_with, status_now
+
+_COLUMNS = ("run", "state", "step", "loss", "left", "restarts", "ETTR", "job")
+_LATEST = 20  # steps that tell the pace
+
+
+def print_runs(root: Path) -> None:
+    """Raises ValueError when there is no run under `root`."""
+    folders = sorted(folders_with(root, FILE, history.FILE))
+    if not folders:
+        raise ValueError(
+            f"{root} holds no config.yaml, so no run, and none lies in it: give root/NAME, or the run's configuration"
+        )
+    lines = {folder: history.read(folder) for folder in folders}
+    jobs = {folder: job for folder in folders if (job := history.job_of(lines[folder])) is not None}
+    queue = _queue(sorted(set(jobs.values())))
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    for folder in folders:
+        job = jobs.get(folder, "")
+        told = f"{job} {queue[job]}" if job in queue else job
+        rows.append((str(folder.relative_to(root)), *_how_far(folder, lines[folder]), told))
+    widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _queue(jobs: list[str]) -> dict[str, str]:
+    """Nothing where Slurm is not: the runs' files say the rest."""
+    with suppress(ValueError):
+        return states_of(jobs)
+    return {}
+
+
+def _how_far(folder: Path, lines: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """From state to ETTR."""
+    try:
+        status = status_now(folder)
+    except ValueError as error:
+        return (" ".join(str(error).split()), "", "", "", "", "")
+    steps = None
+    with suppress(ValueError, OSError):
+        steps = load_config(folder / "config.yaml").train.steps
+    step, loss, pace, left = status.get("step", 0), last_record(folder).get("loss"), _pace(folder), ""
+    if status["state"] == "running" and pace is not None and steps is not None:
+        left = duration(pace * (steps - step))
+    started = history.starts(lines)
+    time = effective_time_of(folder)
+    return (
+        status["state"],
+        f"{step}/{'?' if steps is None else steps}",
+        f"{loss:.4f}" if loss is not None else "",
+        left,
+        str(started - 1) if started else "",
+        "" if time is None else f"{time.ratio:.1%}",
+    )
+
+
+def _pace(folder: Path) -> float | None:
+    """Seconds of a step, the median of the last ones."""
+    seconds = []
+    for _, line in islice(lines_backwards(folder / "metrics.jsonl"), _LATEST):
+        with suppress(ValueError, KeyError, TypeError):
+            seconds.append(float(json.loads(line)["step_seconds"]))
+    return median(seconds) if seconds else None

@@ -1,0 +1,139 @@
+"""Which parameters a rank holds, in any layout, from sizes alone.
+
+A model is a first part, blocks of at most two kinds, and a last part. So one of each kind is built, on the device meta
+and on the mesh that the rank would have, and asked what it holds; the blocks of a kind hold the same. That is exact,
+whatever the layers are made of, and takes milliseconds however deep the model is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_dist.config import Config
+from moe_dist.config.model import ModelConfig
+from moe_dist.models.block import is_moe_layer
+from moe_dist.models.classifier import Classifier
+from moe_dist.models.decoder import Decoder
+from moe_dist.parallel.mesh import Layout, mesh_without_processes
+from moe_dist.parallel.sharding import logical_parameters
+
+BLOCKS = "blocks."
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One parameter of a rank, whole: before ZeRO cuts it. expert: over edp instead of dp. decay: which of the
+    optimizer's groups it is in."""
+
+    name: str
+    elements: int
+    expert: bool = False
+    decay: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The parameters of a rank, in the order of the model."""
+
+    tensors: tuple[Tensor, ...]
+
+    @staticmethod
+    def by(model: nn.Module) -> "Held":
+        """What this rank holds of a model, which may be on the meta device."""
+        return Held(
+            tuple(
+                # Whole ones, under ZeRO-3.
+                Tensor(name, getattr(param, "ds_numel", param.numel()), spec.shard == "expert", spec.decay)
+                for name, param, spec in logical_parameters(model)
+            )
+        )
+
+    @staticmethod
+    def of(config: Config, layout: Layout, rank: int = 0) -> "Held":
+        """What `rank` would hold. Raises ValueError where the model cannot be cut so."""
+        model, max_len = config.model, None
+        if config.task == "classification":
+            # Labels are counted in the data; two are the least, and few beside everything else.
+            model, max_len = replace(model, num_classes=model.num_classes or 2), config.train.seq_len
+        return _held(_Question(repr(model), model, layout, rank, max_len))
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @property
+    def dense(self) -> int:
+        """Elements that dp replicates."""
+        return sum(tensor.elements for tensor in self.tensors if not tensor.expert)
+
+    @property
+    def expert(self) -> int:
+        """Elements that edp replicates."""
+        return self.elements - self.dense
+
+    def groups(self) -> list[tuple[bool, list[int]]]:
+        """(whether of experts, elements of each tensor) of the optimizer's groups: with and without weight decay, each
+        of them dense and of experts."""
+        kinds = [(decay, expert) for decay in (True, False) for expert in (False, True)]
+        found = [
+            (expert, [t.elements for t in self.tensors if (t.decay, t.expert) == (decay, expert)])
+            for decay, expert in kinds
+        ]
+        return [(expert, sizes) for expert, sizes in found if sizes]
+
+    def within(self, *prefixes: str) -> int:
+        """Elements of the parameters whose names begin so."""
+        return sum(tensor.elements for tensor in self.tensors if tensor.name.startswith(prefixes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is remembered of a model, by `said`: a ModelConfig can be changed, so it is no key itself."""
+
+    said: str
+    model: ModelConfig = field(compare=False)
+    layout: Layout
+    rank: int
+    max_len: int | None
+
+
+@lru_cache(maxsize=256)
+def _held(asked: _Question) -> Held:
+    model = asked.model
+    kinds = [is_moe_layer(model, layer) for layer in range(model.num_layers)]
+    examples = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    small = _few_layers(model, max(examples.values(), default=-1) + 1, asked.layout.expert_ranks)
+    mesh = mesh_without_processes(replace(asked.layout, node_size=None), asked.rank)
+    with torch.device("meta"):
+        built: nn.Module = Decoder(small, mesh) if asked.max_len is None else Classifier(small, mesh, asked.max_len)
+    return Held(tuple(_repeated(Held.by(built).tensors, kinds, examples)))
+
+
+def _few_layers(model: ModelConfig, layers: int, expert_ranks: int) -> ModelConfig:
+    """The first layers, on backends that any machine can build: parameters do not hang on them."""
+    dispatch = "local" if expert_ranks == 1 else "all_to_all"
+    anywhere: dict[str, Any] = dict(dispatch=dispatch, experts="loop", overlap_chunks=1, capacity_factor=None)
+    anywhere |= dict(capacity_schedule={}, eval_capacity_factor=None)
+    moe, of_attention = (replace(each, **anywhere) for each in (model.moe, model.attention.moe))
+    attention = replace(model.attention, backend="torch", moe=of_attention)
+    return replace(model, num_layers=layers, attention=attention, kernels="torch", moe=moe)
+
+
+def _repeated(tensors: tuple[Tensor, ...], kinds: list[bool], examples: dict[bool, int]) -> Iterator[Tensor]:
+    of_block: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.name.startswith(BLOCKS):
+            of_block.setdefault(int(tensor.name.split(".")[1]), []).append(tensor)
+    first = next((i for i, tensor in enumerate(tensors) if tensor.name.startswith(BLOCKS)), len(tensors))
+    last = first + sum(map(len, of_block.values()))
+    yield from tensors[:first]
+    for layer, kind in enumerate(kinds):
+        example = examples[kind]
+        for tensor in of_block[example]:
+            rest = tensor.name.removeprefix(f"{BLOCKS}{example}.")
+            yield replace(tensor, name=f"{BLOCKS}{layer}.{rest}")
+    yield from tensors[last:]

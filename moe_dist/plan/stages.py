@@ -1,0 +1,110 @@
+"""Stages of a micro-step, and the sizes that they are worked out from.
+
+Legend: B batch, S sequence, T = B * S tokens of a data-parallel rank, t of them that this rank routes, o outside
+tensor-parallel regions, a bytes of a number.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_dist.config import BatchShape, Config
+from moe_dist.config.model import ModelConfig
+from moe_dist.engine.base import compute_dtype
+from moe_dist.parallel.heads import HeadAssignment
+from moe_dist.parallel.mesh import Group, Layout
+from moe_dist.plan.rows import Rows
+
+WIDE = 4
+"""Bytes of what is computed in fp32 whatever the precision."""
+INDEX = 8
+"""Bytes of an index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """kept: bytes from its forward to its backward pass. dispatch: of rows that travelled, kept too. spike: the most
+    that its backward pass holds besides for a moment, gradients of parameters apart. elements: of the parameters whose
+    gradients it makes. logits: a part of the spike."""
+
+    name: str
+    kept: int
+    dispatch: int = 0
+    spike: int = 0
+    elements: int = 0
+    logits: int = 0
+
+    @property
+    def all_kept(self) -> int:
+        return self.kept + self.dispatch
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Stages of a block in forward order. again: where it is recomputed, what is kept of it until then."""
+
+    stages: tuple[Stage, ...]
+    again: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of one micro-step on one rank. model: with its backends named. skewed: as routing can be, not as it should. came:
+    rows of a layer as they were."""
+
+    model: ModelConfig
+    layout: Layout
+    rank: int
+    batch: int
+    seq_len: int
+    sequence_parallel: bool
+    dtype: torch.dtype
+    cuda: bool
+    skewed: bool = False
+    came: Rows | None = None
+
+    @staticmethod
+    def of(
+        config: Config, shape: BatchShape, layout: Layout, rank: int, model: ModelConfig, cuda: bool, **routing: Any
+    ) -> "Sizes":
+        dtype, cut = compute_dtype(config.engine.precision), config.parallel.sequence_parallel and layout.tp > 1
+        return Sizes(model, layout, rank, shape.micro_batch, shape.seq_len, cut, dtype, cuda, **routing)
+
+    @property
+    def each(self) -> int:
+        """a"""
+        return self.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return self.batch * self.seq_len
+
+    @property
+    def routed(self) -> int:
+        """t"""
+        return self.tokens // self.layout.tp
+
+    @property
+    def outside(self) -> int:
+        """o"""
+        return self.routed if self.sequence_parallel else self.tokens
+
+    @property
+    def heads(self) -> HeadAssignment:
+        tp = self.layout.ranks("tp", self.rank)
+        return HeadAssignment.of(self.model.num_heads, self.model.num_kv_heads, Group(tp, tp.index(self.rank)))
+
+    def numbers(self, *sizes: int) -> int:
+        """Bytes of a tensor of so many rows and columns."""
+        count = self.each
+        for size in sizes:
+            count *= size
+        return count
+
+    def norm(self) -> tuple[int, int]:
+        """(kept by an RMSNorm on the residual stream: its input, and 1 / rms; held for a moment by its backward)."""
+        rows, width = self.outside, self.model.d_model
+        spike = 2 * self.numbers(rows, width) if self.cuda else 4 * WIDE * rows * width
+        return self.numbers(rows, width) + WIDE * rows, spike

@@ -1,0 +1,37 @@
+"""What the engines exchange: gradients, weights that ZeRO has cut, and the numbers of a norm.
+
+native: during the last backward pass an all-reduce of each bucket of dense gradients over dp and of the experts' over
+edp, in fp32 (engine/exchange.py), and a norm over tp and ep. DeepSpeed: zero.py.
+"""
+
+import torch
+
+from moe_dist.config import BatchShape, Config
+from moe_dist.engine.exchange import buckets
+from moe_dist.parallel.mesh import Axis
+from moe_dist.plan.traffic.ledger import Ledger
+from moe_dist.plan.traffic.parameters import parameters
+from moe_dist.plan.traffic.zero import zero_traffic
+
+_FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
+
+
+def engine_traffic(config: Config, shape: BatchShape, ledger: Ledger) -> None:
+    """Adds the engine's part of a step."""
+    held = parameters(config, ledger.layout, ledger.rank)
+    if config.engine.name == "deepspeed":
+        zero_traffic(config, shape, held, ledger)
+    else:
+        axes: tuple[Axis, ...] = ("dp", "edp")
+        mib = None if config.engine.cuda_graph else config.engine.bucket_mib
+        for axis in axes:
+            sizes = [param.numel * _FP32 for param in held if param.axis == axis]
+            calls = len(buckets(sizes, mib)) if sizes else 0
+            ledger.add("all_reduce", axis, "gradients", "gradients", sum(sizes), calls)
+        _norm(ledger)
+
+
+def _norm(ledger: Ledger) -> None:
+    """The global norm of whole gradients (engine/base.py)."""
+    for axis in ("tp", "ep"):
+        ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)

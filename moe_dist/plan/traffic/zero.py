@@ -1,0 +1,194 @@
+"""What DeepSpeed 0.19 exchanges as engine/deepspeed.py sets it up, read off its source and counted in real steps.
+
+| stage | gradients, in fp32               | weights                          | norm              |
+|-------|----------------------------------|----------------------------------|-------------------|
+| 0     | all-reduce, once a step          |                                  | ours              |
+| 1     | all-reduce, once a step          | all-gather of new ones, a step   | one of each group |
+| 2     | all-reduce, every micro-step     | the same                         | the same          |
+| 3     | reduce-scatter, every micro-step | all-gather before use            | the same          |
+
+Stages 1 and 2 reduce whole gradients, of which each rank keeps its part: on the wire they are stage 0. Dense parameters
+are cut over dp, experts over edp. Gradients wait in a bucket until it is full; which ones share it is the order of the
+backward pass. In bf16, stage 1 is another optimizer (`BF16_Optimizer`) with fewer norms.
+
+Stage 3 keeps a parameter between two uses when fewer than 1e9 elements are used in between: a small model gathers each
+weight once a micro-step, a large one those of its early blocks twice, forward and backward. It gathers ahead, in calls
+of 5e7 elements.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+
+from moe_dist.config import BatchShape, Config
+from moe_dist.engine.base import compute_dtype
+from moe_dist.engine.exchange import zero_bucket
+from moe_dist.moe.experts import expert_widths
+from moe_dist.parallel.mesh import Axis
+from moe_dist.plan.traffic.ledger import Ledger
+from moe_dist.plan.traffic.parameters import Param
+from moe_dist.plan.transfer import Phase
+
+_FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
+_WHOLE = 500_000_000  # elements of a call, where stage 0 and the optimizer of bf16 reduce at once
+_AHEAD = 50_000_000  # stage3_prefetch_bucket_size
+_REUSED = 1_000_000_000  # stage3_max_reuse_distance
+_SUB_GROUP = 1_000_000_000  # sub_group_size, of a rank's part
+_ALIGNED = 2  # elements: nccl_start_alignment_factor
+
+
+def zero_traffic(config: Config, shape: BatchShape, held: list[Param], ledger: Ledger) -> None:
+    """Adds what DeepSpeed exchanges in one optimizer step."""
+    stage, low = config.engine.zero_stage, config.engine.precision == "bf16"
+    if stage == 3:
+        _stage_3(config, shape, held, ledger)
+        return
+    if stage == 0 or (stage == 1 and low):
+        _reduce_at_once(held, ledger)
+    else:
+        for _ in range(shape.accumulation if stage == 2 else 1):
+            _reduce_in_buckets(held, zero_bucket(config.engine), ledger)
+    if stage == 0:
+        for axis in ("tp", "ep"):
+            ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
+        return
+    _finite_on_tp_ranks(ledger)
+    groups = list(_optimizer_groups(held))
+    _norms(groups, stage == 1 and low, stage == 2 and low, ledger)
+    itemsize = compute_dtype(config.engine.precision).itemsize
+    for params in groups:
+        ranks = len(ledger.layout.ranks(params[0].axis, ledger.rank))
+        part = -(-sum(param.numel for param in params) // (ranks * _ALIGNED)) * _ALIGNED
+        ledger.add("all_gather", params[0].axis, "update", "new weights", part * itemsize)
+
+
+def _optimizer_groups(held: Sequence[Param]) -> Iterator[list[Param]]:
+    """Parameters that are cut together, in the order of engine/deepspeed.py."""
+    for decay in (True, False):
+        for expert in (False, True):
+            found = [param for param in held if (param.decay, param.expert) == (decay, expert)]
+            if found:
+                yield found
+
+
+def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
+    """Dense gradients, then those of experts; a call ends with the parameter that fills it."""
+    for expert in (False, True):
+        waiting, sizes = 0, []
+        for numel in (param.numel for param in held if param.expert is expert):
+            waiting += numel
+            if waiting > _WHOLE:
+                sizes.append(waiting)
+                waiting = 0
+        sizes += [waiting] if waiting else []
+        ledger.add("all_reduce", "edp" if expert else "dp", "gradients", "gradients", sum(sizes) * _FP32, len(sizes))
+
+
+def _reduce_in_buckets(held: Sequence[Param], room: int, ledger: Ledger) -> None:
+    """One bucket for all gradients; when it is full, a call for each group in it."""
+    buckets: list[list[Param]] = [[]]
+    for param in reversed(held):
+        if buckets[-1] and sum(other.numel for other in buckets[-1]) + param.numel > room:
+            buckets.append([])
+        buckets[-1].append(param)
+    for bucket in buckets:
+        by_ranks: dict[tuple[int, ...], list[Param]] = {}
+        for param in bucket:
+            by_ranks.setdefault(ledger.layout.ranks(param.axis, ledger.rank), []).append(param)
+        for params in by_ranks.values():
+            size = sum(param.numel for param in params) * _FP32
+            ledger.add("all_reduce", params[0].axis, "gradients", "gradients", size)
+
+
+def _finite_on_tp_ranks(ledger: Ledger) -> None:
+    if ledger.layout.tp > 1:
+        ledger.add("all_reduce", "world", "update", "gradient norm", _FP64)
+
+
+def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, ledger: Ledger) -> None:
+    """Of stages 1 and 2. wrapped: BF16_Optimizer. overflow: whether it asks beforehand for what is not finite."""
+    if wrapped:
+        ledger.add("all_reduce", "tp", "update", "gradient norm", _FP32)
+        if any(params[0].expert for params in groups):
+            ledger.add("all_reduce", "ep", "update", "gradient norm", _FP32)
+        return
+    axes: tuple[Axis, ...] = ("dp", "tp")
+    for axis in axes if overflow else ():
+        ledger.add("all_reduce", axis, "update", "gradients that are not finite", 1)
+    for params in groups:
+        axes = ("dp", "tp", "edp") if params[0].expert else ("dp", "tp")
+        for axis in axes:
+            ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
+
+
+def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: Ledger) -> None:
+    model = config.model
+    even = ledger.layout.expert_ranks == 1 or len(set(expert_widths(model.moe, model.d_ff))) <= 1
+    kept = _kept_from(held, _REUSED if even else 0, runs=3 if model.recompute == "block" else 2)
+    itemsize = compute_dtype(config.engine.precision).itemsize
+    again = [param for param in held if param.block < kept]
+    passes: list[tuple[Phase, Sequence[Param]]] = [("forward", held), ("backward", again)]
+    for _ in range(shape.accumulation):
+        for phase, params in passes:
+            calls = -(-sum(param.numel for param in params) // _AHEAD)
+            for group in _by_ranks(params, ledger):
+                size = sum(_part(param, ledger) for param in group) * itemsize
+                ledger.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
+        for _, run in groupby(reversed(held), lambda param: ledger.layout.ranks(param.axis, ledger.rank)):
+            for bucket in _full(list(run), zero_bucket(config.engine)):
+                ranks = len(ledger.layout.ranks(bucket[0].axis, ledger.rank))
+                size = sum(_part(param, ledger) for param in bucket) * ranks * _FP32
+                ledger.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
+    _finite_on_tp_ranks(ledger)
+    for params in _optimizer_groups(held):
+        for _ in range(_sub_groups([_part(param, ledger) for param in params]) if even else 1):
+            for axis in ("edp", "ep") if params[0].expert else ("dp", "tp"):
+                ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
+
+
+def _kept_from(held: Sequence[Param], distance: int, runs: int) -> int:
+    """The first block that still lies there when backward comes to it. runs: of a block, forward and backward."""
+    blocks = max(param.block for param in held)
+    used = 0
+    for block in range(blocks, -2, -1):
+        if used and used >= distance:
+            return block + 1
+        used += runs * sum(param.numel for param in held if param.block == block)
+    return -1
+
+
+def _by_ranks(params: Sequence[Param], ledger: Ledger) -> Iterator[list[Param]]:
+    found: dict[tuple[int, ...], list[Param]] = {}
+    for param in params:
+        found.setdefault(ledger.layout.ranks(param.axis, ledger.rank), []).append(param)
+    yield from found.values()
+
+
+def _part(param: Param, ledger: Ledger) -> int:
+    """Elements that a rank keeps of it, padding included."""
+    return -(-param.numel // len(ledger.layout.ranks(param.axis, ledger.rank)))
+
+
+def _full(params: Sequence[Param], room: int) -> Iterator[list[Param]]:
+    """Cut where a bucket is full."""
+    bucket: list[Param] = []
+    for param in params:
+        if bucket and sum(other.numel for other in bucket) + param.numel > room:
+            yield bucket
+            bucket = []
+        bucket.append(param)
+    if bucket:
+        yield bucket
+
+
+def _sub_groups(sizes: Sequence[int]) -> int:
+    """How many an optimizer group is cut into: one ends with the part that fills it."""
+    if sum(sizes) <= _SUB_GROUP:
+        return 1
+    found, waiting = 0, 0
+    for place, size in enumerate(sizes):
+        waiting += size
+        if waiting >= _SUB_GROUP or place == len(sizes) - 1:
+            found, waiting = found + 1, 0
+    return found

@@ -1,0 +1,75 @@
+"""A run of two ranks through all that may happen to it on a real Slurm: it ends by itself, with the records of one that
+was never disturbed, and its history names each cause.
+
+Each start imports torch on both ranks: minutes, together. tests/slurm/test_supervise.py has the same faults one by one,
+without torch.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from moe_dist.chaos.judge import records
+from moe_dist.train.record.effective_time import effective_time_of
+from moe_dist.train.record.status import read_status
+from tests.slurm.jobs import URGENT, Runs, three_nodes
+
+pytestmark = pytest.mark.timeout(1800)
+STEPS = 300
+CONFIG = f"""
+model: {{d_model: 32, num_layers: 2, num_heads: 4, d_ff: 48, moe: {{num_experts: 4, capacity_factor: 1.0}}}}
+data: {{kind: text, paths: [FOLDER/text.txt]}}
+parallel: {{ep: 2}}
+optim: {{lr: 1.0e-3, warmup_steps: 0, schedule: constant}}
+train: {{steps: {STEPS}, seq_len: 16, global_batch: 8, accumulation: 1, threads: 1}}
+run: {{root: FOLDER/runs, eval_every: 100, eval_sequences: 16, save_every: 10, tensorboard: false, sample_tokens: 0}}
+guard: {{stall_seconds: 15}}
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    folder = tmp_path_factory.mktemp("survive")
+    (folder / "text.txt").write_text(" ".join(str(number * number) for number in range(4000)))
+    with three_nodes(folder, CONFIG, patience=300.0) as runs:
+        runs.cluster.run("bash", "launch/torchrun.sh", "2", runs.config, "--run.name", "torchrun")
+        yield runs
+
+
+def test_a_submitted_run_trains_like_torchrun(runs: Runs) -> None:
+    run = runs.submit("plain")
+    assert run.over()["Restarts"] == "0"
+    assert read_status(run.folder) == {"state": "finished", "step": STEPS}, run.log.read_text()
+    assert records(run.folder) == records(runs.root / "torchrun") and run.story() == [("finished", "stop")]
+    assert "has finished its" in runs.cli("submit", runs.config, "--nodes", "2", "--run.name", "plain")
+
+
+@pytest.mark.slow
+def test_a_run_survives_ranks_nodes_and_neighbours(runs: Runs) -> None:
+    run = runs.submit("faults", "--spare-nodes", "1")
+    run.goes_on()
+    os.kill(run.process(1), signal.SIGKILL)
+    run.ended(1)
+    run.goes_on()
+    os.kill(run.process(0), signal.SIGSTOP)
+    run.ended(2)
+    run.goes_on()
+    lost = next(node for node in run.nodes()[-1] if node != "node1")  # where the batch script runs
+    runs.lose(lost)
+    run.ended(3)
+    run.goes_on()
+    runs.come_back(lost)
+    for preempted in range(5):
+        runs.cluster.run("sbatch", *URGENT, "--wrap", "sleep 1")
+        run.ended(4 + preempted)
+        run.goes_on(10)
+    run.over()
+    assert read_status(run.folder) == {"state": "finished", "step": STEPS}, run.log.read_text()
+    assert records(run.folder) == records(runs.root / "torchrun")
+    restarted = [("rank died", "restart"), ("stalled", "restart"), ("node lost", "restart")]
+    assert run.story() == restarted + 5 * [("preempted", "requeue")] + [("finished", "stop")]
+    assert lost in run.nodes()[2] and lost not in run.nodes()[3]
+    time = effective_time_of(run.folder)
+    assert time is not None and 0 < time.ratio < 1
