@@ -11,25 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
+from moe_dist.attention.norms import query_key_norm
 from moe_dist.attention.positions import Positions
-from moe_dist.attention.rotary import apply_rotary
+from moe_dist.attention.rotary import turn_heads
 from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
 from moe_dist.moe.gate import Replay
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.heads import HeadAssignment
-from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, enter, leave
+from moe_dist.parallel.linear import ColumnParallelLinear, RowParallelLinear, SharedBias, enter, leave
 from moe_dist.parallel.mesh import Group, Mesh
-from moe_dist.parallel.norm import norm_over_group
 from moe_dist.parallel.sharding import ParamSpec, parameter
 from moe_dist.step import StepContext
 
 
 class KeyValueHeads(nn.Module):
-    """x -> the keys and values that this rank's query heads read; logical weight [G * 2 * P, D], head after head."""
+    """x -> the keys and values that this rank's query heads read; logical weight [G * 2 * P, D], head after head, and a
+    bias [G * 2 * P] if asked for."""
 
-    def __init__(self, sizes: HeadSizes, tp: Group) -> None:
+    def __init__(self, sizes: HeadSizes, tp: Group, bias: bool = False) -> None:
         super().__init__()
         self.head_dim = sizes.head_dim
         self.tp = tp
@@ -38,49 +39,37 @@ class KeyValueHeads(nn.Module):
         first, held = self.assignment.kv_held.start, len(self.assignment.kv_held)
         logical = (sizes.num_kv_heads * rows, d_model)
         self.cut = tp.size > 1 and not self.assignment.shared
+        self.bias = None
         if self.cut:
             spec = ParamSpec(logical, "tensor", first * rows * d_model, d_model**-0.5)
             self.weight = parameter((held * rows, d_model), spec)
+            if bias:
+                self.bias = parameter((held * rows,), ParamSpec(logical[:1], "tensor", first * rows, 0.0))
         else:
             self.weight = parameter(logical, ParamSpec(logical, std=d_model**-0.5))
+            if bias:
+                self.bias = parameter(logical[:1], ParamSpec(logical[:1], std=0.0))
         self.rows = slice(0, held * rows) if self.cut else slice(first * rows, (first + held) * rows)
 
     def forward(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Two tensors [B, S, G of this rank, P]; G is assignment.kv_read."""
-        weight = self.weight if self.cut else copy_to_group(self.weight, self.tp)
+        weight, bias = self._own(self.weight), None if self.bias is None else self._own(self.bias)
         held, reads = len(self.assignment.kv_held), self.assignment.reads
-        kv_BSGP = F.linear(x_TD, weight[self.rows]).view(*shape, held, 2, self.head_dim)
+        kv_BSGP = F.linear(x_TD, weight, bias).view(*shape, held, 2, self.head_dim)
         if reads is not None:
             kv_BSGP = kv_BSGP[:, :, list(reads)]
         return kv_BSGP[..., 0, :], kv_BSGP[..., 1, :]
 
-
-class QueryKeyNorm(nn.Module):
-    """Layer norm of a query over all its heads, and of a key over its one (ViT-22B, arXiv 2302.05442, eq. 4)."""
-
-    def __init__(self, sizes: HeadSizes, tp: Group, eps: float) -> None:
-        super().__init__()
-        self.tp = tp
-        self.eps = eps
-        width, head_dim = sizes.width, sizes.head_dim
-        local = width // tp.size
-        first = tp.rank * local
-        self.query_weight = parameter((local,), ParamSpec((width,), "tensor", first, None))
-        self.query_bias = parameter((local,), ParamSpec((width,), "tensor", first, 0.0))
-        self.key_weight = parameter((head_dim,), ParamSpec((head_dim,), std=None))
-        self.key_bias = parameter((head_dim,), ParamSpec((head_dim,), std=0.0))
-
-    def forward(self, q_BSHP: Tensor, k_BSGP: Tensor) -> tuple[Tensor, Tensor]:
-        q_BSM = norm_over_group(q_BSHP.flatten(2), self.query_weight, self.query_bias, self.eps, self.tp)
-        weight, bias = copy_to_group(self.key_weight, self.tp), copy_to_group(self.key_bias, self.tp)
-        return q_BSM.view_as(q_BSHP), F.layer_norm(k_BSGP, k_BSGP.shape[-1:], weight, bias, self.eps)
+    def _own(self, param: Tensor) -> Tensor:
+        """The rows of this rank's heads; where every rank holds all of them, gradients are summed over tp."""
+        return (param if self.cut else copy_to_group(param, self.tp))[self.rows]
 
 
 class CausalSelfAttention(nn.Module):
     """The trainer's attention layer: x_TD -> y_TD, both cut by tokens under sequence parallelism.
 
-    layer: by which attention dropout draws. norm_eps: of qk_ln. out_std: of the output projection's initial values,
-    width^-0.5 where None.
+    layer: whose window it has, and by which attention dropout draws. norm_eps, kernels: of the norm of queries and
+    keys. out_std: of the output projection's initial values, width^-0.5 where None.
     """
 
     def __init__(
@@ -91,6 +80,7 @@ class CausalSelfAttention(nn.Module):
         layer: int = 0,
         norm_eps: float = 1e-5,
         out_std: float | None = None,
+        kernels: str = "torch",
     ) -> None:
         super().__init__()
         tp, width = mesh.tp, sizes.width
@@ -99,10 +89,11 @@ class CausalSelfAttention(nn.Module):
         self.mesh = mesh
         self.num_heads = sizes.num_heads
         self.head_dim = sizes.head_dim
-        self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5)
-        self.key_value = KeyValueHeads(sizes, tp)
+        self.query = ColumnParallelLinear(sizes.d_model, width, tp, sizes.d_model**-0.5, config.qkv_bias)
+        self.key_value = KeyValueHeads(sizes, tp, config.qkv_bias)
         self.out = RowParallelLinear(width, sizes.d_model, tp, width**-0.5 if out_std is None else out_std)
-        self.qk_norm = QueryKeyNorm(sizes, tp, norm_eps) if config.qk_ln else None
+        self.out_bias = SharedBias(sizes.d_model, mesh) if config.out_bias else None
+        self.qk_norm = query_key_norm(config, sizes, self.key_value.assignment, tp, norm_eps, kernels)
         self.heads = self.key_value.assignment.queries
         self.sinks_H = None
         if config.sinks:
@@ -124,22 +115,24 @@ class CausalSelfAttention(nn.Module):
         x_TD = enter(x_TD, self.mesh)
         q_BSHP = self.query(x_TD).view(*shape, len(self.heads), self.head_dim)
         k_BSGP, v_BSGP = self.key_value(x_TD, shape)
+        if self.config.qk_norm != "none" and self.qk_norm is not None:
+            q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
         if self.config.clip_qkv is not None:
             q_BSHP, k_BSGP, v_BSGP = (
                 t.clamp(-self.config.clip_qkv, self.config.clip_qkv) for t in (q_BSHP, k_BSGP, v_BSGP)
             )
-        if self.qk_norm is not None:
+        if self.config.qk_ln and self.qk_norm is not None:
             q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
         if positions.rotary is not None:
-            q_BSHP, k_BSGP = apply_rotary(q_BSHP, positions.rotary), apply_rotary(k_BSGP, positions.rotary)
+            q_BSHP, k_BSGP = turn_heads(q_BSHP, positions.rotary), turn_heads(k_BSGP, positions.rotary)
         q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
         starts_B = None
         if cache is not None:
             starts_B = cache.starts()
             k_BGSP, v_BGSP = cache.update(k_BGSP, v_BGSP)
         y_BHSP = self.attend(q_BHSP, k_BGSP, v_BGSP, self._pattern(positions, starts_B, shape, step), None)
-        y_TD = self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1))
-        return leave(y_TD, self.mesh), None
+        y_TD = leave(self.out(y_BHSP.transpose(1, 2).flatten(2).flatten(0, 1)), self.mesh)
+        return (y_TD if self.out_bias is None else self.out_bias(y_TD)), None
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
@@ -155,7 +148,7 @@ class CausalSelfAttention(nn.Module):
             dropout = Dropout(self.config.dropout, key, self.mesh.dp.rank * shape[0], self.heads.start, self.num_heads)
         slopes_H = None if positions.slopes_H is None else positions.slopes_H[self.heads.start : self.heads.stop]
         return Pattern(
-            window=self.config.window,
+            window=self.config.window_of(self.layer),
             starts_B=starts_B,
             slopes_H=slopes_H,
             bias=positions.bias,

@@ -3,7 +3,8 @@
     y_t = sum over the chosen experts i of w_i(x_t) * Attention(x_t Wq_i^T, K, V) Wo_i,    K = X Wk^T, V = X Wv^T
 
 An expert is a query and an output projection for all H heads; there is one key/value head, shared by every expert,
-over the whole sequence at true positions. A token whose every assignment is dropped gets zero.
+over the whole sequence at true positions. A token whose every assignment is dropped gets zero. With out_bias a vector
+is added to all of them (JetMoE, arXiv 2404.07413).
 
 Gate and dispatcher are those of the feed-forward experts: tokens go to the query projections and come back as
 K * H query heads of the token; attention is the house's, on K * H heads; its results go to the output projections and
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.positions import Positions
-from moe_dist.attention.rotary import apply_rotary
+from moe_dist.attention.rotary import turn_heads
 from moe_dist.config.model import AttentionConfig, HeadSizes, MoEConfig
 from moe_dist.kernels.attention.backend import attention
 from moe_dist.kernels.attention.pattern import Dropout, Pattern
@@ -36,7 +37,7 @@ from moe_dist.moe.gate import Gate, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
 from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
-from moe_dist.parallel.linear import TokenSlices, enter
+from moe_dist.parallel.linear import SharedBias, TokenSlices, enter
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
 from moe_dist.parallel.told import told
@@ -77,6 +78,7 @@ class SwitchAttention(nn.Module):
         self.experts = AttentionExperts(moe, sizes, mesh, kernels, out_std)
         shape = (2 * self.head_dim, sizes.d_model)
         self.key_value = parameter(shape, ParamSpec(shape, std=sizes.d_model**-0.5))
+        self.out_bias = SharedBias(sizes.d_model, mesh) if config.out_bias else None
         self.attend = attention(config.backend)
 
     def forward(
@@ -108,6 +110,7 @@ class SwitchAttention(nn.Module):
         # 4. To the output projections and back, weighted, and summed over a token's assignments.
         y_ND, sent_back = self.dispatcher.carry(y_NM, weighted, self.experts.outputs)
         y_TD = self.slices.all(y_ND.unflatten(0, (-1, chosen)).sum(1))
+        y_TD = y_TD if self.out_bias is None else self.out_bias(y_TD)
         # 5. What it cost, and what the router is told. Rows go there D and come back M wide, then the other way round:
         # the sum is that of two trips with one width each.
         return y_TD, MoEStats.of(choice, self.router, step, sent_there + sent_back)
@@ -138,8 +141,8 @@ class SwitchAttention(nn.Module):
         """-> [B, S, J, P], contiguous by token."""
         rows, heads = len(q_BSJP), q_BSJP.shape[2]
         if positions.rotary is not None:
-            q_BSJP = rotate(q_BSJP, positions.rotary)
-            k_BSP = rotate(k_BSP[:, :, None], positions.rotary)[:, :, 0]
+            q_BSJP = turn_heads(q_BSJP, positions.rotary)
+            k_BSP = turn_heads(k_BSP[:, :, None], positions.rotary)[:, :, 0]
         k_BGLP, v_BGLP, starts_B = k_BSP[:, None], v_BSP[:, None], None
         if cache is not None:
             starts_B = cache.starts()
@@ -151,7 +154,7 @@ class SwitchAttention(nn.Module):
             dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
         bias = positions.bias
         pattern = Pattern(
-            window=self.config.window,
+            window=self.config.window_of(self.layer),
             starts_B=starts_B,
             slopes_H=None if positions.slopes_H is None else self._of_own_heads(positions.slopes_H, 0, heads),
             bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),
@@ -216,17 +219,6 @@ class AttentionExperts(nn.Module):
                 return self.permute.combine_rows(rows, weights_XK, order)
 
         return told(self.world.trail, "experts", mapped, x)
-
-
-def rotate(x_BSHP: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the first numbers of a head, as many as the table has angles for; of an odd head the last
-    number stays as it is."""
-    turned = 2 * table[0].shape[-1]
-    if turned == x_BSHP.shape[-1]:
-        return apply_rotary(x_BSHP, table)
-    if turned == 0:
-        return x_BSHP
-    return torch.cat((apply_rotary(x_BSHP[..., :turned], table), x_BSHP[..., turned:]), dim=-1)
 
 
 def each_alone(choice: Choice) -> Choice:

@@ -11,6 +11,7 @@ STRICT: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": Fals
 
 
 CapacityFactor = float | None | list[float | None]
+Window = int | None | list[int | None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,15 +28,25 @@ class MoEConfig:
     """Hidden width of one expert; a list gives each expert its own. null: model.d_ff."""
     every: int = 1
     """Every nth layer is MoE (the nth, 2nth, ...), the others are dense."""
+    first: int | None = None
+    """The first MoE layer, counted from 0; every nth after it is MoE too, and the others are dense. null: every - 1."""
     num_shared_experts: int = 0
-    """Experts of width d_ff that every token passes through, beside the routed ones."""
+    """Experts that every token passes through, beside the routed ones."""
+    shared_d_ff: int | None = None
+    """Hidden width of one of them. null: that of a routed expert."""
+    shared_gate: bool = False
+    """What they give is multiplied by a learned sigmoid of the token."""
     expert_bias: bool = False
     """Biases on the experts' matrices."""
+    out_bias: bool = False
+    """One bias on what the layer gives, whichever experts a token was sent to."""
     router: Literal["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"] = "softmax"
     """softmax: the top_k most probable experts. sigmoid: by sigmoid score plus a bias that balances the load without a
     loss. noisy: softmax with learned noise, importance and load losses. expert_choice: each expert takes its best
     tokens; not causal, for language models see the README. sinkhorn: balanced over the micro-step in training; not
     causal there. hash: by token id, not learned."""
+    router_bias: bool = False
+    """With softmax and sigmoid: a learned bias on the logits."""
     jitter: float = 0.0
     """With router = softmax, in training: multiply its input by uniform numbers in [1 - jitter, 1 + jitter]."""
     num_groups: int = 1
@@ -58,8 +69,11 @@ class MoEConfig:
     sinkhorn_iterations: int = 8
     """With router = sinkhorn: scalings of rows and columns."""
     renormalize: bool = True
-    """With softmax, sigmoid and sinkhorn, and top_k > 1: divide the top_k router weights by their sum. Never done at
+    """With softmax, sigmoid and sinkhorn, and top_k > 1: divide the top_k router weights by their sum. Not done at
     top_k = 1: the router would get no gradient."""
+    renormalize_top_1: bool = False
+    """With top_k = 1, for models that were trained so: do it there too, so that every weight is 1. The router then
+    learns from balancing and z-loss alone, and a run says so."""
     capacity_factor: CapacityFactor = 1.25
     """An expert takes C = max(min_capacity, ceil(capacity_factor * top_k * tokens / num_experts)) rows.
     null: dropless. A list gives each MoE layer its own."""
@@ -127,6 +141,24 @@ class MoEConfig:
     rounded otherwise."""
 
     @property
+    def first_layer(self) -> int:
+        """`first`, and what null stands for."""
+        return self.every - 1 if self.first is None else self.first
+
+    def layers(self, num_layers: int) -> range:
+        """Numbers of the blocks that are MoE, of a model of num_layers."""
+        return range(self.first_layer, num_layers, max(self.every, 1)) if self.num_experts > 0 else range(0)
+
+    def layer_count(self, num_layers: int) -> int:
+        """How many of them there are; also of numbers that no memory could hold, which rules are asked about."""
+        return max(-(-(num_layers - self.first_layer) // max(self.every, 1)), 0) if self.num_experts > 0 else 0
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether weights of a token are divided by their sum, by routers that do so."""
+        return self.renormalize and (self.top_k > 1 or self.renormalize_top_1)
+
+    @property
     def balanced_by(self) -> str:
         """`balance`, and what auto stands for."""
         if self.balance != "auto":
@@ -191,19 +223,36 @@ class AttentionConfig:
     position: Literal["rotary", "alibi", "none"] = "rotary"
     """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
     distance (arXiv 2108.12409)."""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    rotary_share: float = 1.0
+    """Share of a head's numbers that rotation turns, the first ones; the others know no position."""
+    rope_scaling: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3"] = "none"
     """For sequences longer than those first trained on. linear: positions are divided by rope_factor. ntk: the base
-    grows instead. yarn: slow rotations are divided, fast ones stay (arXiv 2309.00071)."""
+    grows instead; dynamic: only above rope_original_len, with the length at hand, so that keys in a cache stay as they
+    were turned. yarn and llama3: slow rotations are divided, fast ones stay (arXiv 2309.00071, 2407.21783)."""
     rope_factor: float = 1.0
     """How many times longer."""
     rope_original_len: int | None = None
-    """With rope_scaling = yarn: the sequence length first trained on."""
+    """With dynamic, yarn and llama3 in rope_scaling: the sequence length first trained on."""
+    rope_fast_turns: float | None = None
+    """With yarn and llama3: a rotation is fast from so many turns over rope_original_len. null: 32 with yarn, 4 with
+    llama3."""
+    rope_slow_turns: float = 1.0
+    """With yarn and llama3: and slow up to so many."""
+    rope_truncate: bool = True
+    """With yarn: what lies between slow and fast is widened to whole rotations; GPT-OSS does not."""
+    qkv_bias: bool = False
+    """Biases on the projections of queries, keys and values."""
+    out_bias: bool = False
+    """A bias on the output projection; with kind = switch one for all experts."""
     clip_qkv: float | None = None
-    """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection."""
+    """Clamp queries, keys and values to [-clip_qkv, clip_qkv] after their projection, and after qk_norm."""
     qk_ln: bool = False
     """Layer norm of the queries over all heads and of each key over its head."""
-    window: int | None = None
-    """Sliding window: a token sees the last `window` tokens, itself included. null: all before it."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """RMSNorm of queries and keys, of each head (head) or of all heads of a token together (width)."""
+    window: Window = None
+    """Sliding window: a token sees the last `window` tokens, itself included. null: all before it. A list gives each
+    layer its own, and begins again where it is shorter: [128, null] is every second layer's."""
     sinks: bool = False
     """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
     dropout: float = 0.0
@@ -212,6 +261,17 @@ class AttentionConfig:
     """With kind = switch: the attention experts of every block, their router, capacity and dispatch. An expert is a
     query and an output projection for all heads; what is of feed-forwards alone (d_ff, every, ...) stays as it is."""
     routed: RoutedAttentionConfig = field(default_factory=RoutedAttentionConfig)
+
+    def window_of(self, layer: int) -> int | None:
+        """Of block number `layer`."""
+        return self.window[layer % len(self.window)] if isinstance(self.window, list) else self.window
+
+    @property
+    def fast_turns(self) -> float:
+        """`rope_fast_turns`, and what null stands for."""
+        if self.rope_fast_turns is not None:
+            return self.rope_fast_turns
+        return 4.0 if self.rope_scaling == "llama3" else 32.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +314,9 @@ class ModelConfig:
     """Width of one head. null: d_model / num_heads."""
     d_ff: int = 1024
     """Hidden width of a dense feed-forward."""
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2"] = "swiglu"
-    """Of dense and expert feed-forwards. swiglu and geglu have a third matrix, the gate; relu2 is the squared ReLU."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"] = "swiglu"
+    """Of dense and expert feed-forwards. swiglu, geglu and clamped_swiglu have a third matrix, the gate; relu2 is the
+    squared ReLU; clamped_swiglu, of GPT-OSS, cuts gate and values at 7 and adds 1 to the latter."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     norm_eps: float = 1e-5
@@ -280,6 +341,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """Width of one head: head_dim where it is given."""
         return self.head_sizes.head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Numbers of a head that rotation turns."""
+        return round(self.head_width * self.attention.rotary_share)
 
     @property
     def head_sizes(self) -> HeadSizes:

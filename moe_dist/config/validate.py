@@ -30,7 +30,7 @@ def validate(config: Config, world_size: int, memory: int | None = None) -> Batc
     refuse(
         [
             *model_rules(model),
-            *attention_rules(attention),
+            *attention_rules(attention, num_layers),
             *routed_rules(attention, train.seq_len),
             *switch_rules(attention, parallel, num_kv_heads=model.num_kv_heads, num_layers=num_layers),
             *moe_rules(model.moe, parallel, d_ff=model.d_ff, num_layers=num_layers),

@@ -1,12 +1,14 @@
 """Activations of feed-forward layers and their derivatives, written into given buffers or as autograd functions.
 
-| name   | hidden units                                                        |
-|--------|---------------------------------------------------------------------|
-| swiglu | silu(gate) * up (arXiv 2002.05202)                                  |
-| geglu  | gelu(gate) * up, gelu by the error function (arXiv 2002.05202)      |
-| gelu   | gelu(up), by the error function (arXiv 1606.08415)                  |
-| relu   | max(up, 0)                                                          |
-| relu2  | max(up, 0)^2 (arXiv 2109.08668)                                     |
+| name           | hidden units                                                                |
+|----------------|-----------------------------------------------------------------------------|
+| swiglu         | silu(gate) * up (arXiv 2002.05202)                                          |
+| geglu          | gelu(gate) * up, gelu by the error function (arXiv 2002.05202)              |
+| gelu           | gelu(up), by the error function (arXiv 1606.08415)                          |
+| relu           | max(up, 0)                                                                  |
+| relu2          | max(up, 0)^2 (arXiv 2109.08668)                                             |
+| clamped_swiglu | g * sigmoid(1.702 g) * (u + 1), g = min(gate, 7), u = up cut to -7 .. 7     |
+|                | (gpt-oss, arXiv 2508.10925)                                                 |
 
 Gate and up are two tensors of the same shape. The gated ones keep just these for the backward pass: computing the
 activation again costs less than keeping it.
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NAMES = ("swiglu", "geglu", "gelu", "relu", "relu2")
+NAMES = ("swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu")
+LIMIT, SLOPE = 7.0, 1.702  # of clamped_swiglu
 
 _aten = torch.ops.aten
 
@@ -28,7 +31,7 @@ def gated(name: str) -> bool:
     """Whether the activation multiplies two projections; raises ValueError for a name that is none of NAMES."""
     if name not in NAMES:
         raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(NAMES)}")
-    return name in ("swiglu", "geglu")
+    return name in ("swiglu", "geglu", "clamped_swiglu")
 
 
 def activate(up: Tensor, name: str, gate: Tensor | None = None) -> Tensor:
@@ -50,7 +53,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def activate_into(gate: Tensor | None, up: Tensor, name: str, out: Tensor) -> Tensor:
     """`activate` without autograd: fills `out` and returns it."""
     if gate is not None:
-        return _bend(gate, name, out).mul_(up)
+        return _bend(gate, name, out).mul_(_factor(up, name))
     if name == "gelu":
         return _aten.gelu.out(up, out=out)
     torch.clamp_min(up, 0, out=out)
@@ -66,9 +69,10 @@ def activate_backward_into(
     """
     if gate is not None and grad_gate is not None:
         _bend(gate, name, out)
-        torch.mul(grad, out, out=grad_up)
-        out.mul_(up)
-        torch.mul(grad, up, out=grad_gate)
+        _factor_backward(torch.mul(grad, out, out=grad_up), up, name)
+        factor = _factor(up, name)
+        out.mul_(factor)
+        torch.mul(grad, factor, out=grad_gate)
         _bend_backward(grad_gate, gate, name)
     elif name == "gelu":
         _aten.gelu.out(up, out=out)
@@ -84,13 +88,30 @@ def activate_backward_into(
 
 
 def _bend(gate: Tensor, name: str, out: Tensor) -> Tensor:
+    if name == "clamped_swiglu":
+        torch.clamp_max(gate, LIMIT, out=out)
+        return out.mul_((SLOPE * out).sigmoid_())
     return (_aten.silu if name == "swiglu" else _aten.gelu).out(gate, out=out)
 
 
 def _bend_backward(grad: Tensor, gate: Tensor, name: str) -> Tensor:
     """In place: grad becomes the gradient of the gate."""
+    if name == "clamped_swiglu":
+        clamped = gate.clamp_max(LIMIT)
+        sigmoid = (SLOPE * clamped).sigmoid_()
+        return grad.mul_(sigmoid + SLOPE * clamped * sigmoid * (1 - sigmoid)).mul_(gate <= LIMIT)
     backward = _aten.silu_backward if name == "swiglu" else _aten.gelu_backward
     return backward.grad_input(grad, gate, grad_input=grad)
+
+
+def _factor(up: Tensor, name: str) -> Tensor:
+    """What the bent gate is multiplied by."""
+    return up.clamp(-LIMIT, LIMIT).add_(1) if name == "clamped_swiglu" else up
+
+
+def _factor_backward(grad: Tensor, up: Tensor, name: str) -> Tensor:
+    """In place: grad, of `_factor`, becomes that of up."""
+    return grad.mul_(up.abs() <= LIMIT) if name == "clamped_swiglu" else grad
 
 
 class _Gated(torch.autograd.Function):
@@ -98,11 +119,11 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.name = name
-        return _bend(gate, name, torch.empty_like(gate)).mul_(up)
+        return _bend(gate, name, torch.empty_like(gate)).mul_(_factor(up, name))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        grad_up = _bend(gate, ctx.name, torch.empty_like(gate)).mul_(grad)
-        return _bend_backward(grad * up, gate, ctx.name), grad_up, None
+        grad_up = _factor_backward(_bend(gate, ctx.name, torch.empty_like(gate)).mul_(grad), up, ctx.name)
+        return _bend_backward(grad * _factor(up, ctx.name), gate, ctx.name), grad_up, None

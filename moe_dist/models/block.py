@@ -22,8 +22,8 @@ from moe_dist.step import StepContext
 
 
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
-    """MoE on every nth layer: the nth, the 2nth, ..."""
-    return model.moe.num_experts > 0 and (layer + 1) % model.moe.every == 0
+    """Whether block number `layer` is MoE."""
+    return layer in model.moe.layers(model.num_layers)
 
 
 def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None = None) -> MoE:
@@ -45,7 +45,7 @@ Attention = CausalSelfAttention | SwitchAttention | RoutedSelfAttention
 
 
 def _multi_query(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
-    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std)
+    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std, model.kernels)
 
 
 def _switch(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:

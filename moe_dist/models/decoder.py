@@ -17,7 +17,7 @@ from moe_dist.attention.positions import Positions, between_documents, places_in
 from moe_dist.attention.rotary import RotaryScaling, rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
-from moe_dist.config.model import ModelConfig
+from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.models.block import BlockReplay, DecoderBlock
 from moe_dist.moe.balance import Tally
 from moe_dist.moe.drops import marks
@@ -155,14 +155,27 @@ class Decoder(nn.Module):
             return Positions(bias=bias)
         if model.attention.position == "alibi":
             return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device), bias=bias)
-        at_BS = torch.arange(tokens_BS.shape[1], device=x_TD.device)[None]
+        longest = tokens_BS.shape[1]
+        at_BS = torch.arange(longest, device=x_TD.device)[None]
         if ends is not None and ends.reset:
             at_BS = places_in_documents(tokens_BS, ends.end_id)
         if caches is not None:
-            starts_B = caches[0].starts()
+            starts_B, longest = caches[0].starts(), longest + caches[0].cache_position
             at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
         if x_TD.dtype == torch.float64:
             at_BS = at_BS.double()
-        config = model.attention
-        scaling = RotaryScaling(config.rope_scaling, config.rope_factor, config.rope_original_len)
-        return Positions(rotary_table(at_BS, model.head_width, model.rope_theta, scaling), bias=bias)
+        table = rotary_table(at_BS, model.rotary_width, model.rope_theta, _scaling(model.attention, longest))
+        return Positions(table, bias=bias)
+
+
+def _scaling(config: AttentionConfig, longest: int) -> RotaryScaling:
+    """longest: tokens of the longest row, with those in its cache."""
+    return RotaryScaling(
+        config.rope_scaling,
+        config.rope_factor,
+        config.rope_original_len,
+        config.fast_turns,
+        config.rope_slow_turns,
+        config.rope_truncate,
+        longest,
+    )

@@ -24,7 +24,7 @@ from typing import Literal
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.kernels.activation import gated
-from moe_dist.moe.experts import expert_widths
+from moe_dist.moe.experts import expert_widths, shared_width
 from moe_dist.moe.losses import MoEStats
 
 Part = Literal[
@@ -187,8 +187,9 @@ def _feed_forward_products(model: ModelConfig) -> Iterator[Product]:
     yield Product("router", "tokens", 1, model.d_model, _router_columns(moe), moe_layers)
     for met, layers in Counter(experts_of_a_token(moe, index) for index in range(moe_layers)).items():
         yield from _feed_forward("experts", met, model, mean, layers)
-    # Shared experts are as wide as the mean of the others, and lie side by side.
-    yield from _feed_forward("shared experts", 1, model, moe.num_shared_experts * int(mean), moe_layers)
+    yield from _feed_forward("shared experts", 1, model, shared_width(moe, model.d_ff), moe_layers)
+    if moe.shared_gate:
+        yield Product("shared experts", "tokens", 1, model.d_model, 1, moe_layers)
 
 
 def _feed_forward(
@@ -226,10 +227,17 @@ def _expert_matrices(model: ModelConfig, kind: Literal["feed_forward", "attentio
 
 
 def _keys_seen(model: ModelConfig, seq_len: int) -> float:
-    """By a token, on average over the sequence."""
+    """By a token, on average over the sequence and over layers."""
     attention = model.attention
-    near = attention.routed.local_window + 1 if attention.kind == "routed" else attention.window
-    window = min(near or seq_len, seq_len)
+    if attention.kind == "routed":
+        return _within(attention.routed.local_window + 1, seq_len)
+    windows = Counter(attention.window_of(layer) for layer in range(model.num_layers))
+    return sum(layers * _within(window, seq_len) for window, layers in windows.items()) / model.num_layers
+
+
+def _within(window: int | None, seq_len: int) -> float:
+    """Keys of a window that a token sees, on average over the sequence."""
+    window = min(window or seq_len, seq_len)
     return window - window * (window - 1) / (2 * seq_len)
 
 
@@ -238,8 +246,8 @@ def _router_columns(moe: MoEConfig) -> int:
 
 
 def _moe_layers(model: ModelConfig) -> int:
-    """Layers that are MoE: the nth, 2nth, ... with n = moe.every."""
-    return model.num_layers // model.moe.every if model.moe.num_experts > 0 else 0
+    """How many layers are MoE."""
+    return model.moe.layer_count(model.num_layers)
 
 
 def _feed_forward_parameters(model: ModelConfig, d_ff: int) -> int:

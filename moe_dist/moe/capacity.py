@@ -79,7 +79,7 @@ class Capacity:
     def __init__(self, moe: MoEConfig, site: Site, token_ranks: Group) -> None:
         self.moe = moe
         self.site = site
-        self.index = (site.layer + 1) // moe.every - 1  # among the layers with experts
+        self.index = (site.layer - moe.first_layer) // moe.every  # among the layers with experts
         self.token_ranks = token_ranks
         self.queues = Queues(moe, site, token_ranks)
         self.by_experts = moe.router == "expert_choice"

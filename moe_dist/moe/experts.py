@@ -162,3 +162,11 @@ def expert_widths(moe: MoEConfig, d_ff: int) -> Sequence[int]:
     """Hidden width of every expert: moe.d_ff for each, one number for all, or `d_ff`."""
     width = moe.d_ff or d_ff
     return tuple(width) if isinstance(width, list) else (width,) * moe.num_experts
+
+
+def shared_width(moe: MoEConfig, d_ff: int) -> int:
+    """Hidden width of all shared experts, side by side: each has moe.shared_d_ff, or the mean of the others."""
+    if not moe.num_shared_experts:
+        return 0
+    widths = expert_widths(moe, d_ff)
+    return moe.num_shared_experts * (moe.shared_d_ff or sum(widths) // len(widths))

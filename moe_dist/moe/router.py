@@ -120,9 +120,9 @@ class Router(nn.Module):
         return replace(stats, experts_TK=experts_TK, scores_TK=scores_TK)
 
     def weigh(self, scores_TK: Tensor) -> Tensor:
-        """Scores of the chosen experts, divided by their sum if asked for: never at top_k = 1, where p / p = 1 would
-        cut the router's gradient."""
-        if self.moe.renormalize and self.moe.top_k > 1:
+        """Scores of the chosen experts, divided by their sum if asked for: not at top_k = 1, where p / p = 1 cuts the
+        router's gradient, unless that is asked for too."""
+        if self.moe.renormalizes:
             # Sigmoids can all be zero.
             scores_TK = scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TK.dtype).tiny)
         return self.scaled(scores_TK)
@@ -165,9 +165,10 @@ class Router(nn.Module):
         return torch.arange(first, first + like.numel(), device=like.device).view_as(like)
 
 
-def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group) -> Tensor:
-    """x W^T in fp32 (or float64), whatever the precision of the rest (Switch Transformers, section 2.4). The gradient
-    of W is summed over the ranks of `slices`."""
+def fp32_logits(x_TD: Tensor, weight_ED: Tensor, slices: Group, bias_E: Tensor | None = None) -> Tensor:
+    """x W^T + b in fp32 (or float64), whatever the precision of the rest (Switch Transformers, section 2.4). The
+    gradients of W and b are summed over the ranks of `slices`."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
+    bias_E = None if bias_E is None else copy_to_group(bias_E, slices).to(wide)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD.to(wide), copy_to_group(weight_ED, slices).to(wide))
+        return F.linear(x_TD.to(wide), copy_to_group(weight_ED, slices).to(wide), bias_E)

@@ -9,7 +9,8 @@
 | sinkhorn      | W x made doubly stochastic over the micro-step    | sigmoid or softmax of W x  |
 | hash          | a fixed hash of the token id                      | 1 / top_k                  |
 
-softmax and sigmoid choose within the best `top_k_groups` of `num_groups` groups of experts when asked to.
+softmax and sigmoid choose within the best `top_k_groups` of `num_groups` groups of experts when asked to; with
+`router_bias` their logits are W x + c, c learned, which is part of the scores and has no balancing to do.
 
 Legend: T tokens on this rank, D d_model, E experts, K top_k.
 """
@@ -44,6 +45,8 @@ class ScoreRouter(Router):
     def __init__(self, moe: MoEConfig, d_model: int, site: Site, mesh: Mesh, kernels: str = "torch") -> None:
         super().__init__(moe, d_model, site, mesh, kernels)
         self.weight = router_weight(moe.num_experts, d_model)
+        shape = (moe.num_experts,)
+        self.logit_bias = parameter(shape, ParamSpec(shape, std=0.0)) if moe.router_bias else None
         self.by_sign, self.by_quantile = ("sign" in moe.balanced_by), ("quantile" in moe.balanced_by)
         biased = self.by_sign or self.by_quantile or moe.router == "sigmoid"
         self.bias_E: Tensor | None
@@ -97,7 +100,7 @@ class SoftmaxRouter(ScoreRouter):
     """
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
-        logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices)
+        logits_TE = fp32_logits(self._jittered(x_TD, step), self.weight, self.slices, self.logit_bias)
         return self.route(logits_TE, step, chosen_TK)
 
     def _jittered(self, x_TD: Tensor, step: StepContext) -> Tensor:
@@ -120,7 +123,7 @@ class SigmoidRouter(ScoreRouter):
     best_of = 2
 
     def forward(self, x_TD: Tensor, step: StepContext, chosen_TK: Tensor | None = None) -> Routing:
-        return self.route(fp32_logits(x_TD, self.weight, self.slices), step, chosen_TK)
+        return self.route(fp32_logits(x_TD, self.weight, self.slices, self.logit_bias), step, chosen_TK)
 
 
 class NoisyRouter(Router):

@@ -3,7 +3,8 @@
 A tensor-parallel region is entered once and left once: `enter` makes the full tokens available to every rank's part,
 column-parallel layers (weight [out, in], cut over out) may follow in any number, one row-parallel layer (weight stored
 [in, out], cut over in) gives partial sums, and `leave` adds them up. With mesh.sequence_parallel, tokens outside a
-region are cut over the same group.
+region are cut over the same group. A bias of column-parallel layers is cut with their outputs; one of row-parallel
+layers comes after `leave`, once, as `SharedBias`.
 """
 
 import torch.nn.functional as F
@@ -52,15 +53,16 @@ def _part(size: int, tp: Group, what: str) -> tuple[int, int]:
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T with W [out, in] cut over out: [T, in] -> [T, out / tp]."""
+    """y = x W^T + b with W [out, in] cut over out, b [out] if asked for: [T, in] -> [T, out / tp]."""
 
-    def __init__(self, in_dim: int, out_dim: int, tp: Group, std: float) -> None:
+    def __init__(self, in_dim: int, out_dim: int, tp: Group, std: float, bias: bool = False) -> None:
         super().__init__()
         local, start = _part(out_dim, tp, "out_dim")
         self.weight = parameter((local, in_dim), ParamSpec((out_dim, in_dim), "tensor", start * in_dim, std))
+        self.bias = parameter((local,), ParamSpec((out_dim,), "tensor", start, 0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -73,6 +75,21 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
+
+
+class SharedBias(nn.Module):
+    """y + b outside of tensor-parallel regions, b [dim] the same on every rank: [T, dim] -> [T, dim].
+
+    Under sequence parallelism each rank sees a slice of the tokens, so the gradient of b is summed over tp.
+    """
+
+    def __init__(self, dim: int, mesh: Mesh) -> None:
+        super().__init__()
+        self.shared = mesh.tp if mesh.sequence_parallel else Group()
+        self.bias = parameter((dim,), ParamSpec((dim,), std=0.0))
+
+    def forward(self, y_TD: Tensor) -> Tensor:
+        return y_TD + copy_to_group(self.bias, self.shared)
 
 
 class VocabParallelEmbedding(nn.Module):

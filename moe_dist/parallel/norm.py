@@ -33,14 +33,16 @@ def norm_over_group(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
 
     Every rank must call. The gradients of x, weight and bias are whole.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide, width = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1] * group.size
     if bias is None:
-        return (wide * (_mean(wide.square(), group) + eps).rsqrt() * weight).to(x.dtype)
-    centred = wide - _mean(wide, group)
-    return (centred * (_mean(centred.square(), group) + eps).rsqrt() * weight + bias).to(x.dtype)
+        return (wide * (mean_over_slices(wide.square(), width, group) + eps).rsqrt() * weight).to(x.dtype)
+    centred = wide - mean_over_slices(wide, width, group)
+    variance = mean_over_slices(centred.square(), width, group)
+    return (centred * (variance + eps).rsqrt() * weight + bias).to(x.dtype)
 
 
-def _mean(x: Tensor, group: Group) -> Tensor:
-    """Over the slices of all ranks. Every rank's part reads it, so its gradient is summed over them, too."""
+def mean_over_slices(x: Tensor, width: int, group: Group) -> Tensor:
+    """[..., 1]: the mean of `width` numbers, of which each rank's x has some in its last dim. Every rank's part reads
+    it, so its gradient is summed over them, too."""
     total = reduce_from_group(x.sum(-1, keepdim=True), group)
-    return copy_to_group(total, group) / (x.shape[-1] * group.size)
+    return copy_to_group(total, group) / width

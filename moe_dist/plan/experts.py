@@ -16,8 +16,7 @@ experts of a token, Y rows sent, X rows that arrived, R rows of the experts held
 from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.activation import gated
 from moe_dist.kernels.grouped_mm.onednn import ROUNDING
-from moe_dist.models.block import is_moe_layer
-from moe_dist.moe.experts import expert_widths
+from moe_dist.moe.experts import expert_widths, shared_width
 from moe_dist.plan.rows import Rows, rows_of, skew_of, skew_of_expert
 from moe_dist.plan.stages import INDEX, WIDE, Sizes, Stage
 
@@ -56,7 +55,7 @@ def routed_rows(sizes: Sizes, moe: MoEConfig, factor: float | None, etp: int) ->
     model, layout = sizes.model, sizes.layout
     skew = one = 1.0
     if sizes.skewed:
-        moe_layers = sum(is_moe_layer(model, layer) for layer in range(model.num_layers))
+        moe_layers = model.moe.layer_count(model.num_layers)
         skew = skew_of(moe, factor, layout.expert_ranks, layout.edp, 1 if model.recompute == "block" else moe_layers)
         one = skew_of_expert(moe, factor, layout.edp)
     return rows_of(moe, factor, sizes.routed, layout.expert_ranks, etp, skew, one)
@@ -85,8 +84,7 @@ def routed_layer(sizes: Sizes, factor: float | None, elements: int, outputs: int
     # 1. The tokens that are routed: kept by the router in fp32, by the experts where nothing travels. Shared experts
     # keep all tokens, of which those are a copy under tp.
     if moe.num_shared_experts:
-        widths = expert_widths(moe, model.d_ff)
-        shared = feed_forward(sizes, moe.num_shared_experts * (sum(widths) // len(widths)), "shared", norm=False)
+        shared = feed_forward(sizes, shared_width(moe, model.d_ff), "shared", norm=False)
         kept += shared.kept
     if (local or sizes.each == WIDE) and (layout.tp > 1 or not moe.num_shared_experts):
         kept += sizes.numbers(sizes.routed, width)

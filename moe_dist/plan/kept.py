@@ -42,6 +42,5 @@ def competing_tokens(moe: MoEConfig, tokens: float, ranks: int) -> int:
 
 def factors_by_layer(model: ModelConfig) -> list[float | None]:
     """The capacity factor of each MoE layer."""
-    moe = model.moe
-    layers = model.num_layers // moe.every if moe.num_experts else 0
-    return moe.capacity_factor if isinstance(moe.capacity_factor, list) else [moe.capacity_factor] * layers
+    factor = model.moe.capacity_factor
+    return factor if isinstance(factor, list) else [factor] * model.moe.layer_count(model.num_layers)

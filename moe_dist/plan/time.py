@@ -192,7 +192,7 @@ def _hidden(
 
 def _host(config: Config, shape: BatchShape, hardware: Hardware) -> float:
     model, host = config.model, hardware.host
-    moe_layers = model.num_layers // model.moe.every if model.moe.num_experts else 0
+    moe_layers = model.moe.layer_count(model.num_layers)
     blocks = moe_layers * host.moe_block + (model.num_layers - moe_layers) * host.dense_block
     blocks *= 4 / 3 if model.recompute == "block" else 1  # of a forward and a backward of twice as much, one forward
     micro = 0.0 if config.engine.cuda_graph else host.micro_step + blocks

@@ -33,7 +33,7 @@ from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.engine.base import compute_dtype
 from moe_dist.kernels.activation import gated
 from moe_dist.models.flops import Product, experts_of_a_token, forward_products
-from moe_dist.moe.experts import expert_widths
+from moe_dist.moe.experts import expert_widths, shared_width
 from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group, Layout
 from moe_dist.plan.hardware import Hardware
@@ -161,7 +161,7 @@ def _through_memory(
     tokens = shape.micro_batch * shape.seq_len
     own = tokens / tp
     between = own if config.parallel.sequence_parallel else tokens
-    moe_layers = model.num_layers // moe.every if moe.num_experts else 0
+    moe_layers = moe.layer_count(model.num_layers)
     dense_layers = model.num_layers - moe_layers
 
     def passes(elements: float, forward: float, backward: float, times: float = 1, bytes_each: int = each) -> Seconds:
@@ -181,7 +181,7 @@ def _through_memory(
         met = fmean(float(experts_of_a_token(moe, index)) for index in range(moe_layers))
         hidden, rows = fmean(widths), own * met * kept * bounded(config, layout, skew)
         found["activation"] += passes(rows * hidden, *through, moe_layers)
-        found["activation"] += passes(tokens * moe.num_shared_experts * hidden / tp, *through, moe_layers)
+        found["activation"] += passes(tokens * shared_width(moe, model.d_ff) / tp, *through, moe_layers)
         found |= _routed(moe, own, met * kept, rows, width, layout, moe_layers, passes)
     columns = model.vocab_size / tp
     if config.task != "classification":

@@ -57,7 +57,7 @@ class SwitchClassifier(KeepsStep, Layer):
         pad_id: int = 0,
         token_dropout: float = 0.0,
         capacity_factor: float | None = 1.25,
-        activation: Literal["gelu", "relu", "relu2", "swiglu", "geglu"] = "gelu",
+        activation: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "clamped_swiglu"] = "gelu",
         seed: int | None = None,
         device: torch.device | str | None = None,
         **options: Any,
@@ -195,8 +195,8 @@ def _check(model: ModelConfig) -> None:
         problems.append(
             f"embed_dim={model.d_model} is not divisible by num_heads={model.num_heads}; change one of them"
         )
-    if model.moe.every != 1 or model.moe.d_ff is not None:
-        problems.append("every block has an MoE layer of width ff_dim: leave out every and d_ff")
+    if model.moe.layer_count(model.num_layers) < model.num_layers or model.moe.d_ff is not None:
+        problems.append("every block has an MoE layer of width ff_dim: leave out every, first and d_ff")
     alone = ParallelConfig()
     problems += moe_rules(model.moe, alone, d_ff=model.d_ff, num_layers=model.num_layers, section="")
     refuse([*problems, *encoder_rules(model, alone, experts="")])

@@ -25,7 +25,7 @@ from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, devic
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"]
 
 
 class MixtureOfExperts(KeepsStep, Layer):
@@ -35,7 +35,7 @@ class MixtureOfExperts(KeepsStep, Layer):
     ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless. Evaluation drops
     nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too). device: where
     the layer starts, and for which kernels are chosen; None is torch's default device. activation: gelu, as in the
-    usual feed-forward; swiglu and geglu have a third matrix. seed: of initial weights and of everything random; None
+    usual feed-forward; those with glu have a third matrix. seed: of initial weights and of everything random; None
     draws one from torch's generator, so that layers differ. mesh: process groups to cut the experts over; the input is
     then this rank's tokens, equally many on every rank, and every rank must call. options: any other field of
     MoEConfig, such as router, expert_bias, drop_policy, balance_loss_coef.

@@ -52,7 +52,7 @@ class TransformerBlock(Layer):
         window: int | None = None,
         rope_theta: float = 10000.0,
         attn_impl: Literal["torch", "flash", "triton"] = "flash",
-        activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2"] = "gelu",
+        activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"] = "gelu",
         expert_capacity_factor: float | None = 1.25,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -189,6 +189,6 @@ def _check(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: Attent
         problems.append(f"n_heads={heads} is not divisible by n_kv_heads={kv_heads}")
     if not problems and attention.position == "rotary" and d_model // heads % 2:
         problems.append(f"rotary positions need an even width of a head, not {d_model}/{heads}={d_model // heads}")
-    refuse([*problems, *attention_rules(attention, section="")])
+    refuse([*problems, *attention_rules(attention, 1, section="")])
     if attention.backend == "triton":
         check_triton("attn_impl", "flash", device_type)

@@ -191,8 +191,10 @@ def split_experts(layer: "MoE", parts: int = 2) -> None:
             f"num_groups={moe.num_groups}: router=sigmoid ranks groups by two experts, which parts would fill"
         )
     # What it was for one chosen expert it must be for its parts; expert_choice never looks at it.
-    renormalize = moe.renormalize and (moe.top_k > 1 or moe.router == "expert_choice")
+    renormalize = moe.renormalizes or (moe.renormalize and moe.router == "expert_choice")
     scale = 1 if moe.router == "sigmoid" and not renormalize else parts
+    # A width of their own stays that of the shared experts; else they become as narrow as the others.
+    shared = moe.num_shared_experts * (parts if moe.shared_d_ff is None else 1)
     members = members_of(layer)
     if moe.router == "softmax" and "bias_E" in members[0].row:  # beside scores that are shared out
         members = [replace(own, row=own.row | {"bias_E": own.row["bias_E"] / parts}) for own in members]
@@ -201,7 +203,8 @@ def split_experts(layer: "MoE", parts: int = 2) -> None:
         [part for member in members for part in parts_of(member, parts, scale)],
         top_k=moe.top_k * parts,
         renormalize=renormalize,
-        num_shared_experts=moe.num_shared_experts * parts,
+        renormalize_top_1=False,
+        num_shared_experts=shared,
     )
 
 

@@ -82,7 +82,7 @@ def layer_like(layer: "MoE", widths: list[int], **changes: Any) -> "MoE":
         d_ff = None
     moe = replace(moe, num_experts=len(widths), d_ff=d_ff, **changes)
     # What counts the layers of a model is as it was.
-    alone = replace(moe, every=1, capacity_factor=1.0, eval_capacity_factor=None, capacity_schedule={})
+    alone = replace(moe, every=1, first=None, capacity_factor=1.0, eval_capacity_factor=None, capacity_schedule={})
     refuse(moe_rules(alone, ParallelConfig(), d_ff=layer.d_ff, num_layers=1))
     held = layer.experts
     return type(layer)(

@@ -39,7 +39,7 @@ def upcycle_decoder(
     if decoder.mesh.tp.size > 1:
         raise ValueError(f"the decoder is cut over tp={decoder.mesh.tp.size}: load its checkpoint on one process first")
     if layers is not None:
-        moe = replace(moe, every=_every(layers, model.num_layers))
+        moe = replace(moe, first=None, every=_every(layers, model.num_layers))
     wanted = replace(model, moe=moe)
     check_rules(wanted)
     wanted = resolve_backends(upcycled_config(wanted) if preserve else wanted, ep=1)

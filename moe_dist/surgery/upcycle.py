@@ -89,7 +89,7 @@ def sums_to_one(moe: MoEConfig) -> bool:
     """Whether the weights of a token sum to 1 for any router weight."""
     if moe.router == "hash":
         return True
-    return moe.top_k > 1 and (moe.renormalize or moe.router == "noisy")
+    return moe.renormalizes or (moe.top_k > 1 and moe.router == "noisy")
 
 
 def upcycled_config(model: ModelConfig) -> ModelConfig:

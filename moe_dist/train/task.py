@@ -41,6 +41,7 @@ from moe_dist.models.flops import classifier_flops_per_token, train_flops_per_to
 from moe_dist.models.parameters import ParameterCounts, classifier_parameter_counts, parameter_counts
 from moe_dist.models.trainable import Trainable
 from moe_dist.moe.causality import causality_notes
+from moe_dist.moe.learning import learning_notes
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.step import DocumentEnds, StepContext
@@ -226,7 +227,8 @@ class LanguageModelling:
         corpus, left_out = self.corpus, self.corpus.left_out.describe()
         large = "is large: parts of it were hashed, and its ids are checked as they are read"
         sampled = [f"{path} {large}" for path in corpus.sampled]
-        return [*([left_out] if left_out else []), *self._blend_notes(), *sampled, *causality_notes(model)]
+        of_model = [*causality_notes(model), *learning_notes(model)]
+        return [*([left_out] if left_out else []), *self._blend_notes(), *sampled, *of_model]
 
     def _blend_notes(self) -> list[str]:
         """The share of each corpus, and how often a run of all steps reads it."""
@@ -323,7 +325,7 @@ class Classification:
         return classifier_parameter_counts(model, self.config.train.seq_len)
 
     def notes(self, model: ModelConfig) -> list[str]:
-        return []
+        return list(learning_notes(model))
 
     def summary(self, last: dict[str, Any]) -> dict[str, str]:
         rows = {}

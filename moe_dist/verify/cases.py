@@ -29,7 +29,9 @@ SETTING_AXES: Axes = {
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
     "attention": ("multi_query", "options", "dropout", "switch", "routed"),
+    "family": ("none", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "jetmoe"),
 }
+_CORE = ("top_k", "drops", "accumulation")  # decides who is dropped
 QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
 QUICK_SETTINGS: Axes = {"top_k": ("2",), "drops": ("position",), "accumulation": ("1",)}
 
@@ -49,13 +51,14 @@ class Setting:
     experts: str = "grouped_mm"
     recompute: str = "none"
     attention: str = "multi_query"
+    family: str = "none"
 
     def __str__(self) -> str:
         plain = Setting()
         extra = [
             f"{name} {getattr(self, name)}"
-            for name in ("router", "overflow", "pool", "balance", "balance_scope", "experts", "recompute", "attention")
-            if getattr(self, name) != getattr(plain, name)
+            for name in SETTING_AXES
+            if name not in _CORE and getattr(self, name) != getattr(plain, name)
         ]
         return ", ".join([f"top-{self.top_k}", self.drops, f"accumulation {self.accumulation}", *extra])
 
@@ -117,6 +120,34 @@ _ATTENTIONS: dict[str, dict[str, object]] = {
     "routed": {"kind": "routed", "routed": {"num_routed_queries": 2, "num_routed_key_values": 3, "local_window": 4}},
     "switch": {"kind": "switch"},
 }
+_NO_FAMILY: dict[str, dict[str, object]] = {"model": {}, "attention": {}, "moe": {}}
+_FAMILIES: dict[str, dict[str, dict[str, object]]] = {
+    "none": {},
+    "qwen2_moe": {"attention": {"qkv_bias": True}, "moe": {"shared_d_ff": 40, "shared_gate": True}},
+    "qwen3_moe": {"attention": {"qk_norm": "head"}},
+    "olmoe": {"attention": {"qk_norm": "width"}, "model": {"num_kv_heads": 4}},
+    "gpt_oss": {
+        "model": {"num_kv_heads": 2, "activation": "clamped_swiglu"},
+        "attention": {
+            "qkv_bias": True,
+            "out_bias": True,
+            "sinks": True,
+            "window": [5, None],
+            "rope_scaling": "yarn",
+            "rope_factor": 4.0,
+            "rope_original_len": 8,
+            "rope_truncate": False,
+        },
+        "moe": {"expert_bias": True, "router_bias": True},
+    },
+    "glm4_moe": {
+        "attention": {"qkv_bias": True, "qk_norm": "head", "rotary_share": 0.5},
+        "moe": {"first": 1, "routed_scale": 2.5},
+    },
+    "jetmoe": {"attention": {"out_bias": True}, "moe": {"out_bias": True}},
+}
+"""What families of models have beside the plain layers. Their routers and attention experts are settings of their own:
+router=sigmoid family=glm4_moe, attention=switch family=jetmoe."""
 
 
 def parse_axes(given: Sequence[str], axes: Axes, default: Axes) -> Axes:
@@ -142,9 +173,8 @@ def settings_of(axes: Axes) -> tuple[Setting, ...]:
 def every_setting() -> tuple[Setting, ...]:
     """All combinations of what decides who is dropped; each other axis varied on its own, its product takes days, but
     for the ways to balance, with either router that they are for."""
-    core = ("top_k", "drops", "accumulation")
-    combined = settings_of({name: SETTING_AXES[name] for name in core})
-    others = {name: values[1:] for name, values in SETTING_AXES.items() if name not in core}
+    combined = settings_of({name: SETTING_AXES[name] for name in _CORE})
+    others = {name: values[1:] for name, values in SETTING_AXES.items() if name not in _CORE}
     alone = tuple(Setting(**{name: value}) for name, values in others.items() for value in values)
     return combined + alone + settings_of({"router": ("sigmoid",), "balance": others["balance"]})
 
@@ -192,16 +222,17 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         "overlap_chunks": 2 if overlap else 1,
         "experts": setting.experts,
     }
-    moe |= _POOLS[setting.pool]
+    family = _NO_FAMILY | _FAMILIES[setting.family]
+    moe |= _POOLS[setting.pool] | family["moe"]
     if setting.balance == "sign" or (setting.balance == "auto" and setting.router == "sigmoid"):
         moe |= {"bias_update_rate": 0.01}
     model = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 1, "recompute": setting.recompute}
-    attention = _ATTENTIONS[setting.attention]
+    attention = _ATTENTIONS[setting.attention] | family["attention"]
     if setting.attention == "switch":
         pool = _POOLS[setting.pool] | ({"num_experts": 8} if setting.pool != "1" else {})  # none is cut by ep = 4
         as_of_feed_forwards = {key: moe[key] for key in ("drop_order", "balance")}
         attention = attention | {"moe": _SWITCH_EXPERTS | as_of_feed_forwards | pool}
-    model |= {"attention": attention}
+    model |= {"attention": attention} | family["model"]
     # Buckets so small that gradients leave one after the other while backward goes on.
     engine = (
         {"name": "native", "bucket_mib": 2**-7} if native else {"name": "deepspeed", "zero_stage": int(layout.zero)}

@@ -46,6 +46,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 # A router whose balancing bias is state that no optimizer holds.
 BALANCED = {"model__moe__router": "sigmoid", "model__moe__bias_update_rate": 0.01}
+# Parameters that are cut, that all ranks hold, and of which a rank's query heads read a part.
+OPTIONS: dict[str, Any] = {
+    "model__num_heads": 12,
+    "model__num_kv_heads": 3,
+    "model__head_dim": 4,
+    "model__activation": "clamped_swiglu",
+    "model__attention": {"qkv_bias": True, "out_bias": True, "qk_norm": "width", "sinks": True, "window": [4, None]},
+    "model__moe__first": 1,
+    "model__moe__router_bias": True,
+    "model__moe__out_bias": True,
+    "model__moe__num_shared_experts": 1,
+    "model__moe__shared_d_ff": 24,
+    "model__moe__shared_gate": True,
+}
 RUN = {"data": "nothing"}
 SAVED, CONTINUED = 3, 6
 OTHER_WEIGHTS = {"train__seed": 1}  # what a load must overwrite
@@ -116,6 +130,23 @@ def check_native_to_any_layout_and_back(folder: str, layouts: list[str]) -> None
         assert_close_losses(native.train(CONTINUED, CONTINUED + 2), more, tolerance, f"{name} to native")
         assert_close_losses(again.train(CONTINUED, CONTINUED + 2), more, 0.0, f"{name} to itself")
         assert_same_state(state(again), state(layout))
+
+
+def check_options_travel(folder: str) -> None:
+    """What families of models have beside the plain layers, in layouts that cut it otherwise."""
+    run = start(NATIVE | OPTIONS)
+    run.train(0, SAVED)
+    path = save(Path(folder) / "options", run.engine, SAVED)
+    saved = state(run)
+    for name, value in saved["weight"].items():
+        if "bias" in name or "qk_norm" in name or "sinks" in name:
+            assert len(set(value.flatten().tolist())) == value.numel(), f"{name} must have learned"
+    losses = run.train(SAVED, CONTINUED)
+    for name in ("native-sp-ep4", "zero3-ep2-tp2", "zero0"):
+        layout = start(LAYOUTS[name] | OPTIONS | OTHER_WEIGHTS)
+        load(path, layout.engine)
+        assert_same_state(state(layout), saved)
+        assert_close_losses(layout.train(SAVED, CONTINUED), losses, 1e-5, f"options, native to {name}")
 
 
 def check_one_process_saves(folder: str) -> None:
@@ -363,6 +394,7 @@ def test_any_layout_to_any_other(tmp_path: Path) -> None:
         [
             check_four_ranks_continue_one,
             check_native_to_some,
+            check_options_travel,
             check_damage_is_named_on_every_rank,
             check_another_model_is_refused_on_every_rank,
             check_a_failing_rank_fails_all_and_harms_nothing,

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,7 +23,7 @@ from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, Mesh, create_mesh, single_process_mesh
 from moe_dist.parallel.norm import RMSNorm
-from moe_dist.parallel.sharding import initialize, spec_of
+from moe_dist.parallel.sharding import initialize, logical_parameters, spec_of
 from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, raised, run_checks
 
@@ -194,7 +196,8 @@ def check_layers() -> None:
     """Whole tensor-parallel regions, with and without sequence parallelism."""
     for group in groups():
         for sequence_parallel in (False, True):
-            for build in (feed_forward, multi_query, grouped_query, multi_head, norm, embedding):
+            plain = (feed_forward, multi_query, grouped_query, multi_head, norm, embedding)
+            for build in (*plain, *attention_options()):
                 compare_layer(build, mesh_of(group, sequence_parallel))
 
 
@@ -210,9 +213,9 @@ def feed_forward(mesh: Mesh) -> Layer:
     return layer, layer
 
 
-def attention(kv_heads: int, mesh: Mesh) -> Layer:
-    plain = AttentionConfig(backend="torch")
-    layer = CausalSelfAttention(HeadSizes(D, 4, kv_heads, 4), plain, mesh, out_std=0.3)
+def attention(kv_heads: int, mesh: Mesh, heads: int = 4, **options: Any) -> Layer:
+    config = AttentionConfig(backend="torch", **options)
+    layer = CausalSelfAttention(HeadSizes(D, heads, kv_heads, 4), config, mesh, out_std=0.3)
     rotary = rotary_table(torch.arange(T // 2).double(), 4, 10000.0)
     return layer, lambda x_TD: layer(x_TD, (2, T // 2), Positions(rotary), StepContext(KEY))[0]
 
@@ -229,6 +232,13 @@ def multi_head(mesh: Mesh) -> Layer:
     return attention(4, mesh)
 
 
+def attention_options() -> Iterator[Callable[[Mesh], Layer]]:
+    """Key/value heads that are cut, that all ranks hold, and (12 on 3) that a rank's query heads read in part."""
+    for heads, kv_heads in ((4, 1), (4, 2), (4, 4), (12, 3)):
+        for options in (dict(qk_norm="head"), dict(qk_norm="width", clip_qkv=1.0), dict(qkv_bias=True, out_bias=True)):
+            yield partial(attention, kv_heads, heads=heads, **options)
+
+
 def norm(mesh: Mesh) -> Layer:
     layer = RMSNorm(D, 1e-5, mesh)
     return layer, layer
@@ -241,15 +251,24 @@ def embedding(mesh: Mesh) -> Layer:
     return layer, lambda x_TD: x_TD + leave(layer(ids_T), mesh)
 
 
+@torch.no_grad()
+def fill(layer: nn.Module) -> None:
+    """Initial values, and scales and biases that differ from head to head."""
+    initialize(layer.double(), seed=3)
+    for number, (_, param, spec) in enumerate(logical_parameters(layer)):
+        if param.dim() == 1:
+            param += draw(100 + number, *spec.logical_shape)[spec.flat_start :][: len(param)] / 4
+
+
 def compare_layer(build: Callable[[Mesh], Layer], mesh: Mesh) -> None:
     whole, call_whole = build(single_process_mesh())
-    initialize(whole.double(), seed=3)
+    fill(whole)
     x_TD, weight_TD = draw(0, T, D).requires_grad_(), draw(1, T, D)
     expected_TD = call_whole(x_TD)
     (expected_TD * weight_TD).sum().backward()
 
     part, call_part = build(mesh)
-    initialize(part.double(), seed=3)
+    fill(part)
     cut = (lambda x: x.chunk(mesh.tp.size)[mesh.tp.rank]) if mesh.sequence_parallel else (lambda x: x)
     own_TD = cut(x_TD.detach()).clone().requires_grad_()
     y_TD = call_part(own_TD)

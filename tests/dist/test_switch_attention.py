@@ -146,7 +146,9 @@ CASES = [
     Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=0.75)),
     Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=0.8, drop_policy="score", experts="loop"), recompute=True),
     Case(MoEConfig(num_experts=E, top_k=3, capacity_factor=1.0, drop_policy="random", overflow="reroute"), alibi=True),
-    Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=None, jitter=0.3), dict(window=3, clip_qkv=0.8)),
+    Case(
+        MoEConfig(num_experts=E, top_k=2, capacity_factor=None, jitter=0.3), dict(window=3, clip_qkv=0.8, out_bias=True)
+    ),
     Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=0.9), dict(dropout=0.4, backend="torch")),
     Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=None, experts="bmm"), x_BSD=one_sided()),
     Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=1.0), x_BSD=one_sided()),

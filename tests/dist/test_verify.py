@@ -84,6 +84,15 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     ),
     (Setting(pool="floor", overflow="reroute", recompute="block"), (LayoutCase(ep="2", tp="2", dispatch="overlap"),)),
     (Setting(attention="routed"), (LayoutCase(ep="2", tp="2", sp="on"),)),
+    (Setting(family="qwen2_moe", recompute="block"), (LayoutCase(ep="2", tp="2", sp="on"),)),
+    (Setting(family="qwen3_moe"), (LayoutCase(ep="2", tp="2", zero="1"),)),
+    (Setting(family="olmoe"), (LayoutCase(ep="4", tp="2", sp="on"), LayoutCase(tp="2", zero="3"))),
+    (
+        Setting(family="gpt_oss", drops="dropless"),
+        (LayoutCase(ep="2", tp="2", sp="on"), LayoutCase(ep="4", tp="2", zero="3")),
+    ),
+    (Setting(router="sigmoid", family="glm4_moe"), (LayoutCase(ep="2", tp="2", sp="on", dispatch="padded"),)),
+    (Setting(attention="switch", family="jetmoe", recompute="block"), (LayoutCase(ep="2", tp="2", sp="on"),)),
 ]
 
 

@@ -31,6 +31,10 @@ ATTENTION = {
     "multi_query": AttentionConfig(),
     "triton": AttentionConfig(backend="triton"),
     "window, sinks, norms": AttentionConfig(backend="triton", position="alibi", window=7, sinks=True, qk_ln=True),
+    "of other families": AttentionConfig(
+        backend="triton", qkv_bias=True, out_bias=True, qk_norm="head", rotary_share=0.5, window=[7, None], sinks=True
+    ),
+    "width norm": AttentionConfig(qk_norm="width", rope_scaling="llama3", rope_factor=4.0, rope_original_len=8),
     "dropout": AttentionConfig(backend="triton", dropout=0.2),
     "switch": AttentionConfig(kind="switch", moe=MoEConfig(num_experts=4, top_k=2, capacity_factor=1.0)),
 }

@@ -3,19 +3,26 @@
 from collections.abc import Iterator
 
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
-from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, share, unused
+from moe_dist.config.rules.parts import MANY, Uses, above_zero, at_least, at_most, between, key, share, shown, unused
 
 _USES: Uses = {
     "rope_scaling": ("position", "rotary"),
-    "rope_factor": ("rope_scaling", "linear ntk yarn"),
-    "rope_original_len": ("rope_scaling", "yarn"),
+    "rotary_share": ("position", "rotary"),
+    "rope_factor": ("rope_scaling", "linear ntk dynamic yarn llama3"),
+    "rope_original_len": ("rope_scaling", "dynamic yarn llama3"),
+    "rope_fast_turns": ("rope_scaling", "yarn llama3"),
+    "rope_slow_turns": ("rope_scaling", "yarn llama3"),
+    "rope_truncate": ("rope_scaling", "yarn"),
 }
 
 
-def attention_rules(attention: AttentionConfig, section: str = "model.attention") -> Iterator[str]:
-    """A line for each broken rule: the values, the rule, what to change."""
-    yield from at_least(1, attention, section, "window rope_original_len")
-    yield from at_most(attention, section, window=MANY, rope_original_len=MANY, rope_factor=1e6)
+def attention_rules(attention: AttentionConfig, num_layers: int, section: str = "model.attention") -> Iterator[str]:
+    """A line for each broken rule: the values, the rule, what to change. num_layers: of the model."""
+    yield from at_least(1, attention, section, "rope_original_len")
+    yield from at_most(attention, section, rope_original_len=MANY, rope_factor=1e6)
+    yield from _window_rules(attention, num_layers, key(section, "window"))
+    yield from at_most(attention, section, rope_fast_turns=1e6, rotary_share=1.0)
+    yield from above_zero(attention, section, "rope_slow_turns rotary_share")
     yield from between(attention, section, "clip_qkv", 1e-3, 1e6)  # null clamps nothing
     yield from unused(attention, section, _USES)
     if attention.kind != "routed" and attention.routed != RoutedAttentionConfig():
@@ -23,6 +30,11 @@ def attention_rules(attention: AttentionConfig, section: str = "model.attention"
         yield f"{routed} is of kind=routed, not {attention.kind}; set {key(section, 'kind')} or clear {routed}"
     yield from share(attention, section, "dropout")
     yield from _rotary_rules(attention, section)
+    if attention.qk_ln and attention.qk_norm != "none":
+        yield (
+            f"qk_ln=true and qk_norm={attention.qk_norm} are two norms of the same queries and keys; "
+            f"set {key(section, 'qk_ln')} to false or {key(section, 'qk_norm')} to none"
+        )
     if 0 < attention.dropout < 1 and attention.backend not in ("torch", "triton"):
         yield (
             f"dropout={attention.dropout} with backend={attention.backend} would draw other numbers in every layout; "
@@ -52,11 +64,21 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         yield (
             f"kind=routed has a window of its own, {key(inner, 'local_window')}; set {key(section, 'window')} to null"
         )
-    for name, off in (("sinks", False), ("qk_ln", False), ("clip_qkv", None)):
-        value = getattr(attention, name)
+    for name in "rotary_share qkv_bias out_bias sinks qk_ln qk_norm clip_qkv".split():
+        value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
-            shown = "null" if off is None else "false"
-            yield f"kind=routed does not know {name}={value}; set {key(section, name)} to {shown}"
+            yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"
+
+
+def _window_rules(attention: AttentionConfig, num_layers: int, where: str) -> Iterator[str]:
+    windows = attention.window if isinstance(attention.window, list) else [attention.window]
+    if not windows:
+        yield f"window=[] has none for any layer; set {where} to null"
+    if len(windows) > max(num_layers, 1):
+        yield f"window has {len(windows)} values for num_layers={num_layers}; shorten {where}"
+    for window in windows:
+        if window is not None and not 1 <= window <= MANY:
+            yield f"window={window} is outside 1 to {MANY}; change {where} (null: all tokens before)"
 
 
 def _rotary_rules(attention: AttentionConfig, section: str) -> Iterator[str]:
@@ -65,5 +87,13 @@ def _rotary_rules(attention: AttentionConfig, section: str) -> Iterator[str]:
             f"rope_factor={attention.rope_factor} is below 1, but sequences become longer: "
             f"raise {key(section, 'rope_factor')}"
         )
-    if attention.rope_scaling == "yarn" and attention.rope_original_len is None:
-        yield f"rope_scaling=yarn needs the length first trained on; set {key(section, 'rope_original_len')}"
+    if attention.rope_scaling in ("dynamic", "yarn", "llama3") and attention.rope_original_len is None:
+        yield (
+            f"rope_scaling={attention.rope_scaling} needs the length first trained on; "
+            f"set {key(section, 'rope_original_len')}"
+        )
+    if attention.fast_turns <= attention.rope_slow_turns:
+        yield (
+            f"rope_slow_turns={attention.rope_slow_turns} is not below rope_fast_turns={attention.fast_turns}; "
+            f"lower {key(section, 'rope_slow_turns')} or raise {key(section, 'rope_fast_turns')}"
+        )

@@ -74,8 +74,8 @@ def parts_of(config: Config, shape: BatchShape) -> list[Part]:
     expert = _EACH / parallel.expert_ranks
     expert /= shape.dp * parallel.tp / parallel.expert_ranks if sharded else 1  # copies of a rank's experts
     head = model.head_dim or model.d_model // model.num_heads
-    matrices = 3 if model.activation in ("swiglu", "geglu") else 2
-    moe_layers = model.num_layers // moe.every if moe.num_experts else 0
+    matrices = 3 if model.activation in ("swiglu", "geglu", "clamped_swiglu") else 2
+    moe_layers = moe.layer_count(model.num_layers)
     width = {"model.d_model": model.d_model}
     parts = [
         Part("embeddings", {"model.vocab_size": model.vocab_size} | width, dense),

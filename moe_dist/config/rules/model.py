@@ -35,7 +35,10 @@ def model_rules(model: ModelConfig) -> Iterator[str]:
         model.num_kv_heads,
         "every key/value head serves the same number of query heads; change model.num_kv_heads (1 is always right)",
     )
-    turns = model.attention.position == "rotary"
+    share = model.attention.rotary_share
+    turns = model.attention.position == "rotary" and share == 1
+    if 0 < share < 1 and model.num_heads >= 1:
+        yield from _partly_rotary(model.head_width, share)
     if model.head_dim is not None:
         if turns and model.head_dim % 2:
             yield f"head_dim={model.head_dim} is odd; rotary embedding turns pairs of numbers: make model.head_dim even"
@@ -46,4 +49,13 @@ def model_rules(model: ModelConfig) -> Iterator[str]:
         yield (
             f"head_dim=d_model/num_heads={d_model}/{num_heads}={d_model // num_heads} is odd; "
             "rotary embedding turns pairs of numbers: change model.num_heads or set an even model.head_dim"
+        )
+
+
+def _partly_rotary(head_dim: int, share: float) -> Iterator[str]:
+    turned = head_dim * share
+    if abs(turned - round(turned)) > 1e-6 or round(turned) % 2 or turned < 2:
+        yield (
+            f"rotary_share={share} of head_dim={head_dim} is {turned:g}, but rotary embedding turns pairs of numbers: "
+            "change model.attention.rotary_share so that it is even"
         )

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moe_dist.config.model import MoEConfig
-from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, share, unused
+from moe_dist.config.rules.parts import MANY, Uses, at_least, at_most, between, key, multiple, share, shown, unused
 from moe_dist.config.schema import ParallelConfig
 
 _LARGEST: dict[str, float] = dict(
     num_experts=2**20,
     num_shared_experts=1024,
+    shared_d_ff=2**24,
     min_capacity=MANY,
     sinkhorn_iterations=1000,
     balance_bins=2**20,
@@ -22,6 +23,7 @@ _LARGEST: dict[str, float] = dict(
 _WIDEST = 2**24  # an expert
 _LARGEST_FACTOR = 1e6  # at num_experts / top_k already nothing is dropped
 _USES: Uses = {
+    "router_bias": ("router", "softmax sigmoid"),
     "jitter": ("router", "softmax"),
     "num_groups": ("router", "softmax sigmoid"),
     "top_k_groups": ("router", "softmax sigmoid"),
@@ -34,6 +36,7 @@ _USES: Uses = {
     "load_loss_coef": ("router", "noisy"),
     "sinkhorn_iterations": ("router", "sinkhorn"),
     "renormalize": ("router", "softmax sigmoid sinkhorn"),
+    "renormalize_top_1": ("router", "softmax sigmoid sinkhorn"),
     "drop_order": ("drop_policy", "position"),
     "wire": ("dispatch", "auto all_to_all"),
     "overlap_chunks": ("dispatch", "auto all_to_all"),
@@ -46,15 +49,23 @@ def moe_rules(
 ) -> Iterator[str]:
     """d_ff: of the model, which experts have too where the section names none. num_layers: of the model."""
     yield from at_least(1, moe, section, "top_k every num_groups top_k_groups sinkhorn_iterations overlap_chunks")
-    yield from at_least(1, moe, section, "capacity_pool")
+    yield from at_least(1, moe, section, "capacity_pool shared_d_ff")
     yield from between(moe, section, "pool_floor", 0.0, 1.0)
     yield from at_least(10, moe, section, "balance_bins")
-    yield from at_least(0, moe, section, "num_experts num_shared_experts min_capacity jitter bias_update_rate")
+    yield from at_least(0, moe, section, "first num_experts num_shared_experts min_capacity jitter bias_update_rate")
     yield from at_least(0, moe, section, "balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef")
     yield from between(moe, section, "routed_scale", 1e-4, 1e4)
     yield from at_most(moe, section, **_LARGEST)
     yield from share(moe, section, "balance_ema")
     yield from unused(replace(moe, balance=moe.balanced_by), section, _USES)  # type: ignore[arg-type]
+    if moe.num_shared_experts == 0:
+        for name in ("shared_d_ff", "shared_gate"):
+            value, off = getattr(moe, name), getattr(MoEConfig(), name)
+            if value != off:
+                yield (
+                    f"{name}={shown(value)} needs num_shared_experts > 0; set {key(section, name)} to {shown(off)}, "
+                    f"or {key(section, 'num_shared_experts')}"
+                )
     if moe.num_experts == 0:
         if moe.num_shared_experts > 0:
             yield (
@@ -71,7 +82,11 @@ def moe_rules(
     )
     if moe.top_k > moe.num_experts:
         yield f"top_k={moe.top_k} is larger than num_experts={moe.num_experts}; lower {key(section, 'top_k')}"
-    if moe.every > num_layers >= 1:
+    if moe.first is not None and moe.first >= num_layers >= 1:
+        yield (
+            f"first={moe.first} is not below num_layers={num_layers}, so no layer is MoE; lower {key(section, 'first')}"
+        )
+    if moe.first is None and moe.every > num_layers >= 1:
         yield (
             f"every={moe.every} is larger than num_layers={num_layers}, so no layer is MoE; "
             f"lower {key(section, 'every')}"
@@ -113,7 +128,7 @@ def _width_rules(moe: MoEConfig, etp: int, d_ff: int, section: str) -> Iterator[
 
 
 def _capacity_rules(moe: MoEConfig, num_layers: int, section: str) -> Iterator[str]:
-    moe_layers = num_layers // max(moe.every, 1)
+    moe_layers = moe.layer_count(num_layers)
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor, where = getattr(moe, name), key(section, name)
         if isinstance(factor, list) and len(factor) != moe_layers:
@@ -193,6 +208,8 @@ def _pool_rules(moe: MoEConfig, parallel: ParallelConfig, section: str) -> Itera
 def _router_rules(moe: MoEConfig, section: str) -> Iterator[str]:
     if not moe.renormalize and moe.top_k == 1:
         yield f"renormalize=false is of top_k > 1, not {moe.top_k}; set {key(section, 'renormalize')} to true"
+    if moe.renormalize_top_1 and moe.top_k > 1:
+        yield f"renormalize_top_1=true is of top_k=1, not {moe.top_k}; set {key(section, 'renormalize_top_1')} to false"
     if moe.jitter >= 1:
         yield (f"jitter={moe.jitter} is not below 1; Switch Transformers uses 0.01: lower {key(section, 'jitter')}")
     if moe.num_groups > 1:

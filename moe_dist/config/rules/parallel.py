@@ -41,10 +41,12 @@ def parallel_rules(parallel: ParallelConfig, model: ModelConfig, seq_len: int, w
         "vocab_size": (model.vocab_size, "model.vocab_size"),
         "seq_len": (seq_len, "train.seq_len"),
     }
-    if moe.num_experts == 0 or moe.every > 1:
+    if moe.layer_count(model.num_layers) < model.num_layers:
         split["d_ff"] = (model.d_ff, "model.d_ff")
     if moe.num_experts > 0 and moe.num_shared_experts > 0:
         width = max(moe.d_ff, default=0) if isinstance(moe.d_ff, list) else moe.d_ff or model.d_ff
-        split["num_shared_experts*d_ff"] = (moe.num_shared_experts * width, "the width of the shared experts")
+        name = "d_ff" if moe.shared_d_ff is None else "shared_d_ff"
+        total = moe.num_shared_experts * (moe.shared_d_ff or width)
+        split[f"num_shared_experts*{name}"] = (total, "the width of the shared experts")
     for name, (size, where) in split.items():
         yield from multiple(name, size, "tp", tp, f"each tensor-parallel rank takes an equal part; change {where}")

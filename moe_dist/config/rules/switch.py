@@ -5,11 +5,21 @@ from dataclasses import replace
 
 from moe_dist.config.model import AttentionConfig, MoEConfig
 from moe_dist.config.rules.moe import moe_rules
-from moe_dist.config.rules.parts import key
+from moe_dist.config.rules.parts import key, shown
 from moe_dist.config.schema import ParallelConfig
 
 # Fields of MoEConfig that say nothing about attention experts, and the value that they keep.
-NOT_OF_ATTENTION = dict(d_ff=None, every=1, num_shared_experts=0, expert_bias=False, overlap_chunks=1)
+NOT_OF_ATTENTION = dict(
+    d_ff=None,
+    every=1,
+    first=None,
+    num_shared_experts=0,
+    shared_d_ff=None,
+    shared_gate=False,
+    expert_bias=False,
+    out_bias=False,
+    overlap_chunks=1,
+)
 _NO_WIDTH = 0  # attention experts have no hidden layer that could be cut
 
 
@@ -33,9 +43,10 @@ def switch_rules(
         return
     if num_kv_heads != 1:
         yield f"num_kv_heads={num_kv_heads} with kind=switch, which has one for all; set model.num_kv_heads to 1"
-    for name in ("qk_ln", "sinks"):
-        if getattr(attention, name):
-            yield f"{name}=true is not of kind=switch; set {key(section, name)} to false"
+    for name in ("qkv_bias", "qk_ln", "qk_norm", "sinks"):
+        value, off = getattr(attention, name), getattr(AttentionConfig(), name)
+        if value != off:
+            yield f"{name}={shown(value)} is not of kind=switch; set {key(section, name)} to {shown(off)}"
     for name, kept in NOT_OF_ATTENTION.items():
         value = getattr(moe, name)
         if value != kept:

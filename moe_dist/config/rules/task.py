@@ -8,6 +8,9 @@ from moe_dist.config.schema import Config, DataConfig, ParallelConfig
 
 _BYTES = 256
 _MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
+_OF_DECODERS = (
+    "kind position rotary_share rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window sinks dropout"
+).split()
 _MOST_WEIGHT = 1e12
 SMALLEST_SHARE = 1e-4
 """Of a blend: a hundred sequences in a million, so that a whole number of them is 1% from it at most."""
@@ -32,7 +35,7 @@ def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "
     moe, plain = model.moe, AttentionConfig()
     yield from at_least(2, model, "model", "num_classes")
     yield from share(model, "model", "dropout token_dropout")
-    for name in ("kind", "position", "rope_scaling", "clip_qkv", "qk_ln", "window", "sinks", "dropout"):
+    for name in _OF_DECODERS:
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
             yield f"attention.{name}={shown(value)} is of language models; set model.attention.{name} to {shown(only)}"

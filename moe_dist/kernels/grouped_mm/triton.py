@@ -25,7 +25,14 @@ from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.tile import INTERPRETED
 
-FUNCTIONS = {"swiglu": "silu", "geglu": "gelu", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
+FUNCTIONS = {
+    "swiglu": "silu",
+    "geglu": "gelu",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "clamped_swiglu": "clamped",
+}
 GATED = tuple(name for name in FUNCTIONS if gated(name))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,8 +49,8 @@ def feed_forward(
 ) -> Tensor:
     """y[x] = sum over kept k of weights[x, k] * E_i(x), i the expert of assignment k: [X, D] -> [X, D].
 
-    activation: swiglu, geglu (those need w.gate), gelu (by erf), relu or relu2. weights_XK None: 1 for every
-    assignment. keep_activation: keep act for backward instead of computing it again.
+    activation: of kernels/activation.py; the gated ones need w.gate. weights_XK None: 1 for every assignment.
+    keep_activation: keep act for backward instead of computing it again.
     order.slots_R may be longer than the rows in use; what is past them is never looked at. tiling: block sizes and
     precision, chosen by shape when None. ValueError for float64, mixed dtypes, or CPU tensors without the interpreter.
     """

@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.grouped_mm.tiles import ExpertTiling
-from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, halves, place, value_and_slope
+from moe_dist.kernels.grouped_mm.triton_parts import (
+    GROUP,
+    add_products,
+    factor_of,
+    halves,
+    place,
+    through_factor,
+    value_and_slope,
+)
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.tile import add_product, rounded
@@ -39,7 +47,8 @@ def through_activation(
     if GATED:
         pre_gate_MN = tl.load(pre_gate_ptr + shift + at_MN, mask=mask_MN, other=0.0).to(tl.float32)
         value_MN, slope_MN = value_and_slope(pre_gate_MN, FUNCTION)
-        act_MN = value_MN * pre_up_MN
+        factor_MN = factor_of(pre_up_MN, FUNCTION)
+        act_MN = value_MN * factor_MN
     else:
         act_MN, slope_MN = value_and_slope(pre_up_MN, FUNCTION)
     if act_ptr is not None:
@@ -53,8 +62,9 @@ def through_activation(
     if weighted_ptr is not None:
         tl.store(weighted_ptr + shift + at_MN, rounded(act_MN, kind), mask=mask_MN)
     if GATED:
-        tl.store(grad_gate_ptr + shift + at_MN, rounded(acc_MN * pre_up_MN * slope_MN, kind), mask=mask_MN)
-        tl.store(grad_up_ptr + shift + at_MN, rounded(acc_MN * value_MN, kind), mask=mask_MN)
+        grad_up_MN = through_factor(acc_MN * value_MN, pre_up_MN, FUNCTION)
+        tl.store(grad_up_ptr + shift + at_MN, rounded(grad_up_MN, kind), mask=mask_MN)  # first: else clamped spills
+        tl.store(grad_gate_ptr + shift + at_MN, rounded(acc_MN * factor_MN * slope_MN, kind), mask=mask_MN)
     else:
         tl.store(grad_up_ptr + shift + at_MN, rounded(acc_MN * slope_MN, kind), mask=mask_MN)
     return dots_M

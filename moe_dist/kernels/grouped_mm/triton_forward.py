@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.kernels.grouped_mm.tiles import ExpertTiling
-from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, halves, place, value_and_slope
+from moe_dist.kernels.grouped_mm.triton_parts import GROUP, add_products, factor_of, halves, place, value_and_slope
 from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.tile import rounded
@@ -42,7 +42,7 @@ def activate(
         pre_gate_MN = rounded(gate_MN, kind)
         tl.store(pre_gate_ptr + shift + at_MN, pre_gate_MN, mask=mask_MN)
         value_MN, _ = value_and_slope(pre_gate_MN.to(tl.float32), FUNCTION)
-        act_MN = value_MN * pre_up_MN.to(tl.float32)
+        act_MN = value_MN * factor_of(pre_up_MN.to(tl.float32), FUNCTION)
     else:
         act_MN, _ = value_and_slope(pre_up_MN.to(tl.float32), FUNCTION)
     tl.store(act_ptr + shift + at_MN, rounded(act_MN, kind), mask=mask_MN)

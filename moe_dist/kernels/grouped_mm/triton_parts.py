@@ -67,7 +67,8 @@ def halves(acc_MN):
 
 @triton.jit
 def value_and_slope(x, FUNCTION: tl.constexpr):
-    """f(x) and f'(x) in fp32. gelu is the exact one, by erf; relu2 is relu squared."""
+    """f(x) and f'(x) in fp32. gelu is the exact one, by erf; relu2 is relu squared; clamped is x sigmoid(1.702 x) of
+    x up to 7."""
     if FUNCTION == "silu":
         gate = 1 / (1 + tl.exp(-x))
         value = x * gate
@@ -79,8 +80,29 @@ def value_and_slope(x, FUNCTION: tl.constexpr):
     elif FUNCTION == "relu":
         value = tl.where(x <= 0, 0.0, x)  # not a maximum: that would turn NaN into 0
         slope = tl.where(x > 0, 1.0, 0.0)
-    else:
-        tl.static_assert(FUNCTION == "relu2")
+    elif FUNCTION == "relu2":
         slope = 2 * tl.where(x <= 0, 0.0, x)
         value = 0.25 * slope * slope
+    else:
+        tl.static_assert(FUNCTION == "clamped")
+        clamped = tl.where(x > 7.0, 7.0, x)
+        gate = 1 / (1 + tl.exp(-1.702 * clamped))
+        value = clamped * gate
+        slope = tl.where(x > 7.0, 0.0, gate + 1.702 * value * (1 - gate))
     return value, slope
+
+
+@triton.jit
+def factor_of(up, FUNCTION: tl.constexpr):
+    """What f(gate) is multiplied by: up, or with clamped 1 + up within -7 and 7."""
+    if FUNCTION == "clamped":
+        up = 1 + tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+    return up
+
+
+@triton.jit
+def through_factor(grad, up, FUNCTION: tl.constexpr):
+    """The gradient of up, from that of `factor_of`."""
+    if FUNCTION == "clamped":
+        grad = tl.where(tl.abs(up) > 7.0, 0.0, grad)
+    return grad

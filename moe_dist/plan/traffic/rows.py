@@ -28,7 +28,7 @@ Rows = Mapping[tuple[int, Site], Tensor]
 def factor_of(moe: MoEConfig, site: Site, step: int) -> float | None:
     """The capacity factor in force in training: of the step and the layer."""
     factor: CapacityFactor = moe.factor_at(step)
-    return factor[(site.layer + 1) // moe.every - 1] if isinstance(factor, list) else factor
+    return factor[(site.layer - moe.first_layer) // moe.every] if isinstance(factor, list) else factor
 
 
 def limit_of(moe: MoEConfig, site: Site, step: int, tokens: int, world: int) -> int | None:

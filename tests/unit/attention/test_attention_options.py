@@ -19,6 +19,9 @@ D, H, P, S = 16, 4, 4, 9
 OPTIONS = {
     "clip": dict(clip_qkv=0.5),
     "qk_ln": dict(qk_ln=True),
+    "biases": dict(qkv_bias=True, out_bias=True, clip_qkv=0.5),
+    "head norm": dict(qk_norm="head", clip_qkv=0.5),
+    "width norm": dict(qk_norm="width", clip_qkv=0.5),
     "window": dict(window=3),
     "sinks": dict(sinks=True),
     "alibi": dict(position="alibi"),
@@ -32,22 +35,33 @@ def layer_of(backend: str, groups: int, options: dict[str, object]) -> CausalSel
     layer = CausalSelfAttention(model.head_sizes, model.attention, single_process_mesh())
     initialize(layer, seed=0)
     for name, param in layer.named_parameters():
-        if "qk_norm" in name or "sinks" in name:
+        if "qk_norm" in name or "sinks" in name or "bias" in name:
             torch.nn.init.normal_(param)
     return layer.double()
 
 
+def over_heads(t_BSHP: Tensor, weight: Tensor, over: str) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * g, of each head or of all of them together."""
+    t = t_BSHP if over == "head" else t_BSHP.flatten(2)
+    return (t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight).view_as(t_BSHP)
+
+
 def by_positions(layer: CausalSelfAttention, x_BSD: Tensor, groups: int) -> Tensor:
     config, norm = layer.config, layer.qk_norm
-    q = (x_BSD @ layer.query.weight.t()).unflatten(-1, (H, P))
-    kv = (x_BSD @ layer.key_value.weight.t()).unflatten(-1, (groups, 2, P))
+    q_bias, kv_bias = (layer.query.bias, layer.key_value.bias) if config.qkv_bias else (0.0, 0.0)
+    q = (x_BSD @ layer.query.weight.t() + q_bias).unflatten(-1, (H, P))
+    kv = (x_BSD @ layer.key_value.weight.t() + kv_bias).unflatten(-1, (groups, 2, P))
     k, v = kv[..., 0, :], kv[..., 1, :]
+    if config.qk_norm != "none":  # before they are clamped
+        q, k = (over_heads(t, weight, config.qk_norm) for t, weight in ((q, norm.query_weight), (k, norm.key_weight)))
     if config.clip_qkv:
         q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-    if norm is not None:
+    if config.qk_ln:
         q = F.layer_norm(q.flatten(2), (H * P,), norm.query_weight, norm.query_bias, 1e-5).view_as(q)
         k = F.layer_norm(k, (P,), norm.key_weight, norm.key_bias, 1e-5)
     slopes, out = alibi_slopes(H).double(), torch.zeros_like(x_BSD)
+    if config.out_bias:
+        out = out + layer.out_bias.bias
     for b, h, t in product(range(len(x_BSD)), range(H), range(S)):
         first, group = max(0, t + 1 - (config.window or S)), h * groups // H
         scores = k[b, first : t + 1, group] @ q[b, t, h] / P**0.5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.attention.rotary import RotaryScaling, apply_rotary, rotary_table
+from moe_dist.attention.rotary import RotaryScaling, apply_rotary, rotary_table, turn_heads
 
 
 def test_table_by_hand() -> None:
@@ -56,15 +56,29 @@ def test_scores_depend_on_relative_positions(shift: int) -> None:
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "length", "factor"), [(64, 1e4, 128, 4.0), (128, 1e6, 4096, 8.0)])
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_scaling_is_that_of_transformers(kind: str, head_dim: int, theta: float, length: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ours", "theirs"),
+    [
+        ("linear", {}, {}),
+        ("yarn", {}, {}),
+        ("yarn", dict(truncate=False), dict(truncate=False)),  # GPT-OSS
+        ("yarn", dict(fast=16.0, slow=2.0), dict(beta_fast=16.0, beta_slow=2.0)),
+        ("llama3", dict(fast=4.0), dict(low_freq_factor=1.0, high_freq_factor=4.0)),
+        ("llama3", dict(fast=8.0, slow=2.0), dict(low_freq_factor=2.0, high_freq_factor=8.0)),
+        ("dynamic", dict(length=20), {}),  # no longer than the original: as it was
+        ("dynamic", dict(length=9000), {}),
+    ],
+)
+def test_scaling_is_that_of_transformers(
+    kind: str, ours: dict, theirs: dict, head_dim: int, theta: float, length: int, factor: float
+) -> None:
     utils = pytest.importorskip("transformers.modeling_rope_utils")
-    rope = dict(rope_type=kind, rope_theta=theta, factor=factor, original_max_position_embeddings=length)
+    rope = dict(rope_type=kind, rope_theta=theta, factor=factor, original_max_position_embeddings=length) | theirs
     config = pytest.importorskip("transformers").LlamaConfig(
         hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=length, rope_parameters=rope
     )
-    frequency, size = utils.ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    scaling = RotaryScaling(kind, factor, length)
+    scaling = RotaryScaling(kind, factor, length, **ours)
+    frequency, size = utils.ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=scaling.length or None)
     cos, sin = rotary_table(torch.arange(50).double(), head_dim, theta, scaling)
     angles = torch.arange(50)[:, None] * frequency.double()
     torch.testing.assert_close(cos, angles.cos() * size, rtol=0, atol=1e-5)
@@ -77,6 +91,15 @@ def test_ntk_keeps_the_fastest_and_divides_the_slowest() -> None:
     assert found[0] == plain[0]
     torch.testing.assert_close(found[-1], plain[-1] / 4)
     assert (found[1:-1] < plain[1:-1]).all() and (found[1:-1] > plain[1:-1] / 4).all()
+
+
+def test_the_first_numbers_of_a_head_alone() -> None:
+    """GLM-4 turns half of a head; attention experts with odd heads leave the last number."""
+    x_BSHP, table = torch.randn(2, 5, 3, 7), rotary_table(torch.arange(5), 4, 100.0)
+    turned = turn_heads(x_BSHP, table)
+    assert torch.equal(turned[..., 4:], x_BSHP[..., 4:])
+    assert torch.equal(turned[..., :4], apply_rotary(x_BSHP[..., :4], table))
+    assert torch.equal(turn_heads(x_BSHP, rotary_table(torch.arange(5), 0, 100.0)), x_BSHP)
 
 
 def test_rows_at_places_of_their_own() -> None:

@@ -254,6 +254,6 @@ def test_rules() -> None:
     assert "num_routed_queries=0" in problems(routed={"num_routed_queries": 0})
     assert "seq_len=256 is not above local_window=256" in problems(routed={"local_window": 256})
     assert "ALiBi" in problems(position="alibi")
-    for name, value in (("window", 4), ("sinks", True), ("qk_ln", True), ("clip_qkv", 1.0)):
+    for name, value in (("window", 4), ("sinks", True), ("qk_norm", "head"), ("clip_qkv", 1.0), ("out_bias", True)):
         assert f"model.attention.{name} to" in problems(**{name: value})
     assert "is of kind=routed, not multi_query" in problems(kind="multi_query", routed={"num_experts": 0})

@@ -30,6 +30,11 @@ BASES: dict[str, dict[str, Any]] = {
     "switch_sinkhorn": {"model__attention__kind": "switch", "model__attention__moe__router": "sinkhorn"},
     "routed": {"model__attention__kind": "routed"},
     "yarn": {"model__attention__rope_scaling": "yarn", "model__attention__rope_original_len": 64},
+    "llama3": {
+        "model__attention__rope_scaling": "llama3",
+        "model__attention__rope_original_len": 64,
+        "model__moe__num_shared_experts": 1,
+    },
     "wsd": {"optim__schedule": "wsd"},
     "classification": {"task": "classification"},
     "zero": {"engine__name": "deepspeed", "engine__zero_stage": 3},

@@ -134,6 +134,26 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
         ),
         ("every=5 is larger than num_layers=4", {"model__moe__every": 5}),
         (
+            "shared_d_ff=64 needs num_shared_experts > 0; set model.moe.shared_d_ff to",
+            {"model__moe__shared_d_ff": 64},
+        ),
+        (
+            "router_bias=true is of router=softmax or sigmoid, not noisy; set model.moe.router_bias to",
+            {"model__moe__router_bias": True, "model__moe__router": "noisy"},
+        ),
+        ("renormalize_top_1=true is of top_k=1, not 2", {"model__moe__renormalize_top_1": True}),
+        ("shared_gate=true needs num_shared_experts > 0", {"model__moe__shared_gate": True}),
+        (
+            "num_shared_experts*shared_d_ff=5 is not divisible by tp=2",
+            {"model__moe__num_shared_experts": 1, "model__moe__shared_d_ff": 5, "parallel__tp": 2},
+        ),
+        ("first=4 is not below num_layers=4, so no layer is MoE; lower model", {"model__moe__first": 4}),
+        (
+            "capacity_factor has 3 values for 2 MoE layers",
+            {"model__moe__capacity_factor": [1.0] * 3, "model__moe__every": 2, "model__moe__first": 0},
+        ),
+        ("d_ff=1023 is not divisible by tp=2", {"model__d_ff": 1023, "parallel__tp": 2, "model__moe__first": 1}),
+        (
             "num_experts=8 is not divisible by capacity_pool=3; a pool lies on one rank as a whole: "
             "set model.moe.capacity_pool to one of 1, 2, 4,",
             {"model__moe__capacity_pool": 3},
@@ -243,7 +263,43 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "model.attention.routed is of kind=routed, not multi_query",
             {"model__attention__routed__local_window": 64},
         ),
-        ("rope_factor=2.0 is of rope_scaling=linear or ntk or yarn", {"model__attention__rope_factor": 2.0}),
+        (
+            "qk_ln=true and qk_norm=width are two norms of the same queries and keys; set model.attention.qk_ln to",
+            {"model__attention__qk_ln": True, "model__attention__qk_norm": "width"},
+        ),
+        ("rope_factor=2.0 is of rope_scaling=linear or ntk or dynamic", {"model__attention__rope_factor": 2.0}),
+        ("window=0 is outside 1 to", {"model__attention__window": [8, 0, None]}),
+        ("window=[] has none for any layer; set model.attention.window", {"model__attention__window": []}),
+        ("window has 5 values for num_layers=4; shorten model", {"model__attention__window": [8] * 5}),
+        (
+            "rope_scaling=llama3 needs the length first trained on; set model",
+            {"model__attention__rope_scaling": "llama3"},
+        ),
+        (
+            "rope_slow_turns=4.0 is not below rope_fast_turns=4.0; lower model.attention.rope_slow_turns or",
+            {
+                "model__attention__rope_scaling": "llama3",
+                "model__attention__rope_original_len": 8,
+                "model__attention__rope_slow_turns": 4.0,
+            },
+        ),
+        (
+            "rope_truncate=false is of rope_scaling=yarn, not llama3; set model.attention.rope_truncate",
+            {
+                "model__attention__rope_scaling": "llama3",
+                "model__attention__rope_original_len": 8,
+                "model__attention__rope_truncate": False,
+            },
+        ),
+        (
+            "rotary_share=0.3 of head_dim=32 is 9.6, but rotary embedding turns pairs of numbers: change",
+            {"model__attention__rotary_share": 0.3},
+        ),
+        ("rotary_share=1.5 is above 1.0", {"model__attention__rotary_share": 1.5}),
+        (
+            "rotary_share=0.5 is of position=rotary, not alibi; set model.attention.rotary_share",
+            {"model__attention__rotary_share": 0.5, "model__attention__position": "alibi"},
+        ),
         (
             "rope_theta=500.0 is of attention.position=rotary, not alibi",
             {"model__rope_theta": 500.0, "model__attention__position": "alibi"},

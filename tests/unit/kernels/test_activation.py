@@ -15,13 +15,23 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda gate, up: up * 0.5 * (1 + torch.erf(up / 2**0.5)),
     "relu": lambda gate, up: up * (up > 0),
     "relu2": lambda gate, up: (up * (up > 0)) ** 2,
+    "clamped_swiglu": lambda gate, up: clamped(gate, -torch.inf) * clamped_sigmoid(gate) * (clamped(up, -7.0) + 1),
 }
 
 
+def clamped(x: Tensor, low: float) -> Tensor:
+    return torch.where(x > 7, 7.0, torch.where(x < low, low, x))
+
+
+def clamped_sigmoid(gate: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-1.702 * clamped(gate, -torch.inf)))
+
+
 def example(name: str) -> tuple[list[Tensor], Tensor]:
-    """(inputs, gradient): gate and up, or up alone."""
-    count = 2 if gated(name) else 1
-    inputs = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+    """(inputs, gradient): gate and up, or up alone; with some beyond where they are clamped."""
+    count, size = (2 if gated(name) else 1), (8.0 if name.startswith("clamped") else 1.0)
+    inputs = [(size * torch.randn(5, 3, dtype=torch.float64)).requires_grad_() for _ in range(count)]
+    assert size == 1 or all(bool((t > 7).any() and (t < -7).any()) for t in inputs)
     return inputs, torch.randn(5, 3, dtype=torch.float64)
 
 

@@ -34,6 +34,9 @@ ACTIVATIONS = {
     "gelu": lambda gate, up: up * 0.5 * (1 + torch.erf(up / 2**0.5)),
     "relu": lambda gate, up: up * (up > 0),
     "relu2": lambda gate, up: (up * (up > 0)) ** 2,
+    "clamped_swiglu": lambda gate, up: (
+        gate.clamp(max=7) * (1.702 * gate.clamp(max=7)).sigmoid() * (up.clamp(-7, 7) + 1)
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from moe_dist.kernels.permute.order import RowOrder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, HIDDEN = 40, 24  # multiples of no block
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "clamped_swiglu")
 
 
 class Case(NamedTuple):
@@ -78,7 +78,10 @@ def expert(x_RD: Tensor, w: list[Tensor | None], activation: str) -> Tensor:
     gate, up, out, gate_bias, up_bias, out_bias = w
     plus = lambda y, bias: y if bias is None else y + bias  # noqa: E731
     up_RF = plus(x_RD @ up.t(), up_bias)
-    if activation in GATED:
+    if activation == "clamped_swiglu":
+        gate_RF = plus(x_RD @ gate.t(), gate_bias).clamp(max=7)
+        up_RF = (up_RF.clamp(-7, 7) + 1) * gate_RF * (1.702 * gate_RF).sigmoid()
+    elif activation in GATED:
         gate_RF = plus(x_RD @ gate.t(), gate_bias)
         up_RF = up_RF * (F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF))
     else:
@@ -128,10 +131,12 @@ def random_experts(num_x: int, top_k: int, num_experts: int) -> Tensor:
 
 
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"])
 def test_activations(activation: str, biases: bool) -> None:
     kept_XK = torch.rand(35, 2) < 0.8
     case = a_case(random_experts(35, 2, 3), 3, activation, biases=biases, kept_XK=kept_XK)
+    if activation == "clamped_swiglu":
+        case.x_XD.detach().mul_(8)  # so that some are beyond where they are clamped
     check(case, activation)
 
 

@@ -20,6 +20,9 @@ DECODERS = {
     "multi_query": {},
     "alibi": dict(position="alibi"),
     "options": dict(window=5, sinks=True, qk_ln=True, clip_qkv=0.8),
+    "of other families": dict(
+        window=[5, None], sinks=True, qk_norm="width", rotary_share=0.5, qkv_bias=True, out_bias=True
+    ),
     "switch": dict(kind="switch"),
     "routed": dict(kind="routed"),
 }

@@ -18,8 +18,12 @@ ATTENTIONS = {
     "alibi": AttentionConfig(backend="flash", position="alibi"),
     "no-position": AttentionConfig(backend="flash", position="none"),
     "window": AttentionConfig(backend="flash", window=4),
+    "windows": AttentionConfig(backend="torch", window=[4, None], sinks=True),
     "sinks": AttentionConfig(backend="torch", sinks=True, clip_qkv=0.7, qk_ln=True),
     "yarn": AttentionConfig(backend="flash", rope_scaling="yarn", rope_factor=4.0, rope_original_len=8),
+    "llama3": AttentionConfig(
+        backend="torch", rope_scaling="llama3", rope_factor=4.0, rope_original_len=8, rotary_share=0.5, qk_norm="head"
+    ),
     "triton": AttentionConfig(backend="triton", position="alibi"),
 }
 

@@ -58,6 +58,21 @@ def test_every_nth_layer_is_moe(every: int, moe_layers: int) -> None:
     assert parameter_counts(model).expert == moe_layers * 3 * 60
 
 
+@pytest.mark.parametrize(
+    ("every", "first", "layers"),
+    [(1, None, [0, 1, 2, 3, 4]), (2, None, [1, 3]), (1, 2, [2, 3, 4]), (2, 0, [0, 2, 4]), (3, 1, [1, 4]), (9, 4, [4])],
+)
+def test_dense_layers_come_first(every: int, first: int | None, layers: list[int]) -> None:
+    moe = MoEConfig(num_experts=3, top_k=1, d_ff=5, every=every, first=first)
+    model = tiny(num_layers=5, moe=moe)
+    assert list(moe.layers(5)) == layers and moe.layer_count(5) == len(layers)
+    counts, dense = parameter_counts(model), 5 - len(layers)
+    assert counts.expert == len(layers) * 3 * 60
+    assert counts.total == 40 + (5 * 2 + 1) * 4 + 5 * ATTENTION + dense * 72 + len(layers) * (12 + 3 * 60)
+    # a router of 12, one expert of 60, or a dense layer of 72: every block costs the same
+    assert train_flops_per_token(model, seq_len=3) == 3 * (2 * (5 * (ATTENTION + 72) + 40) + 5 * 2 * 2 * 4 * 2)
+
+
 def test_train_flops_by_hand() -> None:
     # matrices one token meets: attention 2*48, dense 72, router 12, 2 routed + 1 shared expert 180, output 40 = 400
     # attention at S=3: keys seen 1, 2, 3, on average 2; 2 layers * 2 products * 2 FLOPs * 4 wide * 2 keys = 64
@@ -70,6 +85,21 @@ def test_attention_options() -> None:
     assert parameter_counts(both).total == parameter_counts(tiny()).total + 2 * (2 * (4 + 2) + 2)
     # keys seen at S=3: 1, 2, 2
     assert train_flops_per_token(both, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 4 * 4 * 5 / 3))
+
+
+def test_shared_experts_of_their_own_width_behind_a_gate() -> None:
+    """One of width 7 in place of 5, and a gate of 4 numbers, in the one MoE layer."""
+    moe = MoEConfig(num_experts=3, top_k=2, d_ff=5, every=2, num_shared_experts=1, shared_d_ff=7, shared_gate=True)
+    more = 3 * 4 * (7 - 5) + 4
+    assert parameter_counts(tiny(moe=moe)).active == parameter_counts(tiny()).active + more
+    assert parameter_counts(tiny(moe=moe)).expert == parameter_counts(tiny()).expert
+    assert train_flops_per_token(tiny(moe=moe), 3) == train_flops_per_token(tiny(), 3) + 3 * 2 * more
+
+
+def test_windows_by_layer() -> None:
+    """Keys seen at S=3: 1, 2, 2 in the first layer, 1, 2, 3 in the second."""
+    alternating = tiny(attention=AttentionConfig(window=[2, None]))
+    assert train_flops_per_token(alternating, seq_len=3) == pytest.approx(3 * (2 * 400 + 2 * 2 * 4 * (5 + 6) / 3))
 
 
 @pytest.mark.parametrize("kind", ["multi_query", "switch", "routed"])

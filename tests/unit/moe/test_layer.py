@@ -103,6 +103,17 @@ def test_shared_experts_are_added() -> None:
     torch.testing.assert_close(shared(x_TD, context())[0], plain(x_TD, context())[0] + dense_TD)
 
 
+def test_shared_experts_of_another_width_behind_a_gate() -> None:
+    """sigmoid(x w) F(x), as in Qwen2-MoE."""
+    plain, gated = layer_of(), layer_of(num_shared_experts=1, shared_d_ff=40, shared_gate=True)
+    assert gated.shared.up.weight.shape == (40, D) and gated.shared_gate.weight.shape == (1, D)
+    x_TD = tokens()
+    gate, up, down = (getattr(gated.shared, name).weight for name in ("gate", "up", "down"))
+    dense_TD = (F.silu(x_TD @ gate.t()) * (x_TD @ up.t())) @ down
+    open_T1 = torch.sigmoid(x_TD @ gated.shared_gate.weight.t())
+    torch.testing.assert_close(gated(x_TD, context())[0], plain(x_TD, context())[0] + open_T1 * dense_TD)
+
+
 def forced(layer: MoE, expert: int) -> MoE:
     """The router sends positive tokens to `expert`."""
     with torch.no_grad():

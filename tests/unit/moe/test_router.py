@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config.model import MoEConfig
+from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.moe.choice import Routing
+from moe_dist.moe.learning import learning_notes
 from moe_dist.moe.router import Router
 from moe_dist.moe.routers import ROUTERS, SoftmaxRouter
 from moe_dist.parallel.mesh import single_process_mesh
@@ -54,6 +55,18 @@ def test_top_1_is_never_renormalised(kind: str) -> None:
         made = router(kind, top_k=1, renormalize=renormalize)
         routed(made).weights_TK.sum().backward()
         assert made.weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "sinkhorn"])
+def test_top_1_is_renormalised_on_request_and_a_run_says_so(kind: str) -> None:
+    made = router(kind, top_k=1, renormalize_top_1=True)
+    weights_T1 = routed(made).weights_TK
+    assert torch.equal(weights_T1, torch.ones(T, 1))
+    weights_T1.sum().backward()
+    assert made.weight.grad.abs().max() < 1e-6
+    assert "the weight 1: no gradient" in "".join(learning_notes(ModelConfig(moe=made.moe)))
+    assert list(learning_notes(ModelConfig(moe=router(kind, top_k=1).moe))) == []
+    assert list(learning_notes(ModelConfig(moe=router(kind, top_k=2).moe))) == []
 
 
 def test_top_k_weights() -> None:

@@ -37,6 +37,24 @@ def test_noise_follows_the_token_not_the_rank(kind: str) -> None:
         assert torch.equal(half.logits_TE, whole.logits_TE[T // 2 :])
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_learned_bias_is_part_of_the_logits(kind: str) -> None:
+    """Unlike a balancing bias it changes weights too, and has the gradient of the logits, summed over tokens."""
+    made = router(kind, router_bias=True)
+    with torch.no_grad():
+        made.logit_bias.copy_(torch.tensor([0.0, 0.3, -0.2, 3.0]))
+    routing = routed(made)
+    torch.testing.assert_close(routing.logits_TE, tokens() @ made.weight.t() + made.logit_bias)
+    score_TE = routing.logits_TE.softmax(-1) if kind == "softmax" else routing.logits_TE.sigmoid()
+    best_TK = score_TE.topk(2).indices
+    weights_TK = score_TE.gather(1, best_TK)
+    torch.testing.assert_close(routing.weights_TK, weights_TK / weights_TK.sum(-1, keepdim=True))
+    assert (best_TK == 3).any(-1).sum() > (probs(made).topk(2).indices == 3).any(-1).sum()
+    (grad_E,) = torch.autograd.grad(routing.weights_TK[:, 0].sum(), made.logit_bias, retain_graph=True)
+    (grad_TE,) = torch.autograd.grad(routing.weights_TK[:, 0].sum(), routing.logits_TE)
+    torch.testing.assert_close(grad_E, grad_TE.sum(0))
+
+
 def test_sigmoid_chooses_with_its_bias_and_weighs_without() -> None:
     made = router("sigmoid", top_k=2, renormalize=False)
     made.bias_E.copy_(torch.tensor([0.0, 5.0, -5.0, 0.0]))

@@ -18,6 +18,7 @@ ROUTERS = [
     dict(router="softmax"),
     dict(router="softmax", renormalize=False),
     dict(router="softmax", top_k=1),
+    dict(router="softmax", router_bias=True),
     dict(router="softmax", jitter=0.1),
     dict(router="softmax", num_groups=3, top_k_groups=2),
     dict(router="sigmoid"),

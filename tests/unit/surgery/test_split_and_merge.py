@@ -15,7 +15,9 @@ from tests.unit.surgery.helpers import WIDTH, D, E, bits, layer_of, run, same_bi
     dict(router="sigmoid", top_k=1), dict(router="sigmoid", renormalize=False), dict(router="noisy"),
     dict(router="sinkhorn"), dict(router="expert_choice", capacity_factor=1.0),
     dict(router="expert_choice", capacity_factor=1.0, top_k=1), dict(num_groups=3, top_k_groups=1),
-    dict(expert_bias=True, activation="gelu"), dict(num_shared_experts=2)], ids=str)  # fmt: skip
+    dict(expert_bias=True, activation="gelu"), dict(num_shared_experts=2),
+    dict(num_shared_experts=2, shared_d_ff=10, shared_gate=True, router_bias=True),
+    dict(top_k=1, renormalize_top_1=True)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("parts", [2, 3])
 def test_splitting_every_expert_preserves_the_layer(parts: int, changes: dict) -> None:
     layer = layer_of(**changes)

@@ -72,8 +72,9 @@ def test_layouts_asked_for_by_name_are_kept() -> None:
 
 
 def test_settings_are_all_combinations() -> None:
-    found = settings_of(SETTING_AXES)
-    assert len(found) == len(set(found)) == prod(map(len, SETTING_AXES.values()))
+    axes = {name: values[:2] for name, values in SETTING_AXES.items()}
+    found = settings_of(axes)
+    assert len(found) == len(set(found)) == prod(map(len, axes.values()))
 
 
 @pytest.mark.parametrize("setting", every_setting(), ids=str)
