@@ -1,21 +1,24 @@
 """The experts on CPU: gather, products, activation and weighted sum in one pass over the experts.
 
 What makes it faster than a permutation, grouped products and a permutation back: an expert's rows are gathered into a
-small buffer and are still in cache for each of its products and activations, forward and backward; only x and the
-pre-activations are kept, rows and activations are made again; the weights of the sum are folded into the smallest
-tensors (rows of width D, not hidden units), and their gradient is read off the hidden units, so that the experts'
-outputs are never kept.
+small buffer and are still in cache for each of its products and activations, forward and backward; where experts have
+few rows, those of several, a lot, are gathered and activated together; only x and the pre-activations are kept, rows
+and activations are made again; the weights of the sum are folded into the smallest tensors (rows of width D, not hidden
+units), and their gradient is read off the hidden units, so that the experts' outputs are never kept.
 
-Where products are compiled for every new number of rows (onednn.py), an expert's rows are followed by zero rows up to a
-rounder number: experts receive another number at each step. In a buffer of all rows they lie where the next expert's
-rows will be written, so they cost no place; in the backward pass their gradients are zeros.
+Where products are compiled for every new number of rows (onednn.py), an expert's product takes more of them, up to a
+rounder number: experts receive another number at each step. Behind a lot's rows these are zeros. What is computed of
+them is written where the next expert's rows will be, so it costs no place; in the backward pass their gradients are
+zeros.
 
 Legend: X rows of x, K assignments of each, R rows kept, sorted by expert, D d_model, F hidden units of an expert, e
-experts, C rows of the fullest expert, c rows of this one; C and c count the zero rows.
+experts, L rows of the fullest lot, l rows of this one, c rows of one of its experts. L, l and c count the rows that
+products add.
 """
 
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +31,8 @@ from moe_dist.kernels.grouped_mm.weights import ExpertWeights
 from moe_dist.kernels.permute.order import RowOrder
 from moe_dist.kernels.permute.reference import sum_rows
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+_FEW = 32  # rows of an expert up to which the operations around its products take as long as they do
+_TOGETHER = 256  # rows of several such experts: their hidden units should stay in cache
 
 
 def replaces(backend: str, device_type: str) -> bool:
@@ -57,15 +60,42 @@ def feed_forward(
 
 
 class _Span(NamedTuple):
-    """Where one expert's rows are among R: start to stop; `size` counts the zero rows after them."""
+    """Where one expert's rows are among R: start to stop; `size` counts the rows after them that products add."""
 
+    expert: int
     start: int
     stop: int
     size: int
 
+
+class _Lot(NamedTuple):
+    """Neighbouring experts whose rows are gathered and activated together: all of one expert, or few rows of each.
+
+    l of its rows, those that products add included. Behind the last expert's they are zeros; behind another's they are
+    the next one's, whose own product comes later and is what stays.
+    """
+
+    spans: tuple[_Span, ...]
+    start: int
+    stop: int
+    size: int
+
+    @staticmethod
+    def of(spans: Sequence[_Span]) -> "_Lot":
+        start = spans[0].start
+        return _Lot(tuple(spans), start, spans[-1].stop, max(span.start + span.size for span in spans) - start)
+
     @property
     def padded(self) -> slice:
         return slice(self.start, self.start + self.size)
+
+    def filled(self, span: _Span) -> slice:
+        """An expert's rows among l, and those that products add."""
+        return slice(span.start - self.start, span.start - self.start + span.size)
+
+    def summed(self, span: _Span) -> slice:
+        """Its rows for sums over rows: all that follow are zeros, or there are none."""
+        return self.filled(span) if len(self.spans) == 1 else slice(span.start - self.start, span.stop - self.start)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -80,22 +110,24 @@ class _FeedForward(torch.autograd.Function):
         weights_XK: Tensor | None,
         *parts: Tensor | None,
     ) -> Tensor:
-        spans = _spans(order.rows_per_expert, x_XD.dtype)
-        x_CD = x_XD.new_empty(max(span.size for span in spans), x_XD.shape[1])
-        y_RD = x_XD.new_empty(spans[-1].stop + ROUNDING, x_XD.shape[1])
+        lots = _lots(order.rows_per_expert, x_XD.dtype, alike=widths is None)
+        x_LD = x_XD.new_empty(max((lot.size for lot in lots), default=0), x_XD.shape[1])
+        y_RD = x_XD.new_empty(sum(order.rows_per_expert) + ROUNDING, x_XD.shape[1])
+        owns = _each(ExpertWeights._make(parts), widths)
         pre: list[Tensor | None] = []
-        for span, own in zip(spans, _each(ExpertWeights._make(parts), widths), strict=True):
-            if span.size == 0:
-                pre += [None, None]
-                continue
-            x_cD = _gather(x_XD, order.source_R, span, x_CD)
-            gate_cF = None if own.gate is None else linear(x_cD, own.gate, own.gate_bias, products=products)
-            up_cF = linear(x_cD, own.up, own.up_bias, products=products)
-            act_cF = activate_into(gate_cF, up_cF, name, _activation_buffer(up_cF, name))
-            linear(act_cF, own.out.t(), own.out_bias, out=y_RD[span.padded], products=products)
-            pre += [gate_cF, up_cF]
+        for lot in lots:
+            x_lD = _gather(x_XD, order.source_R, lot, x_LD)
+            gate_lF = None
+            if parts[0] is not None:
+                gate_lF = _linear(x_lD, lot, [(own.gate, own.gate_bias) for own in owns], products)
+            up_lF = _linear(x_lD, lot, [(own.up, own.up_bias) for own in owns], products)
+            act_lF = activate_into(gate_lF, up_lF, name, _activation_buffer(up_lF, name))
+            for span in lot.spans:
+                own, rows = owns[span.expert], slice(span.start, span.start + span.size)
+                linear(act_lF[lot.filled(span)], own.out.t(), own.out_bias, out=y_RD[rows], products=products)
+            pre += [gate_lF, up_lF]
         ctx.save_for_backward(x_XD, weights_XK, *parts, *pre)
-        ctx.order, ctx.name, ctx.widths, ctx.spans, ctx.products = order, name, widths, spans, products
+        ctx.order, ctx.name, ctx.widths, ctx.lots, ctx.products = order, name, widths, lots, products
         return sum_rows(y_RD, weights_XK, order)
 
     @staticmethod
@@ -104,31 +136,38 @@ class _FeedForward(torch.autograd.Function):
         x_XD, weights_XK, *saved = ctx.saved_tensors
         parts, pre = saved[: len(ExpertWeights._fields)], saved[len(ExpertWeights._fields) :]
         grads = [None if part is None else torch.empty_like(part) for part in parts]
-        order, spans, grad_XD = ctx.order, ctx.spans, grad_XD.contiguous()
-        x_CD, grad_CD = x_XD.new_empty(2, max(span.size for span in spans), x_XD.shape[1])
-        grad_x_RD = x_XD.new_empty(spans[-1].stop + ROUNDING, x_XD.shape[1])
+        order, lots, grad_XD = ctx.order, ctx.lots, grad_XD.contiguous()
+        kept = sum(order.rows_per_expert)
+        x_LD, grad_LD = x_XD.new_empty(2, max((lot.size for lot in lots), default=0), x_XD.shape[1])
+        grad_x_RD = x_XD.new_empty(kept + ROUNDING, x_XD.shape[1])
         weight_R = dots_R = None
         if weights_XK is not None:
             # Zero rows may reach past the last row: their weights are read, but multiply zeros.
             weight_R = F.pad(weights_XK.flatten()[order.slots_R].to(x_XD.dtype), (0, ROUNDING))
-            dots_R = weights_XK.new_empty(spans[-1].stop)
+            dots_R = weights_XK.new_empty(kept)
         owns, own_grads = (_each(ExpertWeights._make(w), ctx.widths) for w in (parts, grads))
-        for span, own, grad, gate_cF, up_cF in zip(spans, owns, own_grads, pre[::2], pre[1::2], strict=True):
-            if span.size == 0:
-                _zero(grad)
-                continue
-            x_cD = _gather(x_XD, order.source_R, span, x_CD)
-            grad_cD = _gather(grad_XD, order.source_R, span, grad_CD)
-            hidden = _through_activation(grad_cD, gate_cF, up_cF, own, ctx.name, ctx.products)
-            weight_c = None
+        for expert, count in enumerate(order.rows_per_expert):
+            if count == 0:
+                _zero(own_grads[expert])
+        for lot, gate_lF, up_lF in zip(lots, pre[::2], pre[1::2], strict=True):
+            x_lD = _gather(x_XD, order.source_R, lot, x_LD)
+            grad_lD = _gather(grad_XD, order.source_R, lot, grad_LD)
+            hidden = _through_activation(grad_lD, lot, gate_lF, up_lF, owns, ctx.name, ctx.products)
+            weight_l = None
             if weight_R is not None and dots_R is not None:
-                dots_R[span.start : span.stop] = hidden.dots(grad_cD, own)[: span.stop - span.start]
+                dots_R[lot.start : lot.stop] = hidden.dots(grad_lD, lot, owns)[: lot.stop - lot.start]
                 # Each product of a row with a gradient needs its weight once: D is the smaller side to carry it.
-                weight_c = weight_R[span.padded]
-                x_cD.mul_(weight_c[:, None])
-                grad_cD.mul_(weight_c[:, None])
-            hidden.into_parameters(x_cD, grad_cD, weight_c, grad)
-            hidden.into_rows(own, grad_x_RD[span.padded], ctx.products)
+                weight_l = weight_R[lot.padded]
+                x_lD.mul_(weight_l[:, None])
+                grad_lD.mul_(weight_l[:, None])
+            for span in lot.spans:
+                of_sums, weight_c = hidden.rows(lot.summed(span)), None
+                if weight_l is not None:
+                    weight_c = weight_l[lot.summed(span)]
+                x_cD, grad_cD = x_lD[lot.summed(span)], grad_lD[lot.summed(span)]
+                of_sums.into_parameters(x_cD, grad_cD, weight_c, own_grads[span.expert])
+                into = grad_x_RD[span.start : span.start + span.size]
+                hidden.rows(lot.filled(span)).into_rows(owns[span.expert], into, ctx.products)
         grad_weights_XK = None
         if weights_XK is not None:
             grad_weights_XK = weights_XK.new_zeros(weights_XK.shape)
@@ -137,24 +176,34 @@ class _FeedForward(torch.autograd.Function):
 
 
 class _Hidden(NamedTuple):
-    """One expert's hidden units in the backward pass: activations, their gradients, those of the pre-activations."""
+    """Hidden units of a lot in the backward pass: activations, their gradients, those of the pre-activations."""
 
-    act_cF: Tensor
-    grad_act_cF: Tensor
-    grad_gate_cF: Tensor | None
-    grad_up_cF: Tensor
+    act_lF: Tensor
+    grad_act_lF: Tensor
+    grad_gate_lF: Tensor | None
+    grad_up_lF: Tensor
 
-    def dots(self, grad_cD: Tensor, own: ExpertWeights) -> Tensor:
+    def rows(self, where: slice) -> "_Hidden":
+        """c of them, of one expert."""
+        gate_lF = self.grad_gate_lF
+        gate_cF = None if gate_lF is None else gate_lF[where]
+        return _Hidden(self.act_lF[where], self.grad_act_lF[where], gate_cF, self.grad_up_lF[where])
+
+    def dots(self, grad_lD: Tensor, lot: _Lot, owns: list[ExpertWeights]) -> Tensor:
         """<E(x), grad> of each row, the gradient of its weight: <act, grad_act>, as E(x) = act out + bias."""
-        dots_c = torch.linalg.vecdot(self.grad_act_cF, self.act_cF)
-        return dots_c if own.out_bias is None else dots_c + torch.mv(grad_cD, own.out_bias)
+        dots_l = torch.linalg.vecdot(self.grad_act_lF, self.act_lF)
+        for span in lot.spans:
+            bias_D, rows = owns[span.expert].out_bias, lot.summed(span)
+            if bias_D is not None:
+                dots_l[rows] += torch.mv(grad_lD[rows], bias_D)
+        return dots_l
 
     def into_parameters(self, x_cD: Tensor, grad_cD: Tensor, weight_c: Tensor | None, grad: ExpertWeights) -> None:
         """Fill the expert's gradients; x and grad are weighed already, the hidden units are not."""
-        torch.mm(self.act_cF.t(), grad_cD, out=grad.out)
+        torch.mm(self.act_lF.t(), grad_cD, out=grad.out)
         if grad.out_bias is not None:
             torch.sum(grad_cD, 0, out=grad.out_bias)
-        inputs = ((grad.gate, grad.gate_bias, self.grad_gate_cF), (grad.up, grad.up_bias, self.grad_up_cF))
+        inputs = ((grad.gate, grad.gate_bias, self.grad_gate_lF), (grad.up, grad.up_bias, self.grad_up_lF))
         for grad_weight_FD, grad_bias_F, hidden_cF in inputs:
             if hidden_cF is None:
                 continue
@@ -166,19 +215,41 @@ class _Hidden(NamedTuple):
 
     def into_rows(self, own: ExpertWeights, out_cD: Tensor, products: Products) -> None:
         """Fill the gradient of the rows, without their weight."""
-        linear(self.grad_up_cF, own.up.t(), out=out_cD, products=products)
-        if own.gate is not None and self.grad_gate_cF is not None:
-            add_linear(self.grad_gate_cF, own.gate.t(), out_cD, products=products)
+        linear(self.grad_up_lF, own.up.t(), out=out_cD, products=products)
+        if own.gate is not None and self.grad_gate_lF is not None:
+            add_linear(self.grad_gate_lF, own.gate.t(), out_cD, products=products)
 
 
 def _through_activation(
-    grad_cD: Tensor, gate_cF: Tensor | None, up_cF: Tensor, own: ExpertWeights, name: str, products: Products
+    grad_lD: Tensor,
+    lot: _Lot,
+    gate_lF: Tensor | None,
+    up_lF: Tensor,
+    owns: list[ExpertWeights],
+    name: str,
+    products: Products,
 ) -> _Hidden:
-    grad_act_cF = linear(grad_cD, own.out, products=products)
-    act_cF, grad_up_cF = _activation_buffer(up_cF, name), torch.empty_like(up_cF)
-    grad_gate_cF = None if gate_cF is None else torch.empty_like(gate_cF)
-    activate_backward_into(grad_act_cF, gate_cF, up_cF, name, act_cF, grad_gate_cF, grad_up_cF)
-    return _Hidden(act_cF, grad_act_cF, grad_gate_cF, grad_up_cF)
+    grad_act_lF = _linear(grad_lD, lot, [(own.out, None) for own in owns], products)
+    act_lF, grad_up_lF = _activation_buffer(up_lF, name), torch.empty_like(up_lF)
+    grad_gate_lF = None if gate_lF is None else torch.empty_like(gate_lF)
+    activate_backward_into(grad_act_lF, gate_lF, up_lF, name, act_lF, grad_gate_lF, grad_up_lF)
+    return _Hidden(act_lF, grad_act_lF, grad_gate_lF, grad_up_lF)
+
+
+def _linear(
+    x_lD: Tensor, lot: _Lot, by_expert: Sequence[tuple[Tensor | None, Tensor | None]], products: Products
+) -> Tensor:
+    """Each expert's rows by its own weight [F, D] and bias, of which `by_expert` has those of all: [l, F]."""
+    y_lF: Tensor | None = None
+    for span in lot.spans:
+        weight_FD, bias_F = by_expert[span.expert]
+        assert weight_FD is not None
+        if len(lot.spans) == 1:
+            return linear(x_lD, weight_FD, bias_F, products=products)
+        y_lF = x_lD.new_empty(lot.size, len(weight_FD)) if y_lF is None else y_lF
+        linear(x_lD[lot.filled(span)], weight_FD, bias_F, out=y_lF[lot.filled(span)], products=products)
+    assert y_lF is not None, "a lot has experts"
+    return y_lF
 
 
 def _activation_buffer(up_cF: Tensor, name: str) -> Tensor:
@@ -186,9 +257,20 @@ def _activation_buffer(up_cF: Tensor, name: str) -> Tensor:
     return up_cF if name == "relu" else torch.empty_like(up_cF)
 
 
-def _spans(rows_per_expert: tuple[int, ...], dtype: torch.dtype) -> list[_Span]:
+def _lots(rows_per_expert: tuple[int, ...], dtype: torch.dtype, alike: bool) -> list[_Lot]:
+    """Experts that have rows, in their order. alike: all have as many hidden units, so that these can lie together."""
     ends = itertools.accumulate(rows_per_expert)
-    return [_Span(end - n, end, rows_computed(n, dtype)) for n, end in zip(rows_per_expert, ends, strict=True)]
+    lots: list[_Lot] = []
+    for expert, (count, end) in enumerate(zip(rows_per_expert, ends, strict=True)):
+        if count == 0:
+            continue
+        span = _Span(expert, end - count, end, rows_computed(count, dtype))
+        fits = alike and lots and count <= _FEW and lots[-1].spans[-1].stop - lots[-1].spans[-1].start <= _FEW
+        if fits and end - lots[-1].start <= _TOGETHER:
+            lots[-1] = _Lot.of((*lots[-1].spans, span))
+        else:
+            lots.append(_Lot.of((span,)))
+    return lots
 
 
 def _each(w: ExpertWeights, widths: tuple[int, ...] | None) -> list[ExpertWeights]:
@@ -203,13 +285,13 @@ def _each(w: ExpertWeights, widths: tuple[int, ...] | None) -> list[ExpertWeight
     return [ExpertWeights._make(own) for own in zip(*cut, strict=True)]
 
 
-def _gather(x_XD: Tensor, source_R: Tensor, span: _Span, out_CD: Tensor) -> Tensor:
-    """An expert's rows and the zero rows after them."""
-    count = span.stop - span.start
-    torch.index_select(x_XD, 0, source_R[span.start : span.stop], out=out_CD[:count])
-    if count < span.size:
-        out_CD[count : span.size].zero_()
-    return out_CD[: span.size]
+def _gather(x_XD: Tensor, source_R: Tensor, lot: _Lot, out_LD: Tensor) -> Tensor:
+    """A lot's rows and the zero rows after them."""
+    count = lot.stop - lot.start
+    torch.index_select(x_XD, 0, source_R[lot.start : lot.stop], out=out_LD[:count])
+    if count < lot.size:
+        out_LD[count : lot.size].zero_()
+    return out_LD[: lot.size]
 
 
 def _zero(grad: ExpertWeights) -> None:

@@ -214,6 +214,27 @@ def test_a_row_does_not_hang_on_the_others(products: Products, monkeypatch: pyte
         assert torch.equal(few, everything[:count]), count
 
 
+def test_a_row_does_not_hang_on_neighbouring_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, whether its expert shares a lot with others, which lie behind it, or is alone."""
+    monkeypatch.setitem(globals(), "D", 48)
+    monkeypatch.setitem(globals(), "HIDDEN", 64)
+    counts = [5, 1, 0, 29, 40, 3, 3, 0]  # lots of experts 0, 1 and 3; of 4; of 5 and 6
+    choice = [[expert] for expert, count in enumerate(counts) for _ in range(count)]
+    args = inputs(order_of(choice, 8), "swiglu", weighted=False, dtype=torch.float32)
+    together = all_of(run(order_of(choice, 8), "swiglu", args), args, torch.ones_like(args[0]))
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = slice(sum(counts[:expert]), sum(counts[: expert + 1]))
+        own = [None if arg is None else arg.detach()[rows if i == 0 else slice(None)] for i, arg in enumerate(args)]
+        leaves = [None if arg is None else arg.requires_grad_() for arg in own]
+        alone = all_of(run(order_of([[expert]] * count, 8), "swiglu", leaves), leaves, torch.ones_like(leaves[0]))
+        assert torch.equal(together[0][rows], alone[0]), expert
+        assert torch.equal(together[1][rows], alone[1]), expert
+        for of_all, of_one in zip(together[2:], alone[2:], strict=True):  # sums over rows, with or without zeros
+            torch.testing.assert_close(of_all[expert], of_one[expert])
+
+
 def test_products_are_named() -> None:
     assert onednn.named("auto") == onednn.CHOICES[0]
     with pytest.raises(ValueError, match=r"cpu_products=measured: this torch has .*mkl; `measured` is what `moe-dist"):
