@@ -19,6 +19,7 @@ def report(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_section(tmp_path: Path) -> None:
     done = report(tmp_path / "report", "--rehearse", "--minutes", "30", "--sections", "abcdefghi")

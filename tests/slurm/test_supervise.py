@@ -87,6 +87,7 @@ def test_a_lost_node_is_replaced_by_a_spare_one(runs: Runs) -> None:
     assert runs.cluster.details(run.job)["Restarts"] == "0"
 
 
+@pytest.mark.slow
 def test_without_spare_nodes_the_job_is_queued_again(runs: Runs) -> None:
     run = runs.submit("requeued")
     run.goes_on()

@@ -84,6 +84,7 @@ def test_two_nodes_train_like_torchrun(cluster: Cluster, study: Study, tmp_path:
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow  # test_a_job_near_its_time_limit_saves_and_is_queued_again is the quick one
 def test_a_signal_saves_requeues_and_changes_nothing(cluster: Cluster, study: Study, tmp_path: Path) -> None:
     log, run = tmp_path / "job.out", study.runs / "signalled"
     job = cluster.submit(log, study.config, "--run.name", run.name)
