@@ -1,15 +1,19 @@
 """moe-dist: the command line. COMMANDS is the table that usage and dispatch are made of."""
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import moe_dist
 from moe_dist.process import interrupts_held, output_never_fatal
+
+if TYPE_CHECKING:
+    from moe_dist.config.flags import Parser
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,27 @@ _ALL = (
         "moe_dist.verify.command:verify",
         "moe_dist.verify.arguments:verify_arguments",
     ),
+    Command(
+        "config",
+        "CONFIG [KEY ...]",
+        "that configuration with its defaults and what `auto` means; what a key means",
+        "moe_dist.train.show_config:show_config",
+        "moe_dist.train.arguments:config_arguments",
+    ),
+    Command(
+        "doctor",
+        "[flags]",
+        "what is on this machine and whether training can run here, to paste into an issue",
+        "moe_dist.doctor.command:doctor",
+        "moe_dist.doctor.arguments:doctor_arguments",
+    ),
+    Command(
+        "completion",
+        "SHELL",
+        "a script that completes all this in bash, zsh or fish",
+        "moe_dist.cli:print_completion",
+        "moe_dist.completion:completion_arguments",
+    ),
     Command("version", "", "", "moe_dist.cli:print_version"),
 )
 COMMANDS = {command.name: command for command in _ALL}
@@ -153,7 +178,28 @@ def usage() -> str:
     return "\n".join(["usage: moe-dist COMMAND ...       (each has --help)", "", *lines])
 
 
-def print_version(words: Sequence[str]) -> int:
+def parser_of(command: Command) -> "Parser":
+    """What reads the words behind it."""
+    from moe_dist.config.flags import ASK_PARSER, ParserAsked
+
+    try:
+        _load(command.arguments or command.run)([ASK_PARSER])
+    except ParserAsked as asked:
+        return asked.parser
+    raise AssertionError(f"{command.name} reads its words with no Parser")
+
+
+def print_completion(own: argparse.Namespace) -> int:
+    from moe_dist.completion import script
+
+    print(script(own.shell, [(each.name, each.about, parser_of(each)) for each in COMMANDS.values()]))
+    return 0
+
+
+def print_version(words: list[str]) -> int:
+    from moe_dist.config.flags import Parser
+
+    Parser("moe-dist version", "Print the version of moe_dist.").parse_args(words)
     print(moe_dist.__version__)
     return 0
 

@@ -10,8 +10,12 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 
 
-def with_config(parser: Parser, args: list[str], own_usage: str, about: str) -> tuple[argparse.Namespace, Config]:
-    """A YAML file, flags of the command itself, and flags of the configuration."""
+def with_config(
+    parser: Parser, args: list[str], own_usage: str, about: str, needed: bool = True
+) -> tuple[argparse.Namespace, Config]:
+    """A YAML file, flags of the command itself, and flags of the configuration. needed: without either of the first and
+    the last ValueError is raised; else the defaults are meant."""
+    parser.takes_config = True
     path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     asked = next((at for at, word in enumerate(rest) if word in ("-h", "--help")), None)
     if asked is not None:
@@ -20,7 +24,7 @@ def with_config(parser: Parser, args: list[str], own_usage: str, about: str) -> 
         _print_help(usage, about, topic, load_config(path) if path else Config())
         raise SystemExit(0)
     own, flags = parser.parse_known_args(rest)
-    if path is None and not flags:
+    if needed and path is None and not flags:
         raise ValueError(
             f"{parser.prog} needs a configuration: {parser.prog} CONFIG, for example configs/tiny.yaml, which one core "
             f"trains in seconds; {parser.prog} --help tells more"
