@@ -15,13 +15,13 @@ def with_config(
 ) -> tuple[argparse.Namespace, Config]:
     """A YAML file, flags of the command itself, and flags of the configuration. needed: without either of the first and
     the last ValueError is raised; else the defaults are meant."""
-    parser.takes_config = True
+    parser.takes_config, parser.description = True, about
+    parser.usage = f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
     path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     asked = next((at for at, word in enumerate(rest) if word in ("-h", "--help")), None)
     if asked is not None:
-        usage = f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
         topic = next((word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")), "")
-        _print_help(usage, about, topic, load_config(path) if path else Config())
+        _print_help(parser.usage, about, topic, load_config(path) if path else Config())
         raise SystemExit(0)
     own, flags = parser.parse_known_args(rest)
     if needed and path is None and not flags:
