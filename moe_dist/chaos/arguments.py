@@ -30,5 +30,6 @@ def chaos_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    own, own.config = with_config(parser, list(args), "[--minutes M] [--ranks N] [--seed S]", _ABOUT)
+    own, config = with_config(parser, list(args), "[--minutes M] [--ranks N] [--seed S]", _ABOUT)
+    own.config = config
     return own

@@ -68,9 +68,11 @@ def answer_of(command: list[str], seconds: float) -> Answer:
         try:
             code = started.wait(seconds)
         except subprocess.TimeoutExpired:
-            with suppress(OSError):
-                os.killpg(started.pid, signal.SIGKILL)
             raise NoAnswer(f"no answer in {seconds:g} s") from None
+        finally:  # also after a Ctrl-C
+            if started.poll() is None:
+                with suppress(OSError):
+                    os.killpg(started.pid, signal.SIGKILL)
         texts = []
         for file in (out, error):
             file.seek(0)

@@ -40,7 +40,8 @@ def plan_arguments(args: Sequence[str]) -> argparse.Namespace:
     """With `measure` set, what `moe-dist plan --measure FILE` takes; else with the configuration as `config`."""
     if any(word.partition("=")[0] == "--measure" for word in args):
         return measure_arguments(args)
-    own, own.config = with_config(plan_parser(), list(args), USAGE, ABOUT)
+    own, config = with_config(plan_parser(), list(args), USAGE, ABOUT)
+    own.config = config
     own.measure = None
     check_plan_arguments(own)
     return own

@@ -48,7 +48,8 @@ def config_arguments(args: Sequence[str]) -> argparse.Namespace:
     topics, flags = words[:first], words[first:]
     file = topics[:1] if topics and _names_file(topics[0]) else []
     usage = "[KEY ...] [--diff] [--resolve [--ranks W] [--device {cpu,cuda}]]"
-    own, own.config = with_config(parser, file + flags, usage, _CONFIG, needed=False)
+    own, config = with_config(parser, file + flags, usage, _CONFIG, needed=False)
+    own.config = config
     own.topics = topics[len(file) :]
     if own.topics and own.diff:
         raise ValueError("command line: --diff prints and a KEY explains: ask one after the other")

@@ -63,7 +63,8 @@ def resolved(config: Config, ranks: int | None, device: str | None) -> tuple[Con
     except ValueError as error:
         raise ValueError(str(error) if ranks else f"{error} (--ranks W says for how many; here {world})") from None
     model = resolve_backends(config.model, config.parallel.expert_ranks, device_type, config.train.seq_len)
-    moe = replace(model.moe, balance=model.moe.balanced_by)
+    balance: Any = model.moe.balanced_by
+    moe = replace(model.moe, balance=balance)
     if moe.experts == "grouped_mm" and moe.cpu_products == "auto" and device_type == "cpu":
         moe = replace(moe, cpu_products=named("auto"))
     settled = replace(config, model=replace(model, moe=moe))

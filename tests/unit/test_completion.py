@@ -58,7 +58,7 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     driver = tmp_path / "driver"
     driver.write_text(DRIVER.format(script=script_of("bash", tmp_path, capsys)), encoding="utf-8")
     done = subprocess.run(
-        ["bash", "--norc", driver, *asked], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        ["bash", "--norc", driver, *asked], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=True
     )
     assert done.stderr == ""
     told = dict(zip(asked, done.stdout.splitlines(), strict=True))
@@ -73,7 +73,7 @@ def test_a_press_of_tab_completes(tmp_path: Path, capsys: pytest.CaptureFixture[
     if not shell:
         os.environ.update(TERM="dumb", PS1="$ ", INPUTRC="/dev/null")
         os.execlp("bash", "bash", "--noprofile", "--rcfile", str(rc), "-i")
-    shown, end = b"", time.monotonic() + 60
+    shown, end = b"", time.monotonic() + 200
     os.write(terminal, b"moe-dist gener\t--temp\t")
     while b"moe-dist generate --temperature" not in shown and time.monotonic() < end:
         if select.select([terminal], [], [], 1)[0]:

@@ -15,6 +15,8 @@ for args in [*COMMANDS, "checkpoint inspect", "data prepare", "data inspect", "d
     except SystemExit as done:
         assert done.code == 0, args
     assert "torch" not in sys.modules, args
+assert main(["config", "configs/tiny.yaml", "--diff"]) == main(["config", "model.moe.top_k"]) == 0
+assert "torch" not in sys.modules
 """
 LAYER = """
 import torch, sys, time

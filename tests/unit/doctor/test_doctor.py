@@ -22,7 +22,7 @@ def test_this_machine_can_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("WANDB_API_KEY", "hush-2")
     monkeypatch.setenv("HF_ENDPOINT", "https://me:hush-3@example.org/x")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    assert main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--json", "--seconds", "240"]) == 0  # of a machine that others use
     printed = capsys.readouterr().out
     assert "hush" not in printed
     told = json.loads(printed)
@@ -45,25 +45,32 @@ def test_what_is_broken_is_said_in_a_line_and_in_time(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     began = time.monotonic()
     assert main(["doctor", "--seconds", "0.01"]) == 1
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 200
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "moe-dist doctor: 2 broken, see the lines below"
     assert lines[1].startswith("  broken  GLOO_SOCKET_IFNAME=nowhere0: there is no interface nowhere0 here; it has lo")
     assert "add up a number over gloo (no answer in 0.01 s): see that" in lines[2]
 
 
+def test_a_machine_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from moe_dist.cli import main; sys.exit(main(['doctor']))"
+    answer = answer_of([sys.executable, "-c", code], 200)
+    assert answer.code == 1 and answer.error == ""
+    assert "  broken  torch cannot be imported (" in answer.out and "\ngpus\n" in answer.out
+
+
 def test_nobody_waits_for_what_gives_no_answer() -> None:
     began = time.monotonic()
     with pytest.raises(NoAnswer, match=r"no answer in 0.1 s"):
-        within(0.1, lambda: time.sleep(60))
-    # The shell's child keeps its output open: whoever reads that to its end would wait for a minute.
+        within(0.1, lambda: time.sleep(250))
+    # The shell's child keeps its output open: whoever reads that to its end would wait for minutes.
     with pytest.raises(NoAnswer):
-        answer_of(["bash", "-c", "sleep 60 & echo $!; wait"], 0.5)
-    assert time.monotonic() - began < 20
-    assert within(5, lambda: 3) == 3
+        answer_of(["bash", "-c", "sleep 250 & wait"], 0.5)
+    assert time.monotonic() - began < 200
+    assert within(200, lambda: 3) == 3
     with pytest.raises(OSError, match="gone"):
-        within(5, lambda: (_ for _ in ()).throw(OSError("gone")))
-    answer = answer_of(["bash", "-c", "echo out; echo err >&2; exit 3"], 20)
+        within(200, lambda: (_ for _ in ()).throw(OSError("gone")))
+    answer = answer_of(["bash", "-c", "echo out; echo err >&2; exit 3"], 200)
     assert (answer.code, answer.out, answer.error) == (3, "out", "err")
 
 
