@@ -1,5 +1,6 @@
 """`moe-dist chaos`: faults, the reference, the verdict."""
 
+import argparse
 import json
 import signal
 from collections import Counter
@@ -19,16 +20,22 @@ from moe_dist.chaos.judge import losses
 from moe_dist.chaos.series import Series, Start
 from moe_dist.config import Config, validate
 from moe_dist.disk import replace_text
+from moe_dist.process import output_never_fatal
 from moe_dist.train.exit_codes import DONE, SAVED
 
 _WARM_UP = 5  # steps after which a process should have all that it needs
 
 
-def chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
-    """Returns the exit code: 0 when nothing was lost and every start ended as it should, else 1.
+def chaos(own: argparse.Namespace) -> int:
+    """own: of chaos_arguments. Returns the exit code: 0 when nothing was lost and all ended as it should, else 1.
 
     Raises ValueError for what a user got wrong.
     """
+    with output_never_fatal():  # what it found is in chaos.json too
+        return _chaos(own.config, own.minutes, own.ranks, own.seed)
+
+
+def _chaos(config: Config, minutes: float, ranks: int, seed: int) -> int:
     if not 0 < minutes < 10_000:
         raise ValueError(f"--minutes={minutes:g} must be above 0 and below 10000")
     if not 1 <= ranks <= 64:

@@ -16,13 +16,19 @@ _ABOUT = """Look into checkpoints, without a model and without the ranks that wr
 PATH is a checkpoint, or a run's folder: then all of its checkpoints for verify, for inspect the newest, and for convert
 and diff the newest that is whole. These two read no file that does not match its SHA-256.
 """
+_ACTIONS = {
+    "inspect": "what is in it",
+    "verify": "every file against its SHA-256",
+    "convert": "another precision or number of files",
+    "diff": "largest differences by parameter",
+}
 
 
 def checkpoint_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = Parser("moe-dist checkpoint", _ABOUT)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("inspect", "verify", "convert", "diff"):
-        sub = commands.add_parser(name, prog=f"moe-dist checkpoint {name}")
+    for name, about in _ACTIONS.items():
+        sub = commands.add_parser(name, prog=f"moe-dist checkpoint {name}", help=about)
         sub.add_argument("path", type=user_path)
         if name == "diff":
             sub.add_argument("other", type=user_path)

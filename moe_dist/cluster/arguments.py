@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.config import Config
+from moe_dist.config.arguments import with_config
 from moe_dist.config.flags import Parser
 from moe_dist.config.values import user_path
-from moe_dist.train.arguments import with_config
 
 _SUBMIT = """Check a configuration for so many ranks, and hand slurm/train.sbatch to sbatch, each value as an argument.
 

@@ -5,6 +5,7 @@ asked to save as before a time limit (SIGUSR2). What still runs after that is en
 ranks to save once more, in the 30 seconds (KillWait) that most clusters give them.
 """
 
+import argparse
 import re
 import time
 from collections.abc import Callable
@@ -18,10 +19,10 @@ from moe_dist.parallel.slurm import ask
 _POLL = 1.0  # seconds
 
 
-def cancel(what: str, seconds: float, say: Callable[[str], None] = print) -> int:
-    """what: a folder of a run, or the number of a job. Returns the exit code, 0. Raises ValueError when the queue has
+def cancel(own: argparse.Namespace, say: Callable[[str], None] = print) -> int:
+    """own: of cancel_arguments. Returns the exit code, 0. Raises ValueError when the queue has
     no such job, or when Slurm refuses."""
-    job, folder = _job(what)
+    job, folder = _job(own.what)
     state = state_of(job)
     if state is None:
         raise ValueError(f"job {job} neither waits nor runs: there is nothing to cancel")
@@ -32,8 +33,8 @@ def cancel(what: str, seconds: float, say: Callable[[str], None] = print) -> int
         else:
             history.append(folder, "cancel", job=job)
         ask("scancel", "--signal=USR2", job)
-        say(f"job {job}: asked to save; it is cancelled in {seconds:.0f} s if it has not ended")
-        end = time.monotonic() + seconds
+        say(f"job {job}: asked to save; it is cancelled in {own.seconds} s if it has not ended")
+        end = time.monotonic() + own.seconds
         while state_of(job) is not None and time.monotonic() < end:
             time.sleep(_POLL)
     if state_of(job) is None:

@@ -1,4 +1,4 @@
-"""`moe-dist status ROOT`: all runs under a folder, how far each is, and what its jobs have been through.
+"""`moe-dist status`: how far a run is; of all runs under a folder also what their jobs have been through.
 
     run   state             step     loss    left   restarts  ETTR   job
     mine  running           310/500  2.1034  2m10s  3         91.2%  12 RUNNING
@@ -20,13 +20,43 @@ from moe_dist.cluster import history
 from moe_dist.cluster.queue import states_of
 from moe_dist.config.load import load_config
 from moe_dist.disk import lines_backwards
+from moe_dist.train.arguments import run_arguments
 from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.history import last_record
 from moe_dist.train.record.progress import duration
-from moe_dist.train.record.status import FILE, folders_with, status_now
+from moe_dist.train.record.status import FILE, describe_status, folders_with, status_now
 
+_ABOUT = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
+or failed, with its last step and its loss, or how it ended; in a second one its effective training time ratio: seconds
+in steps that were kept over those since it was first submitted or started, the queue apart.
+
+Takes the folder of a run, or what `moe-dist train` takes, and reads status.json, metrics.jsonl and the starts of the
+run. For a folder that holds runs, or without anything for runs/, a table of all of them: state, step, loss, time left,
+restarts, effective training time ratio (ETTR), last job.
+"""
 _COLUMNS = ("run", "state", "step", "loss", "left", "restarts", "ETTR", "job")
 _LATEST = 20  # steps that tell the pace
+
+
+def status(words: list[str]) -> int:
+    """Returns the exit code, 0. Raises ValueError for what is neither a run, a folder of runs nor a configuration."""
+    folder = Path(words[0] if words else "runs")
+    if folder.is_dir():
+        if len(words) > 1:
+            raise ValueError(
+                f"{words[0]} is the folder of a run, and takes no {words[1]}: flags go with a configuration"
+            )
+        if not (folder / "config.yaml").exists():
+            print_runs(folder)
+            return 0
+    else:
+        _, config = run_arguments("status", words, _ABOUT)
+        folder = config.run.folder
+    print(describe_status(status_now(folder)))
+    effective = effective_time_of(folder)
+    if effective is not None:
+        print(f"effective training time: {effective.describe()}")
+    return 0
 
 
 def print_runs(root: Path) -> None:

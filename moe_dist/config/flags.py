@@ -25,8 +25,25 @@ from moe_dist.config.schema import Config
 _SOURCE = "command line"
 
 
+ASK_PARSER = "--\0"
+"""In place of the words behind a command: asks for its parser. Nobody can type it."""
+
+
+class ParserAsked(Exception):
+    """The answer to ASK_PARSER, for who wants to know what a command takes: completion, the reference."""
+
+    def __init__(self, parser: "Parser") -> None:
+        super().__init__(parser.prog)
+        self.parser = parser
+
+
 class Parser(argparse.ArgumentParser):
-    """For flags of a command itself: argparse without abbreviations, whose mistakes are a ValueError of one line."""
+    """For flags of a command itself: argparse without abbreviations, whose mistakes are a ValueError of one line.
+
+    takes_config: keys of the configuration are flags beside those of the parser (config/arguments.py).
+    """
+
+    takes_config = False
 
     def __init__(self, prog: str, about: str = "", **options: Any) -> None:
         super().__init__(
@@ -36,6 +53,12 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        """Raises ParserAsked for ASK_PARSER."""
+        if args and args[0] == ASK_PARSER:
+            raise ParserAsked(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{_SOURCE}: {message}; {self.prog} --help lists what there is")

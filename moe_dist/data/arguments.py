@@ -39,59 +39,42 @@ PATH as for `moe-dist data prepare`. Every byte is a token, <|endoftext|> is id 
 
 def data_arguments(args: Sequence[str]) -> argparse.Namespace:
     """`action` is prepare, inspect or learn."""
-    words = list(args)
-    match words:
-        case ["prepare", *rest]:
-            return _prepare(rest)
-        case ["inspect", *rest]:
-            return _inspect(rest)
-        case ["tokenizer", "train", *rest]:
-            return _learn(rest)
-        case ["tokenizer", *rest] if not {"-h", "--help"} & set(rest):
-            raise ValueError("command line: moe-dist data tokenizer knows one thing, train; --help lists what there is")
-        case ["tokenizer", *rest]:
-            return _learn(rest)
     parser = Parser("moe-dist data", _ABOUT)
-    parser.add_argument("action", choices=["prepare", "inspect", "tokenizer"])
-    return parser.parse_args(words)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{prepare,inspect,tokenizer}")
+    _add_prepare(actions.add_parser("prepare", prog="moe-dist data prepare", about=_PREPARE, help="texts to a corpus"))
+    _add_inspect(actions.add_parser("inspect", prog="moe-dist data inspect", about=_INSPECT, help="look into one"))
+    tokenizer = actions.add_parser("tokenizer", prog="moe-dist data tokenizer", help="learn a tokenizer")
+    tools = tokenizer.add_subparsers(dest="tool", required=True, metavar="{train}")
+    _add_learn(tools.add_parser("train", prog="moe-dist data tokenizer train", about=_LEARN, help="byte-level BPE"))
+    own = parser.parse_args(list(args))
+    own.action = "learn" if own.action == "tokenizer" else own.action
+    for name, low in (("workers", 1), ("samples", 0)):
+        value = getattr(own, name, None)
+        if value is not None and value < low:
+            raise ValueError(f"--{name} {value} is below {low}")
+    return own
 
 
-def _prepare(args: list[str]) -> argparse.Namespace:
-    parser = Parser("moe-dist data prepare", _PREPARE)
+def _add_prepare(parser: Parser) -> None:
     _add_paths(parser)
     parser.add_argument("--tokenizer", required=True, help="a path, or bytes")
     parser.add_argument("--end-of-text", metavar="TOKEN", help="ends a document; default: as the tokenizer says")
     parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX")
     parser.add_argument("--workers", type=int, help="processes; default: as many as there are cores")
     parser.add_argument("--strict", action="store_true", help="end at the first bad record")
-    own = parser.parse_args(args)
-    if own.workers is not None and own.workers < 1:
-        raise ValueError(f"--workers {own.workers} is below 1")
-    own.action = "prepare"
-    return own
 
 
-def _inspect(args: list[str]) -> argparse.Namespace:
-    parser = Parser("moe-dist data inspect", _INSPECT)
+def _add_inspect(parser: Parser) -> None:
     parser.add_argument("prefix", metavar="PREFIX", type=user_path)
     parser.add_argument("--tokenizer")
     parser.add_argument("--samples", type=int, default=1, help="documents to show the beginning of")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    own = parser.parse_args(args)
-    if own.samples < 0:
-        raise ValueError(f"--samples {own.samples} is below 0")
-    own.action = "inspect"
-    return own
 
 
-def _learn(args: list[str]) -> argparse.Namespace:
-    parser = Parser("moe-dist data tokenizer train", _LEARN)
+def _add_learn(parser: Parser) -> None:
     _add_paths(parser)
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--output", type=user_path, required=True, metavar="FOLDER")
-    own = parser.parse_args(args)
-    own.action = "learn"
-    return own
 
 
 def _add_paths(parser: Parser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from moe_dist.config.arguments import with_config
 from moe_dist.config.flags import Parser
 from moe_dist.config.read import read_value
 
@@ -33,6 +34,17 @@ taken, but by --measure; --dry-run runs a training step of chosen ranks on tenso
 
 Exit codes: 0 it fits; 1 it does not, or the dry run found a fault; 2 a mistake of the user.
 """
+
+
+def plan_arguments(args: Sequence[str]) -> argparse.Namespace:
+    """With `measure` set, what `moe-dist plan --measure FILE` takes; else with the configuration as `config`."""
+    if any(word.partition("=")[0] == "--measure" for word in args):
+        return measure_arguments(args)
+    own, config = with_config(plan_parser(), list(args), USAGE, ABOUT)
+    own.config = config
+    own.measure = None
+    check_plan_arguments(own)
+    return own
 
 
 def plan_parser() -> Parser:

@@ -14,12 +14,18 @@ from moe_dist.plan.hardware import Hardware, load_hardware
 from moe_dist.plan.plan import Plan, make_plan
 from moe_dist.plan.search import Price, Search, prices, search
 from moe_dist.plan.text import console, print_plan, print_prices, print_search
+from moe_dist.process import interrupts_held
 
 FITS, DOES_NOT = 0, 1
 
 
-def plan(config: Config, own: argparse.Namespace) -> int:
-    """own: of plan_parser, checked. Returns the exit code. Raises ValueError for what a user got wrong."""
+def plan(own: argparse.Namespace) -> int:
+    """own: of plan_arguments. Returns the exit code. Raises ValueError for what a user got wrong."""
+    if own.measure is not None:
+        with interrupts_held():
+            from moe_dist.plan.measure import measure
+        return measure(own)
+    config: Config = own.config
     if own.dry_run:
         return _run_dry(config, own)
     hardware = hardware_of(own)

@@ -21,6 +21,14 @@ report  writes a page (HTML and Markdown, with its figures and data) of as many 
         and its answer first; with --check it only says whether the design supports the question
 export  writes the ledger and what was measured at each fraction of the schedule as tables, Parquet or JSONL
 """
+_ACTIONS = {
+    "plan": "what it trains, costs and can show",
+    "run": "train what has not finished",
+    "submit": "hand it to Slurm",
+    "list": "how far each point is",
+    "report": "write a page of it",
+    "export": "write its data as tables",
+}
 
 
 def study(args: Sequence[str]) -> int:
@@ -131,8 +139,8 @@ def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("moe-dist study", _ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,run,submit,list,report,export}")
-    for name in ("plan", "run", "submit", "list", "report", "export"):
-        command = commands.add_parser(name, prog=f"moe-dist study {name}")
+    for name, about in _ACTIONS.items():
+        command = commands.add_parser(name, prog=f"moe-dist study {name}", help=about)
         command.add_argument("study", type=user_path, metavar="STUDY.yaml")
         if name == "plan":
             no_probe = "train nothing to estimate time"

@@ -6,6 +6,7 @@ torchrun passes none of these on (it returns 1), so the code of a run that faile
 import os
 
 DONE = 0
+"""The run has reached its last step, or had before."""
 FAILED = 1
 """Anything without a code of its own; the reason is in status.json."""
 USAGE = 2

@@ -1,5 +1,6 @@
 """The command: ranks, table, verdict."""
 
+import argparse
 import os
 import tempfile
 import time
@@ -18,8 +19,10 @@ from moe_dist.verify.compare import Meshes, Reference, Report, compare_layout, t
 _AGREED = "agreed"
 
 
-def verify(options: Options, ranks: int, device: str) -> int:
-    """The exit code: 0 all agree, 1 a difference. ranks: to start, where this is none of several already."""
+def verify(own: argparse.Namespace) -> int:
+    """own: of verify_arguments; its ranks are started where this is none of several already. Returns the exit code: 0
+    all agree, 1 a difference."""
+    options, device = own.options, own.device
     rank = rank_from_environment(os.environ)
     if rank.world > 1:
         chosen = start(rank, device, share_gpus=True)
@@ -29,7 +32,7 @@ def verify(options: Options, ranks: int, device: str) -> int:
         return 0 if agreed else 1
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         verdict = Path(folder) / "verdict"
-        spawn(_worker, ranks, options, device, str(verdict), device=device)
+        spawn(_worker, own.ranks, options, device, str(verdict), device=device)
         return 0 if verdict.read_text(encoding="utf-8") == _AGREED else 1
 
 

@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from moe_dist.cli import COMMANDS
 from moe_dist.config.model import AttentionConfig, MoEConfig
 from moe_dist.models.block import ATTENTIONS
 from moe_dist.moe.routers import ROUTERS
@@ -102,6 +103,19 @@ def test_what_a_new_choice_must_be_added_to_has_all_that_are_there() -> None:
     assert {AttentionConfig(**options).kind for options in DECODERS.values()} == kinds
     carried = {moe["dispatch"] for moe, _ in CARRIERS}
     assert carried == choices(MoEConfig, "dispatch") - {"auto", "local"}
+
+
+def test_what_is_like_it_is_where_a_new_one_is_to_go() -> None:
+    """Kernels beside their reference, commands behind their arguments."""
+    ops = {path.parent for path in (ROOT / "moe_dist/kernels").glob("*/*.py")}
+    assert ops and all((op / "reference.py").is_file() for op in ops)
+    for command in COMMANDS.values():
+        for place in filter(None, (command.arguments, command.run)):
+            module, _, function = place.partition(":")
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            assert function in {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}, (
+                place
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
