@@ -22,6 +22,7 @@ _USAGE = """usage: moe-dist COMMAND ...       (each has --help)
   compare RUN... [flags]        a page that shows a few runs side by side
   data ACTION ...               prepare and inspect corpora, learn a tokenizer
   generate RUN [flags]          text from the model of a run
+  import hf PATH, export hf RUN models from Hugging Face and to it
   chaos CONFIG [flags]          break that run on purpose, again and again, and prove that nothing was lost
   experts RUN ACTION            add, open, close, remove or list the experts of a trained model
   checkpoint ACTION PATH        inspect, verify, convert or diff checkpoints
@@ -132,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with interrupts_held():
                     from moe_dist.generate.command import generate_text
                 return generate_text(own)
+            case "import" | "export":
+                return _interop(command, rest)
             case "chaos":
                 return _chaos(rest)
             case "experts":
@@ -254,6 +257,15 @@ def _status(args: list[str]) -> int:
     if effective is not None:
         print(f"effective training time: {effective.describe()}")
     return 0
+
+
+def _interop(command: str, args: list[str]) -> int:
+    from moe_dist.interop.arguments import export_arguments, import_arguments
+
+    own = import_arguments(args) if command == "import" else export_arguments(args)
+    with interrupts_held():
+        from moe_dist.interop.command import export_model, import_model
+    return import_model(own) if command == "import" else export_model(own)
 
 
 def _chaos(args: list[str]) -> int:
