@@ -50,7 +50,9 @@ def compared(model: ModelConfig, checkpoint: Path, folder: Path, dtype: torch.dt
 @torch.no_grad()
 def _of_theirs(folder: Path, ids_BS: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -58,6 +60,8 @@ def _of_theirs(folder: Path, ids_BS: Tensor) -> Tensor:
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             raise ValueError(f"{folder}: Transformers finds {what.replace('_', ' ')}: {sorted(map(str, info[what]))}")
+    if hasattr(model, "set_experts_implementation"):  # grouped products want widths that are multiples of 16 bytes
+        model.set_experts_implementation("eager")
     logits: Tensor = model.eval()(input_ids=ids_BS).logits
     return logits.float()
 

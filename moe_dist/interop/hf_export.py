@@ -23,16 +23,17 @@ from moe_dist.checkpoint.find import run_config, run_of
 from moe_dist.checkpoint.reader import Reader
 from moe_dist.checkpoint.shard import FILE_DTYPE, Stored
 from moe_dist.config import Config
+from moe_dist.config.model import ModelConfig
 from moe_dist.data.tokenizers import BYTES, IN_RUN, load_tokenizer
 from moe_dist.disk import flush
 from moe_dist.interop.accounts import Table
-from moe_dist.interop.families import Family, settings_of
+from moe_dist.interop.families import Family, read_settings, settings_of
 from moe_dist.interop.folder import CONFIG, TOKENIZER_FILES, read_json, small_files, write_json, write_weights
 from moe_dist.interop.hf_import import ORIGIN
+from moe_dist.interop.meaning import meaning
 from moe_dist.interop.names import Pair, is_open, theirs_of, unit_shape
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def export_folder(checkpoint: Path, draft: Path, dtype: str | None, most_bytes: 
     largest = max(tensors, key=lambda tensor: tensor.bytes)
     usual = {"max_position_embeddings": _longest(config), "dtype": _DTYPES[largest.dtype]}
     notes, tokens = _write_tokenizer(run, reader, draft)
-    write_json(draft / CONFIG, _config_json(before, usual | tokens | settings, dtype))
+    write_json(draft / CONFIG, _config_json(config.model, before, usual | tokens, settings, dtype))
     if (origin / "generation_config.json").is_file():
         shutil.copyfile(origin / "generation_config.json", draft / "generation_config.json")
     elif tokens:
@@ -75,30 +76,18 @@ def export_folder(checkpoint: Path, draft: Path, dtype: str | None, most_bytes: 
     return Exported(family, config, dtype, files, notes)
 
 
-def _config_json(before: dict[str, Any], now: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """What was there before, where the model does not say otherwise; rotation as it was written then."""
-    kept = {key: value for key, value in before.items() if key not in _ROPE}
+def _config_json(
+    model: ModelConfig, before: dict[str, Any], beside: dict[str, Any], settings: dict[str, Any], dtype: str | None
+) -> dict[str, Any]:
+    """What an imported model came with, where that still says the model; else with `settings`. beside: what else there
+    must be, where it did not come."""
     said = "torch_dtype" if "torch_dtype" in before else "dtype"
-    if before and dtype is None:
-        now.pop("dtype")
-    for key in ("max_position_embeddings", "bos_token_id", "eos_token_id"):
-        if key in before and not (key == "max_position_embeddings" and _of_dynamic(now)):
-            now.pop(key, None)
-    if "dtype" in now:
-        now[said] = now.pop("dtype")
-    if "rope_parameters" in before or not before:
-        return kept | now
-    rope = dict(now.pop("rope_parameters"))
-    now["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        now["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    now["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    return kept | now
-
-
-def _of_dynamic(now: dict[str, Any]) -> bool:
-    dynamic: bool = now["rope_parameters"]["rope_type"] == "dynamic"
-    return dynamic
+    rounded = {} if dtype is None else {said: _DTYPES[dtype]}
+    if before and meaning(read_settings(before).model) == meaning(model):
+        return before | rounded
+    if said in before:
+        beside.pop("dtype")
+    return beside | before | settings | rounded
 
 
 def _longest(config: Config) -> int:

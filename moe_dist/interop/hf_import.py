@@ -132,7 +132,7 @@ def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:
 def _write(step: Path, table: Table, weights: Weights, dtype: Dtype | None) -> list[ShardFile]:
     made_of, files, batch, size = ours_of(table.pairs), [], list[tuple[Range, Iterator[Tensor]]](), 0
     for name, shape in table.shapes.items():
-        new: Dtype = "F32" if name in table.buffers else _stored_as(name, made_of.get(name, []), weights, dtype)
+        new: Dtype = "F32" if name in table.buffers else _stored_as(made_of.get(name, []), weights, dtype)
         values = _open(shape) if is_open(name) else _values(made_of[name], table, weights, TORCH_DTYPE[new])
         piece = Range(kind="weight", name=name, start=0, length=prod(shape), dtype=new)
         batch.append((piece, values))
@@ -145,16 +145,16 @@ def _write(step: Path, table: Table, weights: Weights, dtype: Dtype | None) -> l
     return files
 
 
-def _stored_as(name: str, parts: list[tuple[Pair, int]], weights: Weights, asked: Dtype | None) -> Dtype:
-    theirs = {place.name for pair, _ in parts for place in pair.theirs}
-    found = {weights.dtype(each) for each in theirs}
-    exact = found <= {"F32", "F16", "BF16"}
-    if asked is None and not exact:
+def _stored_as(parts: list[tuple[Pair, int]], weights: Weights, asked: Dtype | None) -> Dtype:
+    found = {place.name: weights.dtype(place.name) for pair, _ in parts for place in pair.theirs}
+    wider = {theirs: kind for theirs, kind in found.items() if kind not in ("F32", "F16", "BF16")}
+    if asked is None and wider:
+        theirs, kind = min(wider.items())
         raise ValueError(
-            f"{weights.folder}: {min(theirs)} is stored as {'/'.join(sorted(found))}, and checkpoints here hold fp32 "
-            "and bf16: name what to round it to, --dtype fp32"
+            f"{weights.folder}: {theirs} is stored as {kind}, and checkpoints here hold fp32 and bf16: name what to "
+            "round it to, --dtype fp32"
         )
-    return asked or ("BF16" if found == {"BF16"} else "F32")
+    return asked or ("BF16" if set(found.values()) == {"BF16"} else "F32")
 
 
 def _values(parts: list[tuple[Pair, int]], table: Table, weights: Weights, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ class Rope:
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
         given = theirs.get("rope_parameters", None) or theirs.get("rope_scaling", None) or self.scaling
-        theirs.asked |= {"rope_scaling", "original_max_position_embeddings"}
+        theirs.asked |= {"rope_scaling", "rope_theta", "original_max_position_embeddings"}
         rope = dict(given)
         ours["rope_theta"] = float(rope.pop("rope_theta", None) or theirs.get("rope_theta", self.theta))
         share = theirs.get("partial_rotary_factor", self.share)
@@ -55,9 +55,12 @@ class Rope:
             rope |= {"beta_fast": at.fast_turns, "beta_slow": at.rope_slow_turns, "truncate": at.rope_truncate}
         if at.rope_scaling == "llama3":
             rope |= {"high_freq_factor": at.fast_turns, "low_freq_factor": at.rope_slow_turns}
+        # Beside one another as versions before 5 read it, and together as those from 5 on.
+        around: dict[str, Any] = {"rope_theta": model.rope_theta}
         if self.partial:
-            rope["partial_rotary_factor"] = at.rotary_share
-        theirs["rope_parameters"] = rope | {"rope_theta": model.rope_theta}
+            around["partial_rotary_factor"] = at.rotary_share
+        theirs["rope_parameters"] = rope | around
+        theirs |= {**around, "rope_scaling": None if at.rope_scaling == "none" else rope}
 
 
 def _no_scaling(rope: dict[str, Any], theirs: Theirs, ours: Ours) -> None:
