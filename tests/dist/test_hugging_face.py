@@ -29,12 +29,10 @@ def check(folder: str) -> None:
             mesh = create_mesh(ep, tp)
             decoder = Decoder(resolve_backends(model, ep), mesh).eval()
             load_weights(run / "checkpoints" / "step-000000", decoder, checked=True)
-            # Under dp both ranks see the same rows; experts that lie on both take those of either.
             with torch.no_grad():
                 logits = decoder(IDS, None, context(phase="dropless"), "logits")
-            torch.testing.assert_close(
-                logits, expected, rtol=0, atol=1e-5, msg=f"{name} in ep {ep} tp {tp}: {{0}}".format
-            )
+            apart, largest = (logits - expected).abs().max(), expected.abs().max()
+            assert apart <= 1e-5 * largest, f"{name} in ep {ep} tp {tp}: {apart:.1e} of {largest:.1f}"
 
 
 def test_logits_in_every_layout(tmp_path: Path) -> None:
