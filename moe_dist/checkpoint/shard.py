@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_dist.checkpoint.layout import ITEM_BYTES, Dtype, Range, ShardFile
 
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16}
-FILE_DTYPE: dict[str, torch.dtype] = {**TORCH_DTYPE, "F16": torch.float16, "F64": torch.float64}
+FILE_DTYPE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Of safetensors files that others read and write."""
 _CHUNK = 2**23
 

@@ -60,7 +60,7 @@ def _gate(own: argparse.Namespace, compare: Callable[[], str]) -> int:
     if own.no_compare:
         return DONE
     if not can_compare():
-        print("not compared: Transformers is not installed (pip install transformers)", file=sys.stderr)
+        print("not compared: Transformers is not installed (pip install 'moe_dist[hf]')", file=sys.stderr)
         return NOT_COMPARED
     try:
         print(f"the same model: {compare()}")

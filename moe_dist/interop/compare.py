@@ -53,7 +53,7 @@ def _of_theirs(folder: Path, ids_BS: Tensor) -> Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     model, info = loaded

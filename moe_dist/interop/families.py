@@ -310,7 +310,7 @@ class Settings:
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
     """From a config.json. Raises ValueError with a line for each thing that a model here cannot have."""
-    name = values.get("model_type")
+    name = str(values.get("model_type"))
     if name in UNLIKE:
         raise ValueError("\n".join(f"{name} has {reason}" for reason in UNLIKE[name]))
     if name not in FAMILIES:
@@ -322,8 +322,11 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
             f"quantization_config: weights are quantised ({method}); load them with Transformers, dequantised, and "
             "save_pretrained them first"
         )
-    for rule in family.rules:
-        rule.read(theirs, ours)
+    try:
+        for rule in family.rules:
+            rule.read(theirs, ours)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        theirs.problems.append(f"config.json says something of another type than {name} has: {error}")
     if theirs.problems:
         raise ValueError("\n".join(f"{name}: {problem}" for problem in theirs.problems))
     notes = [

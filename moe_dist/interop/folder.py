@@ -17,6 +17,7 @@ from moe_dist.disk import write_durably
 from moe_dist.interop.names import Place
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+_ONE_FILE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -77,6 +78,8 @@ class Weights:
                 if not (self.folder / file).is_file():
                     raise ValueError(f"{self.folder / file} is missing, which {INDEX} names: download it again")
             return files
+        if (self.folder / _ONE_FILE).is_file():
+            return [_ONE_FILE]
         files = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if not files:
             pickled = next(self.folder.glob("*.bin"), None)
@@ -100,13 +103,16 @@ def write_weights(folder: Path, tensors: list[Stored], most_bytes: int) -> int:
     """In files of at most `most_bytes`, but for tensors that are larger, with an index where there are several files.
     Returns how many files."""
     shards: list[list[Stored]] = [[]]
+    filled = 0
     for tensor in tensors:
-        if shards[-1] and sum(held.bytes for held in shards[-1]) + tensor.bytes > most_bytes:
+        if shards[-1] and filled + tensor.bytes > most_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(tensor)
+        filled += tensor.bytes
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else _ONE_FILE
         aligned = sorted(shard, key=lambda tensor: -FILE_DTYPE[tensor.dtype].itemsize)
         write_tensors(folder / file, aligned, {"format": "pt"})
         where |= {tensor.key: file for tensor in shard}

@@ -22,6 +22,7 @@ from moe_dist.checkpoint.layout import MANIFEST, Dtype, Manifest, Position, Rang
 from moe_dist.checkpoint.shard import TORCH_DTYPE, write_shard
 from moe_dist.config import Config, validate
 from moe_dist.config.load import dump_config
+from moe_dist.config.parse import parse_dict
 from moe_dist.config.schema import DataConfig, RunConfig, TrainConfig
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.data.tokenizers import IN_RUN, load_tokenizer, save_tokenizer
@@ -111,12 +112,13 @@ def new_folder(target: Path) -> Iterator[Path]:
 def _config(settings: Settings, values: dict[str, Any], output: Path, tokenizer: Tokenizer | None) -> Config:
     longest = values.get("max_position_embeddings") or _LONGEST
     data = DataConfig() if tokenizer is None else DataConfig(tokenizer=str(output.absolute() / IN_RUN))
-    return Config(
+    made = Config(
         model=settings.model,
         data=data,
         train=TrainConfig(seq_len=min(longest, _LONGEST)),
         run=RunConfig(root=str(output.absolute().parent), name=output.name),
     )
+    return parse_dict(asdict(made), CONFIG)  # refuses values of another type
 
 
 def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:
@@ -130,7 +132,8 @@ def _tokenizer(source: Path) -> tuple[Tokenizer | None, list[str]]:
 
 
 def _write(step: Path, table: Table, weights: Weights, dtype: Dtype | None) -> list[ShardFile]:
-    made_of, files, batch, size = ours_of(table.pairs), [], list[tuple[Range, Iterator[Tensor]]](), 0
+    made_of, files = ours_of(table.pairs), list[ShardFile]()
+    batch, size = list[tuple[Range, Iterator[Tensor]]](), 0
     for name, shape in table.shapes.items():
         new: Dtype = "F32" if name in table.buffers else _stored_as(made_of.get(name, []), weights, dtype)
         values = _open(shape) if is_open(name) else _values(made_of[name], table, weights, TORCH_DTYPE[new])

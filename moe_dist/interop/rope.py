@@ -69,7 +69,7 @@ def _no_scaling(rope: dict[str, Any], theirs: Theirs, ours: Ours) -> None:
 
 
 def _linear(rope: dict[str, Any], theirs: Theirs, ours: Ours) -> None:
-    ours |= {"attention.rope_scaling": "linear", "attention.rope_factor": float(rope.pop("factor"))}
+    ours |= {"attention.rope_scaling": "linear", "attention.rope_factor": _needed(rope, "factor", theirs)}
     rope.pop("original_max_position_embeddings", None)
 
 
@@ -80,6 +80,12 @@ def _dynamic(rope: dict[str, Any], theirs: Theirs, ours: Ours) -> None:
         "attention.rope_scaling": "dynamic",
         "attention.rope_original_len": theirs.get("max_position_embeddings"),
     }
+
+
+def _needed(rope: dict[str, Any], key: str, theirs: Theirs) -> float:
+    if key not in rope:
+        theirs.problems.append(f"the scaling of rotation has no {key}")
+    return float(rope.pop(key, 1.0))
 
 
 def _first_length(rope: dict[str, Any], theirs: Theirs) -> int:
@@ -107,8 +113,8 @@ def _yarn(rope: dict[str, Any], theirs: Theirs, ours: Ours) -> None:
 def _llama3(rope: dict[str, Any], theirs: Theirs, ours: Ours) -> None:
     ours |= {
         "attention.rope_scaling": "llama3",
-        "attention.rope_factor": float(rope.pop("factor")),
+        "attention.rope_factor": _needed(rope, "factor", theirs),
         "attention.rope_original_len": _first_length(rope, theirs),
-        "attention.rope_fast_turns": float(rope.pop("high_freq_factor")),
-        "attention.rope_slow_turns": float(rope.pop("low_freq_factor")),
+        "attention.rope_fast_turns": _needed(rope, "high_freq_factor", theirs),
+        "attention.rope_slow_turns": _needed(rope, "low_freq_factor", theirs),
     }

@@ -17,7 +17,7 @@ from tests.unit.helpers import context, random_ids
 from tests.unit.interop.test_hugging_face import saved
 from tests.unit.models.test_families import FAMILIES, Widely
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # ep, tp
+LAYOUTS = [(2, 1), (1, 2), (2, 2)]  # ep, tp
 IDS = random_ids(2, 24, 256)
 
 

@@ -8,7 +8,7 @@ HELP = """
 import sys
 from moe_dist.cli import main
 commands = "train status submit cancel chaos generate experts checkpoint verify study watch plan data".split()
-for args in [*commands, "checkpoint inspect", "data prepare", "data inspect", "data tokenizer"]:
+for args in [*commands, "checkpoint inspect", "data prepare", "data inspect", "data tokenizer", "import hf", "export hf"]:
     try:
         main([*args.split(), "--help"])
     except SystemExit as done:
@@ -40,7 +40,7 @@ def run(code: str) -> str:
 
 def test_every_help_comes_without_torch() -> None:
     shown = run(HELP)
-    assert shown.count("usage: moe-dist") == 17
+    assert shown.count("usage: moe-dist") == 19
 
 
 def test_a_layer_comes_at_once_and_a_step_without_the_compiler() -> None:
