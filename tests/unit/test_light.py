@@ -8,7 +8,8 @@ HELP = """
 import sys
 from moe_dist.cli import main
 commands = "train status submit cancel chaos generate experts checkpoint verify study watch plan data".split()
-for args in [*commands, "checkpoint inspect", "data prepare", "data inspect", "data tokenizer", "import hf", "export hf"]:
+deeper = "checkpoint inspect, data prepare, data inspect, data tokenizer, import hf, export hf".split(", ")
+for args in [*commands, *deeper]:
     try:
         main([*args.split(), "--help"])
     except SystemExit as done:
