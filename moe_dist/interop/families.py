@@ -292,9 +292,9 @@ _NO_MATTER = set(
     "architectures model_type transformers_version torch_dtype dtype _name_or_path use_cache initializer_range "
     "bos_token_id eos_token_id pad_token_id max_position_embeddings output_router_logits pretraining_tp "
     "router_aux_loss_coef aux_loss_coef num_nextn_predict_layers num_mtp_layers attn_implementation "
-    "experts_implementation _attn_implementation_autoset is_decoder auto_map rope_theta default_theta return_dict "
+    "experts_implementation _attn_implementation_autoset is_decoder rope_theta default_theta return_dict "
     "output_attentions output_hidden_states tie_word_embeddings intermediate_size head_dim initial_context_length "
-    "experts_per_token ep_size use_sliding_window num_attention_heads".split()
+    "experts_per_token ep_size num_attention_heads".split()
 )
 _IN_TRAINING = ("attention_dropout", "router_jitter_noise")
 

@@ -155,7 +155,7 @@ def _write_tokenizer(run: Path, reader: Reader, draft: Path) -> tuple[list[str],
         _write_tokenizer_config(draft, {})
         return ["bytes are tokens: tokenizer.json holds 256 of them and no merges"], {"eos_token_id": 0}
     if not own.is_dir():
-        return [f"no tokenizer: {own} is not there"], {}
+        return ["this run has no tokenizer"], {}
     tokenizer = load_tokenizer(str(own))
     for file, data in tokenizer.files.items():
         (draft / file).write_bytes(data)

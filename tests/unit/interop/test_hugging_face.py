@@ -24,7 +24,7 @@ from moe_dist.config.load import load_config
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
-from moe_dist.interop import command
+from moe_dist.interop import command, hf_import
 from moe_dist.interop.families import FAMILIES as KNOWN
 from moe_dist.interop.families import UNLIKE, read_settings, settings_of
 from moe_dist.interop.hf_export import bytes_as_bpe
@@ -364,7 +364,18 @@ def test_bytes_are_tokens_there_too() -> None:
     assert tokenizer.decode(list(text.encode()), skip_special_tokens=False) == text
 
 
-def test_closed_experts_do_not_go_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_closed_experts_do_not_go_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("qwen3_moe", tmp_path / "theirs")
+    monkeypatch.setattr(hf_import, "_open", lambda shape: iter([torch.tensor([1.0, 0.0, 1.0, 0.0])]))
+    assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run"), "--no-compare"]) == 0
+    assert main(["export", "hf", str(tmp_path / "run"), "--output", str(tmp_path / "back"), "--no-compare"]) == 2
+    assert "blocks.0.feed_forward has closed experts [1, 3], and models there have none" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
+
+
+def test_other_commands_read_what_came_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved("qwen3_moe", tmp_path / "theirs")
     assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run"), "--no-compare"]) == 0
     assert main(["checkpoint", "inspect", str(tmp_path / "run")]) == 0
