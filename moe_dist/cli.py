@@ -104,6 +104,20 @@ _ALL = (
         "moe_dist.generate.arguments:generate_arguments",
     ),
     Command(
+        "import",
+        "hf PATH ...",
+        "a run of a Hugging Face model",
+        "moe_dist.interop.command:import_model",
+        "moe_dist.interop.arguments:import_arguments",
+    ),
+    Command(
+        "export",
+        "hf RUN ...",
+        "a Hugging Face folder of the model of a run",
+        "moe_dist.interop.command:export_model",
+        "moe_dist.interop.arguments:export_arguments",
+    ),
+    Command(
         "chaos",
         "CONFIG [flags]",
         "break that run on purpose, again and again, and prove that nothing was lost",

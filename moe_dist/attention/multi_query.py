@@ -125,6 +125,8 @@ class CausalSelfAttention(nn.Module):
             q_BSHP, k_BSGP = self.qk_norm(q_BSHP, k_BSGP)
         if positions.rotary is not None:
             q_BSHP, k_BSGP = turn_heads(q_BSHP, positions.rotary), turn_heads(k_BSGP, positions.rotary)
+        if self.config.score_multiplier is not None:  # every backend multiplies by head_dim^-0.5
+            q_BSHP = q_BSHP * (self.config.score_multiplier * self.head_dim**0.5)
         q_BHSP, k_BGSP, v_BGSP = q_BSHP.transpose(1, 2), k_BSGP.transpose(1, 2), v_BSGP.transpose(1, 2)
         starts_B = None
         if cache is not None:

@@ -10,7 +10,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +21,23 @@ from torch import Tensor
 from moe_dist.checkpoint.layout import ITEM_BYTES, Dtype, Range, ShardFile
 
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16}
+FILE_DTYPE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Of safetensors files that others read and write."""
 _CHUNK = 2**23
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor on its way to a file: `parts` are its values, end to end, as 1-D CPU tensors of its dtype."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * FILE_DTYPE[self.dtype].itemsize
 
 
 def write_shard(
@@ -29,12 +48,25 @@ def write_shard(
     Values may come from a generator: no more than one of its tensors is held. progress: called now and then.
     """
     entries = sorted(entries, key=lambda entry: -ITEM_BYTES[entry[0].dtype])  # so that all are aligned
-    header, offset = {}, 0
-    for piece, _ in entries:
-        place = [offset, offset + piece.bytes]
-        header[piece.key] = {"dtype": piece.dtype, "shape": [piece.length], "data_offsets": place}
+    stored = [Stored(piece.key, piece.dtype, (piece.length,), parts) for piece, parts in entries]
+    size, sha256 = write_tensors(path, stored, progress=progress)
+    return ShardFile(file=path.name, size=size, sha256=sha256, ranges=[piece for piece, _ in entries])
+
+
+def write_tensors(
+    path: Path,
+    tensors: Sequence[Stored],
+    metadata: dict[str, str] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[int, str]:
+    """A safetensors file of `tensors` in this order; (its bytes, their SHA-256). Otherwise as `write_shard`."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for tensor in tensors:
+        assert tensor.key not in header, f"{tensor.key} is listed twice"
+        place = [offset, offset + tensor.bytes]
+        header[tensor.key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
         offset = place[1]
-    assert len(header) == len(entries), "a range is listed twice"
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
@@ -49,18 +81,18 @@ def write_shard(
             progress()
 
         put(memoryview(len(text).to_bytes(8, "little") + text))
-        for piece, parts in entries:
+        for tensor in tensors:
             written = 0
-            for values in parts:
-                assert values.dtype == TORCH_DTYPE[piece.dtype], (piece, values.dtype)
+            for values in tensor.parts:
+                assert values.dtype == FILE_DTYPE[tensor.dtype], (tensor.key, values.dtype)
                 data = values.contiguous().view(torch.uint8).numpy().data
                 for first in range(0, len(data), _CHUNK):
                     put(data[first : first + _CHUNK])
                 written += len(data)
-            assert written == piece.bytes, f"{piece} got {written} bytes"
+            assert written == tensor.bytes, f"{tensor.key} got {written} bytes"
         size = file.tell()
         os.fsync(file.fileno())
-    return ShardFile(file=path.name, size=size, sha256=digest.hexdigest(), ranges=[piece for piece, _ in entries])
+    return size, digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

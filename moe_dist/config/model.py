@@ -253,6 +253,8 @@ class AttentionConfig:
     window: Window = None
     """Sliding window: a token sees the last `window` tokens, itself included. null: all before it. A list gives each
     layer its own, and begins again where it is shorter: [128, null] is every second layer's."""
+    score_multiplier: float | None = None
+    """What the product of a query and a key is multiplied by, as in Granite. null: head_dim^-0.5."""
     sinks: bool = False
     """A learned score for each head takes part in its softmax, so that a head can look at nothing."""
     dropout: float = 0.0
@@ -323,6 +325,12 @@ class ModelConfig:
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = True
     """The output projection is the embedding matrix."""
+    embedding_multiplier: float = 1.0
+    """Embeddings are multiplied by this, as in Granite."""
+    residual_multiplier: float = 1.0
+    """So is what attention and feed-forward add to the residual stream."""
+    logits_scaling: float = 1.0
+    """Logits are divided by this."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     recompute: Literal["none", "activation", "block"] = "none"
     """activation: experts keep their input and pre-activation alone, and activate again in the backward pass. block:

@@ -78,6 +78,7 @@ class DecoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
+        self.multiplier = model.residual_multiplier
         widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
         self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
         attention_std = model.head_sizes.width**-0.5 * residual
@@ -101,10 +102,13 @@ class DecoderBlock(nn.Module):
         """Stats of the routed layers of the block, attention before feed-forward."""
         replay = replay or BlockReplay()
         y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, positions, step, cache, replay.attention)
-        x_TD = x_TD + y_TD
+        x_TD = x_TD + self._scaled(y_TD)
         normed_TD, of_experts = self.feed_forward_norm(x_TD), None
         if isinstance(self.feed_forward, MoE):
             y_TD, of_experts = self.feed_forward(normed_TD, step, replay.feed_forward)
         else:
             y_TD = self.feed_forward(normed_TD)
-        return x_TD + y_TD, tuple(stats for stats in (of_attention, of_experts) if stats is not None)
+        return x_TD + self._scaled(y_TD), tuple(stats for stats in (of_attention, of_experts) if stats is not None)
+
+    def _scaled(self, y_TD: Tensor) -> Tensor:
+        return y_TD if self.multiplier == 1.0 else y_TD * self.multiplier

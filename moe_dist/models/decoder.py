@@ -47,12 +47,12 @@ class DecoderOutput:
 class OutputProjection(nn.Module):
     """Final norm, projection to the vocabulary, and what is wanted of it."""
 
-    def __init__(
-        self, d_model: int, vocab_size: int, norm_eps: float, kernels: str, mesh: Mesh, tied: nn.Parameter | None
-    ) -> None:
+    def __init__(self, model: ModelConfig, mesh: Mesh, tied: nn.Parameter | None) -> None:
         super().__init__()
+        d_model, vocab_size = model.d_model, model.vocab_size
         self.mesh = mesh
-        self.norm = RMSNorm(d_model, norm_eps, mesh, kernels)
+        self.scaling = model.logits_scaling
+        self.norm = RMSNorm(d_model, model.norm_eps, mesh, model.kernels)
         local = vocab_size // mesh.tp.size
         start = mesh.tp.rank * local * d_model
         spec = ParamSpec((vocab_size, d_model), "tensor", start, d_model**-0.5)
@@ -61,6 +61,7 @@ class OutputProjection(nn.Module):
     def forward(self, x_TD: Tensor, targets_T: Tensor | None, want: Want, rows: Tensor | None = None) -> Tensor:
         """`loss`: the mean, differentiable. `token_losses`: [T]. `logits`: [T, V] on every rank, or of `rows` alone."""
         x_TD = enter(self.norm(x_TD), self.mesh)
+        x_TD = x_TD if self.scaling == 1.0 else x_TD / self.scaling
         if want == "logits":
             x_TD = x_TD if rows is None else x_TD[rows]
             return all_gather((x_TD @ self.weight.t()).t(), self.mesh.tp).t()
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
         self.blocks = nn.ModuleList(DecoderBlock(model, layer, mesh) for layer in range(model.num_layers))
         tied = self.embedding.weight if model.tie_embeddings else None
-        self.output = OutputProjection(model.d_model, model.vocab_size, model.norm_eps, model.kernels, mesh, tied)
+        self.output = OutputProjection(model, mesh, tied)
         initialize(self, seed)
 
     def forward(
@@ -131,6 +132,7 @@ class Decoder(nn.Module):
         if caches is None:
             step = replace(step, marks_XT=marks(ids_T, self.mesh.token_ranks, shape[1], step.frequency_V))
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
+        x_TD = x_TD if model.embedding_multiplier == 1.0 else x_TD * model.embedding_multiplier
         positions = self._positions(tokens_BS, x_TD, caches, step.ends)
         recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None
         stats: list[MoEStats] = []

@@ -29,7 +29,7 @@ SETTING_AXES: Axes = {
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
     "attention": ("multi_query", "options", "dropout", "switch", "routed"),
-    "family": ("none", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "jetmoe"),
+    "family": ("none", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "jetmoe"),
 }
 _CORE = ("top_k", "drops", "accumulation")  # decides who is dropped
 QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
@@ -143,6 +143,10 @@ _FAMILIES: dict[str, dict[str, dict[str, object]]] = {
     "glm4_moe": {
         "attention": {"qkv_bias": True, "qk_norm": "head", "rotary_share": 0.5},
         "moe": {"first": 1, "routed_scale": 2.5},
+    },
+    "granitemoe": {
+        "model": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        "attention": {"score_multiplier": 0.2},
     },
     "jetmoe": {"attention": {"out_bias": True}, "moe": {"out_bias": True}},
 }

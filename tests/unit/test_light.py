@@ -9,7 +9,8 @@ from moe_dist.cli import COMMANDS
 HELP = """
 import sys
 from moe_dist.cli import COMMANDS, main
-for args in [*COMMANDS, "checkpoint inspect", "data prepare", "data inspect", "data tokenizer"]:
+deeper = "checkpoint inspect, data prepare, data inspect, data tokenizer, import hf, export hf".split(", ")
+for args in [*COMMANDS, *deeper]:
     try:
         main([*args.split(), "--help"])
     except SystemExit as done:
@@ -43,7 +44,7 @@ def run(code: str) -> str:
 
 def test_every_help_comes_without_torch() -> None:
     shown = run(HELP)
-    assert shown.count("usage: moe-dist") == len(COMMANDS) + 4
+    assert shown.count("usage: moe-dist") == len(COMMANDS) + 6
 
 
 def test_a_layer_comes_at_once_and_a_step_without_the_compiler() -> None:

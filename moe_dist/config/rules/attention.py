@@ -24,6 +24,7 @@ def attention_rules(attention: AttentionConfig, num_layers: int, section: str = 
     yield from at_most(attention, section, rope_fast_turns=1e6, rotary_share=1.0)
     yield from above_zero(attention, section, "rope_slow_turns rotary_share")
     yield from between(attention, section, "clip_qkv", 1e-3, 1e6)  # null clamps nothing
+    yield from between(attention, section, "score_multiplier", 1e-6, 1e3)
     yield from unused(attention, section, _USES)
     if attention.kind != "routed" and attention.routed != RoutedAttentionConfig():
         routed = key(section, "routed")
@@ -64,7 +65,7 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         yield (
             f"kind=routed has a window of its own, {key(inner, 'local_window')}; set {key(section, 'window')} to null"
         )
-    for name in "rotary_share qkv_bias out_bias sinks qk_ln qk_norm clip_qkv".split():
+    for name in "rotary_share qkv_bias out_bias sinks qk_ln qk_norm clip_qkv score_multiplier".split():
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
             yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"

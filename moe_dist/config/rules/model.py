@@ -15,12 +15,15 @@ _LARGEST: dict[str, float] = dict(
     d_ff=2**24,
     num_classes=2**24,
     norm_eps=0.1,  # the mean square of what is normalised is about 1
+    embedding_multiplier=1e6,
+    residual_multiplier=1e6,
+    logits_scaling=1e6,
 )
 
 
 def model_rules(model: ModelConfig) -> Iterator[str]:
     yield from at_least(1, model, "model", "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff")
-    yield from above_zero(model, "model", "norm_eps")
+    yield from above_zero(model, "model", "norm_eps embedding_multiplier residual_multiplier logits_scaling")
     yield from between(model, "model", "rope_theta", 1.0, 1e12)
     yield from at_most(model, "model", **_LARGEST)
     if model.rope_theta != ModelConfig().rope_theta and model.attention.position != "rotary":

@@ -43,7 +43,7 @@ def switch_rules(
         return
     if num_kv_heads != 1:
         yield f"num_kv_heads={num_kv_heads} with kind=switch, which has one for all; set model.num_kv_heads to 1"
-    for name in ("qkv_bias", "qk_ln", "qk_norm", "sinks"):
+    for name in ("qkv_bias", "qk_ln", "qk_norm", "sinks", "score_multiplier"):
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
             yield f"{name}={shown(value)} is not of kind=switch; set {key(section, name)} to {shown(off)}"

@@ -9,8 +9,10 @@ from moe_dist.config.schema import Config, DataConfig, ParallelConfig
 _BYTES = 256
 _MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
 _OF_DECODERS = (
-    "kind position rotary_share rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window sinks dropout"
+    "kind position rotary_share rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window score_multiplier sinks "
+    "dropout"
 ).split()
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _MOST_WEIGHT = 1e12
 SMALLEST_SHARE = 1e-4
 """Of a blend: a hundred sequences in a million, so that a whole number of them is 1% from it at most."""
@@ -39,6 +41,9 @@ def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
             yield f"attention.{name}={shown(value)} is of language models; set model.attention.{name} to {shown(only)}"
+    for name in _MULTIPLIERS:
+        if getattr(model, name) != 1.0:
+            yield f"{name}={getattr(model, name)} is of language models; set model.{name} to 1.0"
     if model.recompute == "block":
         yield "recompute=block is of language models; set model.recompute to none or activation"
     if parallel.sequence_parallel:

@@ -295,6 +295,9 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "rotary_share=0.3 of head_dim=32 is 9.6, but rotary embedding turns pairs of numbers: change",
             {"model__attention__rotary_share": 0.3},
         ),
+        ("score_multiplier=0.0 is outside 1e-06 to 1000.0", {"model__attention__score_multiplier": 0.0}),
+        ("residual_multiplier=0.0 is not above 0; raise model.residual", {"model__residual_multiplier": 0.0}),
+        ("logits_scaling=-1.0 is not above 0; raise model.logits", {"model__logits_scaling": -1.0}),
         ("rotary_share=1.5 is above 1.0", {"model__attention__rotary_share": 1.5}),
         (
             "rotary_share=0.5 is of position=rotary, not alibi; set model.attention.rotary_share",

@@ -4,9 +4,11 @@ Transformers takes norms, softmaxes and angles in fp32, whatever the weights are
 done in float64, so that nothing is left but a difference in meaning.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -14,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_dist.attention.multi_query import CausalSelfAttention
-from moe_dist.attention.switch import SwitchAttention
+from moe_dist.checkpoint.reshard import load_weights
 from moe_dist.config.model import AttentionConfig, ModelConfig
+from moe_dist.interop.accounts import Table
+from moe_dist.interop.hf_import import import_folder
+from moe_dist.interop.meaning import meaning
+from moe_dist.interop.names import Pair, Place, theirs_of
+from moe_dist.models.backends import plainest
 from moe_dist.models.decoder import Decoder
-from moe_dist.moe.layer import MoE
+from moe_dist.moe.router import Router
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, random_ids, tiny_model
 
 LENGTH = 24
-Named = Iterator[tuple[str, Tensor]]
 
 
 class Widely(TorchFunctionMode):
@@ -38,7 +43,7 @@ class Widely(TorchFunctionMode):
 
 
 # Of each family: where it is in Transformers, its configuration in their words and in ours. All are decoders of 3
-# layers, 16 wide, with 32 tokens, 4 query heads on 2 key/value heads and experts of width 24, but where they differ.
+# layers, 16 wide, 4 query heads on 2 key/value heads and experts of width 24, but where they differ.
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": (
         "llama.Llama",
@@ -152,6 +157,53 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             attention=dict(qkv_bias=True, qk_norm="head", rotary_share=0.5),
         ),
     ),
+    "mistral": (
+        "mistral.Mistral",
+        dict(intermediate_size=24, sliding_window=5),
+        dict(num_experts=0, attention=dict(window=5)),
+    ),
+    "mixtral": (
+        "mixtral.Mixtral",
+        dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True),
+        dict(tie_embeddings=True),
+    ),
+    "solar_open": (
+        "solar_open.SolarOpen",
+        dict(
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=10,
+            n_shared_experts=2,
+            routed_scaling_factor=2.0,
+            head_dim=6,
+        ),
+        dict(
+            router="sigmoid",
+            balance="loss",
+            head_dim=6,
+            expert_width=10,
+            num_shared_experts=2,
+            routed_scale=2.0,
+        ),
+    ),
+    "granitemoe": (
+        "granitemoe.GraniteMoe",
+        dict(
+            intermediate_size=24,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.3,
+            logits_scaling=0.7,
+        ),
+        dict(
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            logits_scaling=0.7,
+            attention=dict(score_multiplier=0.3),
+        ),
+    ),
     "jetmoe": (
         "jetmoe.JetMoe",
         dict(
@@ -174,28 +226,45 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def ours(settings: dict[str, Any]) -> Decoder:
-    """Its balancing losses are off, and what starts at 0 or 1 does not."""
+def configured(settings: dict[str, Any]) -> ModelConfig:
+    """Its balancing losses are off."""
     settings = dict(settings)
-    attention, width = dict(settings.pop("attention")), settings.pop("expert_width", None)
+    attention, width = dict(settings.pop("attention", {})), settings.pop("expert_width", None)
     off = dict(balance_loss_coef=0.0, z_loss_coef=0.0)
-    model = tiny_model(num_layers=3, tie_embeddings=False, rope_theta=500.0, attention="torch", **(off | settings))
+    usual = dict(num_layers=3, tie_embeddings=False, rope_theta=500.0, attention="torch")
+    model = tiny_model(**(usual | off | settings))
     if "moe" in attention:
         attention["moe"] = replace(model.moe, **attention["moe"], **off)
         attention["moe"] = replace(attention["moe"], d_ff=None, out_bias=False)
     model = replace(model, attention=AttentionConfig(backend="torch", **attention))
-    model = replace(model, moe=replace(model.moe, d_ff=width))
+    return replace(model, moe=replace(model.moe, d_ff=width))
+
+
+def ours(model: ModelConfig) -> Decoder:
+    """What starts at 0 or 1 does not."""
     decoder = Decoder(model, single_process_mesh(), seed=1).double()
-    with torch.no_grad():
-        for name, value in [*decoder.named_parameters(), *decoder.named_buffers()]:
-            if value.dim() == 1 and "open_E" not in name:
-                value += 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+    scatter(decoder, ("open_E",))
     return decoder
 
 
+def scatter(model: nn.Module, but: tuple[str, ...] = ()) -> None:
+    """Vectors become others than 0 or 1, a matrix gets entries of a size that keeps activations near 1."""
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith((*but, "inv_freq")):
+                continue
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(crc32(name.encode())))
+            if value.dim() == 1:
+                value += 0.3 * noise
+            elif not but:
+                value.copy_(noise * value.shape[-1] ** -0.5)
+            value.copy_(value.float())
+
+
 def theirs(where: str, settings: dict[str, Any], model: ModelConfig) -> nn.Module:
+    """In float64, with weights that fp32 holds; angles are not rounded."""
     family, name = where.split(".")
-    module = pytest.importorskip(f"transformers.models.{family}")
+    module, settings = pytest.importorskip(f"transformers.models.{family}"), dict(settings)
     rope = dict(rope_type="default", rope_theta=500.0) | settings.pop("rope", {})
     if rope["rope_type"] != "default":
         rope = dict(factor=4.0, original_max_position_embeddings=8) | rope
@@ -214,128 +283,81 @@ def theirs(where: str, settings: dict[str, Any], model: ModelConfig) -> nn.Modul
     )
     with Widely():
         config = getattr(module, f"{name}Config")(**(usual | settings))
-        return getattr(module, f"{name}ForCausalLM")(config).double()
+        made = getattr(module, f"{name}ForCausalLM")(config).double()
+    scatter(made)
+    return made
 
 
-def of_decoder(model: Decoder, of: Callable[[Tensor], Tensor], family: str) -> Named:
-    """Their name of each tensor, and what ours makes of it. of: the tensor itself, or its gradient."""
-    yield "model.embed_tokens.weight", of(model.embedding.weight)
-    yield "model.norm.weight", of(model.output.norm.weight)
-    yield "lm_head.weight", of(model.output.weight)
-    for number, block in enumerate(model.blocks):
-        home = f"model.layers.{number}"
-        yield f"{home}.input_layernorm.weight", of(block.attention_norm.weight)
-        yield f"{home}.post_attention_layernorm.weight", of(block.feed_forward_norm.weight)
-        if isinstance(block.attention, SwitchAttention):
-            yield from of_jetmoe(block, of, home)
-            continue
-        yield from of_attention(block.attention, of, f"{home}.self_attn")
-        if isinstance(block.feed_forward, MoE):
-            yield from of_experts(block.feed_forward, of, f"{home}.mlp", family)
-        else:
-            yield from of_dense(block.feed_forward, of, f"{home}.mlp")
+def imported(other: nn.Module, folder: Path) -> tuple[Decoder, Table]:
+    """The decoder that an import makes of it, in float64, and the table of their tensors."""
+    saved = {name: value.float() for name, value in other.state_dict().items()}
+    other.save_pretrained(folder / "theirs", state_dict=saved)
+    done = import_folder(folder / "theirs", folder / "ours", folder / "ours", None)
+    decoder = Decoder(plainest(done.settings.model), single_process_mesh()).double()
+    load_weights(folder / "ours" / "checkpoints" / "step-000000", decoder, checked=True)
+    return decoder, done.table
 
 
-def of_attention(layer: CausalSelfAttention, of: Callable[[Tensor], Tensor], home: str) -> Named:
-    kv = layer.key_value
-    for kind, param in (("weight", kv.weight), ("bias", kv.bias)):
-        if param is not None:
-            k, v = of(param).unflatten(0, (-1, 2, layer.head_dim)).unbind(1)
-            yield f"{home}.k_proj.{kind}", k.flatten(0, 1)
-            yield f"{home}.v_proj.{kind}", v.flatten(0, 1)
-    yield f"{home}.q_proj.weight", of(layer.query.weight)
-    if layer.query.bias is not None:
-        yield f"{home}.q_proj.bias", of(layer.query.bias)
-    yield f"{home}.o_proj.weight", of(layer.out.weight).t()
-    if layer.out_bias is not None:
-        yield f"{home}.o_proj.bias", of(layer.out_bias.bias)
-    if layer.qk_norm is not None:
-        yield f"{home}.q_norm.weight", of(layer.qk_norm.query_weight)
-        yield f"{home}.k_norm.weight", of(layer.qk_norm.key_weight)
-    if layer.sinks_H is not None:
-        yield f"{home}.sinks", of(layer.sinks_H)
+def as_theirs(values: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """Values by our names, by theirs in a folder."""
+
+    def whole(parts: list[tuple[Pair, int]]) -> Tensor:
+        units = [
+            pair.layout.to_theirs([_part(values, place) for place in pair.ours], table.head)[at] for pair, at in parts
+        ]
+        return units[0] if parts[0][0].theirs[parts[0][1]].expert is None else torch.stack(units)
+
+    trained = [pair for pair in table.pairs if all(place.name in values for place in pair.ours)]
+    return {name: whole(parts) for name, parts in theirs_of(trained).items()}
 
 
-def of_dense(layer: nn.Module, of: Callable[[Tensor], Tensor], home: str) -> Named:
-    yield f"{home}.gate_proj.weight", of(layer.gate.weight)
-    yield f"{home}.up_proj.weight", of(layer.up.weight)
-    yield f"{home}.down_proj.weight", of(layer.down.weight).t()
+def _part(values: Mapping[str, Tensor], place: Place) -> Tensor:
+    value = values[place.name]
+    return value if place.expert is None else value[place.expert]
 
 
-def of_experts(layer: MoE, of: Callable[[Tensor], Tensor], home: str, family: str) -> Named:
-    held, router = layer.experts, "router" if family == "gpt_oss" else "gate"
-    yield f"{home}.{router}.weight", of(layer.router.weight)
-    gate, up = of(held.w_gate), of(held.w_up)
-    if family == "gpt_oss":  # [in, out], gate and up by turns
-        yield f"{home}.{router}.bias", of(layer.router.logit_bias)
-        yield f"{home}.experts.gate_up_proj", torch.stack((gate, up), 2).flatten(1, 2).transpose(1, 2)
-        yield f"{home}.experts.gate_up_proj_bias", torch.stack((of(held.b_gate), of(held.b_up)), 2).flatten(1, 2)
-        yield f"{home}.experts.down_proj", of(held.w_out)
-        yield f"{home}.experts.down_proj_bias", of(held.b_out)
-        return
-    yield f"{home}.experts.gate_up_proj", torch.cat((gate, up), 1)
-    yield f"{home}.experts.down_proj", of(held.w_out).transpose(1, 2)
-    if layer.shared is not None:
-        yield from of_dense(layer.shared, of, f"{home}.shared_expert" + ("s" if family == "glm4_moe" else ""))
-    if layer.shared_gate is not None:
-        yield f"{home}.shared_expert_gate.weight", of(layer.shared_gate.weight)
-
-
-def of_jetmoe(block: nn.Module, of: Callable[[Tensor], Tensor], home: str) -> Named:
-    attention, layer = block.attention, block.feed_forward
-    experts = f"{home}.self_attention.experts"
-    yield f"{home}.self_attention.kv_proj.weight", of(attention.key_value)
-    yield f"{experts}.router.layer.weight", of(attention.router.weight)
-    yield f"{experts}.input_linear.weight", of(attention.experts.w_query)
-    yield f"{experts}.output_linear.weight", of(attention.experts.w_out).transpose(1, 2)
-    yield f"{experts}.bias", of(attention.out_bias.bias)
-    yield f"{home}.mlp.router.layer.weight", of(layer.router.weight)
-    yield f"{home}.mlp.input_linear.weight", torch.cat((of(layer.experts.w_gate), of(layer.experts.w_up)), 1)
-    yield f"{home}.mlp.output_linear.weight", of(layer.experts.w_out).transpose(1, 2)
-    yield f"{home}.mlp.bias", of(layer.out_bias.bias)
-
-
-def corrections(model: Decoder) -> Named:
-    """Balancing biases, which have no gradient."""
-    for number, block in enumerate(model.blocks):
-        if isinstance(block.feed_forward, MoE) and getattr(block.feed_forward.router, "bias_E", None) is not None:
-            yield f"model.layers.{number}.mlp.gate.e_score_correction_bias", block.feed_forward.router.bias_E
+def in_a_folder(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that they have in a folder, where Transformers keeps experts apart."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    return loading.revert_weight_conversion(model, values)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_loss_and_gradients_are_theirs(name: str) -> None:
+def test_logits_loss_and_gradients_are_theirs(name: str, tmp_path: Path) -> None:
     where, their_settings, our_settings = FAMILIES[name]
-    model, family = ours(our_settings), where.partition(".")[0]
-    other, ids = theirs(where, dict(their_settings), model.config), random_ids(2, LENGTH)
-    # Every tensor of theirs is one of ours, and the other way round.
-    other.load_state_dict(dict(of_decoder(model, Tensor.detach, family)) | dict(corrections(model)))
+    wanted = replace(configured(our_settings), vocab_size=256)
+    other = theirs(where, their_settings, wanted)
+    model, table = imported(other, tmp_path)
+    assert meaning(model.config) == meaning(wanted)
+    off = dict(balance_loss_coef=0.0, z_loss_coef=0.0, balance="loss")
+    for part in [part for part in model.modules() if isinstance(part, Router)]:
+        part.moe = replace(part.moe, **off)
+    ids = random_ids(2, LENGTH, 256)
     inputs_BS, targets_BS = ids[:, :-1], ids[:, 1:]
     with Widely():
         expected = other(input_ids=inputs_BS).logits
     logits = model(inputs_BS, None, context(), "logits")
     assert logits.dtype == expected.dtype == torch.float64 and logits.abs().max() > 1
-    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-12)
-    output, loss = (
-        model(inputs_BS, targets_BS, context()),
-        F.cross_entropy(expected.flatten(0, 1), targets_BS.flatten()),
-    )
-    torch.testing.assert_close(output.nll, loss.detach(), rtol=0, atol=2e-12)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    output = model(inputs_BS, targets_BS, context())
+    loss = F.cross_entropy(expected.flatten(0, 1), targets_BS.flatten())
+    torch.testing.assert_close(output.nll, loss.detach(), rtol=0, atol=1e-12)
     output.loss.backward()
     loss.backward()
-    grads = dict(other.named_parameters())
-    for tensor, found in of_decoder(model, lambda param: param.grad, family):
-        grad = grads.pop(tensor).grad
-        assert (found - grad).norm() <= 1e-11 * grad.norm().clamp(min=1e-2), tensor
-    assert not grads
+    grads = in_a_folder(other, {name: param.grad for name, param in other.named_parameters()})
+    found = as_theirs({name: param.grad for name, param in model.named_parameters()}, table)
+    assert sorted(found) == sorted(grads)
+    for tensor, grad in grads.items():
+        assert (found[tensor] - grad).norm() <= 1e-11 * grad.norm().clamp(min=1e-2), tensor
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pieces_with_a_cache_are_theirs(name: str) -> None:
+def test_pieces_with_a_cache_are_theirs(name: str, tmp_path: Path) -> None:
     """Also beyond the length first trained on, where dynamic scaling leaves the keys in the cache as they are."""
     where, their_settings, our_settings = FAMILIES[name]
-    model, family = ours(our_settings), where.partition(".")[0]
-    other, ids = theirs(where, dict(their_settings), model.config), random_ids(2, LENGTH)
-    other.load_state_dict(dict(of_decoder(model, Tensor.detach, family)) | dict(corrections(model)))
+    other = theirs(where, their_settings, replace(configured(our_settings), vocab_size=256))
+    model, _ = imported(other, tmp_path)
+    ids = random_ids(2, LENGTH, 256)
     kept, caches = pytest.importorskip("transformers").DynamicCache(config=other.config), model.new_caches(2, LENGTH)
     for piece in ids.split([6, 1, 5, 1, 11], 1):
         with torch.no_grad():
@@ -350,10 +372,10 @@ def test_every_option_counts() -> None:
     ids = random_ids(2, LENGTH)
     for name, (_, _, settings) in FAMILIES.items():
         with torch.no_grad():
-            logits = ours(settings)(ids, None, context(), "logits")
-            for option in settings["attention"].keys() - {"kind", "moe", "rope_factor", "rope_original_len"}:
+            logits = ours(configured(settings))(ids, None, context(), "logits")
+            for option in settings.get("attention", {}).keys() - {"kind", "moe", "rope_factor", "rope_original_len"}:
                 less = {key: value for key, value in settings["attention"].items() if key != option}
                 if option == "rope_scaling":
                     less = {key: value for key, value in less.items() if not key.startswith("rope_")}
-                other = ours(settings | {"attention": less})(ids, None, context(), "logits")
+                other = ours(configured(settings | {"attention": less}))(ids, None, context(), "logits")
                 assert (other - logits).abs().max() > 1e-4, f"{name} without {option}"

@@ -1,0 +1,1 @@
+"""Models of other people: Hugging Face's folders in and out."""

@@ -1,0 +1,361 @@
+"""The families of Hugging Face models that come in and go out: their settings and the names of their tensors.
+
+| model_type | tensors (names.py) | beside Llama's layers                                                       |
+|------------|--------------------|-----------------------------------------------------------------------------|
+| llama      | LLAMA              | rope_scaling of every kind but longrope; biases of attention                |
+| mistral    | LLAMA              | one window                                                                  |
+| qwen2      | LLAMA              | biases of q, k, v; windows layer by layer                                   |
+| qwen3      | LLAMA              | RMSNorm of q and k by head                                                  |
+| mixtral    | MIXTRAL            | experts, weights divided by their sum                                       |
+| qwen2_moe  | QWEN2_MOE          | biases of q, k, v; a gated shared expert; dense layers                      |
+| qwen3_moe  | QWEN_MOE           | RMSNorm of q and k by head; dense layers                                    |
+| olmoe      | QWEN_MOE           | RMSNorm of q and k over all heads; clip_qkv                                 |
+| gpt_oss    | GPT_OSS            | biases everywhere, sinks, windows, clamped SwiGLU, yarn                     |
+| glm4_moe   | GLM4_MOE           | sigmoid scores with a bias, shared experts, heads half turned, dense layers |
+| solar_open | GLM4_MOE           | sigmoid scores with a bias, shared experts                                  |
+| granitemoe | GRANITE_MOE        | four multipliers                                                            |
+| jetmoe     | JETMOE             | attention experts, with one key/value head                                  |
+
+Refused, because the configuration cannot say it (`UNLIKE` and the rules say which, a line each): GPT-BigCode and Falcon
+(LayerNorm, learned positions or attention beside the feed-forward, biases of feed-forwards), DeepSeek's latent
+attention, JetMoE with more key/value heads, biases of dense feed-forwards, yarn with a factor of its own for scores,
+weights that are quantised. What acts in training alone is not taken over and said: dropout, noise of routers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_dist.config.model import ModelConfig
+from moe_dist.interop import names
+from moe_dist.interop.meaning import differences
+from moe_dist.interop.names import Row
+from moe_dist.interop.rope import Rope
+from moe_dist.interop.settings import (
+    AttentionExperts,
+    Choice,
+    EveryWindow,
+    FirstDense,
+    Fixed,
+    Heads,
+    Key,
+    Only,
+    Rules,
+    ScoreMultiplier,
+    SparseStep,
+    Theirs,
+    TopK,
+    Width,
+    Windows,
+    model_of,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """architecture: what Transformers calls the class. rows: of its tensors. rules: of its settings."""
+
+    model_type: str
+    architecture: str
+    rows: tuple[Row, ...]
+    rules: Rules
+
+
+def _sizes(tied: bool = False) -> Rules:
+    return (
+        Key("vocab_size", "vocab_size"),
+        Key("hidden_size", "d_model"),
+        Key("num_hidden_layers", "num_layers"),
+        Key("tie_word_embeddings", "tie_embeddings", tied),
+    )
+
+
+def _activation(key: str = "hidden_act") -> Choice:
+    return Choice(key, "activation", {"silu": "swiglu", "gelu": "geglu"}, "silu")
+
+
+_BASE: Rules = (*_sizes(), Key("rms_norm_eps", "norm_eps"), _activation())
+_DENSE = Key("intermediate_size", "d_ff")
+_BOTH_BIASES = Key("attention_bias", "attention.qkv_bias attention.out_bias", False)
+_LOSS = Key("router_aux_loss_coef", "moe.balance_loss_coef", 0.001)
+_LAST = Windows(lambda layer, theirs: layer >= theirs.get("max_window_layers", 28))
+_ODD = Windows(lambda layer, theirs: layer % 2 == 0, switched=False, default=128)
+_BIASED_SIGMOID: Rules = (
+    Fixed({"moe.router": "sigmoid", "moe.balance": "sign"}),
+    Key("attention_bias", "attention.qkv_bias", False),
+    Key("n_routed_experts", "moe.num_experts"),
+    Width("moe_intermediate_size"),
+    Key("n_shared_experts", "moe.num_shared_experts", 1),
+    Key("n_group", "moe.num_groups", 1),
+    Key("topk_group", "moe.top_k_groups", 1),
+    Key("routed_scaling_factor", "moe.routed_scale", 1.0),
+    TopK("norm_topk_prob"),
+)
+_QWEN_LAYERS: Rules = (
+    Key("num_experts num_local_experts", "moe.num_experts"),
+    Width("moe_intermediate_size"),
+    _DENSE,
+    SparseStep(),
+)
+
+_LLAMA: Rules = (
+    *_BASE,
+    Heads(),
+    Rope(),
+    _DENSE,
+    _BOTH_BIASES,
+    Only("mlp_bias", False, "feed-forwards here have no biases"),
+)
+_ALL = (
+    Family("llama", "LlamaForCausalLM", names.LLAMA, _LLAMA),
+    Family("mistral", "MistralForCausalLM", names.LLAMA, (*_BASE, Heads(), Rope(), _DENSE, EveryWindow(default=4096))),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        names.LLAMA,
+        (*_BASE, Heads(), Rope(), _DENSE, Fixed({"attention.qkv_bias": True}), _LAST),
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        names.LLAMA,
+        (*_BASE, Heads(128), Rope(), _DENSE, Fixed({"attention.qk_norm": "head"}), _BOTH_BIASES, _LAST),
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        names.MIXTRAL,
+        (
+            *_BASE,
+            Heads(),
+            Rope(theta=1e6),
+            EveryWindow(),
+            Key("num_local_experts", "moe.num_experts"),
+            Width("intermediate_size", also_dense=True),
+            TopK(),
+            _LOSS,
+        ),
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        names.QWEN2_MOE,
+        (
+            *_BASE,
+            Heads(),
+            Rope(),
+            Windows(lambda layer, theirs: layer % 2 == 0 and layer < theirs.get("max_window_layers", 28)),
+            Key("qkv_bias", "attention.qkv_bias", True),
+            *_QWEN_LAYERS,
+            TopK("norm_topk_prob", False),
+            Fixed({"moe.num_shared_experts": 1, "moe.shared_gate": True}),
+            Key("shared_expert_intermediate_size", "moe.shared_d_ff"),
+            _LOSS,
+        ),
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        names.QWEN_MOE,
+        (
+            *_BASE,
+            Heads(),
+            Rope(),
+            EveryWindow(switched=True, default=4096),
+            Fixed({"attention.qk_norm": "head"}),
+            _BOTH_BIASES,
+            *_QWEN_LAYERS,
+            TopK("norm_topk_prob", False),
+            _LOSS,
+        ),
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        names.QWEN_MOE,
+        (
+            *_BASE,
+            Heads(),
+            Rope(),
+            Fixed({"attention.qk_norm": "width"}),
+            _BOTH_BIASES,
+            Key("clip_qkv", "attention.clip_qkv", None),
+            Key("num_experts", "moe.num_experts"),
+            Width("intermediate_size", also_dense=True),
+            TopK("norm_topk_prob", False),
+            Key("router_aux_loss_coef", "moe.balance_loss_coef", 0.01),
+        ),
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        names.GPT_OSS,
+        (
+            *_sizes(),
+            Key("rms_norm_eps", "norm_eps"),
+            Heads(64),
+            Rope(
+                theta=150000.0,
+                scaling=dict(
+                    rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, beta_fast=32.0, truncate=False
+                ),
+            ),
+            _ODD,
+            Fixed({"attention.sinks": True, "moe.expert_bias": True, "moe.router_bias": True}),
+            Fixed({"activation": "clamped_swiglu"}),
+            Only("hidden_act", "silu", "the clamped SwiGLU here is made of silu"),
+            Only("swiglu_alpha", 1.702, "the clamped SwiGLU here has 1.702"),
+            Only("swiglu_limit", 7.0, "the clamped SwiGLU here is cut at 7"),
+            Key("attention_bias", "attention.qkv_bias attention.out_bias", True),
+            Key("num_local_experts", "moe.num_experts"),
+            Width("intermediate_size", also_dense=True),
+            TopK(),
+            _LOSS,
+        ),
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        names.GLM4_MOE,
+        (
+            *_BASE,
+            Heads(),
+            Rope(share=0.5, partial=True),
+            _DENSE,
+            *_BIASED_SIGMOID,
+            FirstDense(),
+            Choice("use_qk_norm", "attention.qk_norm", {False: "none", True: "head"}, False),
+        ),
+    ),
+    Family(
+        "solar_open",
+        "SolarOpenForCausalLM",
+        names.GLM4_MOE,
+        (*_BASE, Heads(128), Rope(theta=1e6, partial=True), *_BIASED_SIGMOID),
+    ),
+    Family(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        names.GRANITE_MOE,
+        (
+            *_BASE,
+            Heads(),
+            Rope(),
+            _BOTH_BIASES,
+            Key("embedding_multiplier", "embedding_multiplier", 1.0),
+            Key("residual_multiplier", "residual_multiplier", 1.0),
+            Key("logits_scaling", "logits_scaling", 1.0),
+            ScoreMultiplier(),
+            Key("num_local_experts", "moe.num_experts"),
+            Width("intermediate_size", also_dense=True),
+            TopK(),
+            _LOSS,
+        ),
+    ),
+    Family(
+        "jetmoe",
+        "JetMoeForCausalLM",
+        names.JETMOE,
+        (
+            *_sizes(tied=True),
+            _activation("activation_function"),
+            Rope(),
+            Key("num_local_experts", "moe.num_experts"),
+            Width("intermediate_size", also_dense=True),
+            TopK(),
+            Key("aux_loss_coef", "moe.balance_loss_coef", 0.01),
+            AttentionExperts(),
+        ),
+    ),
+)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
+
+_LAYER_NORM = "LayerNorm with a bias, and norms here are RMSNorm"
+_MLA = "attention by latents (MLA), and queries, keys and values here are projections of the token itself"
+UNLIKE: Mapping[str, tuple[str, ...]] = {
+    "gpt_bigcode": (
+        _LAYER_NORM,
+        "learned positions, and positions here are rotary, ALiBi or none",
+        "biases of feed-forwards, which have none here",
+    ),
+    "falcon": (
+        _LAYER_NORM,
+        "attention and feed-forward side by side (parallel_attn, new_decoder_architecture), which follow one another "
+        "here",
+    ),
+    "deepseek_v2": (_MLA,),
+    "deepseek_v3": (_MLA,),
+}
+"""Families that are known and cannot come in: what of them the configuration cannot say."""
+
+_NO_MATTER = set(
+    "architectures model_type transformers_version torch_dtype dtype _name_or_path use_cache initializer_range "
+    "bos_token_id eos_token_id pad_token_id max_position_embeddings output_router_logits pretraining_tp "
+    "router_aux_loss_coef aux_loss_coef num_nextn_predict_layers num_mtp_layers attn_implementation "
+    "experts_implementation _attn_implementation_autoset is_decoder rope_theta default_theta return_dict "
+    "output_attentions output_hidden_states tie_word_embeddings intermediate_size head_dim initial_context_length "
+    "experts_per_token ep_size num_attention_heads".split()
+)
+_IN_TRAINING = ("attention_dropout", "router_jitter_noise")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config.json that was read. notes: lines on what a person should know of it."""
+
+    family: Family
+    model: ModelConfig
+    notes: list[str] = field(default_factory=list)
+
+
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """From a config.json. Raises ValueError with a line for each thing that a model here cannot have."""
+    name = str(values.get("model_type"))
+    if name in UNLIKE:
+        raise ValueError("\n".join(f"{name} has {reason}" for reason in UNLIKE[name]))
+    if name not in FAMILIES:
+        raise ValueError(f"model_type={name} is not among those that come in: {', '.join(FAMILIES)}")
+    family, theirs, ours = FAMILIES[name], Theirs(values), dict[str, Any]()
+    if values.get("quantization_config") is not None:
+        method = dict(values["quantization_config"]).get("quant_method")
+        theirs.problems.append(
+            f"quantization_config: weights are quantised ({method}); load them with Transformers, dequantised, and "
+            "save_pretrained them first"
+        )
+    try:
+        for rule in family.rules:
+            rule.read(theirs, ours)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        theirs.problems.append(f"config.json says something of another type than {name} has: {error}")
+    if theirs.problems:
+        raise ValueError("\n".join(f"{name}: {problem}" for problem in theirs.problems))
+    notes = [
+        f"{key}={values[key]} acts in training alone and is not taken over" for key in _IN_TRAINING if values.get(key)
+    ]
+    unknown = sorted(values.keys() - theirs.asked - _NO_MATTER - set(_IN_TRAINING))
+    unknown = [key for key in unknown if values[key] is not None]
+    if unknown:
+        notes.append(f"not known here and not taken over: {', '.join(unknown)}")
+    return Settings(family, model_of(ours), notes)
+
+
+def settings_of(model: ModelConfig, first: str | None = None) -> tuple[Family, dict[str, Any]]:
+    """The family that means the same as `model`, and its settings; `first` is tried before the others.
+
+    Raises ValueError with a line for each field that even the nearest family cannot have.
+    """
+    nearest: tuple[str, list[str]] | None = None
+    for name in sorted(FAMILIES, key=lambda name: name != first):
+        family, written = FAMILIES[name], dict[str, Any]()
+        for rule in family.rules:
+            rule.write(model, written)
+        theirs, ours = Theirs(written), dict[str, Any]()
+        for rule in family.rules:
+            rule.read(theirs, ours)
+        lines = theirs.problems + differences(model, model_of(ours))
+        if not lines:
+            return family, {"model_type": name, "architectures": [family.architecture], **written}
+        if nearest is None or len(lines) < len(nearest[1]):
+            nearest = name, lines
+    assert nearest is not None
+    raise ValueError("\n".join(f"no counterpart in {nearest[0]}, the nearest family: {line}" for line in nearest[1]))
