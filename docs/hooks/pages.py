@@ -6,7 +6,7 @@
 | a link to a file outside docs/         | leads to source/, where that file is shown                             |
 | a picture of drawings/                 | the SVG itself, so that its colours follow the palette                 |
 
-The same Markdown reads well in the repository, where links and pictures are what they seem. Called by MkDocs (mkdocs.yml).
+The same Markdown reads well in the repository, where links and pictures are what they seem. MkDocs calls this.
 """
 
 import posixpath
