@@ -139,10 +139,9 @@ def layouts() -> Drawing:
             up=False,
         )
     same = layout.ranks("edp", 0)
+    dashes = 'stroke="var(--a)" stroke-width="1.6" stroke-dasharray="4 3"'
     there, back = middle[same[0]], middle[same[1]]
-    drawn.parts.append(
-        f'<path d="M{there} 246V264H{back}V246" fill="none" stroke="var(--a)" stroke-width="1.6" stroke-dasharray="4 3"/>'
-    )
+    drawn.parts.append(f'<path d="M{there} 246V264H{back}V246" fill="none" {dashes}/>')
     drawn.text(
         (middle[same[0]] + middle[same[1]]) / 2,
         280,
