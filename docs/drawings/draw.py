@@ -48,8 +48,8 @@ def routing() -> Drawing:
         drawn.box(435, y, f"expert {expert}", 90, 32, colour if chosen else "line", dashed=not chosen)
         if chosen:
             drawn.line(172 + long + 6, y, 386, y, colour)
-            drawn.line(482, y, 588, 132 + (y - 132) * 0.12, colour)
-            drawn.text(530, y + (132 - y) * 0.42 - 12, f"{weight[expert]:.2f}", 12, colour)
+            drawn.line(482, y, 538, 132 + (y - 132) * 0.12, colour)
+            drawn.text(510, y + (132 - y) * 0.42 - 14 * (1 if y < 132 else -1.6), f"{weight[expert]:.2f}", 12, colour)
     drawn.box(640, 132, "y = " + " + ".join(f"{weight[e]:.2f} E{e}(x)" for e in sorted(best)), 196, 34)
     drawn.parts.append(
         '<path d="M55 149V246H640V152" fill="none" stroke="var(--soft)" stroke-width="1.4" stroke-dasharray="2 4"/>'
@@ -81,7 +81,7 @@ def capacity() -> Drawing:
             drawn.box(x - 24 + 48 * place, 148, str(token), 40, 28, COLOURS[expert])
         for place, token in enumerate(one for one in asked if not stays[one]):
             drawn.box(x + 48 * place, 188, str(token), 40, 28, COLOURS[expert], dashed=True)
-            drawn.cross(x + 48 * place, 188)
+            drawn.cross(x + 48 * place + 28, 188)
             drawn.text(x, 222, "dropped: adds zero", 12, "bad")
         if len(inside) < 2:
             drawn.text(x, 188, "a place stays empty", 12, "soft")
@@ -106,7 +106,7 @@ def pools() -> Drawing:
             for place, token in enumerate(tokens):
                 drawn.box(middle - 60 + 50 * place, y, str(token), 40, 28, COLOURS[expert], dashed=place >= limit)
                 if place >= limit:
-                    drawn.cross(middle - 60 + 50 * place, y)
+                    drawn.cross(middle - 60 + 50 * place + 28, y)
             free -= min(limit, len(tokens))
             if pool == 1 and len(tokens) < limit:
                 drawn.box(middle - 60 + 50 * len(tokens), y, "", 40, 28)
@@ -128,7 +128,7 @@ def layouts() -> Drawing:
         drawn.panel(x - 41, 70, 82, 132)
         drawn.text(x, 86, f"rank {rank}", 13)
         drawn.box(x, 114, f"batch {rank // layout.tp}", 70, 22)
-        drawn.box(x, 144, f"heads {'first' if rank % layout.tp == 0 else 'second'}", 76, 22)
+        drawn.box(x, 144, f"heads {4 * (rank % layout.tp)}-{4 * (rank % layout.tp) + 3}", 70, 22)
         drawn.box(x, 178, f"E{place * each}-{place * each + each - 1}", 70, 26, COLOURS[place])
     for group in layout.groups("ep"):
         drawn.bracket(
@@ -153,14 +153,14 @@ def layouts() -> Drawing:
 
 
 def one_meaning() -> Drawing:
-    drawn = Drawing("one-meaning", "However eight tokens are cut over ranks, the same two are dropped", 760, 300)
+    drawn = Drawing("one-meaning", "However eight tokens are cut over ranks, the same two are dropped", 760, 310)
     drawn.text(400, 16, "eight tokens, coloured by the expert they ask for; C = 2 over all ranks", 13, "soft")
     everywhere = kept(CHOSEN)
     rows = [(f"{ranks} rank{'s' * (ranks > 1)}", ranks, everywhere) for ranks in (1, 2, 4)]
     alone = [stays for start in (0, 4) for stays in kept(CHOSEN[start : start + 4])]
     rows.append(("2 ranks, each", 2, alone))
     for row, (words, ranks, stays) in enumerate(rows):
-        y, each = 56 + 60 * row + 24 * (row == 3), 8 // ranks
+        y, each = 56 + 60 * row + 34 * (row == 3), 8 // ranks
         drawn.text(14, y, words, 13, "ink", "start")
         if row == 3:
             drawn.text(14, y + 16, "capping its own", 13, "ink", "start")
@@ -170,11 +170,11 @@ def one_meaning() -> Drawing:
             x = 166 + 62 * token
             drawn.box(x, y, str(token), 38, 26, COLOURS[expert], dashed=not stays[token])
             if not stays[token]:
-                drawn.cross(x, y)
+                drawn.cross(x + 16, y - 12)
         lost = [str(token) for token in range(8) if not stays[token]]
         drawn.text(646, y, f"drops {' and '.join(lost)}", 13, "ink" if row < 3 else "bad", "start")
     drawn.line(14, 222, 746, 222, "line", arrow=False)
-    drawn.text(14, 232, "capacity_scope: local", 12, "soft", "start")
+    drawn.text(14, 236, "capacity_scope: local", 12, "soft", "start")
     return drawn
 
 
@@ -207,7 +207,7 @@ def restarts() -> Drawing:
     )
 
     def x(step: float) -> float:
-        return 110 + 12 * step
+        return 100 + 9 * step
 
     parts = ((0, 27, "killed at step 27"), (20, 40, "killed while it saves step 40"), (30, 50, ""))
     for row, (start, end, what) in enumerate(parts):
@@ -218,7 +218,7 @@ def restarts() -> Drawing:
             whole = step < end or not what
             drawn.box(x(step), y, str(step), 30, 20, "b" if whole else "bad", dashed=not whole)
         if what:
-            drawn.cross(x(end), y) if end % 10 else None
+            drawn.cross(x(end), y, 7) if end % 10 else None
             drawn.text(x(end) + 24, y, what, 12, "bad", "start")
     for step, row in ((20, 0), (30, 1)):
         drawn.line(x(step), 52 + 52 * row, x(step), 80 + 52 * row, "b")

@@ -61,7 +61,7 @@ class Drawing:
             f'fill="{fill}" stroke="{frame}" stroke-width="1.5"{dashes}/>'
         )
         if words:
-            self.text(x, y, words, 12, colour if dashed else "paper" if colour else "ink")
+            self.text(x, y, words, 12, "soft" if dashed else "paper" if colour else "ink")
 
     def panel(self, x: float, y: float, width: float, height: float, words: str = "") -> None:
         """From its upper left corner, with words in it there."""
@@ -90,9 +90,11 @@ class Drawing:
         )
         self.text((x + to_x) / 2, y - tip * 1.7, words, 12, colour)
 
-    def cross(self, x: float, y: float) -> None:
+    def cross(self, x: float, y: float, size: float = 5) -> None:
+        left, right, top, foot = x - size, x + size, y - size, y + size
         self.parts.append(
-            f'<path d="M{x - 7:g} {y - 7:g}l14 14m0 -14l-14 14" stroke="var(--bad)" stroke-width="3" fill="none"/>'
+            f'<path d="M{left:g} {top:g}L{right:g} {foot:g}M{right:g} {top:g}L{left:g} {foot:g}" '
+            'stroke="var(--bad)" stroke-width="2.6" fill="none"/>'
         )
 
     def svg(self) -> str:
