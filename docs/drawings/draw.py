@@ -223,14 +223,8 @@ def restarts() -> Drawing:
     for step, row in ((20, 0), (30, 1)):
         drawn.line(x(step), 52 + 52 * row, x(step), 80 + 52 * row, "b")
     drawn.text(x(50) + 24, 144, "done", 12, "b", "start")
-    drawn.text(
-        110,
-        190,
-        "green: whole checkpoints. Step 40 has no manifest yet, so it is none; the next start takes 30.",
-        12,
-        "soft",
-        "start",
-    )
+    words = "green: whole checkpoints. Step 40 has no manifest yet, so it is none; the next start takes 30."
+    drawn.text(14, 190, words, 12, "soft", "start")
     return drawn
 
 
