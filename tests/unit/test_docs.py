@@ -9,12 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.unit.study.browser import browsing, chromium, sideways
 from tests.unit.written_commands import LANGUAGES, NEEDS, ROOT, Checker, blocks, simple
 
 DOCS = ROOT / "docs"
@@ -119,21 +123,52 @@ def test_drawings_are_what_their_script_draws(tmp_path: Path) -> None:
     assert drawn == {path.name: path.read_bytes() for path in (DOCS / "drawings").glob("*.svg")}
 
 
-@pytest.mark.slow
-def test_the_site_builds_and_asks_nobody(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="pip install -e '.[docs]'")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_names_nothing_of_other_machines(site: Path) -> None:
     asked = re.compile(
-        r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(?:https?:)?//|<link\b(?![^>]*canonical)[^>]*href="http'
+        r'<(?:script|img|iframe|source)\b[^>]*\bsrc="(?:https?:)?//|<link\b(?![^>]*canonical)[^>]*href="(?:https?:)?//'
     )
-    for page in tmp_path.glob("**/*.html"):
+    pages = sorted(site.glob("**/*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
         found = asked.search(page.read_text(encoding="utf-8"))
-        assert found is None, f"{page.relative_to(tmp_path)}: {found[0]}"
+        assert found is None, f"{page.relative_to(site)}: {found[0]}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="NO CHROMIUM: the site is not looked at in a browser")
+def test_the_site_in_a_browser(site: Path, tmp_path: Path) -> None:
+    """Wide and narrow, light and dark: nothing is asked of another machine, no script complains, nothing sticks out."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        with browsing(tmp_path) as browser:
+            for page in ("index", "tutorial", "concepts/capacity", "comparison", "reference/api/moe"):
+                for width, scheme in ((1400, "light"), (390, "dark")):
+                    browser.open(f"{home}{page}.html", width, scheme)
+                    assert [url for url in browser.requests() if not url.startswith((home, "data:"))] == []
+                    assert browser.complaints() == []
+                    wide, window, *_ = sideways(browser)
+                    assert wide <= window, f"{page} is {wide} wide in a window of {window}"
+                    ink = browser.run("getComputedStyle(document.body).getPropertyValue('--md-default-bg-color')")
+                    assert ("#fff" in ink) == (scheme == "light"), f"{page} does not follow {scheme}: {ink}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
