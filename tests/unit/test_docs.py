@@ -75,6 +75,7 @@ RUN = [page for page in PAGES if any(block.mark.startswith("run") for block in b
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # trains, on a machine that may have other work
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_run(page: Path, tmp_path: Path) -> None:
     """In an empty folder beside what the repository has, one after the other; each must end as it should."""
