@@ -43,7 +43,7 @@ class MoEConfig:
     router: Literal["softmax", "sigmoid", "noisy", "expert_choice", "sinkhorn", "hash"] = "softmax"
     """softmax: the top_k most probable experts. sigmoid: by sigmoid score plus a bias that balances the load without a
     loss. noisy: softmax with learned noise, importance and load losses. expert_choice: each expert takes its best
-    tokens; not causal, for language models see the README. sinkhorn: balanced over the micro-step in training; not
+    tokens; not causal, see docs/concepts/routing.md. sinkhorn: balanced over the micro-step in training; not
     causal there. hash: by token id, not learned."""
     router_bias: bool = False
     """With softmax and sigmoid: a learned bias on the logits."""

@@ -77,6 +77,8 @@ def missing(text: str) -> Iterator[str]:
 def test_named_places_exist() -> None:
     start, end = CONTRIBUTING.index("## Where things go"), CONTRIBUTING.index("## Style")
     assert list(missing(CONTRIBUTING[start:end])) == []
+    for page in (ROOT / "docs" / "how-to").glob("write-a-*.md"):
+        assert list(missing(page.read_text(encoding="utf-8"))) == [], page
 
 
 @pytest.mark.parametrize(
