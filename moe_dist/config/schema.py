@@ -66,6 +66,8 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
+    implementation: Literal["torch", "apex"] = "torch"
+    """Who takes a step: torch's fused kernel, or with engine.name = native FusedAdam of the package apex, on GPUs."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.1

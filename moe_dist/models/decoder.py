@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
         self.blocks = nn.ModuleList(DecoderBlock(model, layer, mesh) for layer in range(model.num_layers))
         tied = self.embedding.weight if model.tie_embeddings else None
-        self.output = OutputProjection(model.d_model, model.vocab_size, model.norm_eps, model.kernels, mesh, tied)
+        self.output = OutputProjection(model.d_model, model.vocab_size, model.norm_eps, model.norms_by, mesh, tied)
         initialize(self, seed)
 
     def forward(

@@ -21,6 +21,7 @@ from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import rank_starts
+from moe_dist.engine.adamw import check_implementation
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
@@ -77,6 +78,7 @@ class Trainer:
         layout = Layout(world, parallel.ep, parallel.tp, etp=parallel.etp)
         model = products_chosen(self.task.model, config, self.shape, layout, device, self._say)
         model = resolve_backends(model, parallel.expert_ranks, device.type, config.train.seq_len)
+        check_implementation(config.optim, device.type)
         self.config = config = replace(config, model=model)
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world

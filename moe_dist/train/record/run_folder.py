@@ -34,6 +34,7 @@ from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config
 from moe_dist.config.load import dump_config
 from moe_dist.disk import replace_text
+from moe_dist.engine.adamw import describe_implementation
 from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
@@ -88,7 +89,8 @@ class RunFolder:
             "host": socket.gethostname(),
             "cpu": _cpu_name(),
             "threads_per_rank": torch.get_num_threads(),
-            "backends": describe_backends(config.model, device.type),
+            "backends": describe_backends(config.model, device.type)
+            | {"optimizer": describe_implementation(config.optim)},
             "layout": {name: getattr(layout, name) for name in ("world", "dp", "tp", "ep", "etp", "edp")},
             "revision": _git_revision(),
             "data": data,
