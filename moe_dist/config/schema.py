@@ -196,6 +196,9 @@ class RunConfig:
     """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every."""
     tensorboard: bool = True
     """Write metrics for TensorBoard too."""
+    wandb: str | None = None
+    """A project of Weights & Biases that metrics are sent to, too; the rest is said by its own variables, such as
+    WANDB_ENTITY and WANDB_MODE=offline. null: none."""
     sample_tokens: int = 0
     """Tokens to generate from the trained model at the end."""
     time_limit: Annotated[float | None, Minutes()] = None

@@ -19,7 +19,7 @@ class Package:
 
     @property
     def built(self) -> bool:
-        return all(_there(module) for module in self.modules)
+        return all(is_there(module) for module in self.modules)
 
     def describe(self) -> str:
         """`flash-attn 2.8.4`, for logs."""
@@ -50,7 +50,8 @@ def check_package(package: Package, chosen: str, instead: str, device_type: str)
         )
 
 
-def _there(module: str) -> bool:
-    """A folder of that name without a module in it is not the package: other packages may lie there."""
+def is_there(module: str) -> bool:
+    """Whether it can be imported. A folder of that name without a module in it is not the package: other packages, or
+    what a package writes, may lie there."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None

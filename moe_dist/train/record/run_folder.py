@@ -11,6 +11,7 @@ runs/NAME/
   tokenizer/         of a language model whose tokens are no bytes; what data.tokenizer reads
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
+  wandb-id           under run.wandb: the id of all starts of this run        wandb/   what wandb keeps of each
 Of a run in jobs of slurm/train.sbatch, written by moe_dist/cluster:
   history.jsonl      every start, and what ended it        slurm/JOB.out   what the job said
   logs/start-001/rank-00000.err   standard error of a rank       ends/   exit codes of ranks

@@ -198,16 +198,12 @@ def test_triton_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_flash_attn_is_taken_by_name_and_says_where_it_cannot_run() -> None:
-    with pytest.raises(
-        ValueError, match=r"^attn_impl=flash_attn needs a GPU, but this run is on cpu: set it to flash$"
-    ):
+    with pytest.raises(ValueError, match=r"^attn_impl=flash_attn needs a GPU, but .* set it to flash$"):
         MultiQueryAttention(D, HEADS, "flash_attn", device="cpu")
     check = partial(check_options, "flash_attn", None, norm_type="layernorm", fc_type="torch", window=None)
     with pretended(flash_attn()):
         check(attn_pdrop=0.0, device_type="cuda")
-        with pytest.raises(
-            ValueError, match=r"attn_pdrop=0\.1 with attn_impl=flash_attn would draw numbers that no seed"
-        ):
+        with pytest.raises(ValueError, match=r"attn_pdrop=0\.1 with attn_impl=flash_attn would draw numbers"):
             check(attn_pdrop=0.1, device_type="cuda")
 
 
