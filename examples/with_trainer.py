@@ -89,9 +89,7 @@ def main() -> None:
     with torch.no_grad():
         outputs = [each.eval()(seen[0]["input_ids"]).logits for each in (model, by_hand, loaded)]
     by_hand_apart, loaded_apart = (float((other - outputs[0]).abs().max()) for other in outputs[1:])
-    print(
-        f"logits of the model trained by hand {by_hand_apart:.0e} away, of the one saved and loaded {loaded_apart:.0e}"
-    )
+    print(f"logits of the one trained by hand {by_hand_apart:.0e} away, of the one saved and loaded {loaded_apart:.0e}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every example runs from start to end and says what it promises to show."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def test_example_on_two_ranks(name: str) -> None:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors for _, errors in said)
     assert ON_TWO_RANKS[name] in said[0][0]
+
+
+def test_the_guide_shows_what_is_run() -> None:
+    """Every piece of Python in docs/how-to/library.md stands so in an example."""
+    programs = [_plain(path.read_text()) for path in EXAMPLES.glob("*.py")]
+    pieces = re.findall(r"^```python\n(.*?)^```", (EXAMPLES.parent / "docs/how-to/library.md").read_text(), re.M | re.S)
+    assert len(pieces) > 10
+    for piece in pieces:
+        assert any(_plain(piece) in program for program in programs), piece
+
+
+def _plain(code: str) -> str:
+    """Whatever it is indented by."""
+    return "\n".join(line.strip() for line in code.strip().splitlines())
 
 
 def test_no_example_is_left_out() -> None:
