@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -131,6 +132,12 @@ def check_filled_after_fsdp() -> None:
         for name, param in layer.named_parameters():
             assert param.to_local().numel() < param.numel()
             assert torch.equal(param.full_tensor(), expected[name]), name
+        weights = {name: 2 * tensor.detach() for name, tensor in expected.items()}  # and no seed, as other tools write
+        set_model_state_dict(layer, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        for name, param in layer.named_parameters():
+            assert torch.equal(param.full_tensor(), 2 * expected[name]), name
+        whole = get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(layer, whole, options=StateDictOptions(full_state_dict=True))
 
 
 def test_on_four_ranks() -> None:
