@@ -43,8 +43,9 @@ class MixtureOfExperts(KeepsStep, Layer):
 
     Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index), and
     without a mesh of the rank of torch.distributed too. `step` counts forward passes in training; seed and step are
-    part of the state dict. A pass that torch.utils.checkpoint runs again is the same pass, and counts once. Inside
-    DistributedDataParallel with a mesh, call standalone.ddp.prepare_for_ddp first.
+    part of the state dict. A pass that torch.utils.checkpoint runs again is the same pass, and counts once. A graph of
+    torch.compile has the layer as one operation, which runs as it is. Inside DistributedDataParallel with a mesh, call
+    standalone.ddp.prepare_for_ddp first. docs/how-to/library.md shows the layer under all of these.
     """
 
     def __init__(

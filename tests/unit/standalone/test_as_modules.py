@@ -201,9 +201,8 @@ class WithExperts(nn.Module):
 IDS = torch.arange(24).view(2, 12)
 GRAPHS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "noisy": dict(router="noisy"),
     "hash": dict(router="hash", top_k=1),
-    "sigmoid, shared": dict(router="sigmoid", num_shared_experts=1, shared_gate=True, out_bias=True, jitter=0.2),
+    "sigmoid, shared": dict(router="sigmoid", num_shared_experts=1, shared_gate=True, out_bias=True),
     "experts choose": dict(router="expert_choice", drop_policy="position", experts="bmm"),
     "run again": dict(again=True),
 }
