@@ -13,6 +13,10 @@ import torch.distributed as dist
 from own_model import ROWS, STEPS, Model, batch, compare, optimizer_of, train
 
 
+# On CPU it would compile an operation for inference, which takes a minute.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     deepspeed.init_distributed("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -25,6 +29,7 @@ def main() -> None:
             "train_micro_batch_size_per_gpu": ROWS // ranks,
             "zero_optimization": {"stage": 1},
             "zero_allow_untested_optimizer": True,
+            "communication_data_type": "fp32",  # or DeepSpeed sends gradients in bf16
             "steps_per_print": 10**9,
         },
     )
