@@ -12,7 +12,6 @@ import deepspeed
 import torch.distributed as dist
 from own_model import ROWS, STEPS, Model, batch, compare, optimizer_of, train
 
-
 # On CPU it would compile an operation for inference, which takes a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

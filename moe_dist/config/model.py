@@ -329,8 +329,8 @@ class ModelConfig:
     keep only each block's input and its routing, and run the block again."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
-    norm_kernels: Literal["torch", "triton", "apex"] | None = None
-    """Of RMSNorm alone. apex: NVIDIA's package of that name, on GPUs. null: as `kernels`."""
+    norm_kernels: Literal["same", "torch", "triton", "apex"] = "same"
+    """Of RMSNorm alone. same: as `kernels`. apex: NVIDIA's package of that name, on GPUs."""
     num_classes: int | None = None
     """With task = classification: outputs of the head. null: as many as the data has labels."""
     dropout: float = 0.0
@@ -341,8 +341,8 @@ class ModelConfig:
 
     @property
     def norms_by(self) -> str:
-        """`norm_kernels`, and what null stands for."""
-        return self.norm_kernels or self.kernels
+        """`norm_kernels`, and what `same` stands for."""
+        return self.kernels if self.norm_kernels == "same" else self.norm_kernels
 
     @property
     def head_width(self) -> int:

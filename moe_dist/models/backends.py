@@ -29,7 +29,7 @@ def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_
     if model.norm_kernels == "triton":
         check_triton("model.norm_kernels", "torch", device_type)
     if model.norm_kernels == "apex":
-        check_package(APEX, "model.norm_kernels=apex", "null", device_type)
+        check_package(APEX, "model.norm_kernels=apex", "same", device_type)
     return dataclasses.replace(
         model,
         attention=resolve_attention(model.attention, model.head_sizes, ep, device_type, seq_len),
@@ -83,7 +83,7 @@ def plainest(model: ModelConfig) -> ModelConfig:
     anywhere: dict[str, Any] = dict(dispatch="local", experts="loop", overlap_chunks=1)
     moe, of_attention = (dataclasses.replace(each, **anywhere) for each in (model.moe, model.attention.moe))
     attention = dataclasses.replace(model.attention, backend="torch", moe=of_attention)
-    return dataclasses.replace(model, attention=attention, kernels="torch", norm_kernels=None, moe=moe)
+    return dataclasses.replace(model, attention=attention, kernels="torch", norm_kernels="same", moe=moe)
 
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
@@ -92,7 +92,7 @@ def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     if model.attention.kind != "multi_query":
         attention = f"{model.attention.kind} ({attention})"
     named = {"attention": attention, "kernels": model.kernels}
-    if model.norm_kernels is not None:
+    if model.norm_kernels != "same":
         named["norm"] = APEX.describe() if model.norm_kernels == "apex" else model.norm_kernels
     if model.attention.kind == "switch":
         of_attention = model.attention.moe

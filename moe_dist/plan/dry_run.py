@@ -127,7 +127,7 @@ def runnable(config: Config) -> Config:
     attention = replace(model.attention, backend="auto" if on_gpus else model.attention.backend)
     moe = replace(model.moe, cpu_products="mkl", experts="auto" if model.moe.experts == "triton" else model.moe.experts)
     model = resolve_backends(
-        replace(model, kernels="torch", norm_kernels=None, attention=attention, moe=moe), config.parallel.expert_ranks
+        replace(model, kernels="torch", norm_kernels="same", attention=attention, moe=moe), config.parallel.expert_ranks
     )
     if config.task == "classification" and model.num_classes is None:
         raise ValueError("num_classes=null is read from the data, which a dry run does not: set model.num_classes")

@@ -144,7 +144,7 @@ def _words(model: ModelConfig) -> tuple[Any, Any, Any]:
 def _with(model: ModelConfig, backend: Any, experts: Any, of_attention: Any) -> ModelConfig:
     attention = replace(model.attention, backend=backend, moe=replace(model.attention.moe, experts=of_attention))
     moe = replace(model.moe, experts=experts)
-    return replace(model, kernels="torch", norm_kernels=None, attention=attention, moe=moe)
+    return replace(model, kernels="torch", norm_kernels="same", attention=attention, moe=moe)
 
 
 def _moments(kept: States, blocks: list[Block]) -> Iterator[MemoryPlan]:

@@ -74,7 +74,7 @@ def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
     """The model whole on this process, its parameters filled with tensors of `kind`; router states with weights."""
     moe = replace(config.model.moe, dispatch="auto", experts="auto", wire="ragged", wire_dtype="same", overlap_chunks=1)
     attention = replace(config.model.attention, backend="torch")
-    model = replace(config.model, moe=moe, attention=attention, kernels="torch", norm_kernels=None)
+    model = replace(config.model, moe=moe, attention=attention, kernels="torch", norm_kernels="same")
     model = resolve_backends(model, 1)
     mesh, seed = single_process_mesh(), config.train.seed
     built: Trainable

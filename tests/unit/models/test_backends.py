@@ -78,8 +78,8 @@ NAMED = ModelConfig(attention=AttentionConfig(backend="flash_attn"), norm_kernel
 
 def test_packages_are_taken_by_name_alone() -> None:
     with pytest.raises(ValueError, match=r"model\.attention\.backend=flash_attn needs a GPU.*set it to flash$"):
-        resolve_backends(replace(NAMED, norm_kernels=None), 1, "cpu")
-    with pytest.raises(ValueError, match=r"model\.norm_kernels=apex needs a GPU.*set it to null$"):
+        resolve_backends(replace(NAMED, norm_kernels="same"), 1, "cpu")
+    with pytest.raises(ValueError, match=r"model\.norm_kernels=apex needs a GPU.*set it to same$"):
         resolve_backends(NAMED, 1, "cpu")
     with pretended(flash_attn(), *apex()):
         assert resolve_backends(ModelConfig(), 1, "cuda").attention.backend == "flash"
