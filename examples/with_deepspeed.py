@@ -28,7 +28,7 @@ def main() -> None:
             "train_micro_batch_size_per_gpu": ROWS // ranks,
             "zero_optimization": {"stage": 1},
             "zero_allow_untested_optimizer": True,
-            "communication_data_type": "fp32",  # or DeepSpeed sends gradients in bf16
+            "gradient_clipping": 0.0,  # left out, it is 1
             "steps_per_print": 10**9,
         },
     )
