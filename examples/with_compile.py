@@ -42,7 +42,7 @@ def main() -> None:
         loss = model(batch(0))
     loss.backward()
     kinds = {parameter.grad.dtype for parameter in model.parameters()}
-    apart = float(loss.detach()) - float(Model()(batch(0)))
+    apart = float(loss.detach()) - float(Model()(batch(0)).detach())
     print(f"autocast: loss {loss:.3f}, {apart:+.3f} from fp32, gradients {kinds}")
 
 

@@ -20,7 +20,7 @@ from moe_dist.kernels.packages import is_there
 from moe_dist.train.record.board import board_scalars, timing_scalars
 
 _ID = "wandb-id"
-_SECONDS = 60  # that a start and an end may wait for the network: below what the watchdog grants
+_SECONDS = 30  # that a start and an end may wait for the network, while the other ranks wait too
 _TIMED_STEP = "time/step"  # parts of a step are known one step later
 
 
@@ -83,7 +83,7 @@ class WandbBoard:
             self._next = step + 1
 
     def close(self) -> None:
-        """Waits a minute at most for what is still on its way."""
+        """Waits half a minute at most for what is still on its way."""
         if self._run is not None:
             with self._told():
                 self._run.finish()
