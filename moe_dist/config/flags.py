@@ -3,7 +3,7 @@
     --model.moe.top-k 1                     a value; =1 says the same, and - and _ mean the same in names
     --model.moe.capacity-factor null        null, true and false as in YAML; None as well
     --model.moe.capacity-factor 1.0 null    several values are a list
-    --data.paths a.txt b.txt                what is text is taken as it stands; or [a.txt, b.txt]
+    --data.paths a.txt b.txt                what is text is taken as it stands, but for null; or [a.txt, b.txt]
     --parallel.sequence-parallel            true; so are =true and true. =false and
     --run.no-tensorboard                    false
     --model.moe.capacity-schedule 0 2.0 100 1.0      pairs of a key and its value
@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from moe_dist.config.parse import field_types, parse_dict
@@ -124,7 +124,7 @@ def _value(flag: str, words: list[str], hint: Any) -> Any:
             raise ValueError(f"{_SOURCE}: {flag} takes pairs of a key and its value, got {len(words)} words")
         return {key: _read(flag, word) for key, word in zip(words[::2], words[1::2], strict=True)}
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
-        read = words
+        read = [None if NoneType in kinds and word in ("null", "None") else word for word in words]
     elif list[str] in kinds:
         return _texts(flag, words)
     else:

@@ -216,10 +216,10 @@ class AttentionConfig:
     """multi_query: num_heads query heads share num_kv_heads key/value heads. switch: each token goes to top_k of
     num_experts attention experts with query and output projections of their own (arXiv 2210.05144). routed: local
     attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
-    backend: Literal["auto", "torch", "packed", "flash", "triton"] = "auto"
+    backend: Literal["auto", "torch", "packed", "flash", "flash_attn", "triton"] = "auto"
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
-    flash: the flash-attn package when installed, else torch's fused SDPA. triton: our kernels. auto: packed on CPU
-    up to 1,024 tokens where at least 4 query heads share a key, else flash."""
+    flash: torch's fused attention. flash_attn: the package of that name, on GPUs in bf16. triton: our kernels. auto:
+    packed on CPU up to 1,024 tokens where at least 4 query heads share a key, else flash."""
     position: Literal["rotary", "alibi", "none"] = "rotary"
     """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
     distance (arXiv 2108.12409)."""
@@ -337,6 +337,8 @@ class ModelConfig:
     keep only each block's input and its routing, and run the block again."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
+    norm_kernels: Literal["same", "torch", "triton", "apex"] = "same"
+    """Of RMSNorm alone. same: as `kernels`. apex: NVIDIA's package of that name, on GPUs."""
     num_classes: int | None = None
     """With task = classification: outputs of the head. null: as many as the data has labels."""
     dropout: float = 0.0
@@ -344,6 +346,11 @@ class ModelConfig:
     token_dropout: float = 0.0
     """With task = classification, in training: share of the tokens that are taken for padding, others each time."""
     moe: MoEConfig = field(default_factory=MoEConfig)
+
+    @property
+    def norms_by(self) -> str:
+        """`norm_kernels`, and what `same` stands for."""
+        return self.kernels if self.norm_kernels == "same" else self.norm_kernels
 
     @property
     def head_width(self) -> int:

@@ -66,6 +66,8 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
+    implementation: Literal["torch", "apex"] = "torch"
+    """Who takes a step: torch's fused kernel, or with engine.name = native FusedAdam of the package apex, on GPUs."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
@@ -194,6 +196,9 @@ class RunConfig:
     """Besides, the checkpoint with the lowest validation loss; save_every is then a multiple of eval_every."""
     tensorboard: bool = True
     """Write metrics for TensorBoard too."""
+    wandb: str | None = None
+    """A project of Weights & Biases that metrics are sent to, too; the rest is said by its own variables, such as
+    WANDB_ENTITY and WANDB_MODE=offline. null: none."""
     sample_tokens: int = 0
     """Tokens to generate from the trained model at the end."""
     time_limit: Annotated[float | None, Minutes()] = None

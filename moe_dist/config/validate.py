@@ -4,7 +4,7 @@
 what to change.
 """
 
-from moe_dist.config.rules.attention import attention_rules, routed_rules
+from moe_dist.config.rules.attention import attention_rules, flash_attn_rules, routed_rules
 from moe_dist.config.rules.batch import BatchShape, batch_rules, batch_shape
 from moe_dist.config.rules.graph import graph_rules
 from moe_dist.config.rules.memory import memory_rules
@@ -32,12 +32,13 @@ def validate(config: Config, world_size: int, memory: int | None = None) -> Batc
             *model_rules(model),
             *attention_rules(attention, num_layers),
             *routed_rules(attention, train.seq_len),
+            *flash_attn_rules(config),
             *switch_rules(attention, parallel, num_kv_heads=model.num_kv_heads, num_layers=num_layers),
             *moe_rules(model.moe, parallel, d_ff=model.d_ff, num_layers=num_layers),
             *parallel_rules(parallel, model, train.seq_len, world_size),
             *engine_rules(config.engine),
             *graph_rules(config),
-            *optim_rules(config.optim),
+            *optim_rules(config.optim, config.engine),
             *task_rules(config),
             *train_rules(train),
             *run_rules(config.run, train.steps),

@@ -1,21 +1,30 @@
-"""AdamW by torch's fused kernel: decoupled weight decay, moments in the masters' type (Loshchilov and Hutter,
-arXiv:1711.05101).
+"""AdamW: decoupled weight decay, moments in the masters' type (Loshchilov and Hutter, arXiv:1711.05101).
+
+| optim.implementation | class     | what takes the step                       |
+|----------------------|-----------|-------------------------------------------|
+| torch                | AdamW     | torch's fused kernel                      |
+| apex                 | ApexAdamW | FusedAdam of the package apex, on GPUs    |
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
     w <- w - lr decay w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-The same kernel and bits as `torch.optim.AdamW(fused=True)`. The class is not used because making one imports torch's
-compiler, a third of what starting a small run costs.
+`AdamW` has the same kernel and bits as `torch.optim.AdamW(fused=True)`. That class is not used because making one
+imports torch's compiler, a third of what starting a small run costs. `ApexAdamW` rounds otherwise in the last digit.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from moe_dist.config.schema import OptimConfig
+from moe_dist.kernels.packages import APEX, check_package
+
+Groups = Sequence[tuple[Sequence[Tensor], float]]
+"""(parameters, factor of the weight decay)."""
 
 
 def grad_of(param: Tensor) -> Tensor:
@@ -32,11 +41,28 @@ class Moments:
     exp_avg_sq: Tensor
 
 
+def check_implementation(optim: OptimConfig, device_type: str) -> None:
+    """Raises ValueError, one line, where optim.implementation cannot run."""
+    if optim.implementation == "apex":
+        check_package(APEX, "optim.implementation=apex", "torch", device_type)
+
+
+def describe_implementation(optim: OptimConfig) -> str:
+    """Who takes a step, for logs; of a package with its version."""
+    return f"{APEX.describe()} FusedAdam" if optim.implementation == "apex" else f"torch {torch.__version__} AdamW"
+
+
+def make_adamw(groups: Groups, optim: OptimConfig, device_type: str) -> "AdamW | ApexAdamW":
+    """The optimizer that `optim` names. Raises ValueError where it cannot run."""
+    check_implementation(optim, device_type)
+    return ApexAdamW(groups, optim) if optim.implementation == "apex" else AdamW(groups, optim)
+
+
 @dataclass
 class AdamW:
-    """groups: (parameters, factor of the weight decay). Moments exist from a parameter's first update on."""
+    """Moments exist from a parameter's first update on."""
 
-    groups: Sequence[tuple[Sequence[Tensor], float]]
+    groups: Groups
     optim: OptimConfig
     state: dict[Tensor, Moments] = field(default_factory=dict)
 
@@ -68,3 +94,45 @@ class AdamW:
                 eps=self.optim.eps,
                 maximize=False,
             )
+
+    def set_step(self, step: int) -> None:
+        """As if `step` updates had been made."""
+        for params, _ in self.groups:
+            for param in params:
+                self.moments(param).step.fill_(step)
+
+
+class ApexAdamW:
+    """The same by apex, in place of `AdamW`."""
+
+    def __init__(self, groups: Groups, optim: OptimConfig) -> None:
+        from apex.optimizers import FusedAdam
+
+        named = [
+            {"params": list(params), "weight_decay": optim.weight_decay * factor} for params, factor in groups if params
+        ]
+        betas = (optim.beta1, optim.beta2)
+        self.optimizer: Any = FusedAdam(named, lr=optim.lr, betas=betas, eps=optim.eps, adam_w_mode=True)
+        self.set_step(0)
+
+    def moments(self, param: Tensor) -> Moments:
+        """Zeros where there are none yet."""
+        state = self.optimizer.state[param]
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        done = self.optimizer.param_groups[0]["step"]
+        return Moments(torch.tensor(float(done)), state["exp_avg"], state["exp_avg_sq"])
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter by its .grad."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            for param in group["params"]:
+                grad_of(param)  # apex passes over one without
+        self.optimizer.step()
+
+    def set_step(self, step: int) -> None:
+        """As if `step` updates had been made; apex counts them by group."""
+        for group in self.optimizer.param_groups:
+            group["step"] = step

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
-from moe_dist.engine.adamw import AdamW, grad_of
+from moe_dist.engine.adamw import grad_of, make_adamw
 from moe_dist.engine.base import (
     Kind,
     Piece,
@@ -51,7 +51,7 @@ class NativeEngine:
         self.masters = dict(zip(params, masters, strict=True))
         self.gradients = GradientExchange(self.masters, mesh, None if engine.cuda_graph else engine.bucket_mib)
         groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model)]
-        self.optimizer = AdamW(groups, optim)
+        self.optimizer = make_adamw(groups, optim, params[0].device.type)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
         if self.graphs is None:
@@ -117,8 +117,7 @@ class NativeEngine:
             yield from held_buffers(self.model, self.mesh)
 
     def restore(self, optimizer_step: int) -> None:
-        for master in self.masters.values():
-            self.optimizer.moments(master).step.fill_(optimizer_step)
+        self.optimizer.set_step(optimizer_step)
         self._refresh()
 
     @torch.no_grad()

@@ -117,7 +117,7 @@ def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Con
     anew: dict[str, Any] = dict(dispatch="auto", experts="auto", wire="ragged", wire_dtype="same", overlap_chunks=1)
     moe, of_attention = replace(config.model.moe, **anew), replace(config.model.attention.moe, **anew)
     attention = replace(config.model.attention, backend="auto", dropout=0.0, moe=of_attention)
-    model = replace(config.model, moe=moe, attention=attention, kernels="auto")
+    model = replace(config.model, moe=moe, attention=attention, kernels="auto", norm_kernels="same")
     sequences = max(world // parallel.tp, 1)
     train = replace(config.train, global_batch=sequences, micro_batch=None, accumulation=None)
     config = replace(config, model=model, parallel=parallel, train=train)

@@ -33,6 +33,10 @@ def top_k_kernel(kernels: str) -> Callable[..., TopK]:
 
 def norm_kernel(kernels: str, device_type: str) -> Callable[[Tensor, Tensor, float], Tensor]:
     """`rms_norm(x, weight, eps)` of kernels/norm; torch's own on devices that have one."""
+    if kernels == "apex":
+        from moe_dist.kernels.norm.apex import rms_norm as of_apex
+
+        return of_apex
     if kernels == "triton":
         from moe_dist.kernels.norm.triton import rms_norm as fused
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from moe_dist.config.model import AttentionConfig, HeadSizes, ModelConfig, MoEConfig
 from moe_dist.config.rules.parts import key
-from moe_dist.kernels.attention.flash import flash_provider
+from moe_dist.kernels.attention.backend import check_attention, describe_attention
 from moe_dist.kernels.grouped_mm.cpu import replaces
 from moe_dist.kernels.grouped_mm.onednn import describe_products
+from moe_dist.kernels.packages import APEX, check_package
 from moe_dist.kernels.registry import check_triton
 
 Kernels = Literal["auto", "torch", "triton"]
@@ -22,9 +23,13 @@ _SHORT, _MANY = 1024, 4  # tokens up to which, and readers of a key/value head f
 def resolve_backends(model: ModelConfig, ep: int, device_type: str = "cpu", seq_len: int | None = None) -> ModelConfig:
     """A copy of `model` in which every `auto` names its backend. ep: ranks that one set of experts lies on.
 
-    Raises ValueError for Triton where it cannot run: not installed, or on CPU without its interpreter. So do the
-    functions below, of a section each, which stands at `section`.
+    Raises ValueError for what cannot run: Triton, flash-attn and apex where they are not installed, or on CPU (Triton
+    has an interpreter there). So do the functions below, of a section each, which stands at `section`.
     """
+    if model.norm_kernels == "triton":
+        check_triton("model.norm_kernels", "torch", device_type)
+    if model.norm_kernels == "apex":
+        check_package(APEX, "model.norm_kernels=apex", "same", device_type)
     return dataclasses.replace(
         model,
         attention=resolve_attention(model.attention, model.head_sizes, ep, device_type, seq_len),
@@ -53,8 +58,7 @@ def resolve_attention(
     if attention.kind == "switch":
         moe = resolve_experts(attention.moe, ep, device_type, key(section, "moe"))
         attention = dataclasses.replace(attention, moe=moe)
-    if attention.backend == "triton":
-        check_triton(key(section, "backend"), "flash", device_type)
+    check_attention(attention.backend, key(section, "backend"), device_type)
     if attention.backend != "auto":
         return attention
     short = device_type == "cpu" and seq_len is not None and seq_len <= _SHORT
@@ -79,16 +83,17 @@ def plainest(model: ModelConfig) -> ModelConfig:
     anywhere: dict[str, Any] = dict(dispatch="local", experts="loop", overlap_chunks=1)
     moe, of_attention = (dataclasses.replace(each, **anywhere) for each in (model.moe, model.attention.moe))
     attention = dataclasses.replace(model.attention, backend="torch", moe=of_attention)
-    return dataclasses.replace(model, attention=attention, kernels="torch", moe=moe)
+    return dataclasses.replace(model, attention=attention, kernels="torch", norm_kernels="same", moe=moe)
 
 
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     """Names for the log and environment.json."""
-    backend = model.attention.backend
-    attention = flash_provider(device_type) if backend == "flash" else backend
+    attention = describe_attention(model.attention.backend)
     if model.attention.kind != "multi_query":
         attention = f"{model.attention.kind} ({attention})"
     named = {"attention": attention, "kernels": model.kernels}
+    if model.norm_kernels != "same":
+        named["norm"] = APEX.describe() if model.norm_kernels == "apex" else model.norm_kernels
     if model.attention.kind == "switch":
         of_attention = model.attention.moe
         loops = " (cpu loop)" if replaces(of_attention.experts, device_type) else ""

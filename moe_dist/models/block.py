@@ -45,7 +45,7 @@ Attention = CausalSelfAttention | SwitchAttention | RoutedSelfAttention
 
 
 def _multi_query(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
-    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std, model.kernels)
+    return CausalSelfAttention(model.head_sizes, model.attention, mesh, layer, model.norm_eps, out_std, model.norms_by)
 
 
 def _switch(model: ModelConfig, layer: int, mesh: Mesh, out_std: float) -> Attention:
@@ -80,10 +80,10 @@ class DecoderBlock(nn.Module):
         residual = (2 * model.num_layers) ** -0.5
         self.multiplier = model.residual_multiplier
         widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.norms_by)
         attention_std = model.head_sizes.width**-0.5 * residual
         self.attention = ATTENTIONS[model.attention.kind](model, layer, mesh, attention_std)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.norms_by)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
             self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)

@@ -52,7 +52,7 @@ class OutputProjection(nn.Module):
         d_model, vocab_size = model.d_model, model.vocab_size
         self.mesh = mesh
         self.scaling = model.logits_scaling
-        self.norm = RMSNorm(d_model, model.norm_eps, mesh, model.kernels)
+        self.norm = RMSNorm(d_model, model.norm_eps, mesh, model.norms_by)
         local = vocab_size // mesh.tp.size
         start = mesh.tp.rank * local * d_model
         spec = ParamSpec((vocab_size, d_model), "tensor", start, d_model**-0.5)

@@ -58,12 +58,12 @@ class EncoderBlock(nn.Module):
         self.attention = EncoderAttention(
             model.head_sizes, model.attention.backend, mesh, model.head_sizes.width**-0.5 * residual
         )
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.norms_by)
         if sparse:
             self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
             self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.kernels)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.norms_by)
 
     def forward(self, x_TD: Tensor, mask_BS: Tensor, step: StepContext, drop: "Drop") -> tuple[Tensor, MoEStats | None]:
         x_TD = self.attention_norm(x_TD + drop(self.attention(x_TD, mask_BS), "attention"))

@@ -76,22 +76,55 @@ def logical_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, P
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int, prefix: str = "") -> None:
     """Fill every parameter from (seed, name), so that all layouts start from the same logical model. `prefix`: the name
-    of `module` within that model and a dot, where it is filled on its own."""
-    for name, param, spec in logical_parameters(module):
+    of `module` within that model and a dot, where it is filled on its own.
+
+    Of what FSDP2 has cut, each rank fills its own part. It puts parameters without a place where placed ones were: so
+    `module` remembers the places that it was first filled by.
+    """
+    places: dict[str, ParamSpec] = module.__dict__.setdefault("places_of_parameters", {})
+    for name, param in module.named_parameters():
+        if isinstance(param, PlacedParameter):
+            places[name] = param.spec
         if traced(param):  # without memory; filled when it has some
             continue
-        key = RandomKey.of(seed, prefix + name)
+        key, spec = RandomKey.of(seed, prefix + name), places[name]
         if spec.std is None:
             param.fill_(1.0)
-            continue
-        flat, stop = param.view(-1), spec.flat_start + param.numel()
-        start = 0
-        for index, size in enumerate(spec.entries or (prod(spec.logical_shape),)):
-            first, last = max(start, spec.flat_start), min(start + size, stop)
-            if first < last:
-                whole = _normal(size, spec.std, key.fold(index) if spec.entries else key)
-                flat[first - spec.flat_start : last - spec.flat_start].copy_(whole[first - start : last - start])
-            start += size
+        elif is_cut_by_fsdp(param):
+            whole = torch.empty(param.shape)
+            _fill(whole, spec, key)
+            write_whole(param, whole)
+        else:
+            _fill(param, spec, key)
+
+
+def is_cut_by_fsdp(param: Tensor) -> bool:
+    """Whether it is a DTensor, of whose numbers a rank has a part."""
+    return hasattr(param, "device_mesh")
+
+
+@torch.no_grad()
+def write_whole(param: Tensor, whole: Tensor) -> None:
+    """The numbers of `whole` into a parameter; where FSDP2 has cut that, a rank's part of them into its part."""
+    if is_cut_by_fsdp(param):
+        from torch.distributed.tensor import distribute_tensor  # who has such a parameter has imported it
+
+        held: Any = param
+        whole = distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None).to_local()
+        param = held.to_local()
+    param.copy_(whole)
+
+
+def _fill(param: Tensor, spec: ParamSpec, key: RandomKey) -> None:
+    assert spec.std is not None
+    flat, stop = param.view(-1), spec.flat_start + param.numel()
+    start = 0
+    for index, size in enumerate(spec.entries or (prod(spec.logical_shape),)):
+        first, last = max(start, spec.flat_start), min(start + size, stop)
+        if first < last:
+            whole = _normal(size, spec.std, key.fold(index) if spec.entries else key)
+            flat[first - spec.flat_start : last - spec.flat_start].copy_(whole[first - start : last - start])
+        start += size
 
 
 def _normal(size: int, std: float, key: RandomKey) -> Tensor:

@@ -135,9 +135,10 @@ def _remembered(sizes: Sizes, heads: int, read: int) -> int:
     """What a backend of attention keeps beside queries, keys, values and output."""
     attention, square = sizes.model.attention, sizes.seq_len * sizes.seq_len
     width, masked = sizes.model.head_width, 0
-    if attention.position == "alibi" and attention.backend != "triton":
+    unmasked = attention.backend in ("triton", "flash_attn")  # their kernels ask where keys are
+    if attention.position == "alibi" and not unmasked:
         masked = WIDE * heads * square
-    elif attention.window is not None and attention.backend != "triton":
+    elif attention.window is not None and not unmasked:
         masked = sizes.each * square
     if attention.backend == "torch":
         repeated = 2 * sizes.numbers(sizes.tokens, (heads - read) * width) if heads > read else 0

@@ -123,16 +123,16 @@ def kinds(layout: Layout) -> list[int]:
 def runnable(config: Config) -> Config:
     """With backends that run on tensors without numbers: torch's own."""
     model, engine = config.model, config.engine
-    attention = replace(
-        model.attention, backend="auto" if model.attention.backend == "triton" else model.attention.backend
-    )
+    on_gpus = model.attention.backend in ("triton", "flash_attn")
+    attention = replace(model.attention, backend="auto" if on_gpus else model.attention.backend)
     moe = replace(model.moe, cpu_products="mkl", experts="auto" if model.moe.experts == "triton" else model.moe.experts)
     model = resolve_backends(
-        replace(model, kernels="torch", attention=attention, moe=moe), config.parallel.expert_ranks
+        replace(model, kernels="torch", norm_kernels="same", attention=attention, moe=moe), config.parallel.expert_ranks
     )
     if config.task == "classification" and model.num_classes is None:
         raise ValueError("num_classes=null is read from the data, which a dry run does not: set model.num_classes")
-    return replace(config, model=model, engine=replace(engine, cuda_graph=False))
+    optim = replace(config.optim, implementation="torch")
+    return replace(config, model=model, engine=replace(engine, cuda_graph=False), optim=optim)
 
 
 def _run(

@@ -31,6 +31,9 @@ from moe_dist.plan.rows import Rows
 from moe_dist.plan.stages import Block, Sizes, Stage
 from moe_dist.plan.states import States, states
 
+_PACKAGES = ("triton", "flash_attn")
+"""Backends that are there where a package is."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
@@ -122,25 +125,26 @@ def _unlike(model: ModelConfig, layout: Layout) -> list[int]:
 
 
 def backends(config: Config, layout: Layout, device_type: str) -> ModelConfig:
-    """The model with what `auto` means there. Triton is taken to be installed where there are GPUs."""
+    """The model with what `auto` means there. Packages that it names are taken to be installed where there are GPUs."""
     model = config.model
     if device_type == "cpu":
         return resolve_backends(model, layout.expert_ranks, "cpu", config.train.seq_len)
     given = _words(model)
-    plain = _with(model, *("auto" if word == "triton" else word for word in given))
+    plain = _with(model, *("auto" if word in _PACKAGES else word for word in given))
     named = resolve_backends(plain, layout.expert_ranks, device_type, config.train.seq_len)
     found = zip(given, _words(named), strict=True)
-    return _with(named, *("triton" if word == "triton" else other for word, other in found))
+    return _with(named, *(word if word in _PACKAGES else other for word, other in found))
 
 
 def _words(model: ModelConfig) -> tuple[Any, Any, Any]:
-    """What `triton` may be the word for, and memory hangs on."""
+    """What a package may be the word for, and memory hangs on."""
     return model.attention.backend, model.moe.experts, model.attention.moe.experts
 
 
 def _with(model: ModelConfig, backend: Any, experts: Any, of_attention: Any) -> ModelConfig:
     attention = replace(model.attention, backend=backend, moe=replace(model.attention.moe, experts=of_attention))
-    return replace(model, kernels="torch", attention=attention, moe=replace(model.moe, experts=experts))
+    moe = replace(model.moe, experts=experts)
+    return replace(model, kernels="torch", norm_kernels="same", attention=attention, moe=moe)
 
 
 def _moments(kept: States, blocks: list[Block]) -> Iterator[MemoryPlan]:

@@ -107,10 +107,14 @@ class Layer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
     ) -> None:
-        """Seed and step stay as they are where a state dict has none: one of weights alone, as other tools write."""
+        """Seed and step stay as they are where a state dict has none: one of weights alone, as other tools write.
+        torch.distributed.checkpoint puts something of its own there, which is no tensor."""
+        extra = prefix + "_extra_state"
+        if not isinstance(state_dict.get(extra), Tensor):
+            state_dict.pop(extra, None)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
-        if prefix + "_extra_state" in missing_keys:
-            missing_keys.remove(prefix + "_extra_state")
+        if extra in missing_keys:
+            missing_keys.remove(extra)
 
 
 class KeepsStep:

@@ -22,6 +22,7 @@ from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
 from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed
+from moe_dist.standalone.one_operation import as_operation, autocast_dtype, handle_of
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
 
@@ -42,8 +43,9 @@ class MixtureOfExperts(KeepsStep, Layer):
 
     Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index), and
     without a mesh of the rank of torch.distributed too. `step` counts forward passes in training; seed and step are
-    part of the state dict. A pass that torch.utils.checkpoint runs again is the same pass, and counts once. Inside
-    DistributedDataParallel with a mesh, call standalone.ddp.prepare_for_ddp first.
+    part of the state dict. A pass that torch.utils.checkpoint runs again is the same pass, and counts once. A graph of
+    torch.compile has the layer as one operation, which runs as it is. Inside DistributedDataParallel with a mesh, call
+    standalone.ddp.prepare_for_ddp first. docs/how-to/library.md shows the layer under all of these.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MixtureOfExperts(KeepsStep, Layer):
         with device:
             self.moe = MoE(moe, d_model, d_ff, activation, layer=0, mesh=mesh, kernels=kernels)
         self.loads = Loads(given)
+        self._handle = handle_of(self)
         initialize(self, self.seed)
         self.to(device)
 
@@ -83,7 +86,11 @@ class MixtureOfExperts(KeepsStep, Layer):
         super().reset_parameters()
         self.loads.forget()
 
-    @torch._disable_dynamo  # the kernels and what they ask the host do not go into a compiled graph
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy."""
+        super().__setstate__(state)
+        self._handle = handle_of(self)
+
     def forward(
         self, x: Tensor, return_aux_loss: bool = False, *, token_ids: Tensor | None = None, step: int | None = None
     ) -> Tensor | WithAuxLoss:
@@ -91,13 +98,21 @@ class MixtureOfExperts(KeepsStep, Layer):
         evaluation. [B, S, D] has sequences of S for balance_scope=sequence. token_ids: [...], for router=hash."""
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be d_model={self.d_model}")
+        if torch.compiler.is_compiling():
+            y, aux_loss = as_operation(self, self._handle, x, token_ids, step)
+        else:
+            y, aux_loss = self.run(x, token_ids, step)
+        return WithAuxLoss(y, aux_loss) if return_aux_loss else y
+
+    def run(self, x: Tensor, token_ids: Tensor | None, step: int | None) -> tuple[Tensor, Tensor]:
+        """(y, the auxiliary loss): the forward pass itself, of which a compiled graph knows the shapes alone."""
         self.check_wrapping()
         x_TD = x.reshape(-1, self.d_model)
         context = self._context(x, token_ids, step)
         y_TD, stats = self.moe(x_TD, context)
         self.loads.count([stats.tally], self.training)
         y = self._dropped_out(y_TD, context).view(x.shape)
-        return WithAuxLoss(y, stats.aux_loss) if return_aux_loss else y
+        return y.to(autocast_dtype(x) or x.dtype), stats.aux_loss
 
     @property
     def num_experts(self) -> int:

@@ -31,9 +31,8 @@ class MixtureOfAutoregressiveAttention(Layer):
     are the best of their window, as published, and that is not causal. cosine_routing: False scores tokens by the
     product with the routing token, as published. prenorm: RMSNorm of x, for all of it. dropout: of attention weights,
     in training, drawn from torch's generator. use_triton: coordinate descent in our Triton kernel. flash_attn: torch's
-    fused attention (the flash-attn package on a GPU where it is installed), else plain maths. seed: of initial weights;
-    None draws one from torch's generator. Products of matrices run in x's precision, which must be that of the
-    parameters; routing runs in fp32.
+    fused attention, else plain maths. seed: of initial weights; None draws one from torch's generator. Products of
+    matrices run in x's precision, which must be that of the parameters; routing runs in fp32.
     """
 
     def __init__(

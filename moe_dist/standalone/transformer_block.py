@@ -16,8 +16,8 @@ from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.config.rules.attention import attention_rules
 from moe_dist.config.rules.parts import refuse
+from moe_dist.kernels.attention.backend import check_attention
 from moe_dist.kernels.random import RandomKey
-from moe_dist.kernels.registry import check_triton
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import initialize
@@ -51,7 +51,7 @@ class TransformerBlock(Layer):
         position: Literal["none", "rotary", "alibi"] = "none",
         window: int | None = None,
         rope_theta: float = 10000.0,
-        attn_impl: Literal["torch", "flash", "triton"] = "flash",
+        attn_impl: Literal["torch", "flash", "flash_attn", "triton"] = "flash",
         activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"] = "gelu",
         expert_capacity_factor: float | None = 1.25,
         seed: int | None = None,
@@ -190,5 +190,4 @@ def _check(d_model: int, heads: int, kv_heads: int, d_ff: int, attention: Attent
     if not problems and attention.position == "rotary" and d_model // heads % 2:
         problems.append(f"rotary positions need an even width of a head, not {d_model}/{heads}={d_model // heads}")
     refuse([*problems, *attention_rules(attention, 1, section="")])
-    if attention.backend == "triton":
-        check_triton("attn_impl", "flash", device_type)
+    check_attention(attention.backend, "attn_impl", device_type)

@@ -74,7 +74,8 @@ def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
     """The model whole on this process, its parameters filled with tensors of `kind`; router states with weights."""
     moe = replace(config.model.moe, dispatch="auto", experts="auto", wire="ragged", wire_dtype="same", overlap_chunks=1)
     attention = replace(config.model.attention, backend="torch")
-    model = resolve_backends(replace(config.model, moe=moe, attention=attention, kernels="torch"), 1)
+    model = replace(config.model, moe=moe, attention=attention, kernels="torch", norm_kernels="same")
+    model = resolve_backends(model, 1)
     mesh, seed = single_process_mesh(), config.train.seed
     built: Trainable
     if config.task == "classification":
@@ -103,7 +104,8 @@ def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[Mo
         raise ValueError(f"this is rank {rank.rank} of {rank.world}: run moe-dist experts on its own, without torchrun")
     changed = models["weight"].config.moe
     start(rank, "cpu", config.train.threads)
-    engine = make_engine(models["weight"], single_process_mesh(), EngineConfig(), config.optim, 1, 1)
+    optim = replace(config.optim, implementation="torch")
+    engine = make_engine(models["weight"], single_process_mesh(), EngineConfig(), optim, 1, 1)
     for kind in STATE_KINDS[1:]:
         values = dict(models[kind].named_parameters())
         for piece in engine.held(kind):

@@ -26,6 +26,7 @@ from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.progress import duration, print_summary, short_number
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.record.trace import profiled_steps
+from moe_dist.train.record.wandb_board import check_wandb
 from moe_dist.train.resume import Resume
 from moe_dist.train.run_lock import run_lock
 
@@ -50,6 +51,7 @@ def train(
     rank = rank_from_environment(os.environ)
     with said_once(rank):
         validate(config, rank.world, machine_memory())  # before anything starts
+        check_wandb(config.run.wandb)
         profiled = profiled_steps(profile, config.train.steps)
     console, folder = Console(quiet=rank.rank != 0), RunFolder(config.run.folder)
     with StopGuard(config.run.time_limit, early) as guard, ExitStack() as held:

@@ -21,6 +21,7 @@ from moe_dist.checkpoint.layout import Manifest
 from moe_dist.checkpoint.reshard import refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import rank_starts
+from moe_dist.engine.adamw import check_implementation
 from moe_dist.engine.base import Engine, compute_dtype
 from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
@@ -41,7 +42,7 @@ from moe_dist.train.opening import opening_lines, refuse_what_cannot_fit, write_
 from moe_dist.train.products import products_chosen
 from moe_dist.train.record.effective_time import tell_end
 from moe_dist.train.record.history import recent_losses
-from moe_dist.train.record.metrics import MetricsWriter, moe_record
+from moe_dist.train.record.metrics import MetricsWriter, moe_record, open_metrics
 from moe_dist.train.record.profile import matmul_peak, memory_bytes, speed_record
 from moe_dist.train.record.progress import Progress
 from moe_dist.train.record.run_folder import RunFolder, write_together
@@ -77,6 +78,7 @@ class Trainer:
         layout = Layout(world, parallel.ep, parallel.tp, etp=parallel.etp)
         model = products_chosen(self.task.model, config, self.shape, layout, device, self._say)
         model = resolve_backends(model, parallel.expert_ranks, device.type, config.train.seq_len)
+        check_implementation(config.optim, device.type)
         self.config = config = replace(config, model=model)
         # Groups of nodes are for hierarchical dispatch alone; elsewhere the world is one node.
         node_size = parallel.node_size if model.moe.dispatch == "hierarchical" else world
@@ -176,7 +178,7 @@ class Trainer:
         progress = Progress(self.console, run.log_every)
         keeper = Keeper(self.config, self.folder, self.engine, self.identity, progress.message)
         step, skipped = keeper.load(newest, "model" in self.override) if newest is not None else (0, 0)
-        writer = MetricsWriter(self.folder.path, run.tensorboard, say=progress.message) if main else None
+        writer = open_metrics(self.config, self.folder.path, progress.message) if main else None
         if writer is not None:
             writer.rewind(step)
         health = Health(self.config.guard, skipped, self._recent_losses(), newest is not None)

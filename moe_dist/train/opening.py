@@ -13,6 +13,7 @@ from moe_dist.config.schema import TrainConfig
 from moe_dist.data import SequenceSampler
 from moe_dist.data.blending import BlendSampler
 from moe_dist.disk import remove_drafts
+from moe_dist.engine.adamw import describe_implementation
 from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.launch import rank_from_environment
 from moe_dist.parallel.mesh import Layout, Mesh
@@ -55,6 +56,8 @@ def opening_lines(
     counts = task.parameter_counts(config.model)
     backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, device.type).items())
     engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
+    if config.optim.implementation != "torch":
+        engine += f" with {describe_implementation(config.optim)}"
     ep = f"ep {layout.ep}" + (f" x etp {layout.etp}" if layout.etp > 1 else "")
     return [
         f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, {ep}, edp {layout.edp}; "

@@ -33,8 +33,8 @@ OVERRIDES = {
 
 
 _HOW = frozenset(
-    "backend kernels recompute dispatch wire wire_dtype overlap_chunks experts cpu_products eval_capacity_factor "
-    "over_budget".split()
+    "backend kernels norm_kernels recompute dispatch wire wire_dtype overlap_chunks experts cpu_products "
+    "eval_capacity_factor over_budget".split()
 )
 _NOT_THE_MODEL = _HOW | {"num_experts", "d_ff", "num_groups"}
 

@@ -3,9 +3,12 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_dist import MixtureOfExperts
+from moe_dist import MixtureOfExperts, MultiQueryAttention, TransformerBlock
 from moe_dist.parallel.collectives import all_gather
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.standalone.ddp import prepare_for_ddp
@@ -114,5 +117,28 @@ def check_cut_under_ddp() -> None:
         torch.testing.assert_close(ours.grad, expected, rtol=1e-8, atol=1e-12, msg=name)
 
 
+def check_filled_after_fsdp() -> None:
+    """Made without memory, cut over four ranks and then filled: each parameter together is that of one process."""
+    devices = init_device_mesh("cpu", (4,))
+    for make in (
+        lambda device: MixtureOfExperts(D, 12, E, seed=1, num_shared_experts=1, expert_bias=True, device=device),
+        lambda device: TransformerBlock(D, 2, 12, use_moe=True, num_experts=E, seed=1, device=device),
+        lambda device: MultiQueryAttention(D, 2, "torch", qk_ln=True, sinks=True, seed=1, device=device),
+    ):
+        layer, expected = make("meta"), dict(make("cpu").named_parameters())
+        fully_shard(layer, mesh=devices)
+        layer.to_empty(device="cpu")
+        layer.reset_parameters()
+        for name, param in layer.named_parameters():
+            assert param.to_local().numel() < param.numel()
+            assert torch.equal(param.full_tensor(), expected[name]), name
+        weights = {name: 2 * tensor.detach() for name, tensor in expected.items()}  # and no seed, as other tools write
+        set_model_state_dict(layer, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        for name, param in layer.named_parameters():
+            assert torch.equal(param.full_tensor(), 2 * expected[name]), name
+        whole = get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(layer, whole, options=StateDictOptions(full_state_dict=True))
+
+
 def test_on_four_ranks() -> None:
-    run_checks(4, [check_layouts, check_mistakes, check_copies, check_cut_under_ddp])
+    run_checks(4, [check_layouts, check_mistakes, check_copies, check_cut_under_ddp, check_filled_after_fsdp])

@@ -24,8 +24,11 @@ import torch, sys, time
 before, began = set(sys.modules), time.process_time()
 from moe_dist import MixtureOfExperts
 print(time.process_time() - began)
+import moe_dist
+assert all(getattr(moe_dist, name) for name in moe_dist._LAYERS)
 added = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not added & {"argparse", "yaml", "pydantic", "rich", "tyro", "deepspeed", "megatron", "matplotlib"}, added
+assert not added & {"wandb", "tensorboard", "transformers", "triton"}, added
 assert not {"moe_dist.cli", "moe_dist.config.load", "moe_dist.config.flags"} & set(sys.modules)
 """
 STEP = """

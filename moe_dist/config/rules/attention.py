@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from moe_dist.config.model import AttentionConfig, RoutedAttentionConfig
 from moe_dist.config.rules.parts import MANY, Uses, above_zero, at_least, at_most, between, key, share, shown, unused
+from moe_dist.config.schema import Config
 
 _USES: Uses = {
     "rope_scaling": ("position", "rotary"),
@@ -69,6 +70,30 @@ def routed_rules(attention: AttentionConfig, seq_len: int, section: str = "model
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:
             yield f"kind=routed does not know {name}={shown(value)}; set {key(section, name)} to {shown(off)}"
+
+
+def flash_attn_rules(config: Config) -> Iterator[str]:
+    """Of backend = flash_attn: what the package of that name cannot do (kernels/attention/flash_attn.py)."""
+    model, attention = config.model, config.model.attention
+    if attention.backend != "flash_attn":
+        return
+    cannot = {
+        "model.attention.kind=routed": attention.kind == "routed",
+        "model.attention.sinks=true": attention.sinks,
+        "task=classification": config.task == "classification",
+        "data.mask_documents=true": config.data.mask_documents,
+    }
+    for setting, wanted in cannot.items():
+        if wanted:
+            yield f"backend=flash_attn has no masks or sinks, but {setting}; set model.attention.backend to flash"
+    if config.engine.precision == "fp32":
+        yield (
+            "backend=flash_attn computes in bf16, not in precision=fp32; "
+            "set engine.precision to bf16 or model.attention.backend to flash"
+        )
+    width = model.head_dim or model.d_model // max(model.num_heads, 1)
+    if width > 256:
+        yield f"backend=flash_attn takes heads up to 256 wide, not {width}; set model.attention.backend to flash"
 
 
 def _window_rules(attention: AttentionConfig, num_layers: int, where: str) -> Iterator[str]:

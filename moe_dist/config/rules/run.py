@@ -34,7 +34,12 @@ def engine_rules(engine: EngineConfig) -> Iterator[str]:
         )
 
 
-def optim_rules(optim: OptimConfig) -> Iterator[str]:
+def optim_rules(optim: OptimConfig, engine: EngineConfig) -> Iterator[str]:
+    if optim.implementation != "torch" and engine.name != "native":
+        yield (
+            f"implementation={optim.implementation} is of engine.name=native, not {engine.name}; "
+            "set optim.implementation to torch"
+        )
     yield from above_zero(optim, "optim", "lr eps decay_fraction")
     yield from at_most(optim, "optim", lr=_FP32_MAX, eps=1.0, warmup_steps=MANY)
     yield from unused(optim, "optim", _SCHEDULE_USES)

@@ -1,4 +1,4 @@
-"""Fused attention: the flash-attn package when it is installed and the tensors are on a GPU, else torch's SDPA.
+"""Fused attention by torch (SDPA).
 
 Of SDPA's kernels, cuDNN's comes first from Hopper on, where it can do what is asked and may: it took 4.2 ms where flash
 took 7.3 (H100, 4 x 4096 tokens, 32 heads of 128, bf16, forward and backward; benchmarks/RESULTS.md). It is not
@@ -7,10 +7,8 @@ deterministic, so train.deterministic leaves it out.
 Legend: B batch, H query heads, G key/value heads, Q queries, K keys, P width of a head.
 """
 
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,47 +27,12 @@ _ORDER = [
 _FEW = 64  # queries of a key/value head up to which they become rows of one product: decoding
 
 
-def flash_provider(device_type: str) -> str:
-    """What `flash` means on this machine: `flash-attn` or `torch-sdpa`."""
-    installed = device_type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash-attn" if installed else "torch-sdpa"
-
-
 def attend(
     q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern | None = None, scale: float | None = None
 ) -> Tensor:
-    """As reference.attend, but dropout draws from torch's own generator."""
-    provider = flash_attn if flash_provider(q_BHQP.device.type) == "flash-attn" else sdpa
-    return provider(q_BHQP, k_BGKP, v_BGKP, pattern or Pattern(), scale)
-
-
-def flash_attn(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None = None) -> Tensor:
-    """The flash-attn package (arXiv 2307.08691); fp16 and bf16 only. Raises ValueError for what it cannot do."""
-    from flash_attn import flash_attn_func
-
-    out = flash_attn_func(
-        *(t.transpose(1, 2) for t in (q_BHQP, k_BGKP, v_BGKP)), softmax_scale=scale, **flash_options(pattern)
-    )
-    return out.transpose(1, 2)
-
-
-def flash_options(pattern: Pattern) -> dict[str, Any]:
-    """The pattern in the package's words. Raises ValueError for what it has none for."""
-    names = ("starts_B", "keys_BS", "bias", "sinks_H")
-    cannot = [name for name in names if getattr(pattern, name) is not None]
-    if cannot:
-        raise ValueError(f"flash-attn has no {', '.join(cannot)}: use the triton or torch implementation of attention")
-    far = -1 if pattern.window is None else pattern.window - 1
-    return dict(
-        dropout_p=0.0 if pattern.dropout is None else pattern.dropout.rate,
-        causal=pattern.causal,
-        window_size=(far, 0 if pattern.causal else far),
-        alibi_slopes=None if pattern.slopes_H is None else pattern.slopes_H.float(),
-    )
-
-
-def sdpa(q_BHQP: Tensor, k_BGKP: Tensor, v_BGKP: Tensor, pattern: Pattern, scale: float | None = None) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention, keys and values shared by groups of query heads."""
+    """As reference.attend by torch's scaled_dot_product_attention, keys and values shared by groups of query heads; but
+    dropout draws from torch's own generator."""
+    pattern = pattern or Pattern()
     (heads, queries), (groups, keys) = q_BHQP.shape[1:3], k_BGKP.shape[1:3]
     if pattern.plain(queries, keys):
         return _sdpa(q_BHQP, k_BGKP, v_BGKP, None, True, 0.0, scale)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moe_dist.kernels.attention import flash_attn
 from moe_dist.kernels.attention.backend import Attend, attention
-from moe_dist.kernels.attention.flash import flash_options, flash_provider
 from moe_dist.kernels.attention.pattern import PackedSequences, Pattern, check_packed
 
 AttendVarlen = Callable[[Tensor, Tensor, Tensor, PackedSequences, Pattern | None, float | None], Tensor]
@@ -21,27 +21,12 @@ The pattern is that of each sequence on its own, its last query at its last key;
 
 
 def varlen(backend: str) -> AttendVarlen:
-    """flash: the flash-attn package where it is installed and tensors are on a GPU, else torch's SDPA one by one."""
+    """triton and flash_attn take packed sequences as they are, the others one by one."""
     if backend == "triton":
         from moe_dist.kernels.attention.triton import attend_varlen
 
         return attend_varlen
-    alone = one_by_one(attention(backend))
-    if backend != "flash":
-        return alone
-
-    def flash(
-        q_THP: Tensor,
-        k_TGP: Tensor,
-        v_TGP: Tensor,
-        packed: PackedSequences,
-        pattern: Pattern | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        attend = flash_attn_varlen if flash_provider(q_THP.device.type) == "flash-attn" else alone
-        return attend(q_THP, k_TGP, v_TGP, packed, pattern, scale)
-
-    return flash
+    return flash_attn.attend_varlen if backend == "flash_attn" else one_by_one(attention(backend))
 
 
 def one_by_one(attend: Attend) -> AttendVarlen:
@@ -66,23 +51,6 @@ def one_by_one(attend: Attend) -> AttendVarlen:
         return torch.cat(outs) if outs else torch.zeros_like(q_THP)
 
     return each
-
-
-def flash_attn_varlen(
-    q_THP: Tensor,
-    k_TGP: Tensor,
-    v_TGP: Tensor,
-    packed: PackedSequences,
-    pattern: Pattern | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """The flash-attn package; fp16 and bf16 only."""
-    from flash_attn import flash_attn_varlen_func
-
-    pattern = pattern or Pattern()
-    check_packed(pattern)
-    sizes = (packed.cu_q, packed.cu_k, packed.max_q, packed.max_k)
-    return flash_attn_varlen_func(q_THP, k_TGP, v_TGP, *sizes, softmax_scale=scale, **flash_options(pattern))
 
 
 def _of_row(pattern: Pattern, n: int) -> Pattern:

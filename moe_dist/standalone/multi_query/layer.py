@@ -15,8 +15,7 @@ from moe_dist.attention.alibi import alibi_slopes
 from moe_dist.attention.kv_cache import KVCache
 from moe_dist.attention.rotary import apply_rotary, rotary_table
 from moe_dist.config.model import HeadSizes
-from moe_dist.kernels.attention.backend import attention
-from moe_dist.kernels.attention.flash import flash_provider
+from moe_dist.kernels.attention.backend import attention, describe_attention
 from moe_dist.kernels.attention.pattern import Dropout, PackedSequences, Pattern
 from moe_dist.kernels.attention.reference import attend_with_weights
 from moe_dist.kernels.random import RandomKey
@@ -40,9 +39,9 @@ from moe_dist.standalone.multi_query.parts import Part, initialize_part, logical
 class MultiQueryAttention(Layer):
     """softmax(scale * q k^T + bias) v for every query head, all of them on num_kv_heads heads of keys and values.
 
-    attn_impl: `triton` (ours), `flash` (the flash-attn package on GPU where it is installed, else torch's fused
-    attention) or `torch` (plain maths, the only one that returns weights); none becomes another silently. clip_qkv:
-    clamps queries, keys and values to [-c, c]. qk_ln: then normalises the queries of a token over all heads, and each
+    attn_impl: `triton` (ours), `flash` (torch's fused attention), `flash_attn` (the package, in half precision on GPUs)
+    or `torch` (plain maths, the only one that returns weights); none becomes another silently. clip_qkv: clamps
+    queries, keys and values to [-c, c]. qk_ln: then normalises the queries of a token over all heads, and each
     of its keys over head_dim. softmax_scale: head_dim^-0.5 where None. attn_pdrop: dropout of weights in training.
     device: a GPU where None and there is one.
 
@@ -64,7 +63,7 @@ class MultiQueryAttention(Layer):
         self,
         d_model: int,
         heads: int,
-        attn_impl: Literal["triton", "flash", "torch"] = "triton",
+        attn_impl: Literal["triton", "flash", "flash_attn", "torch"] = "triton",
         clip_qkv: float | None = None,
         qk_ln: bool = False,
         softmax_scale: float | None = None,
@@ -128,7 +127,7 @@ class MultiQueryAttention(Layer):
         if device.type != "meta":
             self.reset_parameters()
         if verbose:
-            runs = flash_provider(device.type) if attn_impl == "flash" else attn_impl
+            runs = describe_attention(attn_impl)
             print(f"MultiQueryAttention({self.extra_repr()}) on {device}: attention by {runs}")
 
     def reset_parameters(self) -> None:

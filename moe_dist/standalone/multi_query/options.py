@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from moe_dist.kernels.registry import check_triton
+from moe_dist.kernels.attention.backend import check_attention
 from moe_dist.standalone.multi_query.norms import NormType
 
 
@@ -28,14 +28,18 @@ def check_options(
     window: int | None,
     device_type: str,
 ) -> None:
-    if attn_impl not in ("triton", "flash", "torch"):
-        raise ValueError(f"unknown attn_impl {attn_impl!r}: choose triton, flash or torch")
-    if attn_impl == "triton":
-        check_triton("attn_impl", "flash", device_type)
+    if attn_impl not in ("triton", "flash", "flash_attn", "torch"):
+        raise ValueError(f"unknown attn_impl {attn_impl!r}: choose triton, flash, flash_attn or torch")
+    check_attention(attn_impl, "attn_impl", device_type)
     if clip_qkv is not None and not clip_qkv > 0:
         raise ValueError(f"clip_qkv={clip_qkv} must be above 0, or None not to clip")
     if not 0.0 <= attn_pdrop < 1.0:
         raise ValueError(f"attn_pdrop={attn_pdrop} is outside 0 <= attn_pdrop < 1")
+    if attn_pdrop > 0 and attn_impl == "flash_attn":
+        raise ValueError(
+            f"attn_pdrop={attn_pdrop} with attn_impl=flash_attn would draw numbers that no seed here fixes: "
+            "set attn_impl to triton or torch, or attn_pdrop to 0"
+        )
     if norm_type not in get_args(NormType):
         raise ValueError(f"unknown norm_type {norm_type!r}: choose one of {', '.join(get_args(NormType))}")
     if fc_type != "torch":

@@ -17,6 +17,7 @@ from moe_dist.kernels.random import RandomKey
 from moe_dist.parallel.collectives import all_reduce, with_gradient
 from moe_dist.parallel.heads import HeadAssignment
 from moe_dist.parallel.mesh import Group
+from moe_dist.parallel.sharding import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def initialize_part(linear: nn.Linear, part: Part, key: RandomKey) -> None:
     shape[part.dim] = part.size
     generator = torch.Generator().manual_seed(key.value)
     whole = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * shape[1] ** -0.5
-    linear.weight.copy_(part.take(whole))
+    write_whole(linear.weight, part.take(whole))
     if linear.bias is not None:
         linear.bias.zero_()
 

@@ -1,22 +1,25 @@
-"""What a run writes down: one JSON line a step in metrics.jsonl, and the same numbers for TensorBoard.
+"""What a run writes down: one JSON line a step in metrics.jsonl, and the same numbers for TensorBoard and wandb.
 
 metrics.jsonl is the record: strict JSON, flushed line by line, rewound to the checkpoint on resume, so that a run
-killed anywhere ends with exactly one line for each step. TensorBoard is a view of it.
+killed anywhere ends with exactly one line for each step. The others are views of it.
 """
 
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from moe_dist.config import Config
 from moe_dist.disk import lines_backwards
 from moe_dist.moe.losses import MoEStats
 from moe_dist.train.record.board import Board
 from moe_dist.train.record.effective_time import kept_seconds
+from moe_dist.train.record.wandb_board import WandbBoard
 
 
 def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def moe_record(layers: Sequence[MoEStats], row_bytes: int) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends records to run_dir/metrics.jsonl and, if asked, to run_dir/tensorboard. For rank 0 only.
+    """Appends records to run_dir/metrics.jsonl and, if asked, to run_dir/tensorboard and wandb. For rank 0 only.
 
     A last line torn by a kill is removed on opening. Use `rewind` before logging when a run resumes.
     `histogram_every`: steps between TensorBoard histograms of the experts' load; metrics.jsonl has it every step.
@@ -82,10 +85,17 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, run_dir: Path, tensorboard: bool, *, histogram_every: int = 10, say: Callable[[str], None] = print
+        self,
+        run_dir: Path,
+        tensorboard: bool,
+        *,
+        wandb: WandbBoard | None = None,
+        histogram_every: int = 10,
+        say: Callable[[str], None] = print,
     ) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._board = Board(run_dir / "tensorboard", histogram_every, say) if tensorboard else None
+        self._wandb = wandb
         run_dir.mkdir(parents=True, exist_ok=True)
         self._open(last_step=math.inf)
 
@@ -108,6 +118,8 @@ class MetricsWriter:
         self._file.flush()
         if self._board is not None:
             self._board.log(record)
+        if self._wandb is not None:
+            self._wandb.log(record)
 
     def sync(self) -> None:
         """Force everything logged onto the disk. Call it before a checkpoint of the same step is committed."""
@@ -117,10 +129,15 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Forget all records after `step`, as if the run had just logged it. 0 forgets a whole run."""
-        self.close()
+        self._close()
         self._open(last_step=step)
 
     def close(self) -> None:
+        self._close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -131,6 +148,16 @@ class MetricsWriter:
         self._file = self._path.open("a", encoding="utf-8")
         if self._board is not None:
             self._board.begin(None if last_step == math.inf else int(last_step))
+        if self._wandb is not None:
+            self._wandb.begin()
+
+
+def open_metrics(config: Config, run_dir: Path, say: Callable[[str], None]) -> MetricsWriter:
+    """As `config.run` says."""
+    run, wandb = config.run, None
+    if run.wandb is not None:
+        wandb = WandbBoard(run_dir, run.wandb, run.name, json.loads(json.dumps(asdict(config))), say)
+    return MetricsWriter(run_dir, run.tensorboard, wandb=wandb, say=say)
 
 
 def _mean(values: Iterator[Tensor]) -> float:

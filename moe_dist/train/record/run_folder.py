@@ -11,6 +11,7 @@ runs/NAME/
   tokenizer/         of a language model whose tokens are no bytes; what data.tokenizer reads
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then
   run.lock           held by rank 0 while the run lives
+  wandb-id           under run.wandb: the id of all starts of this run        wandb/   what wandb keeps of each
 Of a run in jobs of slurm/train.sbatch, written by moe_dist/cluster:
   history.jsonl      every start, and what ended it        slurm/JOB.out   what the job said
   logs/start-001/rank-00000.err   standard error of a rank       ends/   exit codes of ranks
@@ -34,6 +35,7 @@ from moe_dist.checkpoint.store import checkpoints
 from moe_dist.config import Config
 from moe_dist.config.load import dump_config
 from moe_dist.disk import replace_text
+from moe_dist.engine.adamw import describe_implementation
 from moe_dist.models.backends import describe_backends
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.objects import RankFailed, together
@@ -88,7 +90,8 @@ class RunFolder:
             "host": socket.gethostname(),
             "cpu": _cpu_name(),
             "threads_per_rank": torch.get_num_threads(),
-            "backends": describe_backends(config.model, device.type),
+            "backends": describe_backends(config.model, device.type)
+            | {"optimizer": describe_implementation(config.optim)},
             "layout": {name: getattr(layout, name) for name in ("world", "dp", "tp", "ep", "etp", "edp")},
             "revision": _git_revision(),
             "data": data,

@@ -225,6 +225,8 @@ def test_overrides_do_not_change_the_config_given() -> None:
         ("--guard.spike off --run.time-limit 4h", "guard: {spike: off}\nrun: {time_limit: 4h}"),
         ("--data.paths 2024 null true", "data: {paths: ['2024', 'null', 'true']}"),
         ("--data.paths", "data: {paths: []}"),
+        ("--run.wandb null --data.tokenizer None", "run: {wandb: null}"),
+        ("--run.wandb my-project", "run: {wandb: my-project}"),
         ("--data.paths [a.txt,on]", "data: {paths: [a.txt, 'on']}"),
         ("--data.paths ./[a.txt]", "data: {paths: ['./[a.txt]']}"),
         ("--data.paths [a.txt] b", "data: {paths: ['[a.txt]', b]}"),

@@ -1,9 +1,20 @@
 """`auto` names a backend once, and the names in the log say what will run."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.schema import Config, DataConfig, EngineConfig
+from moe_dist.config.validate import validate
+from moe_dist.generate.decode import CachedDecoder, generate
+from moe_dist.generate.sampling import Sampling
 from moe_dist.models.backends import describe_backends, resolve_backends
+from moe_dist.models.decoder import Decoder
+from moe_dist.parallel.mesh import single_process_mesh
+from tests.unit.helpers import context, random_ids
+from tests.unit.kernels.pretended_packages import CALLS, apex, flash_attn, pretended
 
 
 def test_auto_is_resolved() -> None:
@@ -60,3 +71,63 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="triton is not installed"):
         resolve_backends(experts, 1, "cuda")
     assert resolve_backends(ModelConfig(), 1, "cuda").kernels == "torch"
+
+
+NAMED = ModelConfig(attention=AttentionConfig(backend="flash_attn"), norm_kernels="apex")
+
+
+def test_packages_are_taken_by_name_alone() -> None:
+    with pytest.raises(ValueError, match=r"model\.attention\.backend=flash_attn needs a GPU.*set it to flash$"):
+        resolve_backends(replace(NAMED, norm_kernels="same"), 1, "cpu")
+    with pytest.raises(ValueError, match=r"model\.norm_kernels=apex needs a GPU.*set it to same$"):
+        resolve_backends(NAMED, 1, "cpu")
+    with pretended(flash_attn(), *apex()):
+        assert resolve_backends(ModelConfig(), 1, "cuda").attention.backend == "flash"
+        named = describe_backends(resolve_backends(NAMED, 1, "cuda"), "cuda")
+    assert (named["attention"], named["norm"]) == ("flash-attn", "apex")
+    assert "norm" not in describe_backends(resolve_backends(ModelConfig(), 1), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(engine=EngineConfig()), "computes in bf16, not in precision=fp32"),
+        (dict(model=replace(NAMED, d_model=2112)), "heads up to 256 wide, not 264"),
+        (dict(model=replace(NAMED, attention=AttentionConfig(backend="flash_attn", sinks=True))), "sinks=true; set"),
+        (
+            dict(model=replace(NAMED, attention=AttentionConfig(backend="flash_attn", dropout=0.1))),
+            "draw other numbers",
+        ),
+        (dict(data=DataConfig(mask_documents=True)), r"data\.mask_documents=true; set"),
+        (dict(task="classification"), "task=classification; set"),
+    ],
+)
+def test_what_flash_attn_cannot_do_is_refused_before_a_run(changes: dict[str, object], words: str) -> None:
+    config = replace(Config(model=NAMED, engine=EngineConfig(precision="bf16")), **changes)
+    with pytest.raises(ValueError, match=words):
+        validate(config, 1)
+
+
+def test_a_decoder_on_flash_attn_and_apex() -> None:
+    """Gradients and text in bf16 as with plain maths: grouped heads, windows by layer, norms of heads, caches."""
+    attention = AttentionConfig(backend="torch", window=[5, None], qk_norm="head")
+    sizes = dict(vocab_size=32, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
+    plain = ModelConfig(**sizes, attention=attention, kernels="torch", moe=MoEConfig(num_experts=0))
+    fused = replace(plain, attention=replace(attention, backend="flash_attn"), norm_kernels="apex")
+    ids, outcomes, texts = random_ids(2, 13, vocab=32), [], []
+    with pretended(flash_attn(), *apex()):
+        for model in (plain, resolve_backends(fused, 1, "cuda")):
+            decoder = Decoder(model, single_process_mesh()).bfloat16()
+            CALLS.clear()
+            decoder(ids[:, :-1], ids[:, 1:], context()).loss.backward()
+            outcomes.append({name: param.grad.float() for name, param in decoder.named_parameters()})
+            steps = generate(
+                CachedDecoder(decoder, torch.device("cpu")), [[1, 2, 3], [4]], 6, 12, 0, Sampling(temperature=0)
+            )
+            texts.append([list(step) for step in steps])
+    assert {call["name"] for call in CALLS} == {"func", "kvcache"} and {(4, 0), (-1, 0)} == {
+        call["window_size"] for call in CALLS
+    }
+    for name, expected in outcomes[0].items():
+        assert float((outcomes[1][name] - expected).norm()) <= 0.05 * float(expected.norm()), name
+    assert texts[0] == texts[1]

@@ -1,5 +1,7 @@
 """What PyTorch expects of any module: recomputation, compilation, the device meta, state dicts of weights alone."""
 
+import copy
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ from moe_dist import (
     Transformer,
     TransformerBlock,
 )
+from moe_dist.standalone import one_operation
 from tests.unit.pretended_cuda import on_host, pretended_cuda
 
 D = 16
@@ -171,9 +174,88 @@ def test_experts_in_a_model_compiled_by_inductor() -> None:
     model = nn.Sequential(nn.Linear(D, D), MixtureOfExperts(D, 24, 4, dropout=0.0, seed=1), nn.Linear(D, D))
     expected = gradients(model, lambda layer, x: layer(x))
     torch._dynamo.reset()
-    found = gradients(torch.compile(model), lambda layer, x: layer(x))
+    found = gradients(torch.compile(model, fullgraph=True), lambda layer, x: layer(x))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+class WithExperts(nn.Module):
+    """Two blocks, whose auxiliary losses are part of the loss. again: they are run again in the backward pass."""
+
+    def __init__(self, again: bool = False, **options: Any) -> None:
+        super().__init__()
+        options = dict(num_experts=4, dropout=0.2) | RANDOM | options
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.experts = nn.ModuleList(MixtureOfExperts(D, 24, seed=seed, **options) for seed in range(2))
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for norm, experts in zip(self.norms, self.experts, strict=True):
+            block = lambda x, n=norm, e=experts: e(n(x), True, token_ids=IDS)  # noqa: E731
+            y, aux = checkpoint(block, x, use_reentrant=False) if self.again else block(x)
+            x, total = x + y, total + aux
+        return x.float().square().mean() + total
+
+
+IDS = torch.arange(24).view(2, 12)
+GRAPHS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hash": dict(router="hash", top_k=1),
+    "sigmoid, shared": dict(router="sigmoid", num_shared_experts=1, shared_gate=True, out_bias=True),
+    "experts choose": dict(router="expert_choice", drop_policy="position", experts="bmm"),
+    "run again": dict(again=True),
+}
+
+
+def steps_of(model: nn.Module, inside: WithExperts, autocast: bool) -> list[Any]:
+    """Two steps in training, one in evaluation: losses, gradients, counts."""
+    found: list[Any] = []
+    for step in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(batch() + step)
+        loss.backward()
+        found += [loss.detach(), *(experts.expert_counts for experts in inside.experts)]
+    found += [None if param.grad is None else param.grad.clone() for param in inside.parameters()]
+    inside.eval()
+    with torch.no_grad():
+        found.append(model(batch()))
+    return found + [experts.step for experts in inside.experts]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_without_breaks_has_the_experts_as_one_operation(name: str) -> None:
+    """Bits as without a graph: dropout, random drops, auxiliary losses, autocast, frozen parameters, counts."""
+    plain, inside = WithExperts(**GRAPHS[name]), WithExperts(**GRAPHS[name])
+    for model in (plain, inside):
+        model.experts[1].moe.router.requires_grad_(False)
+    torch._dynamo.reset()
+    compiled = torch.compile(inside, backend="aot_eager", fullgraph=True)
+    for autocast in (False, True):
+        torch.manual_seed(4)
+        expected = steps_of(plain.train(), plain, autocast)
+        torch.manual_seed(4)
+        found = steps_of(compiled.train(), inside, autocast)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs) if isinstance(theirs, Tensor) else ours == theirs
+    assert [experts.step for experts in inside.experts] == [4, 4]
+    gc.collect()
+    assert not one_operation._PASSES  # nothing is kept of passes that are over
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph_and_copies_are_themselves() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layers = [MixtureOfExperts(D, 24, 4, dropout=0.0, seed=seed) for seed in range(9)]  # more than may be recompiled
+    layers.append(copy.deepcopy(layers[0]))
+    layers[9].moe.experts.w_out.data.mul_(2)
+    expected = [layer(batch(), step=0) for layer in layers]
+    for layer in layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for layer, y in zip(layers, expected, strict=True):
+        assert torch.equal(layer(batch(), step=0), y)
+    torch.testing.assert_close(expected[9], 2 * expected[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", LAYERS | MODELS)

@@ -1,5 +1,6 @@
 """Caches, masks and biases of `MultiQueryAttention`, and what it says when something does not fit."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor
 from moe_dist import MultiQueryAttention
 from moe_dist.attention.alibi import alibi_bias
 from moe_dist.attention.kv_cache import KVCache
+from moe_dist.standalone.multi_query.options import check_options
+from tests.unit.kernels.pretended_packages import flash_attn, pretended
 from tests.unit.standalone.multi_query.helpers import FUSED, HEADS, IMPLS, D, layer_of, precise, results
 
 POSITIONS = [dict(rotary=True), dict(alibi=True, num_kv_heads=2), dict(window=4, sinks=True)]
@@ -165,7 +168,7 @@ CONSTRUCTOR = [
     (dict(heads=0), "heads=0 is below 1"),
     (dict(head_dim=0), "head_dim=0 is below 1"),
     (dict(num_kv_heads=4), "heads=6 is not divisible by num_kv_heads=4"),
-    (dict(attn_impl="fast"), "unknown attn_impl 'fast': choose triton, flash or torch"),
+    (dict(attn_impl="fast"), "unknown attn_impl 'fast': choose triton, flash, flash_attn or torch"),
     (dict(clip_qkv=0.0), "clip_qkv=0.0 must be above 0"),
     (dict(attn_pdrop=1.0), "attn_pdrop=1.0 is outside"),
     (dict(norm_type="batchnorm"), "unknown norm_type 'batchnorm': choose one of layernorm"),
@@ -192,6 +195,16 @@ def test_triton_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("moe_dist.kernels.registry.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="attn_impl=triton, but triton is not installed"):
         MultiQueryAttention(D, HEADS, device="cpu")
+
+
+def test_flash_attn_is_taken_by_name_and_says_where_it_cannot_run() -> None:
+    with pytest.raises(ValueError, match=r"^attn_impl=flash_attn needs a GPU, but .* set it to flash$"):
+        MultiQueryAttention(D, HEADS, "flash_attn", device="cpu")
+    check = partial(check_options, "flash_attn", None, norm_type="layernorm", fc_type="torch", window=None)
+    with pretended(flash_attn()):
+        check(attn_pdrop=0.0, device_type="cuda")
+        with pytest.raises(ValueError, match=r"attn_pdrop=0\.1 with attn_impl=flash_attn would draw numbers"):
+            check(attn_pdrop=0.1, device_type="cuda")
 
 
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
