@@ -97,8 +97,8 @@ class RunInfo:
 class Manifest:
     """step: steps done. skipped: those among them that were left out, which the optimizer has not made. shapes: of
     logical parameters. buffers: those of them that are no parameters but state of routers; frozen: those that were not
-    trained. Neither have moments. kinds: what is stored, all of STATE_KINDS or weights alone. data_position and random_state: which sequences and which random
-    numbers come next. validation_loss: at this step, where it is known.
+    trained. Neither have moments. kinds: what is stored, all of STATE_KINDS or weights alone. data_position and
+    random_state: which sequences and which random numbers come next. validation_loss: at this step, where it is known.
     """
 
     __pydantic_config__ = _STRICT

@@ -38,9 +38,10 @@ class Frozen:
     total: int
 
     def describe(self) -> str:
-        shown = ", ".join(self.names[:_SHOWN]) + (f" and {len(self.names) - _SHOWN} more" * (len(self.names) > _SHOWN))
+        count, share = len(self.names), self.elements / self.total
+        more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
         told = (
-            f"{len(self.names)} parameters, {self.elements / self.total:.1%} of all numbers, stay as they are: {shown}"
+            f"{count} parameters, {share:.1%} of all numbers, stay as they are: {', '.join(self.names[:_SHOWN])}{more}"
         )
         if self.also:
             told += f"; tied, so the same as {', '.join(self.also)}"
@@ -59,10 +60,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen | None:
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, param in model.named_parameters(remove_duplicate=False):
         names[param].append(name)
-    routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-    biases = {
-        f"{name}.bias_E": router for name, router in routers.items() if getattr(router, "bias_E", None) is not None
-    }
+    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
+    biases = {f"{name}.bias_E": router for name, router in routers if getattr(router, "bias_E", None) is not None}
     known = [name for own in names.values() for name in own] + list(biases)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):

@@ -28,8 +28,8 @@ _ABOUT = """
 Change the experts of a trained model, from one checkpoint to another, without training.
 
   moe-dist experts RUN list                                starved experts, experts that are alike, closed ones
-  moe-dist experts RUN upcycle 8 --model.moe.top-k 2       a dense model: 8 copies of each feed-forward, its function kept
-  moe-dist experts RUN upcycle 16 --granularity 4 ...      4 copies of each, cut into 4 narrower experts
+  moe-dist experts RUN upcycle 8 --model.moe.top-k 2       a dense model: 8 copies of each feed-forward
+  moe-dist experts RUN upcycle 16 --granularity 4 ...      4 copies of each, cut into 4 narrower ones each
   moe-dist experts RUN add 2                               closed copies: outputs stay the same, to the bit
   moe-dist experts RUN open 8,9                            tokens may go to them from here on
   moe-dist experts RUN close 3

@@ -121,10 +121,8 @@ def _copy_tokenizer(run: Path, target: Path) -> None:
 
 def _identity(run: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """What a continued run must agree on, where it is of the model: as that is now."""
-    return {
-        **run,
-        **({"model": _as_now(run["model"], json.loads(json.dumps(asdict(model))))} if "model" in run else {}),
-    }
+    now = json.loads(json.dumps(asdict(model)))
+    return {name: _as_now(value, now) if name == "model" else value for name, value in run.items()}
 
 
 def _as_now(said: Any, now: Any) -> Any:

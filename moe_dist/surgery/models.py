@@ -70,8 +70,8 @@ def before_cutting(moe: MoEConfig, granularity: int) -> MoEConfig:
     for name in ("num_experts", "top_k"):
         if granularity < 1 or getattr(moe, name) % granularity:
             raise ValueError(
-                f"granularity={granularity} must divide num_experts={moe.num_experts} and top_k={moe.top_k}: a token goes "
-                "to all parts of a copy, or it would not get the dense layer's output"
+                f"granularity={granularity} must divide num_experts={moe.num_experts} and top_k={moe.top_k}: a token "
+                "goes to all parts of a copy, or it would not get the dense layer's output"
             )
     top_k = moe.top_k // granularity
     alone = top_k == 1  # among its parts the weights are divided by their sum, so its own is to be 1

@@ -37,10 +37,10 @@ from moe_dist.train.agreement import leaves
 RECORD = "init_from.json"
 """In the run's folder: which checkpoint it began with."""
 _FREELY = frozenset(
-    "backend kernels recompute dispatch wire wire_dtype overlap_chunks experts cpu_products over_budget capacity_factor "
-    "eval_capacity_factor capacity_schedule min_capacity capacity_pool pool_floor capacity_scope drop_policy drop_order "
-    "overflow dropout token_dropout jitter balance_loss_coef z_loss_coef importance_loss_coef load_loss_coef "
-    "balance_scope bias_update_rate balance_bins balance_ema".split()
+    "backend kernels recompute dispatch wire wire_dtype overlap_chunks experts cpu_products over_budget "
+    "capacity_factor eval_capacity_factor capacity_schedule min_capacity capacity_pool pool_floor capacity_scope "
+    "drop_policy drop_order overflow dropout token_dropout jitter balance_loss_coef z_loss_coef "
+    "importance_loss_coef load_loss_coef balance_scope bias_update_rate balance_bins balance_ema".split()
 )
 _SHOWN = 4
 
