@@ -40,9 +40,7 @@ class Frozen:
     def describe(self) -> str:
         count, share = len(self.names), self.elements / self.total
         more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
-        told = (
-            f"{count} parameters, {share:.1%} of all numbers, stay as they are: {', '.join(self.names[:_SHOWN])}{more}"
-        )
+        told = f"{count} parameters, {share:.1%} of all numbers, stay: {', '.join(self.names[:_SHOWN])}{more}"
         if self.also:
             told += f"; tied, so the same as {', '.join(self.also)}"
         if self.biases:
@@ -68,9 +66,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen | None:
             raise ValueError(_nothing(pattern, known))
     frozen = [param for param, own in names.items() if any(matches(name, patterns) for name in own)]
     if len(frozen) == len(names):
-        raise ValueError(
-            f"train.freeze={list(patterns)} leaves nothing to train: all {len(names)} parameters match; name fewer"
-        )
+        raise nothing_left(patterns, len(names))
     still = [name for name in biases if matches(name, patterns)]
     for param in frozen:
         param.requires_grad_(False)
@@ -88,6 +84,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen | None:
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def nothing_left(patterns: Sequence[str], count: int) -> ValueError:
+    return ValueError(
+        f"train.freeze={list(patterns)} leaves nothing to train: all {count} parameters match; name fewer"
+    )
 
 
 def _nothing(pattern: str, known: Sequence[str]) -> str:
