@@ -87,9 +87,8 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def nothing_left(patterns: Sequence[str], count: int) -> ValueError:
-    return ValueError(
-        f"train.freeze={list(patterns)} leaves nothing to train: all {count} parameters match; name fewer"
-    )
+    said = f"train.freeze={list(patterns)} leaves nothing to train: all {count} parameters match; name fewer"
+    return ValueError(said)
 
 
 def _nothing(pattern: str, known: Sequence[str]) -> str:
