@@ -118,10 +118,8 @@ def rows_that_came(run: TinyRun, output: DecoderOutput) -> Rows:
 def logical(engine: Engine, kind: Kind) -> dict[str, Tensor]:
     """Every logical parameter whole, on every rank; each element must have exactly one owner. Of what is frozen the
     weight alone."""
-    trained = [
-        (name, spec) for name, p, spec in logical_parameters(engine.model) if kind == "weight" or p.requires_grad
-    ]
-    shapes = {name: spec.logical_shape for name, spec in trained}
+    parameters = logical_parameters(engine.model)
+    shapes = {name: spec.logical_shape for name, p, spec in parameters if kind == "weight" or p.requires_grad}
     if kind == "weight":
         shapes |= {name: tuple(buffer.shape) for name, buffer in engine.model.named_buffers()}
     sizes = [prod(shape) for shape in shapes.values()]
