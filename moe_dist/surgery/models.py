@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -94,10 +94,16 @@ def change_experts(decoder: Trainable, change: Callable[[MoE], object]) -> list[
         raise ValueError("the decoder has no MoE layer; upcycle_decoder makes some")
     results = [change(layer) for layer in layers]
     configs = [layer.config for layer in layers]
-    if any(config != configs[0] for config in configs):
-        raise ValueError(
-            f"the layers' configs differ now: {configs}; a model has one for all: change each in the same way"
-        )
+    for layer, config in zip(layers, configs, strict=True):
+        unlike = [f.name for f in fields(MoEConfig) if getattr(config, f.name) != getattr(configs[0], f.name)]
+        if unlike:
+            one, other = (
+                ", ".join(f"{name}={getattr(each, name)}" for name in unlike) for each in (configs[0], config)
+            )
+            raise ValueError(
+                f"the layers' configs differ now: {one} in layer {layers[0].layer}, {other} in layer {layer.layer}; a "
+                "model has one for all: change as many experts in each, in the same way"
+            )
     decoder.config = replace(decoder.config, moe=configs[0])
     return results
 

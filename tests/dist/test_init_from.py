@@ -54,9 +54,8 @@ def train(folder: Path, name: str, *flags: str) -> int:
 
 def weights(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
     reader = Reader(folder / "runs" / name / "checkpoints" / f"step-{step:06d}")
-    return {
-        name: reader.read(kind, name, 0, size) for kind, name, size in reader.manifest.tensors() if kind == "weight"
-    }
+    sizes = {name: size for kind, name, size in reader.manifest.tensors() if kind == "weight"}
+    return {name: reader.read("weight", name, 0, size) for name, size in sizes.items()}
 
 
 def losses(folder: Path, name: str) -> list[float]:
