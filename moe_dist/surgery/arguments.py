@@ -51,9 +51,7 @@ Adam's moments follow the weights (--moments carry), as each expert's gradient w
   remove, open, close    all that is left keeps its own
 --moments zero: those of routers and experts in changed layers are 0. A checkpoint of weights alone begins with 0.
 
-The loss on the run's validation data is shown before and after (--no-loss leaves it out).
-
-flags:"""
+The loss on the run's validation data is shown before and after (--no-loss leaves it out)."""
 
 
 def experts_arguments(args: Sequence[str]) -> argparse.Namespace:
@@ -108,8 +106,10 @@ def _check(own: argparse.Namespace) -> None:
         if own.which:
             raise ValueError(f"list takes no {' '.join(own.which)!r}: it shows all experts")
         return
-    if own.output is None or own.output.exists():
-        raise ValueError(f"--output {own.output or ''} must name a folder that is not there yet")
+    if own.output is None:
+        raise ValueError(f"{own.action} writes a new run folder: name it by --output FOLDER")
+    if own.output.exists():
+        raise ValueError(f"--output {own.output} must name a folder that is not there yet")
     if own.action in ("add", "upcycle", "split"):
         if len(own.which) != 1 or not own.which[0].isdigit():
             what = {"add": "experts to add", "upcycle": "experts in each MoE layer", "split": "parts of each expert"}

@@ -55,7 +55,7 @@ def experts(own: argparse.Namespace) -> int:
     if own.action == "list":
         print("\n".join(describe(own, config, checkpoint)))
         return 0
-    _say(own, config, checkpoint)
+    _say(config, checkpoint)
     yardstick = None if own.no_loss else _yardstick(config)
     models = read_models(config, Reader(checkpoint))
     before = None if yardstick is None else yardstick.measure(models["weight"])
@@ -196,7 +196,7 @@ def _yardstick(config: Config) -> Yardstick:
         raise ValueError(f"the loss cannot be measured: {error}; --no-loss leaves it out") from None
 
 
-def _say(own: argparse.Namespace, config: Config, checkpoint: Path) -> None:
+def _say(config: Config, checkpoint: Path) -> None:
     moe = config.model.moe
     now = f"{moe.num_experts} experts, top {moe.top_k}" if moe.num_experts else f"dense, d_ff {config.model.d_ff}"
     print(f"from      {checkpoint}: {now}")
