@@ -57,11 +57,14 @@ def experts(own: argparse.Namespace) -> int:
         return 0
     _say(config, checkpoint)
     yardstick = None if own.no_loss else _yardstick(config)
-    models = read_models(config, Reader(checkpoint))
+    reader = Reader(checkpoint)
+    models, how = read_models(config, reader), said_of(own.action, own.moments)
+    if reader.manifest.kinds == ["weight"]:
+        how = "none in this checkpoint: all begin at 0"
     before = None if yardstick is None else yardstick.measure(models["weight"])
     loads = before.loads if before is not None else recorded_loads(run_of(checkpoint))[0]
     models = upcycled(own, config, models) if own.action == "upcycle" else changed(own, config, models, loads)
-    print(f"moments   {said_of(own.action, own.moments)}")
+    print(f"moments   {how}")
     if yardstick is not None and before is not None:
         after = yardstick.measure(models["weight"])
         what = f"nats/{yardstick.unit} on {yardstick.describe()}, nothing dropped"
