@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values: dict[str, Any] = TINY | {
         "model": TINY["model"] | {"moe": moe},
         "data": {"kind": "text", "paths": [str(folder / "text.txt")]},
+        "optim": TINY["optim"] | {"lr": 1e-2},
         "train": TINY["train"] | {"steps": 4, "threads": 1},
         "run": {"root": str(folder / "runs"), "name": "base", "eval_sequences": 2, "tensorboard": False},
     }
@@ -66,7 +67,7 @@ def losses(folder: Path, name: str) -> list[float]:
 def test_a_run_begins_with_another_ones_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And with nothing else of it: no step, no moments. A learning rate of nothing shows the weights."""
     source = folder / "runs" / "base"
-    begin = ("--train.init-from", str(source), "--model.moe.balance", "none")
+    begin = ("--train.init-from", str(source), "--model.moe.balance", "none", "--model.moe.bias-update-rate", "0.001")
     assert train(folder, "still", *NEW, *begin, "--optim.lr", "1e-30", "--train.steps", "1") == 0
     said = capsys.readouterr().out
     assert f"begins    with the weights of {source}/checkpoints/step-000004, step 4; step, optimizer and data" in said
