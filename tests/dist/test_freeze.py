@@ -14,7 +14,10 @@ from moe_dist.checkpoint.retention import Retention
 from moe_dist.engine.base import Kind
 from moe_dist.parallel.mesh import create_mesh, single_process_mesh
 from moe_dist.parallel.objects import broadcast_json
+from moe_dist.plan.held import Held
+from moe_dist.plan.states import states
 from tests.dist.helpers import TinyRun, assert_same, logical, run_checks, tiny_config
+from tests.dist.test_memory import held_bytes
 
 ZERO: list[dict[str, Any]] = [{"engine__name": "deepspeed", "engine__zero_stage": stage} for stage in range(4)]
 EP2, TP2, BF16 = {"parallel__ep": 2}, {"parallel__tp": 2}, {"engine__precision": "bf16"}
@@ -61,10 +64,21 @@ def check_others_learn_as_on_one_process() -> None:
         assert_same(after, expected["weight"], rtol=1e-3, atol=1e-6)
         moved = [name for name in after if not torch.equal(after[name], before[name])]
         assert len(moved) == len([name for name in after if name not in frozen and ".open_E" not in name])
+        assert_planned(run)
         for kind in MOMENTS:
             held = logical(run.engine, kind)
             assert held.keys() == expected[kind].keys() == expected["weight"].keys() - frozen - buffers(run)
             assert_same(held, expected[kind], rtol=1e-3, atol=1e-6)
+
+
+def assert_planned(run: TinyRun) -> None:
+    """The plan of memory has no gradients and no moments of what is frozen, to the byte."""
+    run.forward_backward(9)
+    layout, rank = run.mesh.layout, run.mesh.rank
+    planned = states(run.config, layout, Held.of(run.config, layout, rank), rank, device_type="cpu")
+    said = {name: getattr(planned, name) for name in ("parameters", "gradients", "optimizer")}
+    assert held_bytes(run.engine) == said, run.config.engine
+    run.engine.discard()
 
 
 def whole(run: TinyRun, kind: Kind) -> dict[str, torch.Tensor]:
@@ -96,6 +110,7 @@ def check_fp32_values_stay_where_less_is_computed_with() -> None:
             for name, param in run.engine.model.named_parameters():
                 if name in frozen and "embedding" not in name:
                     assert torch.equal(param.detach().float(), before[name].float().bfloat16().float()), name
+        assert_planned(run)
         step_2 = save(run, folder / f"frozen-{stage}", 2)
         manifest = Manifest.load(step_2)
         assert set(manifest.frozen) == frozen and manifest.kinds == ["weight", *MOMENTS]

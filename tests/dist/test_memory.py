@@ -79,6 +79,7 @@ def held_bytes(engine: Any) -> dict[str, int]:
         moments = [t for of in engine.optimizer.state.values() for t in (of.step, of.exp_avg, of.exp_avg_sq)]
         return parts_of(weights + masters, [master.grad for master in masters], moments)
     zero, stage = engine.optimizer, engine.stage
+    weights += engine.state.kept.values()
     gradients = [param.grad for param in engine.model.parameters()]
     if stage > 0:
         gradients += engine.state.reduced_gradients()
