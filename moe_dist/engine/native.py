@@ -51,7 +51,7 @@ class NativeEngine:
         self.masters = dict(zip(params, masters, strict=True))
         self.trained = {param: master for param, master in self.masters.items() if param.requires_grad}
         self.gradients = GradientExchange(self.trained, mesh, None if engine.cuda_graph else engine.bucket_mib)
-        groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model)]
+        groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model) if group]
         self.optimizer = AdamW(groups, optim)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
