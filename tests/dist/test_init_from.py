@@ -129,6 +129,7 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple
 
 def test_what_computes_otherwise_is_noted_or_free(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = ("--model.moe.capacity-factor", "2.0", "--model.recompute", "block", "--model.attention.dropout", "0.1")
+    free += ("--model.attention.backend", "torch")
     noted = ("--model.moe.top-k", "1", "--model.rope-theta", "500.0")
     begin = ("--train.init-from", str(folder / "runs" / "base"), "--train.steps", "1")
     assert train(folder, "otherwise", *begin, *free, *noted) == 0
