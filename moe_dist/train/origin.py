@@ -97,7 +97,8 @@ def find_origin(config: Config, tokenizer: str, model: Trainable, say: Callable[
 def compare(there: Config, here: Config) -> tuple[list[str], list[str]]:
     """(differences of the models that make weights unfit, those that do not but change what is computed)."""
     before, after = leaves(_relevant(there.model)), leaves(_relevant(here.model))
-    refused, noted = [], []
+    refused: list[str] = []
+    noted: list[str] = []
     if there.task != here.task:
         refused.append(f"task={there.task} there, {here.task} here")
     for name in before | after:
@@ -124,7 +125,7 @@ def _relevant(model: ModelConfig) -> dict[str, Any]:
 
 def _config_of(checkpoint: Path, manifest: Manifest) -> Config:
     """Of the run that wrote it: what the checkpoint itself says, else config.yaml of its folder."""
-    said = {name: manifest.config[name] for name in ("task", "model") if name in manifest.config}
+    said: dict[str, Any] = {name: manifest.config[name] for name in ("task", "model") if name in manifest.config}
     return parse_dict(said, str(checkpoint)) if "model" in said else load_config(run_of(checkpoint) / "config.yaml")
 
 

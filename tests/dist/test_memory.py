@@ -79,7 +79,6 @@ def held_bytes(engine: Any) -> dict[str, int]:
         moments = [t for of in engine.optimizer.state.values() for t in (of.step, of.exp_avg, of.exp_avg_sq)]
         return parts_of(weights + masters, [master.grad for master in masters], moments)
     zero, stage = engine.optimizer, engine.stage
-    weights += engine.state.kept.values()
     gradients = [param.grad for param in engine.model.parameters()]
     if stage > 0:
         gradients += engine.state.reduced_gradients()
@@ -89,6 +88,7 @@ def held_bytes(engine: Any) -> dict[str, int]:
         weights += zero.fp32_groups_flat_partition
     elif stage > 0:
         weights += zero.single_partition_of_fp32_groups
+    weights += engine.state.kept.values()
     state = (zero.optimizer if stage > 0 else zero).state
     return parts_of(weights, gradients, [t for of in state.values() for t in of.values()])
 
