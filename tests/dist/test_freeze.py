@@ -28,10 +28,10 @@ MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 FIRST = ["embedding.*", "blocks.0.attention*", "blocks.0.feed_forward_norm.*"]
 EXPERTS = ["blocks.*.experts.*", "blocks.1.feed_forward.router.*", "output.norm.*"]
 Case = tuple[list[str], dict[str, Any]]
-CASES: list[Case] = [(FIRST, EP2), (FIRST, ZERO[1] | TP2), (EXPERTS, ZERO[1] | EP2), (EXPERTS, ZERO[3] | EP2)]
+CASES: list[Case] = [(FIRST, EP2), (FIRST, ZERO[3] | EP2), (EXPERTS, ZERO[1] | EP2)]
 MORE: list[Case] = [
-    *((FIRST, layout) for layout in (ZERO[2] | EP2, ZERO[3] | EP2 | {"model__recompute": "block"})),
-    *((EXPERTS, layout) for layout in (TP2, ZERO[0] | EP2, ZERO[2] | EP2)),
+    *((FIRST, layout) for layout in (ZERO[1] | TP2, ZERO[2] | EP2, ZERO[3] | EP2 | {"model__recompute": "block"})),
+    *((EXPERTS, layout) for layout in (TP2, ZERO[0] | EP2, ZERO[2] | EP2, ZERO[3] | EP2)),
     (EXPERTS, EP2 | {"train__accumulation": 2, "model__tie_embeddings": False}),
 ]
 
