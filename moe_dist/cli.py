@@ -127,7 +127,7 @@ _ALL = (
     Command(
         "experts",
         "RUN ACTION",
-        "add, open, close, remove or list the experts of a trained model",
+        "list, upcycle, add, split, merge, remove, open or close the experts of a model",
         "moe_dist.surgery.command:experts",
         "moe_dist.surgery.arguments:experts_arguments",
     ),

@@ -44,7 +44,7 @@ def _warn(line: str) -> None:
 
 def describe(reader: Reader) -> Iterator[str]:
     """Lines for a person: step, parameters, files, configuration."""
-    manifest, buffers = reader.manifest, set(reader.manifest.buffers)
+    manifest, buffers, frozen = reader.manifest, set(reader.manifest.buffers), set(reader.manifest.frozen)
     parameters = [prod(shape) for name, shape in manifest.shapes.items() if name not in buffers]
     size = sum(shard.size for shard in manifest.files)
     loss = "" if manifest.validation_loss is None else f", validation loss {manifest.validation_loss:.4f}"
@@ -60,7 +60,7 @@ def describe(reader: Reader) -> Iterator[str]:
         stored = [
             f"{kind} {'/'.join(reader.dtypes(kind, name))}" for kind in manifest.kinds if reader.dtypes(kind, name)
         ]
-        note = "  (no parameter: router state)" if name in buffers else ""
+        note = "  (no parameter: router state)" if name in buffers else "  (frozen)" if name in frozen else ""
         yield f"  {name:{width}}  {shape}  {', '.join(stored)}{note}"
     for shard in manifest.files:
         yield f"  {shard.file}  {shard.size:,} bytes  {len(shard.ranges)} ranges  sha256 {shard.sha256}"

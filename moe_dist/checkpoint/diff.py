@@ -27,13 +27,13 @@ def differences(first: Reader, second: Reader) -> Iterator[Difference]:
     """One for each logical parameter of either, in order; kinds that only one of them stores are left out."""
     here, there = first.manifest, second.manifest
     both = [kind for kind in here.kinds if kind in there.kinds]
-    buffers = {*here.buffers, *there.buffers}
+    without = here.without_moments | there.without_moments
     for name in sorted(here.shapes.keys() | there.shapes.keys()):
         shapes = here.shapes.get(name), there.shapes.get(name)
         if shapes[0] != shapes[1]:
             yield Difference(name, {}, " and ".join("absent" if shape is None else str(shape) for shape in shapes))
             continue
-        kinds = [kind for kind in both if kind == "weight" or name not in buffers]
+        kinds = [kind for kind in both if kind == "weight" or name not in without]
         yield Difference(name, {kind: _largest(first, second, kind, name) for kind in kinds})
 
 

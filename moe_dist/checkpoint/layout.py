@@ -96,9 +96,9 @@ class RunInfo:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """step: steps done. skipped: those among them that were left out, which the optimizer has not made. shapes: of
-    logical parameters. buffers: those of them that no optimizer holds, so that they have no moments. kinds: what is
-    stored, all of STATE_KINDS or weights alone. data_position and random_state: which sequences and which random
-    numbers come next. validation_loss: at this step, where it is known.
+    logical parameters. buffers: those of them that are no parameters but state of routers; frozen: those that were not
+    trained. Neither have moments. kinds: what is stored, all of STATE_KINDS or weights alone. data_position and
+    random_state: which sequences and which random numbers come next. validation_loss: at this step, where it is known.
     """
 
     __pydantic_config__ = _STRICT
@@ -113,6 +113,7 @@ class Manifest:
     kinds: list[Kind]
     shapes: dict[str, list[int]]
     buffers: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
     files: list[ShardFile]
 
     def dumps(self) -> str:
@@ -150,11 +151,15 @@ class Manifest:
 
     def tensors(self) -> Iterator[tuple[Kind, str, int]]:
         """(kind, name, elements) of every logical tensor that must be in the files."""
-        buffers = set(self.buffers)
+        without = self.without_moments
         for kind in self.kinds:
             for name, shape in self.shapes.items():
-                if kind == "weight" or name not in buffers:
+                if kind == "weight" or name not in without:
                     yield kind, name, prod(shape)
+
+    @property
+    def without_moments(self) -> set[str]:
+        return {*self.buffers, *self.frozen}
 
     def problems(self) -> Iterator[str]:
         """What the manifest contradicts itself in: names, sizes, ranges that overlap or are missing."""
@@ -166,8 +171,8 @@ class Manifest:
         if self.kinds not in (["weight"], list(STATE_KINDS)):
             yield f"kinds={self.kinds} is neither weights alone nor {list(STATE_KINDS)}"
             return
-        if unknown := set(self.buffers) - self.shapes.keys():
-            yield f"buffers {sorted(unknown)} have no shape"
+        if unknown := self.without_moments - self.shapes.keys():
+            yield f"buffers or frozen parameters {sorted(unknown)} have no shape"
         for name, shape in self.shapes.items():
             if not name.isprintable():  # it will be shown on a terminal
                 yield f"{name!r} is no name of a parameter"

@@ -13,7 +13,17 @@ from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
 from moe_dist.parallel.objects import broadcast_json, gather_json, rank_and_world
 from moe_dist.parallel.sharding import logical_parameters
 
-__all__ = ["Reader", "load", "load_weights", "newest_good", "newest_told", "refuse_other_parameters", "require_whole"]
+__all__ = [
+    "Reader",
+    "begin_with",
+    "load",
+    "load_weights",
+    "newest_good",
+    "newest_told",
+    "other_parameters",
+    "refuse_other_parameters",
+    "require_whole",
+]
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
@@ -54,10 +64,11 @@ def load(
 
     checked: its digests were found right a moment ago. pass_over: takes a line on each parameter that is absent here or
     has another shape; it stays as it was. Raises ValueError on every rank when a file is damaged, the checkpoint holds
-    weights alone, or the model has other parameters and there is no pass_over.
+    weights alone, or the model has other parameters and there is no pass_over. Moments of what was frozen there, and is
+    not here, are zero.
     """
     reader = _reader(folder, checked)
-    others = _other_parameters(reader, engine.model)
+    others = other_parameters(reader.manifest, engine.model)
     for problem in others.values():
         if pass_over is None:
             raise ValueError(f"{folder}: {problem}: load it with its own config")
@@ -69,16 +80,30 @@ def load(
             if piece.name in others:
                 continue
             engine.mesh.trail.enter("loading of a checkpoint")
-            values = reader.read(kind, piece.name, piece.start, piece.values.numel())
             with torch.no_grad():
-                piece.values.copy_(values)
+                if kind != "weight" and piece.name in reader.manifest.frozen:
+                    piece.values.zero_()
+                else:
+                    piece.values.copy_(reader.read(kind, piece.name, piece.start, piece.values.numel()))
     engine.restore(reader.manifest.step - reader.manifest.skipped)
     return reader.manifest
 
 
+@torch.no_grad()
+def begin_with(folder: Path, engine: Engine) -> None:
+    """Fill `engine` with the weights alone of a checkpoint, whose digests have been found right: no step is made. State
+    of routers that is absent there stays as it was. Every rank must call."""
+    reader = Reader(folder)
+    for piece in engine.held("weight"):
+        engine.mesh.trail.enter("loading of a checkpoint")
+        if piece.name in reader.manifest.shapes:
+            piece.values.copy_(reader.read("weight", piece.name, piece.start, piece.values.numel()))
+    engine.restore(0)
+
+
 def refuse_other_parameters(folder: Path, model: nn.Module) -> None:
     """Raises ValueError where a run with `model` cannot be continued from a checkpoint. Reads its manifest alone."""
-    for problem in _other_parameters(Reader(folder), model).values():
+    for problem in other_parameters(Manifest.load(folder), model).values():
         raise ValueError(
             f"{folder}: {problem}: continue with the config of that run, or begin anew with what differs: "
             "--override model"
@@ -89,7 +114,7 @@ def refuse_other_parameters(folder: Path, model: nn.Module) -> None:
 def load_weights(folder: Path, model: nn.Module, checked: bool = False) -> Manifest:
     """Fill a model that no engine owns, on one rank of any layout and in any precision; otherwise as `load`."""
     reader = _reader(folder, checked)
-    for problem in _other_parameters(reader, model).values():
+    for problem in other_parameters(reader.manifest, model).values():
         raise ValueError(f"{folder}: {problem}: load it with its own config")
     for name, param, spec in logical_parameters(model):
         values = reader.read("weight", name, spec.flat_start, param.numel())
@@ -128,10 +153,10 @@ def _problems(folder: Path) -> list[str]:
     return list(dict.fromkeys(problem for reply in gather_json(mine) for problem in reply))
 
 
-def _other_parameters(reader: Reader, model: nn.Module) -> dict[str, str]:
+def other_parameters(manifest: Manifest, model: nn.Module) -> dict[str, str]:
     """What is wrong with each parameter that is not the same here as in the checkpoint. By the whole model, not by what
     this rank holds of it: under ZeRO some ranks hold nothing of what is wrong."""
-    needed, stored = logical_shapes(model), reader.manifest.shapes
+    needed, stored = logical_shapes(model), manifest.shapes
     return {
         name: f"parameter {name} {_shape(stored.get(name))} in the checkpoint, but {_shape(needed.get(name))} here"
         for name in sorted(needed.keys() | stored.keys())

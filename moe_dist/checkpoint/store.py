@@ -25,7 +25,7 @@ from moe_dist.checkpoint.layout import MANIFEST, STEP_NAME, Manifest, Position, 
 from moe_dist.checkpoint.retention import Retention
 from moe_dist.checkpoint.shard import write_shard
 from moe_dist.disk import flush, write_durably
-from moe_dist.engine.base import STATE_KINDS, Engine, logical_shapes
+from moe_dist.engine.base import STATE_KINDS, Engine, frozen_parameters, logical_shapes
 from moe_dist.parallel.objects import together
 
 _DRAFT_NAME = re.compile(r"\.step-\d{6,}(-\d+)?")
@@ -42,6 +42,7 @@ class Snapshot:
     entries: list[tuple[Range, Tensor]]
     shapes: dict[str, list[int]]
     buffers: list[str]
+    frozen: list[str]
 
 
 @torch.no_grad()
@@ -55,7 +56,8 @@ def take_snapshot(engine: Engine, step: int, copy: bool, skipped: int = 0) -> Sn
                 stored = Range(kind=kind, name=piece.name, start=start, length=values.numel())
                 entries.append((stored, values.detach().to("cpu", torch.float32, copy=copy).contiguous()))
     buffers = sorted(name for name, _ in engine.model.named_buffers())
-    return Snapshot(step, skipped, entries, dict(sorted(logical_shapes(engine.model).items())), buffers)
+    frozen = sorted(frozen_parameters(engine.model))
+    return Snapshot(step, skipped, entries, dict(sorted(logical_shapes(engine.model).items())), buffers, frozen)
 
 
 def write_checkpoint(
@@ -197,6 +199,7 @@ def _manifest(snapshot: Snapshot, info: RunInfo, shards: list[ShardFile], valida
         kinds=list(STATE_KINDS),
         shapes=snapshot.shapes,
         buffers=snapshot.buffers,
+        frozen=snapshot.frozen,
         files=shards,
     )
 

@@ -152,6 +152,12 @@ class TrainConfig:
     """Of initial weights, data order and random dropping."""
     data_seed: int | None = None
     """Of data order, where it is to change apart from the rest. null: seed."""
+    init_from: str | None = None
+    """A run's folder, or one checkpoint in it, whose weights this run begins with. Weights alone: optimizer, steps and
+    data begin anew, in any layout. The models must agree. Not read by a run that is resumed. null: random weights."""
+    freeze: list[str] = field(default_factory=list)
+    """Parameters that stay as they are, by patterns over their names such as embedding.* or blocks.*.router.*;
+    `moe-dist checkpoint inspect` lists names. They have no gradients and no optimizer state."""
     threads: int | None = None
     """CPU threads per rank. null: OMP_NUM_THREADS, else the CPUs that the rank may use / ranks that share them."""
     deterministic: bool = False

@@ -64,7 +64,8 @@ class Engine(Protocol):
         every rank must call."""
 
     def held(self, kind: Kind) -> Iterator[Piece]:
-        """This rank's pieces. `weight` is the fp32 master; `grad` exists after a step's last micro_step, unclipped."""
+        """This rank's pieces. `weight` is the fp32 master; `grad` exists after a step's last micro_step, unclipped. Of
+        frozen parameters there are weights alone."""
 
     def restore(self, optimizer_step: int) -> None:
         """Called after pieces were written: makes the compute weights follow the masters, and sets Adam's step."""
@@ -113,10 +114,15 @@ def logical_shapes(model: nn.Module) -> dict[str, list[int]]:
     return shapes | {name: list(buffer.shape) for name, buffer in model.named_buffers()}
 
 
+def frozen_parameters(model: nn.Module) -> list[str]:
+    """Names of those that are not trained (models/freezing.py): no engine holds gradients or moments of them."""
+    return [name for name, param in model.named_parameters() if not param.requires_grad]
+
+
 def decay_groups(model: nn.Module) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """(name, weight-decay factor, parameters): matrices are decayed; norm scales are not."""
+    """(name, weight-decay factor, parameters) of what is trained: matrices are decayed; norm scales are not."""
     groups = [("decay", 1.0, True), ("no_decay", 0.0, False)]
-    params = list(model.parameters())
+    params = [param for param in model.parameters() if param.requires_grad]
     return [(name, factor, [p for p in params if spec_of(p).decay is decay]) for name, factor, decay in groups]
 
 

@@ -20,6 +20,10 @@ What DeepSpeed 0.19 needs to be told, and why:
 - Stage 0 clips by a norm that averages ranks, wrong under ep: we clip there ourselves, by the true norm.
 - ZeRO leaves a step out when its norm is not finite, and keeps its counters right: so discarding a step is giving it
   such a norm. It then says so in `overflow` alone, for the norm it reports can be an older one.
+- What is frozen is in no optimizer group; it keeps that in the precision it computes in, so its fp32 values are ours
+  (deepspeed_state.py). A marker without trained experts is refused, and not needed.
+- Stage 3 reduces a leaf when the gradient of its input comes: where the embedding is frozen its output asks for a
+  gradient all the same, or leaves before the first trained parameter would be reduced before they have any.
 - It makes a bucket for gradients in full, and one more where they leave while backward goes on, 2 GB each unless told:
   ours has the size that the native engine's buckets have.
 - The checkpoint is ours (`held`), because DeepSpeed's loses a foreign module's experts.
@@ -50,7 +54,7 @@ from moe_dist.engine.base import (
 )
 from moe_dist.engine.deepspeed_comm import note_collectives
 from moe_dist.engine.deepspeed_mesh import ModelParallelUnit, process_group
-from moe_dist.engine.deepspeed_state import Specs, ZeroState
+from moe_dist.engine.deepspeed_state import Specs, ZeroState, frozen_in_fp32
 from moe_dist.engine.exchange import zero_bucket
 from moe_dist.models.decoder import DecoderOutput, Want
 from moe_dist.models.trainable import Trainable
@@ -115,12 +119,14 @@ class DeepSpeedEngine:
         specs: Specs = {name: (param, spec) for name, param, spec in logical_parameters(model)}
         self.micro, self.loads = 0, RouterLoads()
         _mark_parameters(specs, mesh)
+        kept = frozen_in_fp32(specs, mesh, self.stage) if engine.precision != "fp32" else {}
         root: nn.Module = model
         if self.stage == 3:
             whole = [kind for kind in _LEAVES if any(isinstance(module, kind) for module in model.modules())]
             if whole:
                 set_z3_leaf_modules(model, whole)
-        elif any(spec.shard == "expert" for _, spec in specs.values()):
+            model.embedding.register_forward_hook(_ask_for_gradient)
+        elif any(spec.shard == "expert" and param.requires_grad for param, spec in specs.values()):
             root = _WithMarker(model, mesh)
         optimizer = torch.optim.AdamW(
             _param_groups(model, optim, mesh), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
@@ -134,10 +140,10 @@ class DeepSpeedEngine:
         if self.engine.dp_world_size != mesh.layout.dp:
             raise RuntimeError(f"DeepSpeed took dp={self.engine.dp_world_size}, but the layout has dp={mesh.layout.dp}")
         note_collectives(mesh.trail)
-        self.model, self.params = model, [param for param, _ in specs.values()]
+        self.model, self.trained = model, [param for param, _ in specs.values() if param.requires_grad]
         if self.stage == 3:
-            _gather_in_order(self.params)
-        self.state = ZeroState(self.stage, self.optimizer, specs, mesh)
+            _gather_in_order([param for param, _ in specs.values()])
+        self.state = ZeroState(self.stage, self.optimizer, specs, mesh, kept)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
         self.mesh.trail.enter("forward")
@@ -176,7 +182,7 @@ class DeepSpeedEngine:
 
     def discard(self) -> None:
         if self.stage == 0:
-            for param in self.params:
+            for param in self.trained:
                 param.grad = None  # torch's optimizer passes over it
         else:
             for grad in self.state.reduced_gradients():
@@ -204,7 +210,7 @@ class DeepSpeedEngine:
 
     def _clip_by_true_norm(self) -> float:
         """Stage 0: gradients are whole and reduced after backward."""
-        return clip_by_global_norm([param.grad for param in self.params], self.params, self.mesh, self.grad_clip)
+        return clip_by_global_norm([param.grad for param in self.trained], self.trained, self.mesh, self.grad_clip)
 
 
 class _WithMarker(nn.Module):
@@ -267,6 +273,11 @@ def _mark_parameters(specs: Specs, mesh: Mesh) -> None:
     for param, spec in specs.values():
         if spec.shard != "replicated":
             param.tensor_model_parallel = True
+
+
+def _ask_for_gradient(embedding: nn.Module, args: Any, rows_TD: Tensor) -> None:
+    if torch.is_grad_enabled() and not rows_TD.requires_grad:
+        rows_TD.requires_grad_()
 
 
 def _gather_in_order(params: Sequence[nn.Parameter]) -> None:

@@ -2,10 +2,11 @@
 
 Stage 0 keeps parameters whole. Stages 1 and 2 lay a group's parameters end to end and cut that. Stage 3 cuts every
 parameter into equal pieces, the last one padded. What is cut, is cut over the ranks that would hold the same: edp for
-experts at ep > 1, dp for all others. Names of attributes are those of DeepSpeed 0.19.
+experts at ep > 1, dp for all others. Frozen parameters lie whole below stage 3. Names of attributes are those of
+DeepSpeed 0.19.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +26,19 @@ _Held = Iterator[tuple[str, int, Tensor, Group]]
 
 @dataclass(frozen=True)
 class ZeroState:
-    """State of one engine. optimizer: what deepspeed.initialize returned; stage 0 keeps ours."""
+    """State of one engine. optimizer: what deepspeed.initialize returned; stage 0 keeps ours. kept: of frozen_in_fp32,
+    where DeepSpeed computes in less."""
 
     stage: int
     optimizer: Any
     specs: Specs
     mesh: Mesh
+    kept: Mapping[str, Tensor]
 
     def pieces(self, kind: Kind) -> Iterator[Piece]:
         """This rank's pieces of every parameter, as views wherever they can be written to."""
         held = list({0: self._whole, 1: self._ranges, 2: self._ranges, 3: self._equal_cuts}[self.stage](kind))
+        held += self._frozen() if kind == "weight" else []
         owned = shares([(values.numel(), ranks) for _, _, values, ranks in held])
         for (name, start, values, _), mine in zip(held, owned, strict=True):
             yield Piece(name, self.specs[name][1].logical_shape, start, values, mine)
@@ -52,6 +56,8 @@ class ZeroState:
         elif self.stage == 3:
             for low, flat in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
                 low.data.copy_(flat.data)
+        for name, values in self.kept.items():
+            self._in_use(self.specs[name][0]).narrow(0, 0, values.numel()).copy_(values)
 
     def reduced_gradients(self) -> list[Tensor]:
         """Stages 1 to 3: what this rank holds of the gradients, as the step will read them."""
@@ -60,8 +66,26 @@ class ZeroState:
             return list(zero.fp32_groups_gradient_flat_partition)
         return [grad for group in zero.averaged_gradients.values() for grad in group]
 
-    def _whole(self, kind: Kind) -> _Held:
+    def _frozen(self) -> _Held:
         for name, (param, spec) in self.specs.items():
+            if param.requires_grad:
+                continue
+            first, held = _cut(param, spec, self.mesh, self.stage)
+            if held > 0:
+                values = self.kept[name] if name in self.kept else self._in_use(param).narrow(0, 0, held)
+                ranks = copies(spec, self.mesh) if self.stage < 3 else self._copies(spec)
+                yield name, spec.flat_start + first, values, ranks
+
+    def _in_use(self, param: Any) -> Tensor:
+        """What this rank computes with, or its part of it: 1-D."""
+        values: Tensor = param.data.view(-1) if self.stage < 3 else param.ds_tensor.data
+        return values
+
+    def _trained(self) -> Iterator[tuple[str, Any, ParamSpec]]:
+        return ((name, param, spec) for name, (param, spec) in self.specs.items() if param.requires_grad)
+
+    def _whole(self, kind: Kind) -> _Held:
+        for name, param, spec in self._trained():
             values = {"weight": lambda p: p.data, "grad": lambda p: p.grad}.get(kind)
             held = values(param) if values else _adam(self.optimizer, param)[kind]
             yield name, spec.flat_start, held.view(-1), copies(spec, self.mesh)
@@ -94,10 +118,8 @@ class ZeroState:
 
     def _equal_cuts(self, kind: Kind) -> _Held:
         zero = self.optimizer
-        for name, (param, spec) in self.specs.items():
-            size = param.ds_tensor.ds_numel
-            first = partition_group(spec, self.mesh).rank * size
-            held = min(size, param.ds_numel - first)
+        for name, param, spec in self._trained():
+            first, held = _cut(param, spec, self.mesh, self.stage)
             if held <= 0:
                 continue  # padding alone
             group, offset, numel = zero.grad_position[zero.get_param_id(param)]
@@ -118,6 +140,27 @@ class ZeroState:
 def partition_group(spec: ParamSpec, mesh: Mesh) -> Group:
     """The ranks that hold the same part of the logical parameter, over which ZeRO cuts it."""
     return mesh.edp if spec.shard == "expert" else mesh.dp
+
+
+def frozen_in_fp32(specs: Specs, mesh: Mesh, stage: int) -> dict[str, Tensor]:
+    """Copies of what this rank holds of frozen parameters, before DeepSpeed takes the model and rounds them."""
+    kept = {}
+    for name, (param, spec) in specs.items():
+        first, held = _cut(param, spec, mesh, stage)
+        if not param.requires_grad and held > 0:
+            kept[name] = param.data.view(-1).narrow(0, first, held).clone()
+    return kept
+
+
+def _cut(param: Any, spec: ParamSpec, mesh: Mesh, stage: int) -> tuple[int, int]:
+    """(first element, elements) of a parameter of this rank that lie here; none where there is padding alone."""
+    numel = getattr(param, "ds_numel", param.numel())
+    if stage < 3:
+        return 0, numel
+    ranks = partition_group(spec, mesh)
+    size = -(-numel // ranks.size)
+    first = ranks.rank * size
+    return first, min(size, numel - first)
 
 
 def _adam(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ With `cuda_graph`, micro-steps are replayed as graphs (graphs.py), and accumulat
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.config.schema import EngineConfig, OptimConfig
 from moe_dist.engine.adamw import grad_of, make_adamw
@@ -49,8 +49,9 @@ class NativeEngine:
             masters = [p.detach() for p in params]
         # Masters share memory with fp32 parameters; their .grad holds the accumulated, then the reduced gradient.
         self.masters = dict(zip(params, masters, strict=True))
-        self.gradients = GradientExchange(self.masters, mesh, None if engine.cuda_graph else engine.bucket_mib)
-        groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model)]
+        self.trained = {param: master for param, master in self.masters.items() if param.requires_grad}
+        self.gradients = GradientExchange(self.trained, mesh, None if engine.cuda_graph else engine.bucket_mib)
+        groups = [([self.masters[p] for p in group], factor) for _, factor, group in decay_groups(model) if group]
         self.optimizer = make_adamw(groups, optim, params[0].device.type)
 
     def micro_step(self, tokens_BS: Tensor, targets: Tensor, step: StepContext) -> DecoderOutput:
@@ -82,14 +83,14 @@ class NativeEngine:
 
     @torch.no_grad()
     def update(self, lr: float) -> float:
-        grads = [grad_of(master) for master in self.masters.values()]
-        norm = clip_by_global_norm(grads, list(self.masters), self.mesh, self.grad_clip)
+        grads = [grad_of(master) for master in self.trained.values()]
+        norm = clip_by_global_norm(grads, list(self.trained), self.mesh, self.grad_clip)
         if not math.isfinite(norm):
             self.discard()
             return norm
         self.optimizer.step(lr)
         self._clear()
-        self._refresh()
+        self._refresh(self.trained)
         self.loads.settle(self.model)
         return norm
 
@@ -102,7 +103,7 @@ class NativeEngine:
             self.gradients.clear()
 
     def held(self, kind: Kind) -> Iterator[Piece]:
-        parameters = list(logical_parameters(self.model))
+        parameters = [each for each in logical_parameters(self.model) if kind == "weight" or each[1].requires_grad]
         owned = shares([(param.numel(), copies(spec, self.mesh)) for _, param, spec in parameters])
         for (name, param, spec), mine in zip(parameters, owned, strict=True):
             master = self.masters[param]
@@ -118,10 +119,10 @@ class NativeEngine:
 
     def restore(self, optimizer_step: int) -> None:
         self.optimizer.set_step(optimizer_step)
-        self._refresh()
+        self._refresh(self.masters)
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def _refresh(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
         if self.low_precision:
-            for param, master in self.masters.items():
+            for param, master in masters.items():
                 param.copy_(master)

@@ -35,6 +35,8 @@ class Router(nn.Module):
     score: Score = "softmax"
     has_losses = True
     """Whether balancing and z-loss have something to train."""
+    still = False
+    """Whether its balancing bias stays where it is (models/freezing.py)."""
     knows_padding = True
     """Whether StepContext.real is respected; not by routers that sum over tokens on their own."""
 

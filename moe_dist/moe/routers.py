@@ -76,7 +76,7 @@ class ScoreRouter(Router):
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, needs_EB: Tensor | None = None) -> None:
-        if self.bias_E is None:
+        if self.bias_E is None or self.still:
             return
         if self.by_sign:
             self.bias_E += self.moe.bias_update_rate * sign_step(load_E, self.open_E).to(self.bias_E)

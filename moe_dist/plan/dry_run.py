@@ -30,6 +30,7 @@ from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.freezing import freeze
 from moe_dist.models.trainable import Trainable
 from moe_dist.parallel.mesh import Layout, Mesh, create_mesh
 from moe_dist.parallel.trail import Trail
@@ -206,9 +207,13 @@ def _step(
 
 
 def _model(config: Config, shape: BatchShape, mesh: Mesh) -> Trainable:
+    built: Trainable
     if config.task == "classification":
-        return Classifier(config.model, mesh, shape.seq_len, config.train.seed)
-    return Decoder(config.model, mesh, config.train.seed)
+        built = Classifier(config.model, mesh, shape.seq_len, config.train.seed)
+    else:
+        built = Decoder(config.model, mesh, config.train.seed)
+    freeze(built, config.train.freeze)
+    return built
 
 
 @contextmanager

@@ -5,7 +5,7 @@ and on the mesh that the rank would have, and asked what it holds; the blocks of
 whatever the layers are made of, and takes milliseconds however deep the model is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.models.block import is_moe_layer
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.freezing import matches, nothing_left
 from moe_dist.parallel.mesh import Layout, mesh_without_processes
 from moe_dist.parallel.sharding import logical_parameters
 
@@ -27,12 +28,13 @@ BLOCKS = "blocks."
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One parameter of a rank, whole: before ZeRO cuts it. expert: over edp instead of dp. decay: which of the
-    optimizer's groups it is in."""
+    optimizer's groups it is in. trained: not frozen by train.freeze, or it is in none."""
 
     name: str
     elements: int
     expert: bool = False
     decay: bool = True
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,13 @@ class Held:
         return Held(
             tuple(
                 # Whole ones, under ZeRO-3.
-                Tensor(name, getattr(param, "ds_numel", param.numel()), spec.shard == "expert", spec.decay)
+                Tensor(
+                    name,
+                    getattr(param, "ds_numel", param.numel()),
+                    spec.shard == "expert",
+                    spec.decay,
+                    param.requires_grad,
+                )
                 for name, param, spec in logical_parameters(model)
             )
         )
@@ -59,7 +67,17 @@ class Held:
         if config.task == "classification":
             # Labels are counted in the data; two are the least, and few beside everything else.
             model, max_len = replace(model, num_classes=model.num_classes or 2), config.train.seq_len
-        return _held(_Question(repr(model), model, layout, rank, max_len))
+        held, patterns = _held(_Question(repr(model), model, layout, rank, max_len)), config.train.freeze
+        tied = max_len is None and model.tie_embeddings
+        held = Held(tuple(replace(t, trained=not _matches(t.name, patterns, tied)) for t in held.tensors))
+        if not held.trained.tensors:
+            raise nothing_left(patterns, len(held.tensors))
+        return held
+
+    @property
+    def trained(self) -> "Held":
+        """Those with gradients and moments."""
+        return Held(tuple(tensor for tensor in self.tensors if tensor.trained))
 
     @property
     def elements(self) -> int:
@@ -77,10 +95,10 @@ class Held:
 
     def groups(self) -> list[tuple[bool, list[int]]]:
         """(whether of experts, elements of each tensor) of the optimizer's groups: with and without weight decay, each
-        of them dense and of experts."""
+        of them dense and of experts; what is frozen is in none."""
         kinds = [(decay, expert) for decay in (True, False) for expert in (False, True)]
         found = [
-            (expert, [t.elements for t in self.tensors if (t.decay, t.expert) == (decay, expert)])
+            (expert, [t.elements for t in self.trained.tensors if (t.decay, t.expert) == (decay, expert)])
             for decay, expert in kinds
         ]
         return [(expert, sizes) for expert, sizes in found if sizes]
@@ -88,6 +106,11 @@ class Held:
     def within(self, *prefixes: str) -> int:
         """Elements of the parameters whose names begin so."""
         return sum(tensor.elements for tensor in self.tensors if tensor.name.startswith(prefixes))
+
+
+def _matches(name: str, patterns: Sequence[str], tied: bool) -> bool:
+    """Whether train.freeze names it; a tied embedding is the output projection too."""
+    return matches(name, patterns) or (tied and name == "embedding.weight" and matches("output.weight", patterns))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ q_g each, ZeRO-3 cuts every tensor into d_g equal parts, p in sum (engine/deepsp
 | bf16, 2    | a d q   | 4 q             | 4 q                                | 8 q          |
 | ZeRO-3     | a p     | 4 p             | 4 p                                | 8 p          |
 
+That is of what is trained. A frozen parameter (train.freeze) has its weight alone: a n, in bf16 with a copy in fp32,
+4 n; under ZeRO-3 its part of both. FLOPs, and the traffic of ZeRO-3, are counted as if it were trained.
+
 Every tensor that Adam knows has a count of its steps, 4 bytes: all parameters, under ZeRO one for each group.
 
 What passes: a native engine makes the gradients that ranks exchange bucket by bucket, as the first of each comes.
@@ -93,14 +96,16 @@ def states(config: Config, layout: Layout, held: Held, rank: int = 0, *, device_
 
 
 def _native(config: Config, layout: Layout, held: Held) -> States:
-    n, low, mib = held.elements, config.engine.precision == "bf16", config.engine.bucket_mib
+    low, mib = config.engine.precision == "bf16", config.engine.bucket_mib
+    trained = held.trained
+    n = trained.elements
     each, accumulates = compute_dtype(config.engine.precision).itemsize, _accumulates(config, layout)
-    reduced = sum(count for count, ranks in ((held.dense, layout.dp), (held.expert, layout.edp)) if ranks > 1)
+    reduced = sum(count for count, ranks in ((trained.dense, layout.dp), (trained.expert, layout.edp)) if ranks > 1)
     lot = min(reduced, zero_bucket(config.engine) if mib is not None and not config.engine.cuda_graph else reduced)
     return States(
-        parameters=n * each + (4 * n if low else 0),
+        parameters=held.elements * (each + (4 if low else 0)),
         gradients=4 * n,
-        optimizer=8 * n + 4 * len(held.tensors),
+        optimizer=8 * n + 4 * len(trained.tensors),
         accumulated=4 * n if accumulates else 0,
         made=each,
         each=0 if accumulates else 4,
@@ -112,16 +117,16 @@ def _native(config: Config, layout: Layout, held: Held) -> States:
 
 def _zero0(config: Config, layout: Layout, held: Held, rank: int, copies: int) -> States:
     """DeepSpeed keeps parameters as they are; torch's AdamW updates tensor by tensor on CPU, all at once on a GPU."""
-    n, accumulates = held.elements, _accumulates(config, layout)
-    largest = max(tensor.elements for tensor in held.tensors)
+    trained, accumulates = held.trained, _accumulates(config, layout)
+    n, largest = trained.elements, max(tensor.elements for tensor in trained.tensors)
     return States(
-        parameters=4 * n,
+        parameters=4 * held.elements,
         gradients=4 * n,
-        optimizer=8 * n + 4 * len(held.tensors),
+        optimizer=8 * n + 4 * len(trained.tensors),
         accumulated=4 * n if accumulates else 0,
         each=0 if accumulates else 4,
         joined=4 * n,
-        exchange=4 * max(min(held.dense, WHOLE) * (layout.dp > 1), min(held.expert, WHOLE) * (layout.edp > 1)),
+        exchange=4 * max(min(trained.dense, WHOLE) * (layout.dp > 1), min(trained.expert, WHOLE) * (layout.edp > 1)),
         update=4 * (2 * largest if copies == 2 else n),
     )
 
@@ -129,11 +134,11 @@ def _zero0(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
 def _zero1(config: Config, layout: Layout, held: Held, rank: int, copies: int) -> States:
     if config.engine.precision == "bf16":
         return _zero1_low(config, layout, held, copies)
-    n, q, accumulates = held.elements, list(_parts(held, layout)), _accumulates(config, layout)
+    n, q, accumulates = held.trained.elements, list(_parts(held, layout)), _accumulates(config, layout)
     touched, overlap = 4 * _touched(held, layout, rank), config.engine.bucket_mib is not None
     bucket = zero_bucket(config.engine)
     return States(
-        parameters=4 * sum(count * ranks + count for count, ranks in q),
+        parameters=4 * (sum(count * ranks + count for count, ranks in q) + held.elements - n),
         gradients=touched,
         optimizer=8 * sum(count for count, _ in q) + 4 * len(q),
         accumulated=4 * n if accumulates else 0,
@@ -150,11 +155,11 @@ def _zero1(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
 
 def _zero1_low(config: Config, layout: Layout, held: Held, copies: int) -> States:
     """DeepSpeed's BF16_Optimizer: all gradients in fp32 too, on every rank."""
-    n, q = held.elements, list(_parts(held, layout))
+    n, q = held.trained.elements, list(_parts(held, layout))
     whole = sum(count * ranks for count, ranks in q)
     dense = [count * ranks for (count, ranks), (expert, _) in zip(q, held.groups(), strict=True) if not expert]
     return States(
-        parameters=2 * whole + 4 * sum(count for count, _ in q),
+        parameters=2 * whole + 4 * sum(count for count, _ in q) + 6 * (held.elements - n),
         gradients=4 * whole + 2 * n,
         optimizer=8 * sum(count for count, _ in q) + 4 * len(q),
         made=2,
@@ -167,13 +172,14 @@ def _zero1_low(config: Config, layout: Layout, held: Held, copies: int) -> State
 
 
 def _zero2(config: Config, layout: Layout, held: Held, rank: int, copies: int) -> States:
-    n, q, low = held.elements, list(_parts(held, layout)), config.engine.precision == "bf16"
+    n, q, low = held.trained.elements, list(_parts(held, layout)), config.engine.precision == "bf16"
     each = compute_dtype(config.engine.precision).itemsize
     owned = 4 * (sum(count for count, _ in q) if low else _touched(held, layout, rank))
     joined = 0 if low else 4 * max(count for count, _ in q)
     bucket = zero_bucket(config.engine)
     return States(
-        parameters=sum(each * count * ranks + 4 * count for count, ranks in q),
+        parameters=sum(each * count * ranks + 4 * count for count, ranks in q)
+        + (held.elements - n) * (each + (4 if low else 0)),
         gradients=owned,
         optimizer=8 * sum(count for count, _ in q) + 4 * len(q),
         accumulated=owned if _accumulates(config, layout) else 0,
@@ -193,11 +199,12 @@ def _zero3(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
     even = layout.expert_ranks == 1 or len(set(expert_widths(config.model.moe, config.model.d_ff))) <= 1
     parts = [[-(-size // _ranks(expert, layout)) for size in sizes] for expert, sizes in held.groups()]
     p, sub_groups = sum(map(sum, parts)), [sub for group in parts for sub in _sub_groups(group, even)]
+    still = sum(-(-tensor.elements // _ranks(tensor.expert, layout)) for tensor in held.tensors if not tensor.trained)
     cut = [tensor.elements for tensor in held.tensors if _ranks(tensor.expert, layout) > 1]  # others lie there whole
     gathered = min(sum(cut), GATHERED) if even else max(cut, default=0)
     bucket = zero_bucket(config.engine)
     return States(
-        parameters=(each + 4) * p,
+        parameters=(each + 4) * p + (each + (4 if low else 0)) * still,
         gradients=4 * p,
         optimizer=8 * p + 4 * len(sub_groups),
         accumulated=4 * p,
@@ -207,7 +214,7 @@ def _zero3(config: Config, layout: Layout, held: Held, rank: int, copies: int) -
         bucket_elements=bucket,
         exchanged=8 if low else 4,
         joined=4 * p,
-        exchange=each * gathered + (8 if low else 4) * min(held.elements, bucket),
+        exchange=each * gathered + (8 if low else 4) * min(held.trained.elements, bucket),
         update=4 * (1 + copies) * max(sub_groups),
     )
 

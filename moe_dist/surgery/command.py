@@ -1,165 +1,214 @@
 """`moe-dist experts`: change the experts of a trained model, from one checkpoint to another, on one process.
 
 The run's model is built here whole, three times: for its weights and for the two Adam moments, which go through the
-same surgery (surgery/layers.py). Moments of added experts are zero. What comes out is a run folder with one checkpoint,
-of the same step, that `moe-dist train OUT/config.yaml --resume` continues in any layout.
+same surgery (layers.py, models.py) and by the rules of moments.py. What comes out is a run folder with one checkpoint,
+of the same step, that `moe-dist train OUTPUT/config.yaml --resume` continues in any layout.
 """
 
 import argparse
-import json
 import os
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.background import Saver
 from moe_dist.checkpoint.find import run_config, run_of, whole_checkpoint
-from moe_dist.checkpoint.layout import RunInfo
 from moe_dist.checkpoint.reshard import Reader
-from moe_dist.checkpoint.retention import Retention
-from moe_dist.config import Config, EngineConfig
-from moe_dist.config.load import dump_config
-from moe_dist.data.tokenizers import IN_RUN
-from moe_dist.disk import lines_backwards, replace_text
-from moe_dist.engine.base import STATE_KINDS, Kind
-from moe_dist.engine.make import make_engine
-from moe_dist.models.backends import resolve_backends
-from moe_dist.models.classifier import Classifier
+from moe_dist.config import Config
+from moe_dist.config.flags import override_config
+from moe_dist.config.model import MoEConfig
+from moe_dist.config.rules.moe import moe_rules
+from moe_dist.config.rules.parts import refuse
+from moe_dist.config.rules.run import run_rules
+from moe_dist.engine.base import Kind
 from moe_dist.models.decoder import Decoder
-from moe_dist.models.trainable import Trainable
 from moe_dist.moe.layer import MoE
-from moe_dist.parallel.launch import rank_from_environment, start, stop
-from moe_dist.parallel.mesh import single_process_mesh
-from moe_dist.surgery.layers import add_experts, close_experts, open_experts, remove_experts
-from moe_dist.surgery.models import change_experts
+from moe_dist.parallel.launch import rank_from_environment
+from moe_dist.surgery.arguments import Which, numbers, parse_which
+from moe_dist.surgery.checkpoints import Models, changed_config, read_model, read_models, write_run
+from moe_dist.surgery.layers import (
+    add_experts,
+    close_experts,
+    merge_experts,
+    open_experts,
+    remove_experts,
+    split_experts,
+)
+from moe_dist.surgery.listing import describe_layer
+from moe_dist.surgery.measure import Loads, Yardstick, recorded_loads
+from moe_dist.surgery.models import before_cutting, change_experts, upcycle_decoder
+from moe_dist.surgery.moments import POWERS, of_added, of_copies, of_merged, said_of, split_carried, zero
 
 
 def experts(own: argparse.Namespace) -> int:
     """own: of experts_arguments. Returns the exit code. Raises ValueError for what a user got wrong."""
-    config, listing = run_config(own.run), own.action == "list"
-    numbers = [] if listing else _numbers(own.which)
-    if not listing and (own.output is None or own.output.exists()):
-        raise ValueError(f"--output {own.output or ''} must name a folder that is not there yet")
-    if own.action == "add" and len(numbers) != 1:
-        raise ValueError(f"add takes how many experts, one number, got {own.which!r}")
-    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr))
-    if listing:
-        print("\n".join(describe(read_model(config, Reader(checkpoint), "weight"), run_of(checkpoint))))
-        return 0
-
-    def change(layer: MoE) -> object:
-        match own.action:
-            case "add":
-                seed, name = config.train.seed, f"blocks.{layer.layer}.feed_forward."
-                return add_experts(layer, numbers[0], own.init, seed=seed, name=name)
-            case "remove":
-                return remove_experts(layer, numbers)
-            case "open":
-                open_experts(layer, numbers)
-            case "close":
-                close_experts(layer, numbers)
-        return None
-
-    rewrite(config, checkpoint, own.output, change)
-    print(f"{own.output} holds {checkpoint.name}; continue it with: moe-dist train {own.output}/config.yaml --resume")
-    return 0
-
-
-def read_model(config: Config, reader: Reader, kind: Kind) -> Trainable:
-    """The model whole on this process, its parameters filled with tensors of `kind`; router states with weights."""
-    moe = replace(config.model.moe, dispatch="auto", experts="auto", wire="ragged", wire_dtype="same", overlap_chunks=1)
-    attention = replace(config.model.attention, backend="torch")
-    model = replace(config.model, moe=moe, attention=attention, kernels="torch", norm_kernels="same")
-    model = resolve_backends(model, 1)
-    mesh, seed = single_process_mesh(), config.train.seed
-    built: Trainable
-    if config.task == "classification":
-        built = Classifier(model, mesh, config.train.seq_len, seed)
-    else:
-        built = Decoder(model, mesh, seed)
-    with torch.no_grad():
-        for name, param in built.named_parameters():
-            param.copy_(reader.read(kind, name, 0, param.numel()).view_as(param))
-        for name, buffer in built.named_buffers():
-            buffer.copy_(reader.read("weight", name, 0, buffer.numel()).view_as(buffer))
-    return built
-
-
-def rewrite(config: Config, checkpoint: Path, output: Path, change: Callable[[MoE], object]) -> None:
-    """`change` every MoE layer of a checkpoint, whose digests have been found right; the new run folder is `output`."""
-    reader = Reader(checkpoint)
-    before = config.model.moe.num_experts
-    models = {kind: read_model(config, reader, kind) for kind in STATE_KINDS}
-    for kind, model in models.items():
-        change_experts(model, change)
-        if kind != "weight":
-            change_experts(model, lambda layer: _zero_from(layer, before))
     rank = rank_from_environment(os.environ)
     if rank.world != 1:
         raise ValueError(f"this is rank {rank.rank} of {rank.world}: run moe-dist experts on its own, without torchrun")
-    changed = models["weight"].config.moe
-    start(rank, "cpu", config.train.threads)
-    optim = replace(config.optim, implementation="torch")
-    engine = make_engine(models["weight"], single_process_mesh(), EngineConfig(), optim, 1, 1)
-    for kind in STATE_KINDS[1:]:
-        values = dict(models[kind].named_parameters())
-        for piece in engine.held(kind):
-            piece.values.copy_(values[piece.name].detach().view(-1))
-    manifest = reader.manifest
-    seeds = dict(seed=manifest.random_state.seed, data_seed=manifest.data_position.seed)
-    info = RunInfo(run=manifest.run, config=manifest.config, **seeds)
-    Saver(output / "checkpoints", engine.mesh, Retention(), info).save(engine, manifest.step)
-    stop()
-    moe = replace(config.model.moe, num_experts=changed.num_experts, d_ff=changed.d_ff, num_groups=changed.num_groups)
-    where = replace(config.run, root=str(output.parent), name=output.name)
-    replace_text(output / "config.yaml", dump_config(replace(config, model=replace(config.model, moe=moe), run=where)))
-    tokenizer = run_of(checkpoint) / "tokenizer.json"
-    if tokenizer.is_file():
-        shutil.copy(tokenizer, output / tokenizer.name)
-    if (run_of(checkpoint) / IN_RUN).is_dir():
-        shutil.copytree(run_of(checkpoint) / IN_RUN, output / IN_RUN)
+    config = run_config(own.run)
+    if own.action != "list":
+        refuse(run_rules(changed_config(config, config.model.moe, own.output).run, config.train.steps))
+    checkpoint = whole_checkpoint(own.run, lambda line: print(line, file=sys.stderr))
+    if own.action == "list":
+        print("\n".join(describe(own, config, checkpoint)))
+        return 0
+    _say(config, checkpoint)
+    yardstick = None if own.no_loss else _yardstick(config)
+    reader = Reader(checkpoint)
+    models, how = read_models(config, reader), said_of(own.action, own.moments)
+    if reader.manifest.kinds == ["weight"]:
+        how = "none in this checkpoint: all begin at 0"
+    before = None if yardstick is None else yardstick.measure(models["weight"])
+    loads = before.loads if before is not None else recorded_loads(run_of(checkpoint))[0]
+    models = upcycled(own, config, models) if own.action == "upcycle" else changed(own, config, models, loads)
+    print(f"moments   {how}")
+    if yardstick is not None and before is not None:
+        after = yardstick.measure(models["weight"])
+        what = f"nats/{yardstick.unit} on {yardstick.describe()}, nothing dropped"
+        print(f"loss      {before.loss:.6f} before, {after.loss:.6f} after; {what}")
+    new = changed_config(config, models["weight"].config.moe, own.output)
+    write_run(models, new, checkpoint, rank)
+    for line in _what_next(new, checkpoint.name):
+        print(line)
+    return 0
 
 
-def describe(model: Trainable, run: Path) -> list[str]:
-    """A line for each MoE layer: its experts, which of them are closed, and their load in the last step on record."""
-    loads, lines = _last_loads(run), []
-
-    def line(layer: MoE) -> None:
-        closed = layer.router.open_E.eq(0).nonzero().flatten().tolist()
-        words = [f"layer {layer.layer}: {layer.config.num_experts} experts of width"]
-        words.append("/".join(map(str, sorted(set(layer.experts.widths)))) + f", top {layer.config.top_k}")
-        words.append(f"closed {closed}" if closed else "all open")
-        load = loads.get(layer.layer, [])
-        if len(load) == layer.config.num_experts and any(load):
-            words.append("load " + " ".join(f"{value / sum(load):.1%}" for value in load))
-        lines.append(" ".join(words[:2]) + "; " + "; ".join(words[2:]))
-
-    change_experts(model, line)
-    return lines
-
-
-def _last_loads(run: Path) -> dict[int, list[int]]:
-    line = next((line for _, line in lines_backwards(run / "metrics.jsonl")), b"{}")
-    record: dict[str, Any] = json.loads(line)
-    return {row["layer"]: row["load"] for row in record.get("layers", [])}
+def describe(own: argparse.Namespace, config: Config, checkpoint: Path) -> Iterator[str]:
+    """`list`."""
+    model = read_model(config, Reader(checkpoint), "weight")
+    loads, steps = ({}, 0) if own.evaluate else recorded_loads(run_of(checkpoint))
+    source = f"the last {steps} steps of metrics.jsonl"
+    if own.evaluate:
+        yardstick = _yardstick(config)
+        measured = yardstick.measure(model)
+        loads, source = measured.loads, f"{yardstick.describe()}; loss {measured.loss:.4f} nats/{yardstick.unit}"
+    yield f"{checkpoint}: loads from {source}" if loads else f"{checkpoint}: no loads on record; --evaluate counts them"
+    lines: list[str] = []
+    change_experts(
+        model, lambda layer: lines.extend(describe_layer(layer, loads.get(layer.layer), own.starved, own.alike))
+    )
+    yield from lines
 
 
-@torch.no_grad()
-def _zero_from(layer: MoE, first: int) -> None:
-    """Experts from number `first` on become zero: in a model that holds moments, those are added ones."""
-    count = layer.config.num_experts
-    for param in [*layer.router.parameters(), *layer.experts.parameters()]:
-        by_expert = param.shape[0] == count
-        param[first if by_expert else sum(layer.experts.widths[:first]) :] = 0.0
+def upcycled(own: argparse.Namespace, config: Config, models: Models) -> Models:
+    """The dense models as Mixture-of-Experts ones."""
+    if config.task == "classification":
+        raise ValueError("task=classification: only a language model can be upcycled")
+    moe = _asked_for(own, config)
+    new: Models = {}
+    for kind, model in models.items():
+        assert isinstance(model, Decoder), "a language model"
+        make = partial(upcycle_decoder, model, seed=config.train.seed)
+        if kind == "weight":
+            new[kind] = make(moe, noise=own.noise or 0.0, granularity=own.granularity)
+            continue
+        new[kind] = make(before_cutting(moe, own.granularity))
+        change_experts(new[kind], partial(_settle_copies, own, POWERS[kind]))
+    return new
 
 
-def _numbers(which: str) -> list[int]:
+def _settle_copies(own: argparse.Namespace, power: int, layer: MoE) -> None:
+    of_copies(layer, layer.config.num_experts, power)
+    if own.granularity > 1:
+        split_carried(layer, own.granularity, power)
+    if own.moments == "zero":
+        zero(layer)
+
+
+def _asked_for(own: argparse.Namespace, config: Config) -> MoEConfig:
+    """The new layers: as the flags say, of as many experts."""
+    if config.model.moe.num_experts > 0:
+        raise ValueError(
+            f"{own.run} has MoE layers of {config.model.moe.num_experts} experts: upcycle a dense model, or add experts"
+        )
+    moe = override_config(config, own.moe).model.moe
+    if moe.d_ff is not None:
+        raise ValueError(f"model.moe.d_ff={moe.d_ff}: copies are as wide as the dense layer; --granularity cuts them")
+    return replace(moe, num_experts=int(own.which[0]))
+
+
+def changed(own: argparse.Namespace, config: Config, models: Models, loads: Loads) -> Models:
+    """Weights and moments with their experts changed, in place."""
+    known = {block.feed_forward.layer for block in models["weight"].blocks if isinstance(block.feed_forward, MoE)}
+    which: Which = {} if own.action in ("add", "split") else parse_which(own.which)
+    if unknown := {layer for layer in which if layer is not None} - known:
+        raise ValueError(f"layer {min(unknown)} has no experts: MoE layers are {', '.join(map(str, sorted(known)))}")
+    for kind, model in models.items():
+        change_experts(model, partial(_change, own, which, loads, config.train.seed, kind))
+    return models
+
+
+def _change(own: argparse.Namespace, which: Which, loads: Loads, seed: int, kind: Kind, layer: MoE) -> None:
+    """One layer's weights, or moments."""
+    count, power = layer.config.num_experts, POWERS.get(kind, 0)
+    groups = which.get(layer.layer, which.get(None, []))
+    ids = [index for group in groups for index in group]
+    match own.action:
+        case "add":
+            _add(own, layer, seed, loads.get(layer.layer))
+            if power:
+                of_added(layer, count)
+        case "split":
+            parts = int(own.which[0])
+            split_carried(layer, parts, power) if power else split_experts(layer, parts)
+        case "merge" if groups:
+            load = _load(loads.get(layer.layer), count, "--weights load") if own.weights == "load" else None
+            merge_experts(layer, groups, load)
+            if power == 2:
+                of_merged(layer)
+        case "remove" if ids:
+            remove_experts(layer, ids)
+        case "open" if ids:
+            open_experts(layer, ids)
+        case "close" if ids:
+            close_experts(layer, ids)
+        case _:
+            return  # no expert of this layer was named
+    if power and own.moments == "zero":
+        zero(layer)
+
+
+def _add(own: argparse.Namespace, layer: MoE, seed: int, load: list[int] | None) -> None:
+    loaded = own.sources == "loaded"
+    add_experts(
+        layer,
+        int(own.which[0]),
+        own.init,
+        sources=None if loaded or own.sources is None else numbers(own.sources),
+        load_E=_load(load, layer.config.num_experts, "--sources loaded") if loaded else None,
+        noise=0.01 if own.noise is None else own.noise,
+        d_ff=own.d_ff,
+        seed=seed,
+        name=f"blocks.{layer.layer}.feed_forward.",
+    )
+
+
+def _load(load: list[int] | None, count: int, flag: str) -> torch.Tensor:
+    if load is None or len(load) != count:
+        raise ValueError(f"{flag} asks how loaded experts are, and no metrics.jsonl says it: leave out --no-loss")
+    return torch.tensor(load)
+
+
+def _yardstick(config: Config) -> Yardstick:
     try:
-        return [int(number) for number in which.split(",")]
-    except ValueError:
-        raise ValueError(f"{which!r} is no list of numbers: write 2, or 0,4,5") from None
+        return Yardstick(config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the loss cannot be measured: {error}; --no-loss leaves it out") from None
+
+
+def _say(config: Config, checkpoint: Path) -> None:
+    moe = config.model.moe
+    now = f"{moe.num_experts} experts, top {moe.top_k}" if moe.num_experts else f"dense, d_ff {config.model.d_ff}"
+    print(f"from      {checkpoint}: {now}")
+
+
+def _what_next(config: Config, step: str) -> Iterator[str]:
+    moe, folder = config.model.moe, config.run.folder
+    for problem in moe_rules(moe, config.parallel, d_ff=config.model.d_ff, num_layers=config.model.num_layers):
+        yield f"note      before it is trained on: {problem}"
+    yield f"to        {folder}/checkpoints/{step}: {moe.num_experts} experts, top {moe.top_k}"
+    yield f"          continue it:      moe-dist train {folder}/config.yaml --resume --train.steps N"
+    yield f"          or begin with it: moe-dist train {folder}/config.yaml --run.name NEW --train.init_from {folder}"

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from moe_dist.config.model import MoEConfig
 from moe_dist.kernels.random import RandomKey
 from moe_dist.surgery.members import (
     Member,
@@ -192,7 +193,7 @@ def split_experts(layer: "MoE", parts: int = 2) -> None:
         )
     # What it was for one chosen expert it must be for its parts; expert_choice never looks at it.
     renormalize = moe.renormalizes or (moe.renormalize and moe.router == "expert_choice")
-    scale = 1 if moe.router == "sigmoid" and not renormalize else parts
+    scale = split_scale(moe, parts)
     # A width of their own stays that of the shared experts; else they become as narrow as the others.
     shared = moe.num_shared_experts * (parts if moe.shared_d_ff is None else 1)
     members = members_of(layer)
@@ -206,6 +207,11 @@ def split_experts(layer: "MoE", parts: int = 2) -> None:
         renormalize_top_1=False,
         num_shared_experts=shared,
     )
+
+
+def split_scale(moe: MoEConfig, parts: int) -> int:
+    """What `split_experts` multiplies the outputs of parts by: as many times less is each part's weight."""
+    return 1 if moe.router == "sigmoid" and not moe.renormalizes else parts
 
 
 def _sources(layer: "MoE", n: int, sources: Sequence[int] | None, load_E: Tensor | None) -> list[int]:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from moe_dist.moe.layer import MoE
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import single_process_mesh
 from moe_dist.parallel.sharding import logical_parameters
+from moe_dist.surgery.layers import split_experts
 from moe_dist.surgery.upcycle import become, check_rules, upcycled_config
 
 
@@ -27,11 +28,14 @@ def upcycle_decoder(
     noise: float = 0.0,
     seed: int = 0,
     preserve: bool = True,
+    granularity: int = 1,
 ) -> Decoder:
     """A new decoder with the weights of the dense `decoder`, in which the layers of `moe.every`, or `layers`, are MoE
     layers whose experts are copies of the dense feed-forward. Dropless it computes the same, see surgery/upcycle.py.
 
     layers: counted from 0; a model has MoE on every nth layer, so they must be n-1, 2n-1, ... seed: of the new routers.
+    granularity: narrower experts that a copy is cut into, which are chosen together at first (He et al., arXiv
+    2410.07524); num_experts and top_k of `moe` count these.
     """
     model = decoder.config
     if model.moe.num_experts > 0:
@@ -40,7 +44,7 @@ def upcycle_decoder(
         raise ValueError(f"the decoder is cut over tp={decoder.mesh.tp.size}: load its checkpoint on one process first")
     if layers is not None:
         moe = replace(moe, first=None, every=_every(layers, model.num_layers))
-    wanted = replace(model, moe=moe)
+    wanted = replace(model, moe=before_cutting(moe, granularity))
     check_rules(wanted)
     wanted = resolve_backends(upcycled_config(wanted) if preserve else wanted, ep=1)
     new = Decoder(wanted, single_process_mesh(), seed=seed).to(decoder.embedding.weight)
@@ -54,7 +58,30 @@ def upcycle_decoder(
         for name, param, _ in logical_parameters(new):
             if name in old:
                 param.copy_(old[name])
+    if granularity > 1:
+        change_experts(new, lambda layer: split_experts(layer, granularity))
     return new.train(decoder.training)
+
+
+def before_cutting(moe: MoEConfig, granularity: int) -> MoEConfig:
+    """Of the layer whose experts, each cut into `granularity`, are those of `moe`."""
+    if granularity == 1:
+        return moe
+    for name in ("num_experts", "top_k"):
+        if granularity < 1 or getattr(moe, name) % granularity:
+            raise ValueError(
+                f"granularity={granularity} must divide num_experts={moe.num_experts} and top_k={moe.top_k}: a token "
+                "goes to all parts of a copy, or it would not get the dense layer's output"
+            )
+    top_k = moe.top_k // granularity
+    alone = top_k == 1  # among its parts the weights are divided by their sum, so its own is to be 1
+    return replace(
+        moe,
+        num_experts=moe.num_experts // granularity,
+        top_k=top_k,
+        renormalize=moe.renormalize or alone,
+        renormalize_top_1=alone and moe.renormalize and moe.router in ("softmax", "sigmoid"),
+    )
 
 
 def change_experts(decoder: Trainable, change: Callable[[MoE], object]) -> list[object]:
@@ -67,10 +94,16 @@ def change_experts(decoder: Trainable, change: Callable[[MoE], object]) -> list[
         raise ValueError("the decoder has no MoE layer; upcycle_decoder makes some")
     results = [change(layer) for layer in layers]
     configs = [layer.config for layer in layers]
-    if any(config != configs[0] for config in configs):
-        raise ValueError(
-            f"the layers' configs differ now: {configs}; a model has one for all: change each in the same way"
-        )
+    for layer, config in zip(layers, configs, strict=True):
+        unlike = [f.name for f in fields(MoEConfig) if getattr(config, f.name) != getattr(configs[0], f.name)]
+        if unlike:
+            one, other = (
+                ", ".join(f"{name}={getattr(each, name)}" for name in unlike) for each in (configs[0], config)
+            )
+            raise ValueError(
+                f"the layers' configs differ now: {one} in layer {layers[0].layer}, {other} in layer {layer.layer}; a "
+                "model has one for all: change as many experts in each, in the same way"
+            )
     decoder.config = replace(decoder.config, moe=configs[0])
     return results
 

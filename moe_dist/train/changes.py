@@ -22,6 +22,8 @@ _EFFECTS = {
     "train.micro_batch": _SHARED,
     "engine.precision": "masters and moments stay fp32; what is computed from them is rounded otherwise",
     "engine.grad_clip": "gradients are clipped at another norm",
+    "train.init_from": "a run that is resumed does not read it",
+    "train.freeze": "what is frozen from here on loses its moments; those of what is not any more begin at zero",
     "optim.": "used from here on; the moments go on as they are",
     "engine.": "the same numbers, held and moved otherwise",
     "parallel.": "the same numbers, held and moved otherwise",

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moe_dist.checkpoint.finite import NotFinite
 from moe_dist.checkpoint.layout import Manifest
-from moe_dist.checkpoint.reshard import refuse_other_parameters
+from moe_dist.checkpoint.reshard import begin_with, refuse_other_parameters
 from moe_dist.config import BatchShape, Config, validate
 from moe_dist.data import rank_starts
 from moe_dist.engine.adamw import check_implementation
@@ -27,6 +27,7 @@ from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.flops import executed_flops
+from moe_dist.models.freezing import freeze
 from moe_dist.parallel.mesh import Layout, Mesh, create_mesh
 from moe_dist.parallel.objects import broadcast_json, lost_ranks_told, require_same
 from moe_dist.parallel.trail import Trail
@@ -39,6 +40,7 @@ from moe_dist.train.health.signals import StopGuard
 from moe_dist.train.health.spikes import Health
 from moe_dist.train.keeper import Keeper
 from moe_dist.train.opening import opening_lines, refuse_what_cannot_fit, write_opening
+from moe_dist.train.origin import RECORD, Origin, find_origin, opening_of
 from moe_dist.train.products import products_chosen
 from moe_dist.train.record.effective_time import tell_end
 from moe_dist.train.record.history import recent_losses
@@ -96,6 +98,7 @@ class Trainer:
         refuse_what_cannot_fit(config, self.shape, self.mesh, device, self._say)
         with self._explained():
             built = self.task.build(config.model, self.mesh).to(device)
+            self.frozen = freeze(built, config.train.freeze)
             self.engine = make_engine(
                 built, self.mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
             )
@@ -106,6 +109,7 @@ class Trainer:
         self.flops = self.task.flops_per_token(config.model)
         self.peak = matmul_peak(device, compute_dtype(config.engine.precision))
         self.identity, self.override = identity(config, self.task), tuple[str, ...]()
+        self.origin: Origin | None = None
 
     def checkpoint_to_continue(self, resume: Resume, override: Sequence[str] = ()) -> Path | None:
         """What `run` starts from: as `train.resume.checkpoint_to_continue`, for this run and its folder."""
@@ -117,6 +121,8 @@ class Trainer:
             manifest = Manifest.load(newest)
             for line in changes(manifest.config, self.config, manifest.step):
                 self._say(line)
+        elif self.config.train.init_from is not None:
+            self.origin = find_origin(self.config, self.task.tokenizer, self.engine.model, self._say)
         return newest
 
     def _explained(self) -> AbstractContextManager[None]:
@@ -178,6 +184,9 @@ class Trainer:
         progress = Progress(self.console, run.log_every)
         keeper = Keeper(self.config, self.folder, self.engine, self.identity, progress.message)
         step, skipped = keeper.load(newest, "model" in self.override) if newest is not None else (0, 0)
+        if self.origin is not None:
+            begin_with(self.origin.checkpoint, self.engine)
+            self._write(partial(self.folder.write_text, RECORD, self.origin.record()))
         writer = open_metrics(self.config, self.folder.path, progress.message) if main else None
         if writer is not None:
             writer.rewind(step)
@@ -188,7 +197,7 @@ class Trainer:
         stopped_by = None
         with progress, keeper, profiler:
             for line in opening_lines(
-                self.config, self.task, self.mesh.layout, self.shape, self.device, self.peak, step
+                self.config, self.task, self.mesh.layout, self.shape, self.device, self.peak, step, self._beginnings()
             ):
                 progress.message(line)
             while step < total and (stopped_by := guard.agreed(self.mesh.world, self.device)) is None:
@@ -224,6 +233,11 @@ class Trainer:
         if writer is not None:
             writer.close()
         return Outcome(self.folder, record | {"step": step}, time.monotonic() - began, self.engine, stopped_by)
+
+    def _beginnings(self) -> list[str]:
+        """What a person should know of where weights come from, and which stay."""
+        frozen = [] if self.frozen is None else [f"frozen    {self.frozen.describe()}"]
+        return [*(opening_of(self.origin) if self.origin is not None else []), *frozen]
 
     def _recent_losses(self) -> list[float]:
         """Those that the next loss is compared with, from metrics.jsonl; every rank must call."""

@@ -1,7 +1,7 @@
 """Before a run: whether it fits. Its first lines: what is trained, how it is cut, on what."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -50,9 +50,16 @@ def refuse_what_cannot_fit(
 
 
 def opening_lines(
-    config: Config, task: Task, layout: Layout, shape: BatchShape, device: torch.device, peak: Peak, first: int
+    config: Config,
+    task: Task,
+    layout: Layout,
+    shape: BatchShape,
+    device: torch.device,
+    peak: Peak,
+    first: int,
+    beginnings: Sequence[str] = (),
 ) -> list[str]:
-    """first: steps done already."""
+    """first: steps done already. beginnings: lines on where the weights come from, and which of them stay."""
     counts = task.parameter_counts(config.model)
     backends = ", ".join(f"{k} {v}" for k, v in describe_backends(config.model, device.type).items())
     engine = config.engine.name + (f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
@@ -63,6 +70,7 @@ def opening_lines(
         f"layout    world {layout.world} = dp {layout.dp} x tp {layout.tp}, {ep}, edp {layout.edp}; "
         f"{engine}, {config.engine.precision}, {torch.get_num_threads()} threads a rank",
         f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; {backends}",
+        *beginnings,
         f"data      {task.describe()}",
         f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
         f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "

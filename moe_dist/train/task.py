@@ -26,13 +26,13 @@ from moe_dist.data import (
     load_labelled,
     micro_batch,
     validation_batches,
-    validation_starts,
 )
-from moe_dist.data.blending import BlendSampler, blended_validation
+from moe_dist.data.blending import BlendSampler
 from moe_dist.data.frequency import Frequencies, token_counts
 from moe_dist.data.sampler import in_batches
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.data.tokenizers import BYTES, IN_RUN, save_tokenizer
+from moe_dist.data.validation import document_ends, validation_windows
 from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.classifier import Classifier
@@ -150,7 +150,7 @@ class LanguageModelling:
                 f"run.sample_tokens={config.run.sample_tokens} asks for text, but nothing tells what the ids of "
                 f"{self.corpus.name} mean: name the tokenizer in data.tokenizer, or set run.sample_tokens to 0"
             )
-        self.ends = _ends(config, found)
+        self.ends = document_ends(config.data, found)
         sizes_V = None if found is None or self.corpus.unit == "byte" else found.bytes_per_token()
         self._bytes_V = None if sizes_V is None else np.pad(sizes_V, (0, max(0, self.model.vocab_size - len(sizes_V))))
 
@@ -182,20 +182,12 @@ class LanguageModelling:
                 record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1) / bytes_per_token
         return record
 
-    def _validation_windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """(starts, weights)."""
-        split, limit, data = self.corpus.validation, self.config.run.eval_sequences, self.config.data
-        if data.blend and not data.validation_paths:
-            assert self.corpus.lengths is not None
-            return blended_validation(self.corpus.lengths[1], list(data.blend.values()), self.width, limit)
-        starts = validation_starts(len(split), self.width, limit)
-        return starts, np.ones(len(starts), np.float32)
-
     def _validation_loss(self, engine: Engine, shape: BatchShape, phase: Phase, step: int) -> tuple[float, float]:
         """(nats per token, bytes of text that a token stands for); the latter 0 where that cannot be told."""
         split, mesh, device = self.corpus.validation, engine.mesh, device_of(engine)
         total = torch.zeros(3, dtype=torch.float64, device=device)
-        batches = in_batches(*self._validation_windows(), shape.micro_batch, mesh.layout.dp, mesh.dp.rank)
+        windows = validation_windows(self.corpus, self.config.data, self.width, self.config.run.eval_sequences)
+        batches = in_batches(*windows, shape.micro_batch, mesh.layout.dp, mesh.dp.rank)
         for index, (starts, weights) in enumerate(batches):
             tokens_BS, targets_BS = micro_batch(split, starts, self.width)
             key = RandomKey.of(self.config.train.seed, "validation", index)
@@ -381,16 +373,6 @@ class Classification:
         values = all_reduce(total, mesh.dp).cpu().numpy()
         counts_CC = values[:-1].round().astype(np.int64).reshape(classes, classes)
         return float(values[-1] / counts_CC.sum()), counts_CC
-
-
-def _ends(config: Config, tokenizer: Tokenizer | None) -> DocumentEnds | None:
-    mask, reset = config.data.mask_documents, config.data.reset_positions
-    if not mask and not reset:
-        return None
-    if tokenizer is None:
-        name = "mask_documents" if mask else "reset_positions"
-        raise ValueError(f"data.{name}=true asks which token ends a document: name the tokenizer in data.tokenizer")
-    return DocumentEnds(tokenizer.end_id, mask, reset)
 
 
 def device_of(engine: Engine) -> torch.device:

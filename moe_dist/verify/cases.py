@@ -29,6 +29,7 @@ SETTING_AXES: Axes = {
     "experts": ("grouped_mm", "bmm", "loop"),
     "recompute": ("none", "activation", "block"),
     "attention": ("multi_query", "options", "dropout", "switch", "routed"),
+    "freeze": ("none", "first", "experts"),
     "family": ("none", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "jetmoe"),
 }
 _CORE = ("top_k", "drops", "accumulation")  # decides who is dropped
@@ -51,6 +52,7 @@ class Setting:
     experts: str = "grouped_mm"
     recompute: str = "none"
     attention: str = "multi_query"
+    freeze: str = "none"
     family: str = "none"
 
     def __str__(self) -> str:
@@ -119,6 +121,11 @@ _ATTENTIONS: dict[str, dict[str, object]] = {
     "dropout": {"dropout": 0.1, "backend": "torch"},
     "routed": {"kind": "routed", "routed": {"num_routed_queries": 2, "num_routed_key_values": 3, "local_window": 4}},
     "switch": {"kind": "switch"},
+}
+_FREEZES = {
+    "none": [],
+    "first": ["embedding.*", "blocks.0.attention*", "blocks.0.*norm.*"],  # all before the first experts
+    "experts": ["blocks.*.experts.*", "blocks.1.feed_forward.router.*"],
 }
 _NO_FAMILY: dict[str, dict[str, object]] = {"model": {}, "attention": {}, "moe": {}}
 _FAMILIES: dict[str, dict[str, dict[str, object]]] = {
@@ -255,6 +262,12 @@ def case_config(setting: Setting, layout: LayoutCase | None, steps: int) -> Conf
         },
         "engine": engine | {"grad_clip": 0.5},
         "optim": optim,
-        "train": {"steps": steps, "seq_len": 16, "global_batch": 16, "accumulation": int(setting.accumulation)},
+        "train": {
+            "steps": steps,
+            "seq_len": 16,
+            "global_batch": 16,
+            "accumulation": int(setting.accumulation),
+            "freeze": _FREEZES[setting.freeze],
+        },
     }
     return parse_dict(values, "verify")

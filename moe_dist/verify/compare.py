@@ -19,6 +19,7 @@ from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.freezing import freeze
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.step import StepContext
@@ -136,6 +137,7 @@ class _Run:
         self.shape = validate(config, mesh.layout.world)
         model = Decoder(model_config, mesh, config.train.seed)
         model = model.to(device, torch.float64 if is_wide(model_config) else None)
+        freeze(model, config.train.freeze)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )

@@ -19,6 +19,7 @@ from moe_dist.engine.make import make_engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.decoder import Decoder, DecoderOutput
+from moe_dist.models.freezing import freeze
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.parallel.sharding import logical_parameters
@@ -71,6 +72,7 @@ class TinyRun:
         mesh = replace(mesh, sequence_parallel=config.parallel.sequence_parallel)
         self.config, self.mesh = config, mesh
         model = Decoder(config.model, mesh, config.train.seed).to(dtype)
+        freeze(model, config.train.freeze)
         self.engine: Engine = make_engine(
             model, mesh, config.engine, config.optim, self.shape.micro_batch, self.shape.accumulation
         )
@@ -114,8 +116,10 @@ def rows_that_came(run: TinyRun, output: DecoderOutput) -> Rows:
 
 
 def logical(engine: Engine, kind: Kind) -> dict[str, Tensor]:
-    """Every logical parameter whole, on every rank; each element must have exactly one owner."""
-    shapes = {name: spec.logical_shape for name, _, spec in logical_parameters(engine.model)}
+    """Every logical parameter whole, on every rank; each element must have exactly one owner. Of what is frozen the
+    weight alone."""
+    parameters = logical_parameters(engine.model)
+    shapes = {name: spec.logical_shape for name, p, spec in parameters if kind == "weight" or p.requires_grad}
     if kind == "weight":
         shapes |= {name: tuple(buffer.shape) for name, buffer in engine.model.named_buffers()}
     sizes = [prod(shape) for shape in shapes.values()]

@@ -88,6 +88,7 @@ def held_bytes(engine: Any) -> dict[str, int]:
         weights += zero.fp32_groups_flat_partition
     elif stage > 0:
         weights += zero.single_partition_of_fp32_groups
+    weights += engine.state.kept.values()
     state = (zero.optimizer if stage > 0 else zero).state
     return parts_of(weights, gradients, [t for of in state.values() for t in of.values()])
 

@@ -28,9 +28,11 @@ def parameters(config: Config, layout: Layout, rank: int) -> list[Param]:
     model = config.model
     if config.task == "classification" and model.num_classes is None:
         raise ValueError("num_classes=null is read from the data, which a plan does not: set model.num_classes")
+    held = Held.of(config, layout, rank)
+    exchanged = held if config.engine.zero_stage == 3 else held.trained  # it gathers what is frozen too
     return [
         Param(tensor.elements, tensor.expert, tensor.decay, _block(tensor.name, model.num_layers))
-        for tensor in Held.of(config, layout, rank).tensors
+        for tensor in exchanged.tensors
     ]
 
 

@@ -7,6 +7,7 @@ runs/NAME/
   status.json        running | finished | preempted | failed, with the reason
   heartbeats/        what each rank did last         restarts.json    starts that got nowhere
   tokenizer.json     of a classifier                 confusion.json, confusion.png   how it did on the test split
+  init_from.json     the checkpoint whose weights the run began with, if train.init_from named one
   starts.jsonl       when each start began and ended       profile/   traces of the steps that --profile names
   tokenizer/         of a language model whose tokens are no bytes; what data.tokenizer reads
   roll_backs.jsonl   one line each time that the run went back to a checkpoint; metrics.jsonl forgets what was then

@@ -18,7 +18,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert RunConfig(root="~/runs", name="x").folder == tmp_path / "runs/x"
     assert RunConfig(root="runs", name="x").folder == Path("runs/x")
     assert generate_arguments(["~/run", "--prompt", "x"]).run == tmp_path / "run"
-    assert experts_arguments(["~/run", "list", "--output=~/out"]).output == tmp_path / "out"
+    assert experts_arguments(["~/run", "add", "1", "--output=~/out"]).output == tmp_path / "out"
     (tmp_path / "a.yaml").write_text("train: {steps: 3}")
     assert load_config("~/a.yaml").train.steps == 3
 

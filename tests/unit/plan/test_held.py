@@ -8,6 +8,7 @@ from moe_dist.config import Config
 from moe_dist.models.backends import resolve_backends
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.freezing import freeze
 from moe_dist.models.parameters import parameter_counts
 from moe_dist.parallel.mesh import Layout, mesh_without_processes
 from moe_dist.plan.held import Held
@@ -26,6 +27,7 @@ MODELS: list[tuple[dict[str, Any], list[Layout]]] = [
     ({"model__attention": {"kind": "switch"}}, [Layout(4, ep=2, tp=2)]),
     ({"model__attention": {"kind": "routed"}}, [Layout(4, ep=2, tp=2)]),
     ({"model__attention": {"sinks": True, "qk_ln": True}}, [Layout(2, tp=2)]),
+    ({"train__freeze": ["output.*", "blocks.*.experts.*"]}, [Layout(4, ep=2, tp=2)]),  # the embedding is tied
     ({"task": "classification", "model__num_classes": 3}, [Layout(), Layout(4, ep=2, tp=2)]),
 ]
 
@@ -44,6 +46,7 @@ def test_what_a_rank_would_hold_is_what_its_model_holds(changes: dict[str, Any],
                     if config.task == "classification"
                     else Decoder(model, mesh)
                 )
+            freeze(built, config.train.freeze)
             assert Held.of(config, layout, rank) == Held.by(built), (layout, rank)
 
 
