@@ -18,11 +18,11 @@ configs/tiny.yaml here.
 import importlib
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.config.flags import Parser
+from moe_dist.cli import COMMANDS
 from moe_dist.config.schema import Config
 from moe_dist.config.validate import validate
 from moe_dist.plan.arguments import check_plan_arguments, measure_arguments, plan_parser
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "configs", "examples", "launch", "moe_dist", "slurm", "tests")
 LANGUAGES = {"bash", "console", "json", "python", "text", "toml", "yaml"}
 NEEDS = {"gpu", "cluster", "root", "bench"}  # bench: the packages of the extra
-ELSEWHERE = set("cd cp curl exit git hf ip kill mkdir pip pre-commit scancel squeue source tensorboard".split())
+ELSEWHERE = set("cd cp curl exit git hf ip kill mkdir pip pre-commit scancel squeue source tensorboard wandb".split())
 FENCE = re.compile(r"(?:^<!-- (.+?) -->\n)?^```(\w*) ?(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
 
 
@@ -154,36 +154,23 @@ class Checker:
                 own, config = with_config(plan_parser(), rest, "", "")
                 check_plan_arguments(own)
                 validate(config, own.ranks)
-            case "chaos":
-                parser = Parser("moe-dist chaos", add_help=False)
-                for flag, kind in (("--minutes", float), ("--ranks", int), ("--seed", int)):
-                    parser.add_argument(flag, type=kind)
-                return with_config(parser, rest, "", "")[1]
             case "study":
                 own = study_parser().parse_args(study_at_dashes(rest)[0])
                 load_study(own.study)
             case "watch":
                 watch_parser().parse_args(rest)
             case _:
-                self.parser_of(command)(rest)
+                assert command in COMMANDS, f"moe-dist {command}: no such command"
+                module, _, name = COMMANDS[command].arguments.partition(":")
+                getattr(importlib.import_module(module), name)(rest)
         return None
 
-    @staticmethod
-    def parser_of(command: str) -> Callable[[list[str]], object]:
-        """`NAME_arguments`, wherever it is."""
-        for path in sorted((ROOT / "moe_dist").glob("**/*.py")):
-            if f"def {command}_arguments(" in path.read_text(encoding="utf-8"):
-                module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-                found: Callable[[list[str]], object] = getattr(module, f"{command}_arguments")
-                return found
-        raise AssertionError(f"moe-dist {command}: nothing in moe_dist is called {command}_arguments")
-
     def path(self, word: str) -> str:
-        """A file of the reader's own that the page does not show is configs/tiny.yaml; ours must be there."""
+        """A file of the reader's own, or of a run, is configs/tiny.yaml unless the page shows it; ours must be there."""
         if word.partition("/")[0] in FOLDERS:
             self.exist([word])
-        own = re.fullmatch(r"[\w./-]+\.yaml", word) and not (self.folder / word).exists()
-        if own and "/" not in word:
+        own = re.fullmatch(r"(runs/)?[\w./-]+\.yaml", word) and not (self.folder / word).exists()
+        if own and ("/" not in word or word.startswith("runs/")):
             return "configs/studies/capacity-smoke.yaml" if word == "STUDY.yaml" else "configs/tiny.yaml"
         return word
 
