@@ -166,7 +166,7 @@ class Checker:
         return None
 
     def path(self, word: str) -> str:
-        """A file of the reader's own, or of a run, is configs/tiny.yaml unless the page shows it; ours must be there."""
+        """A file of the reader's own, or of a run, is configs/tiny.yaml if the page has none; ours must be there."""
         if word.partition("/")[0] in FOLDERS:
             self.exist([word])
         own = re.fullmatch(r"(runs/)?[\w./-]+\.yaml", word) and not (self.folder / word).exists()

@@ -153,7 +153,7 @@ def _check(x_XD: Tensor, w: ExpertWeights, order: RowOrder, activation: str) -> 
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(FUNCTIONS)}")
     if gated(activation) != (w.gate is not None):
         given = "no gate" if w.gate is None else "a gate"
-        raise ValueError(f"activation {activation!r} with {given}: {' and '.join(GATED)} need one, others take none")
+        raise ValueError(f"activation {activation!r} with {given}: {', '.join(GATED)} need one, others take none")
     if x_XD.dtype not in DTYPES:
         raise ValueError(f"experts=triton takes float32, bfloat16 or float16, not {x_XD.dtype}: use experts=grouped_mm")
     others = {tensor.dtype for tensor in w if tensor is not None} - {x_XD.dtype}

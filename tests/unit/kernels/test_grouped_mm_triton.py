@@ -292,7 +292,7 @@ def test_tile_table(counts: tuple[int, ...], block: int) -> None:
     ("activation", "dtype", "message"),
     [
         ("tanh", torch.float32, "unknown activation 'tanh': choose one of swiglu, geglu, gelu, relu, relu2"),
-        ("gelu", torch.float32, "'gelu' with a gate: swiglu and geglu need one"),
+        ("gelu", torch.float32, "'gelu' with a gate: swiglu, geglu, clamped_swiglu need one"),
         ("swiglu", torch.float64, "not torch.float64: use experts=grouped_mm"),
     ],
 )
