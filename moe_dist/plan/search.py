@@ -13,9 +13,10 @@ What else the configuration says stays as it is; wire_dtype too, which changes n
 what `validate` admits, and a layout fits when memory.py's total, its margin for skewed routing included, is within what
 the hardware can give. A refused layout is counted under the first rule that it breaks.
 
-Thousands are valid, so what computing alone takes (`least_seconds`) is asked first, and layouts are looked at
-in that order, until it is more than the slowest of the `top` found takes in all: none of the rest can be among them.
-Where one does not fit, none with a larger micro_batch is looked at.
+Thousands are valid, so what they share is worked out once (shared.py), and each is looked at no closer than it takes
+to know that it is not among the `top`: what computing alone takes, then all of a step without recomputation, then
+memory. The one that could be fastest comes next, until that is more than the slowest of the `top` takes in all. Where
+one does not fit, none with a larger micro_batch is looked at.
 
     4 ranks, 2 experts: tp and ep of 1, 2, 4;  ep = 4 "num_experts=2 is not divisible by ep=4" falls out, whatever tp
 """
@@ -25,63 +26,22 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from heapq import heapify, heappop, heappush
 from itertools import product
-from typing import Any, Literal
 
-from moe_dist.config import Config, batch_shape, validate
+from moe_dist.config import Config, validate
 from moe_dist.models.flops import flops_at_most
 from moe_dist.plan.hardware import Hardware
 from moe_dist.plan.kept import kept_shares
-from moe_dist.plan.plan import Plan, layout_of, make_plan, needs, timed
+from moe_dist.plan.plan import Plan, make_plan
+from moe_dist.plan.shared import Choice, Recompute, Shared
 from moe_dist.plan.size import largest, size, span
-from moe_dist.plan.time import least_seconds, model_flops
+from moe_dist.plan.time import model_flops
 
 _ENGINES = (("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
 _WAYS = (("all_to_all", "ragged"), ("all_to_all", "padded"), ("hierarchical", "ragged"), ("all_gather", "ragged"))
-_RECOMPUTE: tuple[Literal["none", "activation", "block"], ...] = ("none", "activation", "block")
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One layout, in keys of the configuration."""
-
-    ep: int
-    tp: int
-    etp: int
-    engine: str
-    zero_stage: int
-    micro_batch: int
-    recompute: str
-    dispatch: str
-    wire: str
-
-    def applied(self, config: Config) -> Config:
-        """`config` in this layout."""
-        sequences = config.parallel.sequence_parallel and self.tp > 1
-        moe: dict[str, Any] = {"dispatch": self.dispatch, "wire": self.wire}
-        if self.ep * self.etp == 1:  # nothing travels
-            moe |= {"overlap_chunks": 1, "wire_dtype": "same"}
-        parallel = replace(config.parallel, ep=self.ep, tp=self.tp, etp=self.etp, sequence_parallel=sequences)
-        how: dict[str, Any] = {"recompute": self.recompute, "moe": replace(config.model.moe, **moe)}
-        zero: dict[str, Any] = {"name": self.engine, "zero_stage": self.zero_stage}
-        model, engine = replace(config.model, **how), replace(config.engine, **zero)
-        train = replace(config.train, micro_batch=self.micro_batch, accumulation=None)
-        return replace(config, parallel=parallel, model=model, engine=engine, train=train)
-
-    def flags(self) -> str:
-        """What to give `moe-dist train` for it."""
-        values = {
-            "parallel.ep": self.ep,
-            "parallel.tp": self.tp,
-            "parallel.etp": self.etp,
-            "engine.name": self.engine,
-            "engine.zero-stage": self.zero_stage,
-            "train.micro-batch": self.micro_batch,
-            "model.recompute": self.recompute,
-            "model.moe.dispatch": self.dispatch,
-            "model.moe.wire": self.wire,
-        }
-        return " ".join(f"--{key} {value}" for key, value in values.items())
+_ROUNDED = 1 - 1e-9  # sums of the same seconds differ in their last digits
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "activation", "block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,27 +74,37 @@ class Price:
 def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0, top: int = 10) -> Search:
     """The `top` fastest. Raises ValueError where `hardware` lacks the precision."""
     hardware.peak(config.engine.precision)
-    ranked: list[tuple[Choice, Plan]] = []
-    out = _Reasons()
+    shared, out = Shared(config, ranks, hardware, skew), _Reasons()
+    ranked: list[tuple[float, Choice]] = []
     full: dict[tuple[object, ...], int] = {}  # the smallest micro_batch that did not fit, of what is else the same
-    valid = sorted(_valid(config, ranks, hardware, skew, out), key=lambda pair: pair[0])
-    for place, (least, choice) in enumerate(valid):
-        if len(ranked) == top and least >= ranked[-1][1].time.seconds:
-            slowest = span(ranked[-1][1].time.seconds)
-            message = f"not among the {top} fastest: computes for {span(least)} alone, and they take {slowest} at most"
-            out.add(message, len(valid) - place, "slower")
+    # (seconds that it takes at least, number in the order of the product above, whether that is more than compute)
+    choices = list(_valid(config, ranks, out))
+    again = [] if not choices else _recomputations(config, ranks, choices[0])
+    waiting = [(shared.compute_seconds(choice), number, False) for number, choice in enumerate(choices)]
+    heapify(waiting)
+    while waiting:
+        least, number, whole = heappop(waiting)
+        choice = choices[number]
+        if len(ranked) == top and least * _ROUNDED >= ranked[-1][0]:
+            slowest = span(ranked[-1][0])
+            message = f"not among the {top} fastest: takes {span(least)} at least, and they take {slowest} at most"
+            out.add(message, len(waiting) + 1, "slower")
             break
         others = astuple(replace(choice, micro_batch=0))
         if choice.micro_batch >= full.get(others, choice.micro_batch + 1):
             out.add("has a larger micro_batch than one that does not fit", 1)
-        elif (found := _first_that_fits(config, ranks, hardware, choice, skew, out)) is None:
+        elif not whole:
+            heappush(waiting, (shared.least_seconds(choice), number, True))
+        elif (found := _first_that_fits(shared, choice, again, out)) is None:
             full[others] = choice.micro_batch
         else:
-            insort(ranked, found, key=lambda pair: pair[1].time.seconds)
-            for slower, plan in ranked[top:]:
-                out.add(f"fits, and takes {span(plan.time.seconds)} with {slower.flags()}", 1, "slower")
+            insort(ranked, found, key=lambda pair: pair[0])
+            for seconds, slower in ranked[top:]:
+                out.add(f"fits, and takes {span(seconds)} with {slower.flags()}", 1, "slower")
             del ranked[top:]
-    return Search(ranked, len(ranked) + out.total, out.told())
+    plans = [(choice, make_plan(choice.applied(config), ranks, hardware, skew)) for _, choice in ranked]
+    plans.sort(key=lambda pair: pair[1].time.seconds)
+    return Search(plans, len(plans) + out.total, out.told())
 
 
 def prices(
@@ -152,78 +122,82 @@ def prices(
     return found
 
 
-def _valid(
-    config: Config, ranks: int, hardware: Hardware, skew: float, out: "_Reasons"
-) -> Iterator[tuple[float, Choice]]:
-    """(seconds of a step that exchanges and updates nothing and computes nothing again, the layout)."""
+def _valid(config: Config, ranks: int, out: "_Reasons") -> Iterator[Choice]:
+    """What rules admit. They are of engines or of how rows travel, and none is of both, nor of a micro_batch that
+    divides: what is admitted in one way, and by one engine, is admitted together."""
     for ep, tp, etp in product(_divisors(ranks), repeat=3):
         choices = list(_choices(config, ranks, ep, tp, etp))
-        hopeless = _refused_with_all_else(config, ranks, choices)
-        if hopeless is not None:
-            out.add(hopeless, len(choices))
-            continue
-        least: dict[int, float] = {}  # by micro_batch: engine and dispatch do not change it
+        first = choices[0]
+        ways, engines = dict[tuple[str, str], list[str]](), dict[tuple[str, int], list[str]]()
         for choice in choices:
-            changed = choice.applied(config)
-            reason = _refused(changed, ranks)
-            if reason is not None:
-                out.add(reason, 1)
-                continue
-            if choice.micro_batch not in least:
-                layout = layout_of(changed, ranks, hardware)
-                shape = batch_shape(changed.train, layout.dp)
-                least[choice.micro_batch] = least_seconds(changed, shape, layout, hardware, skew)
-            yield least[choice.micro_batch], choice
+            if choice.micro_batch == first.micro_batch and (choice.engine, choice.zero_stage) == _ENGINES[0]:
+                ways[choice.way] = _broken(choice.applied(config), ranks)
+        hopeless = set.intersection(*map(set, ways.values()))
+        for engine, stage in _ENGINES[1:] if hopeless or not ways[first.way] else ():
+            engines[engine, stage] = _broken(replace(first, engine=engine, zero_stage=stage).applied(config), ranks)
+        engines[_ENGINES[0]] = ways[first.way]
+        hopeless = hopeless.intersection(*engines.values())
+        if hopeless:
+            out.add(ways[first.way][0], len(choices))
+            continue
+        for choice in choices:
+            admitted = not ways[choice.way] and not engines.get((choice.engine, choice.zero_stage), [""])
+            broken = [] if admitted else _broken(choice.applied(config), ranks)
+            if broken:
+                out.add(broken[0], 1)
+            else:
+                yield choice
 
 
 def _choices(config: Config, ranks: int, ep: int, tp: int, etp: int) -> Iterator[Choice]:
-    """All of one set of sizes, without what `_first_that_fits` varies."""
+    """All of one set of sizes, without what `_first_that_fits` varies. The first has the first engine and way."""
     sequences = config.train.global_batch * tp // ranks
     ways = _WAYS if ep * etp > 1 else (("local", "ragged"),)
     for micro_batch, (engine, stage), (dispatch, wire) in product(_divisors(sequences) or [1], _ENGINES, ways):
         yield Choice(ep, tp, etp, engine, stage, micro_batch, _RECOMPUTE[0], dispatch, wire)
 
 
-def _refused(config: Config, ranks: int) -> str | None:
-    """The first rule that is broken."""
+def _broken(config: Config, ranks: int) -> list[str]:
+    """A line for each rule."""
     try:
         validate(config, ranks)
     except ValueError as error:
-        return str(error).splitlines()[0]
-    return None
+        return str(error).splitlines()
+    return []
 
 
-def _refused_with_all_else(config: Config, ranks: int, choices: Sequence[Choice]) -> str | None:
-    """Why sizes are refused with every engine and every way; None if any is admitted. A micro-batch that divides is
-    never the reason, so the first stands for all."""
-    reasons = []
-    for choice in choices:
-        if choice.micro_batch == choices[0].micro_batch:
-            reasons.append(_refused(choice.applied(config), ranks))
-            if reasons[-1] is None:
-                return None
-    return reasons[0]
+def _recomputations(config: Config, ranks: int, choice: Choice) -> list[Recompute]:
+    """Those that rules admit, in one layout as in all; the last computes most."""
+    return [each for each in _RECOMPUTE if not _broken(replace(choice, recompute=each).applied(config), ranks)]
 
 
 def _first_that_fits(
-    config: Config, ranks: int, hardware: Hardware, choice: Choice, skew: float, out: "_Reasons"
-) -> tuple[Choice, Plan] | None:
-    """With the least recomputation for which there is memory; None if there is none. The most comes first: most that do
-    not fit need no other look."""
-    most = replace(choice, recompute=_RECOMPUTE[-1])
-    needed = needs(most.applied(config), ranks, hardware)
-    if not needed.fit(hardware):
-        name, part = largest(needed.memory)
-        total, usable = size(needed.memory.total), size(hardware.memory.usable)
+    shared: Shared, choice: Choice, again: Sequence[Recompute], out: "_Reasons"
+) -> tuple[float, Choice] | None:
+    """With the least recomputation for which there is memory, and the seconds of a step; None if there is none. What
+    is there whatever is computed again comes first, and then the most of it: most that do not fit need no other look.
+    """
+    memory = shared.hardware.memory
+    sure = shared.sure_memory(choice)
+    if sure > memory.usable:
+        what = "parameters, gradients and optimizer state alone"
+        message = f"needs {size(sure)} of {size(memory.usable)} with {choice.flags()}, for {what}"
+        out.add(message, 1, "memory: states")
+        return None
+    most = replace(choice, recompute=again[-1])
+    rank, needed = shared.memory(most)
+    if needed.total > memory.usable:
+        name, part = largest(needed)
+        total, usable = size(needed.total), size(memory.usable)
         message = f"needs {total} of {usable} with {most.flags()}, most of it {name} ({size(part)})"
         out.add(message, 1, f"memory: {name}")
         return None
-    for recompute in _RECOMPUTE[:-1]:
+    for recompute in again[:-1]:
         less = replace(choice, recompute=recompute)
-        lighter = needs(less.applied(config), ranks, hardware)
-        if lighter.fit(hardware):
-            return less, timed(lighter, hardware, skew)
-    return most, timed(needed, hardware, skew)
+        of_less, needed = shared.memory(less)
+        if needed.total <= memory.usable:
+            return shared.seconds(less, of_less), less
+    return shared.seconds(most, rank), most
 
 
 class _Reasons:

@@ -42,10 +42,16 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Stages of a block in forward order. again: where it is recomputed, what is kept of it until then."""
+    """Stages of a block in forward order. again: where it is recomputed, what is kept of it until then. number: of a
+    decoder's block; None: what is before and behind them."""
 
     stages: tuple[Stage, ...]
     again: int | None = None
+    number: int | None = None
+
+    def name_of(self, stage: Stage) -> str:
+        """Of one of the stages, for people: "block 3, attention"."""
+        return stage.name if self.number is None else f"block {self.number}, {stage.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ weight once a micro-step, a large one those of its early blocks twice, forward a
 of 5e7 elements.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -35,6 +36,7 @@ _WHOLE = 500_000_000  # elements of a call, where stage 0 and the optimizer of b
 _AHEAD = 50_000_000  # stage3_prefetch_bucket_size
 _REUSED = 1_000_000_000  # stage3_max_reuse_distance
 _SUB_GROUP = 1_000_000_000  # sub_group_size, of a rank's part
+_AXES: tuple[Axis, ...] = ("dp", "edp")  # over which parameters are cut
 _ALIGNED = 2  # elements: nccl_start_alignment_factor
 
 
@@ -47,8 +49,9 @@ def zero_traffic(config: Config, shape: BatchShape, held: list[Param], ledger: L
     if stage == 0 or (stage == 1 and low):
         _reduce_at_once(held, ledger)
     else:
-        for _ in range(shape.accumulation if stage == 2 else 1):
-            _reduce_in_buckets(held, zero_bucket(config.engine), ledger)
+        once = ledger.empty()
+        _reduce_in_buckets(held, zero_bucket(config.engine), once)
+        ledger.add_lines(once, shape.accumulation if stage == 2 else 1)
     if stage == 0:
         for axis in ("tp", "ep"):
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
@@ -58,7 +61,7 @@ def zero_traffic(config: Config, shape: BatchShape, held: list[Param], ledger: L
     _norms(groups, stage == 1 and low, stage == 2 and low, ledger)
     itemsize = compute_dtype(config.engine.precision).itemsize
     for params in groups:
-        ranks = len(ledger.layout.ranks(params[0].axis, ledger.rank))
+        ranks = len(ledger.ranks(params[0].axis))
         part = -(-sum(param.numel for param in params) // (ranks * _ALIGNED)) * _ALIGNED
         ledger.add("all_gather", params[0].axis, "update", "new weights", part * itemsize)
 
@@ -87,16 +90,8 @@ def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
 
 def _reduce_in_buckets(held: Sequence[Param], room: int, ledger: Ledger) -> None:
     """One bucket for all gradients; when it is full, a call for each group in it."""
-    buckets: list[list[Param]] = [[]]
-    for param in reversed(held):
-        if buckets[-1] and sum(other.numel for other in buckets[-1]) + param.numel > room:
-            buckets.append([])
-        buckets[-1].append(param)
-    for bucket in buckets:
-        by_ranks: dict[tuple[int, ...], list[Param]] = {}
-        for param in bucket:
-            by_ranks.setdefault(ledger.layout.ranks(param.axis, ledger.rank), []).append(param)
-        for params in by_ranks.values():
+    for bucket in _full(list(reversed(held)), room):
+        for params in _by_ranks(bucket, ledger):
             size = sum(param.numel for param in params) * _FP32
             ledger.add("all_reduce", params[0].axis, "gradients", "gradients", size)
 
@@ -129,17 +124,18 @@ def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: L
     itemsize = compute_dtype(config.engine.precision).itemsize
     again = [param for param in held if param.block < kept]
     passes: list[tuple[Phase, Sequence[Param]]] = [("forward", held), ("backward", again)]
-    for _ in range(shape.accumulation):
-        for phase, params in passes:
-            calls = -(-sum(param.numel for param in params) // _AHEAD)
-            for group in _by_ranks(params, ledger):
-                size = sum(_part(param, ledger) for param in group) * itemsize
-                ledger.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
-        for _, run in groupby(reversed(held), lambda param: ledger.layout.ranks(param.axis, ledger.rank)):
-            for bucket in _full(list(run), zero_bucket(config.engine)):
-                ranks = len(ledger.layout.ranks(bucket[0].axis, ledger.rank))
-                size = sum(_part(param, ledger) for param in bucket) * ranks * _FP32
-                ledger.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
+    once = ledger.empty()
+    for phase, params in passes:
+        calls = -(-sum(param.numel for param in params) // _AHEAD)
+        for group in _by_ranks(params, ledger):
+            size = sum(_part(param, ledger) for param in group) * itemsize
+            once.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
+    for _, run in groupby(reversed(held), lambda param: ledger.same_group(param.axis)):
+        for bucket in _full(list(run), zero_bucket(config.engine)):
+            ranks = len(ledger.ranks(bucket[0].axis))
+            size = sum(_part(param, ledger) for param in bucket) * ranks * _FP32
+            once.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
+    ledger.add_lines(once, shape.accumulation)
     _finite_on_tp_ranks(ledger)
     for params in _optimizer_groups(held):
         for _ in range(_sub_groups([_part(param, ledger) for param in params]) if even else 1):
@@ -149,35 +145,40 @@ def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: L
 
 def _kept_from(held: Sequence[Param], distance: int, runs: int) -> int:
     """The first block that still lies there when backward comes to it. runs: of a block, forward and backward."""
-    blocks = max(param.block for param in held)
-    used = 0
+    sizes: Counter[int] = Counter()
+    for param in held:
+        sizes[param.block] += param.numel
+    blocks, used = max(sizes), 0
     for block in range(blocks, -2, -1):
         if used and used >= distance:
             return block + 1
-        used += runs * sum(param.numel for param in held if param.block == block)
+        used += runs * sizes[block]
     return -1
 
 
 def _by_ranks(params: Sequence[Param], ledger: Ledger) -> Iterator[list[Param]]:
-    found: dict[tuple[int, ...], list[Param]] = {}
+    keys = {axis: ledger.same_group(axis) for axis in _AXES}
+    found: dict[Axis, list[Param]] = {}
     for param in params:
-        found.setdefault(ledger.layout.ranks(param.axis, ledger.rank), []).append(param)
+        found.setdefault(keys[param.axis], []).append(param)
     yield from found.values()
 
 
 def _part(param: Param, ledger: Ledger) -> int:
     """Elements that a rank keeps of it, padding included."""
-    return -(-param.numel // len(ledger.layout.ranks(param.axis, ledger.rank)))
+    return -(-param.numel // len(ledger.ranks(param.axis)))
 
 
 def _full(params: Sequence[Param], room: int) -> Iterator[list[Param]]:
     """Cut where a bucket is full."""
     bucket: list[Param] = []
+    inside = 0
     for param in params:
-        if bucket and sum(other.numel for other in bucket) + param.numel > room:
+        if bucket and inside + param.numel > room:
             yield bucket
-            bucket = []
+            bucket, inside = [], 0
         bucket.append(param)
+        inside += param.numel
     if bucket:
         yield bucket
 
