@@ -21,8 +21,8 @@ _SUBMIT = """Check a configuration for so many ranks, and hand slurm/train.sbatc
 --ranks-per-node  processes on each (default: --gpus-per-node, or 1)
 --time --partition --account --qos --reservation --exclude    as sbatch takes them
 --array           0-9%1: jobs one after the other, where the site queues no job again; each continues the run
---hardware        what the nodes are (h100, h200, a100, b200, or a file of moe-dist plan --measure): a run that is planned
-                  not to fit into their memory is refused, with what to change
+--hardware        what the nodes are (h100, h200, a100, b200, or a file of moe-dist plan --measure): a run that is
+                  planned not to fit into their memory is refused, with what to change
 --site            a file to source in the job: modules, containers, network (slurm/site.sh.example)
 --print           show the call of sbatch, and hand in nothing
 -- --NAME=VALUE   any other option of sbatch

@@ -57,7 +57,8 @@ def _block(sizes: Sizes, held: Held, layer: int, sparse: bool, factor: float | N
     yield replace(attention_layer(sizes, layer), elements=of_attention)
     if sparse:
         outputs = held.within(f"{BLOCKS}{layer}.feed_forward.experts.w_out")
-        yield from routed_layer(sizes, factor, of_rest, outputs)
+        of_shared = held.within(f"{BLOCKS}{layer}.feed_forward.shared")  # and the gate
+        yield from routed_layer(sizes, factor, of_rest, outputs, of_shared)
     else:
         yield replace(feed_forward(sizes, sizes.model.d_ff, "feed-forward"), elements=of_rest)
 

@@ -35,11 +35,12 @@ def _attention(sizes: Sizes, layer: int) -> Stage:
     kept = norm + sizes.numbers(tokens, model.d_model)  # its output, with all tokens, is what is projected
     kept += _on_the_way(sizes, heads, read, layer) + _remembered(sizes, heads, read, layer)
     kept += query + _angles(sizes)  # what comes out
-    spike = 2 * query + 2 * (2 * key) + _scores_spike(sizes, heads)
+    spike = 2 * query + 2 * (2 * key) + _scores_spike(sizes, heads, layer)
     if attention.qk_ln or attention.qk_norm != "none":
         slim = attention.qk_norm == "head" and sizes.cuda
         spike = max(spike, (2 * query if slim else 4 * WIDE * tokens * heads * width) + 4 * key)
-    return Stage("attention", kept, spike=sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))
+    spike = sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike)
+    return Stage("attention", kept, spike=spike, forward=_masks(sizes, query, key))
 
 
 def _on_the_way(sizes: Sizes, heads: int, read: int, layer: int) -> int:
@@ -49,7 +50,7 @@ def _on_the_way(sizes: Sizes, heads: int, read: int, layer: int) -> int:
     wide_query, wide_key = (WIDE * tokens * count * model.head_width for count in (heads, read))
     normed, clipped = attention.qk_ln or attention.qk_norm != "none", attention.clip_qkv is not None
     # Whether keys and values are copied, each into a memory of its own, before products.
-    apart = attention.backend == "torch" or (_packed(sizes, layer) and sizes.heads.kv_read > 1)
+    apart = _plain_maths(sizes) or (_packed(sizes, layer) and sizes.heads.kv_read > 1)
     new_keys = normed or clipped or apart or (attention.position == "rotary" and model.rotary_width > 0)
     kept = query * (1 + clipped) + key * (new_keys + (normed and clipped) + (clipped or apart))
     as_projected = not apart or clipped or (normed and (attention.qk_norm != "width" or sizes.each == WIDE))
@@ -92,24 +93,51 @@ def _remembered(sizes: Sizes, heads: int, read: int, layer: int) -> int:
         masked = WIDE * heads * square
     elif _window(sizes, layer) is not None and attention.backend != "triton":
         masked = sizes.each * square
-    if attention.backend == "torch":
+    if _plain_maths(sizes):
         repeated = 2 * sizes.numbers(sizes.tokens, (heads - read) * width) if heads > read else 0
         softmax = WIDE + 1 + (sizes.each if sizes.each < WIDE else WIDE)  # scores, what is hidden, weights
-        return repeated + sizes.batch * heads * square * softmax
+        if attention.backend == "torch":
+            return repeated + sizes.batch * heads * square * softmax
+        wide = 3 * (WIDE - sizes.each) * sizes.tokens * heads * width  # queries, keys and values in fp32
+        return repeated + wide + sizes.batch * heads * square * WIDE
     if _packed(sizes, layer):
         rows = sum((stop - start) * stop for start, stop in blocks(sizes.seq_len, sizes.dtype))
         return sizes.numbers(sizes.batch * heads, rows)
     lse = WIDE * sizes.tokens * heads
     if attention.dropout > 0 and attention.backend != "triton" and not sizes.cuda:
         return lse + masked + sizes.batch * heads * square * (2 * sizes.each + 1)
+    if attention.sinks and attention.backend != "triton":  # sinks are one more key of a mask of each head
+        return lse + sizes.numbers(sizes.batch * heads * square)
     return lse + masked
 
 
-def _scores_spike(sizes: Sizes, heads: int) -> int:
-    """Gradients of all weights, where attention is plain maths; the weights themselves have gone by then."""
-    if sizes.model.attention.backend != "torch":
+def _plain_maths(sizes: Sizes) -> bool:
+    """Whether all weights are made and kept: by `torch`, and on CPU by SDPA, whose kernel has no gradient for a mask,
+    and so none for sinks."""
+    attention = sizes.model.attention
+    return attention.backend == "torch" or (attention.sinks and attention.backend != "triton" and not sizes.cuda)
+
+
+def _scores_spike(sizes: Sizes, heads: int, layer: int) -> int:
+    """Gradients of weights and scores: of all of them where attention is plain maths, whose weights have gone by then,
+    of a block where it is packed, with its queries and their gradients."""
+    if sizes.model.attention.backend == "torch":
+        return WIDE * sizes.batch * heads * sizes.seq_len * sizes.seq_len
+    if _packed(sizes, layer):
+        start, stop = blocks(sizes.seq_len, sizes.dtype)[-1]
+        rows = sizes.batch * heads * (stop - start)
+        return sizes.numbers(rows, 2 * stop + 3 * sizes.model.head_width)
+    return 0
+
+
+def _masks(sizes: Sizes, query: int, key: int) -> int:
+    """What sinks hold for a moment where they are one more key of a mask of each head: two masks, the scores, and
+    queries, keys and values before they are scaled and longer by one. query, key: bytes of all of them."""
+    attention, square = sizes.model.attention, sizes.seq_len * sizes.seq_len
+    if not attention.sinks or attention.backend in ("torch", "triton"):
         return 0
-    return WIDE * sizes.batch * heads * sizes.seq_len * sizes.seq_len
+    heads = len(sizes.heads.queries)
+    return (2 if sizes.cuda else 3) * WIDE * sizes.batch * heads * square + query + 4 * key
 
 
 def _switch(sizes: Sizes, layer: int) -> Stage:
@@ -127,5 +155,5 @@ def _switch(sizes: Sizes, layer: int) -> Stage:
     dispatch = 0
     if moe.dispatch != "local":
         dispatch = 2 * sizes.numbers(rows.sent, model.d_model) + wide
-    spike = 3 * query + 2 * wide + _scores_spike(sizes, heads)
+    spike = 3 * query + 2 * wide + _scores_spike(sizes, heads, layer)
     return Stage("attention", kept, dispatch, sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))

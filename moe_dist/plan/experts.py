@@ -42,7 +42,8 @@ def feed_forward(sizes: Sizes, d_ff: int, name: str, norm: bool = True) -> Stage
     hidden = sizes.numbers(tokens, d_ff // sizes.layout.tp)
     of_norm, norm_spike = sizes.norm() if norm else (0, 0)
     kept = of_norm + sizes.numbers(tokens, model.d_model) + hidden * _hidden_kept(model.activation)
-    spike = hidden * _hidden_spike(model.activation) + sizes.numbers(tokens, model.d_model)
+    plain = hidden * (3 if gated(model.activation) else 2) + sizes.numbers(tokens, model.d_model)
+    spike = max(plain, hidden * (_hidden_spike(model.activation) - 1))  # the product's input has gone by then
     return Stage(name, kept, spike=sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))
 
 
@@ -82,55 +83,57 @@ def router_kept(sizes: Sizes, moe: MoEConfig) -> int:
     return kept
 
 
-def routed_layer(sizes: Sizes, factor: float | None, elements: int, outputs: int) -> list[Stage]:
-    """Norm, router and the way there; the experts; the way back with the weighted sum. elements: of all parameters.
-    outputs: of the experts' last matrices."""
+def routed_layer(sizes: Sizes, factor: float | None, elements: int, outputs: int, of_shared: int) -> list[Stage]:
+    """Norm, router and the way there; the experts; the way back with the weighted sum; shared experts. elements: of all
+    parameters. outputs, of_shared: of the experts' last matrices, and of shared experts with their gate."""
+    elements -= of_shared
     model, layout, moe = sizes.model, sizes.layout, sizes.model.moe
     rows, width, local = routed_rows(sizes, moe, factor, layout.etp), model.d_model, moe.dispatch == "local"
     norm, norm_spike = sizes.norm()
-    kept, shared = norm + router_kept(sizes, moe), Stage("", 0)
+    kept, shared = norm + router_kept(sizes, moe), _shared(sizes, of_shared) if moe.num_shared_experts else []
     # 1. The tokens that are routed: kept by the router in fp32, by the experts where nothing travels. Shared experts
     # keep all tokens, of which those are a copy under tp.
-    if moe.num_shared_experts:
-        shared = _shared(sizes)
-        kept += shared.kept
     if (local or sizes.each == WIDE) and (layout.tp > 1 or not moe.num_shared_experts):
         kept += sizes.numbers(sizes.routed, width)
     # 2. What travelled, and the orders in which rows lie.
     arrived, dispatch, back = (rows.arrived, 0, 0) if local else _travelled(sizes, rows)
     kept += rows.asked * (INDEX + 1) + rows.sent * 2 * INDEX + (0 if local else arrived * (3 * INDEX + 1))
     # 3. The experts. Torch's own operations are stages of their own: what the last keeps has gone when the first works.
-    flow, travelling = sizes.numbers(sizes.outside, width), 0 if local else sizes.numbers(arrived, width)
+    # Their backward pass comes after that of shared experts, whose gradient of the tokens waits for theirs.
+    flow = sizes.numbers(sizes.outside, width) * (2 if shared else 1)
+    travelling = 0 if local else sizes.numbers(arrived, width)
     if fused(sizes):
         of_experts, spike = _fused(sizes, rows)
-        spike = flow + max(spike + travelling, norm_spike, shared.spike)
+        spike = flow + max(spike + travelling, norm_spike)
         return [
             Stage("experts", kept + of_experts, dispatch, spike, elements),
             Stage("experts' results", 0, back, spike=flow + back),
+            *shared,
         ]
     gathered, pre, product = _of_torch(sizes, rows)
     row, unit = sizes.numbers(rows.arrived, width), sizes.numbers(rows.arrived, _hidden(sizes))
     hidden = unit * (2 if gated(model.activation) else 1)
-    spike = flow + max(hidden + 2 * row + travelling, norm_spike, shared.spike)
+    spike = flow + max(hidden + 2 * row + travelling, norm_spike)
     results, again = row if local else back, unit if model.recompute == "activation" else 0
     return [
         Stage("experts", kept + gathered, 0, spike, elements - outputs),
         Stage("experts' activation", pre, 0, flow + unit * _hidden_spike(model.activation)),
         Stage("experts' outputs", product, 0, flow + unit + again + row, outputs),
         Stage("experts' results", results - back, back, flow + results),
+        *shared,
     ]
 
 
-def _shared(sizes: Sizes) -> Stage:
-    """Shared experts, and their gate, which keeps what it multiplies."""
+def _shared(sizes: Sizes, elements: int) -> list[Stage]:
+    """Shared experts, and their gate, which keeps what it multiplies. elements: of their parameters."""
     model, moe = sizes.model, sizes.model.moe
-    plain = feed_forward(sizes, shared_width(moe, model.d_ff), "shared", norm=False)
+    plain = feed_forward(sizes, shared_width(moe, model.d_ff), "shared experts", norm=False)
     if not moe.shared_gate:
-        return plain
+        return [replace(plain, elements=elements)]
     y, gate = sizes.numbers(sizes.outside, model.d_model), sizes.numbers(sizes.outside)
     # Its input is the slice of which the others keep all tokens; the router keeps it too, in fp32.
     own = y if sizes.sequence_parallel and sizes.each < WIDE and moe.dispatch != "local" else 0
-    return replace(plain, kept=plain.kept + y + gate + own, spike=plain.spike + y)
+    return [replace(plain, elements=elements), Stage("gate of shared experts", y + gate + own, spike=2 * y)]
 
 
 def fused(sizes: Sizes) -> bool:

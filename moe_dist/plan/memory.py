@@ -203,6 +203,9 @@ class _Moment(NamedTuple):
 def _moments(kept: States, blocks: list[Block]) -> Iterator[_Moment]:
     """Every moment of the last micro-step at which there could be most."""
     done, bucket, standing = 0, kept.bucket_elements, kept.standing + kept.bucket
+    for block, stage, activations, dispatch in _forward(blocks):
+        workspace = standing + stage.forward
+        yield _Moment(kept.accumulated, activations, dispatch, 0, workspace, block, stage, "forward pass of ")
     for block, stage, activations, dispatch in _backward(blocks):
         shared = kept.shared if bucket is not None and done >= bucket else 0
         gradients = kept.staying(done) + kept.made * stage.elements + shared
@@ -216,6 +219,18 @@ def _moments(kept: States, blocks: list[Block]) -> Iterator[_Moment]:
     exchange, update = kept.standing + kept.exchange, kept.standing + kept.update
     yield _Moment(kept.joined, 0, 0, 0, exchange, None, None, "exchange of gradients")
     yield _Moment(kept.gradients, 0, 0, 0, update, None, None, "update")
+
+
+def _forward(blocks: list[Block]) -> Iterator[tuple[Block, Stage, int, int]]:
+    """Stages that need much in the forward pass, with the activations and the rows that are kept when it ends theirs:
+    in the last block they meet most. Where blocks are recomputed, that is when backward comes to it."""
+    waiting = [_until_then(block) for block in blocks]
+    for place, block in enumerate(blocks):
+        for count, stage in enumerate(block.stages if place == len(blocks) - 2 else (), 1):
+            if stage.forward:
+                before, there = waiting[:place], block.stages[:count]
+                activations = sum(kept for kept, _ in before) + (block.again or 0) + sum(each.kept for each in there)
+                yield block, stage, activations, sum(rows for _, rows in before) + sum(each.dispatch for each in there)
 
 
 def _backward(blocks: list[Block]) -> Iterator[tuple[Block, Stage, int, int]]:

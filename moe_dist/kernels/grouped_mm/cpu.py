@@ -129,6 +129,7 @@ class _FeedForward(torch.autograd.Function):
                 grad_cD.mul_(weight_c[:, None])
             hidden.into_parameters(x_cD, grad_cD, weight_c, grad)
             hidden.into_rows(own, grad_x_RD[span.padded], ctx.products)
+            del hidden  # before the next expert's are made
         grad_weights_XK = None
         if weights_XK is not None:
             grad_weights_XK = weights_XK.new_zeros(weights_XK.shape)
