@@ -190,7 +190,7 @@ class _Moment(NamedTuple):
     words: str = ""
 
     def total(self) -> int:
-        return sum(self[:5])  # type: ignore[arg-type]
+        return sum(self[:5])
 
     @property
     def name(self) -> str:
