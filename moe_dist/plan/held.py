@@ -18,7 +18,7 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.models.block import is_moe_layer
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
-from moe_dist.parallel.mesh import Layout, mesh_without_processes
+from moe_dist.parallel.mesh import Axis, Layout, mesh_without_processes
 from moe_dist.parallel.sharding import logical_parameters
 
 BLOCKS = "blocks."
@@ -33,6 +33,22 @@ class Tensor:
     elements: int
     expert: bool = False
     decay: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """The same with what ZeRO asks of it, whose it is and where in the model. block: number of its block; -1 before the
+    blocks, their number behind them."""
+
+    numel: int
+    expert: bool
+    decay: bool
+    block: int
+
+    @property
+    def axis(self) -> Axis:
+        """Over which its gradient is reduced."""
+        return "edp" if self.expert else "dp"
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,16 @@ class Held:
         ]
         return [(expert, sizes) for expert, sizes in found if sizes]
 
+    @cached_property
+    def params(self) -> list[Param]:
+        """All of them, in this order."""
+        numbers = {home: int(home.removeprefix(BLOCKS)) for home in self._homes if home}
+        last = max(numbers.values(), default=-1) + 1
+        return [
+            Param(t.elements, t.expert, t.decay, numbers.get(_home(t.name), _outside(t.name, last)))
+            for t in self.tensors
+        ]
+
     def within(self, *prefixes: str) -> int:
         """Elements of the parameters whose names begin so: of one block, or none of a block."""
         where = {_home(prefix) for prefix in prefixes}
@@ -103,6 +129,11 @@ class Held:
 def _home(name: str) -> str:
     """The block of a parameter; that of all others is ""."""
     return ".".join(name.split(".", 2)[:2]) if name.startswith(BLOCKS) else ""
+
+
+def _outside(name: str, behind: int) -> int:
+    """The place of a parameter of no block."""
+    return -1 if name.partition(".")[0] in ("embedding", "positions") else behind
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ So `gradients` are those of that moment: where activations are many, it comes be
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from moe_dist.config import BatchShape, Config
@@ -118,10 +119,9 @@ def blocks(
 
 def at_fullest(kept: States, even: list[Block], skewed: list[Block] | None = None) -> MemoryPlan:
     """even, skewed: the stages where routing is even, and where it is as skewed as it can be; None: no margin."""
-    plan = max(_moments(kept, even), key=_Moment.total)
-    margin = 0
+    plan, margin = max(_moments(kept, even), key=itemgetter(0)), 0
     if skewed is not None:
-        margin = max(0, max(map(_Moment.total, _moments(kept, skewed))) - plan.total())
+        margin = max(0, max(moment.total for moment in _moments(kept, skewed)) - plan.total)
     return MemoryPlan(
         parameters=kept.parameters,
         gradients=plan.gradients,
@@ -178,8 +178,9 @@ def _with(model: ModelConfig, backend: Any, experts: Any, of_attention: Any) -> 
 
 
 class _Moment(NamedTuple):
-    """Bytes of a moment, but for those that are always there."""
+    """Bytes of a moment, but for those that are always there. total: of the five behind it."""
 
+    total: int
     gradients: int
     activations: int
     dispatch: int
@@ -188,9 +189,6 @@ class _Moment(NamedTuple):
     block: Block | None
     stage: Stage | None
     words: str = ""
-
-    def total(self) -> int:
-        return sum(self[:5])
 
     @property
     def name(self) -> str:
@@ -204,21 +202,22 @@ def _moments(kept: States, blocks: list[Block]) -> Iterator[_Moment]:
     """Every moment of the last micro-step at which there could be most."""
     done, bucket, standing = 0, kept.bucket_elements, kept.standing + kept.bucket
     for block, stage, activations, dispatch in _forward(blocks):
-        workspace = standing + stage.forward
-        yield _Moment(kept.accumulated, activations, dispatch, 0, workspace, block, stage, "forward pass of ")
+        parts = (kept.accumulated, activations, dispatch, 0, standing + stage.forward)
+        yield _Moment(sum(parts), *parts, block, stage, "forward pass of ")
     for block, stage, activations, dispatch in _backward(blocks):
         shared = kept.shared if bucket is not None and done >= bucket else 0
         gradients = kept.staying(done) + kept.made * stage.elements + shared
+        total = gradients + activations + dispatch + standing + stage.spike
         workspace = standing + stage.spike - stage.logits
-        yield _Moment(gradients, activations, dispatch, stage.logits, workspace, block, stage)
+        yield _Moment(total, gradients, activations, dispatch, stage.logits, workspace, block, stage)
         done += stage.elements
         if bucket is not None and done >= bucket:
-            gradients, workspace = kept.accumulated + kept.shared, standing + kept.exchanged * bucket
-            left = (activations - stage.kept, dispatch - stage.dispatch)
-            yield _Moment(gradients, *left, 0, workspace, block, stage, "exchange after ")
+            left = (kept.accumulated + kept.shared, activations - stage.kept, dispatch - stage.dispatch, 0)
+            workspace = standing + kept.exchanged * bucket
+            yield _Moment(sum(left) + workspace, *left, workspace, block, stage, "exchange after ")
     exchange, update = kept.standing + kept.exchange, kept.standing + kept.update
-    yield _Moment(kept.joined, 0, 0, 0, exchange, None, None, "exchange of gradients")
-    yield _Moment(kept.gradients, 0, 0, 0, update, None, None, "update")
+    yield _Moment(kept.joined + exchange, kept.joined, 0, 0, 0, exchange, None, None, "exchange of gradients")
+    yield _Moment(kept.gradients + update, kept.gradients, 0, 0, 0, update, None, None, "update")
 
 
 def _forward(blocks: list[Block]) -> Iterator[tuple[Block, Stage, int, int]]:

@@ -25,7 +25,7 @@ import re
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import product
 
@@ -90,7 +90,7 @@ def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0, to
             message = f"not among the {top} fastest: takes {span(least)} at least, and they take {slowest} at most"
             out.add(message, len(waiting) + 1, "slower")
             break
-        others = astuple(replace(choice, micro_batch=0))
+        others = (*choice.sizes, *choice.zero, *choice.way)
         if choice.micro_batch >= full.get(others, choice.micro_batch + 1):
             out.add("has a larger micro_batch than one that does not fit", 1)
         elif not whole:
@@ -125,23 +125,27 @@ def prices(
 def _valid(config: Config, ranks: int, out: "_Reasons") -> Iterator[Choice]:
     """What rules admit. They are of engines or of how rows travel, and none is of both, nor of a micro_batch that
     divides: what is admitted in one way, and by one engine, is admitted together."""
+    hopeless: set[str] = set()
     for ep, tp, etp in product(_divisors(ranks), repeat=3):
         choices = list(_choices(config, ranks, ep, tp, etp))
         first = choices[0]
-        ways, engines = dict[tuple[str, str], list[str]](), dict[tuple[str, int], list[str]]()
+        lines = _broken(first.applied(config), ranks)
+        if hopeless.intersection(lines):  # known from other sizes: whatever the engine, however rows travel
+            out.add(lines[0], len(choices))
+            continue
+        ways, engines = {first.way: lines}, {first.zero: lines}
         for choice in choices:
-            if choice.micro_batch == first.micro_batch and (choice.engine, choice.zero_stage) == _ENGINES[0]:
+            if choice.micro_batch == first.micro_batch and choice.zero == first.zero and choice.way not in ways:
                 ways[choice.way] = _broken(choice.applied(config), ranks)
-        hopeless = set.intersection(*map(set, ways.values()))
-        for engine, stage in _ENGINES[1:] if hopeless or not ways[first.way] else ():
-            engines[engine, stage] = _broken(replace(first, engine=engine, zero_stage=stage).applied(config), ranks)
-        engines[_ENGINES[0]] = ways[first.way]
-        hopeless = hopeless.intersection(*engines.values())
-        if hopeless:
-            out.add(ways[first.way][0], len(choices))
+            if choice.micro_batch == first.micro_batch and choice.way == first.way and choice.zero not in engines:
+                engines[choice.zero] = _broken(choice.applied(config), ranks)
+        always = set(lines).intersection(*ways.values(), *engines.values())
+        if always:
+            hopeless |= always
+            out.add(lines[0], len(choices))
             continue
         for choice in choices:
-            admitted = not ways[choice.way] and not engines.get((choice.engine, choice.zero_stage), [""])
+            admitted = not ways[choice.way] and not engines[choice.zero]
             broken = [] if admitted else _broken(choice.applied(config), ranks)
             if broken:
                 out.add(broken[0], 1)

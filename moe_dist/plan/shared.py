@@ -51,6 +51,10 @@ class Choice:
         return self.ep, self.tp, self.etp
 
     @property
+    def zero(self) -> tuple[str, int]:
+        return self.engine, self.zero_stage
+
+    @property
     def way(self) -> tuple[str, str]:
         """In which rows travel."""
         return self.dispatch, self.wire
@@ -105,8 +109,12 @@ class Shared:
 
     def compute_seconds(self, choice: Choice) -> float:
         """What a step takes at least: forward and backward passes, without exchanges, update and recomputation."""
-        accumulation = self._case(choice).shape.accumulation
-        return accumulation * sum(seconds.forward + seconds.backward for seconds in self._compute(choice).values())
+
+        def all_micro_steps() -> float:
+            one = sum(seconds.forward + seconds.backward for seconds in self._compute(choice).values())
+            return self._case(choice).shape.accumulation * one
+
+        return self._once(("least", *choice.sizes, choice.micro_batch), all_micro_steps)
 
     def least_seconds(self, choice: Choice) -> float:
         """What a step takes whichever rank it is planned for: the least of those that are not alike."""
@@ -129,7 +137,7 @@ class Shared:
 
         accumulation, stage = case.shape.accumulation, choice.zero_stage
         one = self._once(("micro", *choice.sizes, choice.micro_batch, *choice.way, again, rank), of_micro_step)
-        engine = (choice.engine, stage, accumulation if stage > 1 else 1, again and stage == 3)
+        engine = (*choice.zero, accumulation if stage > 1 else 1, again and stage == 3)
         rest = self._once(("update", *choice.sizes, *engine, rank), of_update)
         parts, hidden = parts_of_step(
             case.config,
@@ -167,7 +175,7 @@ class Shared:
 
     def _states(self, choice: Choice, rank: int) -> States:
         case = self._case(choice)
-        key = ("states", *choice.sizes, choice.engine, choice.zero_stage, case.shape.accumulation > 1, rank)
+        key = ("states", *choice.sizes, *choice.zero, case.shape.accumulation > 1, rank)
         held, device = self._held(choice, rank), self.hardware.device
         return self._once(key, lambda: states(case.config, case.layout, held, rank, device_type=device))
 
@@ -187,12 +195,20 @@ class Shared:
         return self._once(("kinds", *choice.sizes), lambda: unlike(case.config.model, case.layout))
 
     def _case(self, choice: Choice) -> _Case:
-        return self._once(("case", choice), lambda: self._made(choice))
+        """Engines differ in nothing else, so most of it is made once."""
+        of_engine = (*choice.sizes, choice.micro_batch, *choice.way, choice.recompute)
+        case = self._once(("case", *of_engine), lambda: self._made(choice))
+        return self._once(("case", *of_engine, *choice.zero), lambda: self._with_engine(case, choice))
 
     def _made(self, choice: Choice) -> _Case:
         changed = choice.applied(self.config)
         layout = layout_of(changed, self.ranks, self.hardware)
         return _Case(resolved(changed), batch_shape(changed.train, layout.dp), layout)
+
+    def _with_engine(self, case: _Case, choice: Choice) -> _Case:
+        zero: dict[str, Any] = {"name": choice.engine, "zero_stage": choice.zero_stage}
+        engine = self._once(("engine", *choice.zero), lambda: replace(self.config.engine, **zero))
+        return _Case(replace(case.config, engine=engine), case.shape, case.layout)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         if key not in self._known:

@@ -20,10 +20,11 @@ from moe_dist.step import Site
 
 def routed_layers(model: ModelConfig) -> Iterator[tuple[MoEConfig, Site]]:
     """Layers with experts, in the order in which they run."""
+    sparse = model.moe.layers(model.num_layers)
     for layer in range(model.num_layers):
         if model.attention.kind == "switch":
             yield model.attention.moe, Site(layer, "attention")
-        if is_moe_layer(model, layer):
+        if layer in sparse:
             yield model.moe, Site(layer)
 
 

@@ -17,7 +17,7 @@ of 5e7 elements.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -27,8 +27,8 @@ from moe_dist.engine.base import compute_dtype
 from moe_dist.engine.exchange import zero_bucket
 from moe_dist.moe.experts import expert_widths
 from moe_dist.parallel.mesh import Axis
+from moe_dist.plan.held import Param
 from moe_dist.plan.traffic.ledger import Ledger
-from moe_dist.plan.traffic.parameters import Param
 from moe_dist.plan.transfer import Phase
 
 _FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
@@ -90,8 +90,9 @@ def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
 
 def _reduce_in_buckets(held: Sequence[Param], room: int, ledger: Ledger) -> None:
     """One bucket for all gradients; when it is full, a call for each group in it."""
-    for bucket in _full(list(reversed(held)), room):
-        for params in _by_ranks(bucket, ledger):
+    keys = _groups(ledger)
+    for bucket in _full(reversed(held), room):
+        for params in _by_group(bucket, keys):
             size = sum(param.numel for param in params) * _FP32
             ledger.add("all_reduce", params[0].axis, "gradients", "gradients", size)
 
@@ -124,21 +125,20 @@ def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: L
     itemsize = compute_dtype(config.engine.precision).itemsize
     again = [param for param in held if param.block < kept]
     passes: list[tuple[Phase, Sequence[Param]]] = [("forward", held), ("backward", again)]
-    once = ledger.empty()
+    once, keys, ranks = ledger.empty(), _groups(ledger), {axis: len(ledger.ranks(axis)) for axis in _AXES}
     for phase, params in passes:
         calls = -(-sum(param.numel for param in params) // _AHEAD)
-        for group in _by_ranks(params, ledger):
-            size = sum(_part(param, ledger) for param in group) * itemsize
+        for group in _by_group(params, keys):
+            size = sum(_parts(group, ranks)) * itemsize
             once.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
-    for _, run in groupby(reversed(held), lambda param: ledger.same_group(param.axis)):
-        for bucket in _full(list(run), zero_bucket(config.engine)):
-            ranks = len(ledger.ranks(bucket[0].axis))
-            size = sum(_part(param, ledger) for param in bucket) * ranks * _FP32
+    for _, run in groupby(reversed(held), lambda param: keys[param.axis]):
+        for bucket in _full(run, zero_bucket(config.engine)):
+            size = sum(_parts(bucket, ranks)) * ranks[bucket[0].axis] * _FP32
             once.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
     ledger.add_lines(once, shape.accumulation)
     _finite_on_tp_ranks(ledger)
     for params in _optimizer_groups(held):
-        for _ in range(_sub_groups([_part(param, ledger) for param in params]) if even else 1):
+        for _ in range(_sub_groups(_parts(params, ranks)) if even else 1):
             for axis in ("edp", "ep") if params[0].expert else ("dp", "tp"):
                 ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
 
@@ -156,20 +156,24 @@ def _kept_from(held: Sequence[Param], distance: int, runs: int) -> int:
     return -1
 
 
-def _by_ranks(params: Sequence[Param], ledger: Ledger) -> Iterator[list[Param]]:
-    keys = {axis: ledger.same_group(axis) for axis in _AXES}
+def _groups(ledger: Ledger) -> dict[Axis, Axis]:
+    """The axes over which parameters are cut, by name, where both have the same group by one name."""
+    return {axis: ledger.same_group(axis) for axis in _AXES}
+
+
+def _by_group(params: Sequence[Param], keys: dict[Axis, Axis]) -> Iterator[list[Param]]:
     found: dict[Axis, list[Param]] = {}
     for param in params:
         found.setdefault(keys[param.axis], []).append(param)
     yield from found.values()
 
 
-def _part(param: Param, ledger: Ledger) -> int:
-    """Elements that a rank keeps of it, padding included."""
-    return -(-param.numel // len(ledger.ranks(param.axis)))
+def _parts(params: Sequence[Param], ranks: dict[Axis, int]) -> list[int]:
+    """Elements that a rank keeps of each, padding included."""
+    return [-(-param.numel // ranks[param.axis]) for param in params]
 
 
-def _full(params: Sequence[Param], room: int) -> Iterator[list[Param]]:
+def _full(params: Iterable[Param], room: int) -> Iterator[list[Param]]:
     """Cut where a bucket is full."""
     bucket: list[Param] = []
     inside = 0
