@@ -14,18 +14,19 @@ what `validate` admits, and a layout fits when memory.py's total, its margin for
 the hardware can give. A refused layout is counted under the first rule that it breaks.
 
 Thousands are valid, so what they share is worked out once (shared.py), and each is looked at no closer than it takes
-to know that it is not among the `top`: what computing alone takes, then all of a step without recomputation, then
-memory. The one that could be fastest comes next, until that is more than the slowest of the `top` takes in all. Where
-one does not fit, none with a larger micro_batch is looked at.
+to know that it is not among the `top`: what computing alone takes, then all of a step, then whether memory is there
+without recomputation, and so on with more of it. The one that could be fastest comes next, until that is more than the
+slowest of the `top` takes in all. Where one does not fit, a larger micro_batch does not either.
 
     4 ranks, 2 experts: tp and ep of 1, 2, 4;  ep = 4 "num_experts=2 is not divisible by ep=4" falls out, whatever tp
 """
 
+import math
 import re
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import product
 
@@ -75,36 +76,86 @@ def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0, to
     """The `top` fastest. Raises ValueError where `hardware` lacks the precision."""
     hardware.peak(config.engine.precision)
     shared, out = Shared(config, ranks, hardware, skew), _Reasons()
-    ranked: list[tuple[float, Choice]] = []
-    full: dict[tuple[object, ...], int] = {}  # the smallest micro_batch that did not fit, of what is else the same
-    # (seconds that it takes at least, number in the order of the product above, whether that is more than compute)
     choices = list(_valid(config, ranks, out))
-    again = [] if not choices else _recomputations(config, ranks, choices[0])
-    waiting = [(shared.compute_seconds(choice), number, False) for number, choice in enumerate(choices)]
+    looked = _Looked(shared, _recomputations(config, ranks, choices[0]) if choices else [], top, out)
+    # (seconds that it takes at least, number in the order of the product above, looks so far)
+    waiting = [(shared.compute_seconds(choice), number, 0) for number, choice in enumerate(choices)]
     heapify(waiting)
     while waiting:
-        least, number, whole = heappop(waiting)
-        choice = choices[number]
-        if len(ranked) == top and least * _ROUNDED >= ranked[-1][0]:
-            slowest = span(ranked[-1][0])
-            message = f"not among the {top} fastest: takes {span(least)} at least, and they take {slowest} at most"
-            out.add(message, len(waiting) + 1, "slower")
+        least, number, looks = heappop(waiting)
+        if least * _ROUNDED >= looked.slowest:
+            they, count = f"they take {span(looked.slowest)} at most", len(waiting) + 1
+            out.add(f"not among the {top} fastest: takes {span(least)} at least, and {they}", count, "slower")
             break
-        others = (*choice.sizes, *choice.zero, *choice.way)
-        if choice.micro_batch >= full.get(others, choice.micro_batch + 1):
-            out.add("has a larger micro_batch than one that does not fit", 1)
-        elif not whole:
-            heappush(waiting, (shared.least_seconds(choice), number, True))
-        elif (found := _first_that_fits(shared, choice, again, out)) is None:
-            full[others] = choice.micro_batch
-        else:
-            insort(ranked, found, key=lambda pair: pair[0])
-            for seconds, slower in ranked[top:]:
-                out.add(f"fits, and takes {span(seconds)} with {slower.flags()}", 1, "slower")
-            del ranked[top:]
-    plans = [(choice, make_plan(choice.applied(config), ranks, hardware, skew)) for _, choice in ranked]
+        more = looked.closer(choices[number], looks)
+        if more is not None:
+            heappush(waiting, (more, number, looks + 1))
+    plans = [(choice, make_plan(choice.applied(config), ranks, hardware, skew)) for _, choice in looked.ranked]
     plans.sort(key=lambda pair: pair[1].time.seconds)
     return Search(plans, len(plans) + out.total, out.told())
+
+
+@dataclass
+class _Looked:
+    """Layouts that were looked at. again: kinds of recomputation, the least first. ranked: the fastest that fit, `top`
+    at most, with their seconds. full: the smallest micro_batch that does not fit, of what is else the same."""
+
+    shared: Shared
+    again: Sequence[Recompute]
+    top: int
+    out: "_Reasons"
+    ranked: list[tuple[float, Choice]] = field(default_factory=list)
+    full: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    @property
+    def slowest(self) -> float:
+        """Of the fastest; infinite while there are fewer."""
+        return self.ranked[-1][0] if len(self.ranked) == self.top else math.inf
+
+    def closer(self, choice: Choice, looks: int) -> float | None:
+        """The seconds that it takes at least, after one more look; None if it is ranked or has fallen out. looks: so
+        far; of those behind the first, each found that it does not fit with one of `again`."""
+        if looks == 0:
+            return self.shared.least_seconds(choice) if self._could_fit(choice) else None
+        last = looks == len(self.again)
+        if self._fits(replace(choice, recompute=self.again[looks - 1]), last) or last:
+            return None
+        return self.shared.least_seconds(replace(choice, recompute=self.again[looks]))
+
+    def _could_fit(self, choice: Choice) -> bool:
+        """Whatever is computed again."""
+        sure, usable = self.shared.sure_memory(choice), self.shared.hardware.memory.usable
+        if sure > usable:
+            what = "parameters, gradients and optimizer state alone"
+            message = f"needs {size(sure)} of {size(usable)} with {choice.flags()}, for {what}"
+            self.out.add(message, 1, "memory: states")
+        return sure <= usable
+
+    def _fits(self, choice: Choice, last: bool) -> bool:
+        """Whether it does; then it is ranked. last: there is no other way, so if not, the reason is told."""
+        usable, kind = self.shared.hardware.memory.usable, None
+        others = (*choice.sizes, *choice.zero, *choice.way, choice.recompute)
+        if choice.micro_batch >= self.full.get(others, choice.micro_batch + 1):
+            reason = "has a larger micro_batch than one that does not fit"
+        else:
+            rank, needed = self.shared.memory(choice)
+            if needed.total <= usable:
+                self._rank(self.shared.seconds(choice, rank), choice)
+                return True
+            self.full[others] = choice.micro_batch
+            name, part = largest(needed)
+            most = f"most of it {name} ({size(part)})"
+            reason = f"needs {size(needed.total)} of {size(usable)} with {choice.flags()}, {most}"
+            kind = f"memory: {name}"
+        if last:
+            self.out.add(reason, 1, kind)
+        return False
+
+    def _rank(self, seconds: float, choice: Choice) -> None:
+        insort(self.ranked, (seconds, choice), key=lambda pair: pair[0])
+        for slower_seconds, slower in self.ranked[self.top :]:
+            self.out.add(f"fits, and takes {span(slower_seconds)} with {slower.flags()}", 1, "slower")
+        del self.ranked[self.top :]
 
 
 def prices(
@@ -173,35 +224,6 @@ def _broken(config: Config, ranks: int) -> list[str]:
 def _recomputations(config: Config, ranks: int, choice: Choice) -> list[Recompute]:
     """Those that rules admit, in one layout as in all; the last computes most."""
     return [each for each in _RECOMPUTE if not _broken(replace(choice, recompute=each).applied(config), ranks)]
-
-
-def _first_that_fits(
-    shared: Shared, choice: Choice, again: Sequence[Recompute], out: "_Reasons"
-) -> tuple[float, Choice] | None:
-    """With the least recomputation for which there is memory, and the seconds of a step; None if there is none. What
-    is there whatever is computed again comes first, and then the most of it: most that do not fit need no other look.
-    """
-    memory = shared.hardware.memory
-    sure = shared.sure_memory(choice)
-    if sure > memory.usable:
-        what = "parameters, gradients and optimizer state alone"
-        message = f"needs {size(sure)} of {size(memory.usable)} with {choice.flags()}, for {what}"
-        out.add(message, 1, "memory: states")
-        return None
-    most = replace(choice, recompute=again[-1])
-    rank, needed = shared.memory(most)
-    if needed.total > memory.usable:
-        name, part = largest(needed)
-        total, usable = size(needed.total), size(memory.usable)
-        message = f"needs {total} of {usable} with {most.flags()}, most of it {name} ({size(part)})"
-        out.add(message, 1, f"memory: {name}")
-        return None
-    for recompute in again[:-1]:
-        less = replace(choice, recompute=recompute)
-        of_less, needed = shared.memory(less)
-        if needed.total <= memory.usable:
-            return shared.seconds(less, of_less), less
-    return shared.seconds(most, rank), most
 
 
 class _Reasons:

@@ -7,7 +7,7 @@
 | compute                                 | these sizes, micro_batch                                                   |
 | activations                             | the same, dispatch, wire, recompute                                        |
 | exchanges of a micro-step               | the same, but for recompute = activation, which exchanges nothing          |
-| the other exchanges                     | ep, tp, etp, the engine, and under ZeRO-2 and 3 how many micro-steps       |
+| the other exchanges                     | ep, tp, etp, the engine, and under ZeRO-3 whether blocks are recomputed    |
 
 What is asked here is what `make_plan` says, but for the last digits of seconds, which are added up in another order.
 """
@@ -131,21 +131,20 @@ class Shared:
             lines = micro_step_traffic(case.config, case.shape, case.layout, rank, device_type=self.hardware.device)
             return Exchanges.of(lines, case.layout, self.hardware)
 
-        def of_update() -> Exchanges:
-            lines = update_traffic(case.config, case.shape, case.layout, rank)
-            return Exchanges.of(lines, case.layout, self.hardware)
+        def of_engine() -> tuple[Exchanges, Exchanges]:
+            step, each = update_traffic(case.config, case.layout, rank)
+            return Exchanges.of(step, case.layout, self.hardware), Exchanges.of(each, case.layout, self.hardware)
 
-        accumulation, stage = case.shape.accumulation, choice.zero_stage
         one = self._once(("micro", *choice.sizes, choice.micro_batch, *choice.way, again, rank), of_micro_step)
-        engine = (*choice.zero, accumulation if stage > 1 else 1, again and stage == 3)
-        rest = self._once(("update", *choice.sizes, *engine, rank), of_update)
+        engine = (*choice.zero, again and choice.zero_stage == 3)
+        rest, each = self._once(("engine", *choice.sizes, *engine, rank), of_engine)
         parts, hidden = parts_of_step(
             case.config,
             case.shape,
             case.layout,
             self.hardware,
             self._compute(choice),
-            rest.and_then(one, accumulation),
+            rest.and_then(one.and_then(each), case.shape.accumulation),
             self._held(choice, rank),
             self.skew,
         )
@@ -207,7 +206,7 @@ class Shared:
 
     def _with_engine(self, case: _Case, choice: Choice) -> _Case:
         zero: dict[str, Any] = {"name": choice.engine, "zero_stage": choice.zero_stage}
-        engine = self._once(("engine", *choice.zero), lambda: replace(self.config.engine, **zero))
+        engine = self._once(("of config", *choice.zero), lambda: replace(self.config.engine, **zero))
         return _Case(replace(case.config, engine=engine), case.shape, case.layout)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:

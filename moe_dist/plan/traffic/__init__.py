@@ -54,7 +54,6 @@ def traffic(
     Raises ValueError when sizes do not fit each other, or `rows` are not those of the layers.
     """
     config, ledger = _resolved(config, layout), Ledger(layout, rank)
-    _agreement(ledger)
     if rows is None:  # all micro-steps are alike
         one = ledger.empty()
         MicroStep(config, shape, one, None, 0, step, device_type, {}).add()
@@ -62,9 +61,7 @@ def traffic(
     else:
         for micro in range(shape.accumulation):
             MicroStep(config, shape, ledger, rows, micro, step, device_type, {}).add()
-    _statistics(config, ledger)
-    engine_traffic(config, shape, ledger)
-    _histograms(config, ledger)
+    ledger.add_lines(_update(config, ledger), shape.accumulation)
     return ledger.transfers()
 
 
@@ -77,15 +74,22 @@ def micro_step_traffic(
     return ledger.transfers()
 
 
-def update_traffic(config: Config, shape: BatchShape, layout: Layout, rank: int = 0) -> list[Transfer]:
-    """The rest of it: the engine's, and what is counted. It does not hang on how rows travel, nor on how large a
-    micro-step is, but on how many there are."""
-    config, ledger = _resolved(config, layout), Ledger(layout, rank)
-    _agreement(ledger)
+def update_traffic(config: Config, layout: Layout, rank: int = 0) -> tuple[list[Transfer], list[Transfer]]:
+    """The rest of it, the engine's and what is counted: (of the step, of every micro-step). It does not hang on how
+    rows travel, nor on how large a micro-step is."""
+    ledger = Ledger(layout, rank)
+    each = _update(_resolved(config, layout), ledger)
+    return ledger.transfers(), each.transfers()
+
+
+def _update(config: Config, ledger: Ledger) -> Ledger:
+    """Adds what is of the step, and returns what is of every micro-step."""
+    each = ledger.empty()
+    ledger.add("all_reduce", "world", "statistics", "whether to stop", torch.int64.itemsize)
     _statistics(config, ledger)
-    engine_traffic(config, shape, ledger)
+    engine_traffic(config, ledger, each)
     _histograms(config, ledger)
-    return ledger.transfers()
+    return each
 
 
 def _resolved(config: Config, layout: Layout) -> Config:
@@ -95,10 +99,6 @@ def _resolved(config: Config, layout: Layout) -> Config:
         attention = replace(attention, moe=resolve_experts(attention.moe, ranks, "cpu"))
     moe = resolve_experts(config.model.moe, ranks, "cpu")
     return replace(config, model=replace(config.model, moe=moe, attention=attention))
-
-
-def _agreement(ledger: Ledger) -> None:
-    ledger.add("all_reduce", "world", "statistics", "whether to stop", torch.int64.itemsize)
 
 
 def _statistics(config: Config, ledger: Ledger) -> None:

@@ -22,7 +22,7 @@ from itertools import groupby
 
 import torch
 
-from moe_dist.config import BatchShape, Config
+from moe_dist.config import Config
 from moe_dist.engine.base import compute_dtype
 from moe_dist.engine.exchange import zero_bucket
 from moe_dist.moe.experts import expert_widths
@@ -40,18 +40,16 @@ _AXES: tuple[Axis, ...] = ("dp", "edp")  # over which parameters are cut
 _ALIGNED = 2  # elements: nccl_start_alignment_factor
 
 
-def zero_traffic(config: Config, shape: BatchShape, held: list[Param], ledger: Ledger) -> None:
-    """Adds what DeepSpeed exchanges in one optimizer step."""
+def zero_traffic(config: Config, held: list[Param], ledger: Ledger, each: Ledger) -> None:
+    """Adds what DeepSpeed exchanges in one optimizer step, and to `each` what it does in every micro-step."""
     stage, low = config.engine.zero_stage, config.engine.precision == "bf16"
     if stage == 3:
-        _stage_3(config, shape, held, ledger)
+        _stage_3(config, held, ledger, each)
         return
     if stage == 0 or (stage == 1 and low):
         _reduce_at_once(held, ledger)
     else:
-        once = ledger.empty()
-        _reduce_in_buckets(held, zero_bucket(config.engine), once)
-        ledger.add_lines(once, shape.accumulation if stage == 2 else 1)
+        _reduce_in_buckets(held, zero_bucket(config.engine), each if stage == 2 else ledger)
     if stage == 0:
         for axis in ("tp", "ep"):
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
@@ -118,24 +116,23 @@ def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, led
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
 
 
-def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: Ledger) -> None:
+def _stage_3(config: Config, held: Sequence[Param], ledger: Ledger, each: Ledger) -> None:
     model = config.model
     even = ledger.layout.expert_ranks == 1 or len(set(expert_widths(model.moe, model.d_ff))) <= 1
     kept = _kept_from(held, _REUSED if even else 0, runs=3 if model.recompute == "block" else 2)
     itemsize = compute_dtype(config.engine.precision).itemsize
     again = [param for param in held if param.block < kept]
     passes: list[tuple[Phase, Sequence[Param]]] = [("forward", held), ("backward", again)]
-    once, keys, ranks = ledger.empty(), _groups(ledger), {axis: len(ledger.ranks(axis)) for axis in _AXES}
+    keys, ranks = _groups(ledger), {axis: len(ledger.ranks(axis)) for axis in _AXES}
     for phase, params in passes:
         calls = -(-sum(param.numel for param in params) // _AHEAD)
         for group in _by_group(params, keys):
             size = sum(_parts(group, ranks)) * itemsize
-            once.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
+            each.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
     for _, run in groupby(reversed(held), lambda param: keys[param.axis]):
         for bucket in _full(run, zero_bucket(config.engine)):
             size = sum(_parts(bucket, ranks)) * ranks[bucket[0].axis] * _FP32
-            once.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
-    ledger.add_lines(once, shape.accumulation)
+            each.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
     _finite_on_tp_ranks(ledger)
     for params in _optimizer_groups(held):
         for _ in range(_sub_groups(_parts(params, ranks)) if even else 1):
