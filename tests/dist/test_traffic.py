@@ -113,7 +113,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     | {
         **{"engine__zero_stage": 1, "parallel__ep": 2, "parallel__tp": 2, "model__num_kv_heads": 2},
         "model__attention": {"qk_norm": "width", "qkv_bias": True},
-        "model__moe": {"num_experts": 4, "first": 0, "every": 2, "router_bias": True, "out_bias": True},
+        # 6 numbers of the router's bias: parts are filled up.
+        "model__moe": {"num_experts": 6, "first": 0, "every": 2, "router_bias": True, "out_bias": True},
     },
     "ZeRO-0 ep over tp": ZERO | {"parallel__ep": 4, "parallel__tp": 2, "model__moe__router": "sinkhorn"},
     "ZeRO-1 ep": ZERO | {"engine__zero_stage": 1, "parallel__ep": 2, "train__accumulation": 2},

@@ -9,7 +9,8 @@
 
 Stages 1 and 2 reduce whole gradients, of which each rank keeps its part: on the wire they are stage 0. Dense parameters
 are cut over dp, experts over edp. Gradients wait in a bucket until it is full; which ones share it is the order of the
-backward pass. In bf16, stage 1 is another optimizer (`BF16_Optimizer`) with fewer norms.
+backward pass. In bf16, stage 1 is another optimizer (`BF16_Optimizer`) with fewer norms, whose gradients lie end to
+end, group by group, filled up to equal parts.
 
 Stage 3 keeps a parameter between two uses when fewer than 1e9 elements are used in between: a small model gathers each
 weight once a micro-step, a large one those of its early blocks twice, forward and backward. It gathers ahead, in calls
@@ -46,8 +47,12 @@ def zero_traffic(config: Config, held: list[Param], ledger: Ledger, each: Ledger
     if stage == 3:
         _stage_3(config, held, ledger, each)
         return
-    if stage == 0 or (stage == 1 and low):
-        _reduce_at_once(held, ledger)
+    groups = list(_optimizer_groups(held))
+    whole = [(group[0], _part_of(group, ledger) * len(ledger.ranks(group[0].axis))) for group in groups]
+    if stage == 0:
+        _reduce_at_once([(param, param.numel) for param in held], ledger)
+    elif stage == 1 and low:
+        _reduce_at_once(whole, ledger)
     else:
         _reduce_in_buckets(held, zero_bucket(config.engine), each if stage == 2 else ledger)
     if stage == 0:
@@ -55,13 +60,17 @@ def zero_traffic(config: Config, held: list[Param], ledger: Ledger, each: Ledger
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
         return
     _finite_on_tp_ranks(ledger)
-    groups = list(_optimizer_groups(held))
     _norms(groups, stage == 1 and low, stage == 2 and low, ledger)
     itemsize = compute_dtype(config.engine.precision).itemsize
-    for params in groups:
-        ranks = len(ledger.ranks(params[0].axis))
-        part = -(-sum(param.numel for param in params) // (ranks * _ALIGNED)) * _ALIGNED
-        ledger.add("all_gather", params[0].axis, "update", "new weights", part * itemsize)
+    for group in groups:
+        size = _part_of(group, ledger) * itemsize
+        ledger.add("all_gather", group[0].axis, "update", "new weights", size)
+
+
+def _part_of(group: Sequence[Param], ledger: Ledger) -> int:
+    """Elements of a rank's part of an optimizer group under stages 1 and 2, with what fills it up."""
+    ranks = len(ledger.ranks(group[0].axis))
+    return -(-sum(param.numel for param in group) // (ranks * _ALIGNED)) * _ALIGNED
 
 
 def _optimizer_groups(held: Sequence[Param]) -> Iterator[list[Param]]:
@@ -73,11 +82,12 @@ def _optimizer_groups(held: Sequence[Param]) -> Iterator[list[Param]]:
                 yield found
 
 
-def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
-    """Dense gradients, then those of experts; a call ends with the parameter that fills it."""
+def _reduce_at_once(tensors: Sequence[tuple[Param, int]], ledger: Ledger) -> None:
+    """Dense gradients, then those of experts; a call ends with the tensor that fills it. tensors: each with one of its
+    parameters."""
     for expert in (False, True):
         waiting, sizes = 0, []
-        for numel in (param.numel for param in held if param.expert is expert):
+        for numel in (numel for param, numel in tensors if param.expert is expert):
             waiting += numel
             if waiting > _WHOLE:
                 sizes.append(waiting)
