@@ -56,7 +56,7 @@ def submit(request: Request) -> int:
 
 
 def checked(request: Request) -> str:
-    """What the plan says of a rank's memory, in a line. Raises ValueError for broken rules, and where it is too much."""
+    """What the plan says of a rank's memory, in a line. Raises ValueError for broken rules, or if it is too much."""
     validate(request.config, request.world)
     from moe_dist.plan.advice import planned_memory  # torch is for those that rules admit
 

@@ -18,13 +18,14 @@ Memory is counted by storage, of what operations make (live_memory.py).
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from moe_dist.config.model import ModelConfig
 from moe_dist.parallel.mesh import Layout
@@ -89,10 +90,15 @@ class FakeWorld(TorchDispatchMode):
 
     def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What torch says of the operation. It remembers answers by the shapes that it is given, but neither where a
-        tensor has numbers nor where the answer is an argument: these are remembered here."""
+        tensor has numbers nor where the answer is an argument: these are remembered here. A view is made as it would be
+        of tensors on the device meta, which takes less than remembering."""
         if func.namespace != "aten":
             with self.fake:
                 return func(*args, **kwargs)
+        if func.is_view and isinstance(args[0], FakeTensor):
+            with in_kernel_invocation_manager(self.fake):
+                viewed = func(*args, **kwargs)
+            return tree_map_only(Tensor, partial(FakeTensor, self.fake, device=args[0].fake_device), viewed)
         args, kwargs = self._without_numbers(func, args, kwargs)
         key = _shapes(func, args, kwargs)
         if key in self._given_back:
