@@ -61,6 +61,11 @@ class FakeWorld(TorchDispatchMode):
         self._given_back: dict[tuple[object, ...], int | str] = {}
         self._stand_ins: dict[tuple[object, ...], Tensor] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and keeping torch's compiler out takes longer than most operations."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # as often as everything else together
             return args[0].fake_device
@@ -104,8 +109,7 @@ class FakeWorld(TorchDispatchMode):
         if key in self._given_back:
             place = self._given_back[key]
             return args[place] if isinstance(place, int) else kwargs[place]
-        with self.fake:
-            out = func(*args, **kwargs)
+        out = self.fake.dispatch(func, (), args, kwargs)
         if key is not None and isinstance(out, Tensor):
             where = [place for place, value in [*enumerate(args), *kwargs.items()] if value is out]
             if where:
