@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moe_dist.config import Config, EngineConfig, ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from moe_dist.config.model import AttentionConfig
 from moe_dist.models.flops import forward_products, train_flops_per_token
 from moe_dist.plan.hardware import load_hardware
 from moe_dist.plan.plan import Plan, make_plan
@@ -37,6 +38,7 @@ QWEN3_30B = ModelConfig(
     head_dim=128,
     d_ff=768,
     tie_embeddings=False,
+    attention=AttentionConfig(qk_norm="head"),
     moe=MoEConfig(num_experts=128, top_k=8, capacity_factor=None),
 )
 QWEN3_235B = replace(

@@ -21,6 +21,8 @@ _SUBMIT = """Check a configuration for so many ranks, and hand slurm/train.sbatc
 --ranks-per-node  processes on each (default: --gpus-per-node, or 1)
 --time --partition --account --qos --reservation --exclude    as sbatch takes them
 --array           0-9%1: jobs one after the other, where the site queues no job again; each continues the run
+--hardware        what the nodes are (h100, h200, a100, b200, or a file of moe-dist plan --measure): a run that is
+                  planned not to fit into their memory is refused, with what to change
 --site            a file to source in the job: modules, containers, network (slurm/site.sh.example)
 --print           show the call of sbatch, and hand in nothing
 -- --NAME=VALUE   any other option of sbatch
@@ -38,7 +40,7 @@ _OF_SBATCH = ("time", "partition", "account", "qos", "reservation", "exclude", "
 @dataclass(frozen=True, slots=True)
 class Request:
     """What was asked of `moe-dist submit`. train: what follows `moe-dist train` in the job. sbatch: options by their
-    long names. more: those that were written for sbatch itself."""
+    long names. more: those that were written for sbatch itself. hardware: what the nodes are, where it was said."""
 
     config: Config
     train: tuple[str, ...]
@@ -49,6 +51,7 @@ class Request:
     sbatch: dict[str, str]
     more: tuple[str, ...]
     site: Path | None
+    hardware: str | None
     show: bool
 
     @property
@@ -64,6 +67,7 @@ def submit_arguments(args: Sequence[str]) -> Request:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _OF_SBATCH:
         parser.add_argument(f"--{name}")
+    parser.add_argument("--hardware")
     parser.add_argument("--site", type=user_path)
     parser.add_argument("--print", action="store_true")
     parser.add_argument("--override")
@@ -102,6 +106,7 @@ def submit_arguments(args: Sequence[str]) -> Request:
         {name: value for name in _OF_SBATCH if (value := getattr(own, name)) is not None},
         tuple(more),
         own.site.absolute() if own.site is not None else None,
+        own.hardware,
         own.print,
     )
 

@@ -24,10 +24,10 @@ _SCRIPT = Path("slurm/train.sbatch")
 def submit(request: Request) -> int:
     """Returns the exit code: 0 handed in, shown, or nothing was left to do.
 
-    Raises ValueError for a configuration that breaks a rule on so many ranks, outside the repository, without Slurm,
-    and when the run is in a job already.
+    Raises ValueError for a configuration that breaks a rule on so many ranks, or is planned not to fit into the memory
+    of request.hardware, outside the repository, without Slurm, and when the run is in a job already.
     """
-    validate(request.config, request.world)
+    planned = checked(request)
     folder, steps = request.config.run.folder.absolute(), request.config.train.steps
     root = repository(_SCRIPT)
     command = sbatch_command(request, root)
@@ -49,9 +49,19 @@ def submit(request: Request) -> int:
         history.append(folder, "submitted", job=job)
     spare = f" and {request.spare} spare" if request.spare else ""
     print(f"job {job}: {request.config.run.name} on {request.nodes} nodes x {request.ranks} ranks{spare}")
+    print(f"  {planned}")
     print(f"  moe-dist status {shlex.quote(str(folder))}        how far it is; watch shows more")
     print(f"  moe-dist cancel {shlex.quote(str(folder))}        has it save and end")
     return 0
+
+
+def checked(request: Request) -> str:
+    """What the plan says of a rank's memory, in a line. Raises ValueError for broken rules, or if it is too much."""
+    validate(request.config, request.world)
+    from moe_dist.plan.advice import planned_memory  # torch is for those that rules admit
+
+    device = "cuda" if request.gpus else "cpu"
+    return planned_memory(request.config, request.world, request.ranks, request.hardware, device_type=device)
 
 
 def sbatch_command(request: Request, root: Path) -> list[str]:

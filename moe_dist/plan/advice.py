@@ -16,7 +16,8 @@ from moe_dist.config import BatchShape, Config, batch_shape, validate
 from moe_dist.config.rules.memory import in_units
 from moe_dist.config.schema import EngineConfig
 from moe_dist.parallel.mesh import Layout
-from moe_dist.plan.memory import MemoryPlan, memory
+from moe_dist.plan.hardware import load_hardware
+from moe_dist.plan.memory import MemoryPlan, fullest, memory
 
 _FAR = 2  # ranks differ by less than that: where the first is so far from the limit, the others need not be asked
 
@@ -65,6 +66,30 @@ def shortage(
         sure = f"{in_units(surely)} of parameters, gradients and optimizer state on {whose}"
         return f"{sure} do not fit into {here}: {said}", None
     return None, f"{whose} may need {in_units(likely)}, more than the {here} here: {said}"
+
+
+def planned_memory(
+    config: Config, ranks: int, ranks_per_node: int, hardware: str | None, *, device_type: str = "cuda"
+) -> str:
+    """What the fullest rank is planned to take, as a line. hardware: name or file of what the nodes are; device_type
+    stands for it where nobody knows, and nothing is refused.
+
+    Raises ValueError with advice where the plan, its margin for skewed routing included, does not fit; where there is
+    no such hardware; and for every rule that the configuration breaks on so many ranks.
+    """
+    known = None if hardware is None else load_hardware(hardware)
+    device_type = device_type if known is None else known.device
+    shape, parallel = validate(config, ranks), config.parallel
+    layout = Layout(ranks, parallel.ep, parallel.tp, parallel.node_size or ranks_per_node, parallel.etp)
+    rank, plan = fullest(config, shape, layout, device_type=device_type)
+    takes = f"a rank is planned to take {in_units(plan.total)} of memory"
+    if known is None:
+        return f"{takes}; with --hardware NAME, what does not fit is refused"
+    usable = known.memory.usable
+    if plan.total > usable:
+        said = advice(config, shape, layout, rank, device_type=device_type, available=usable)
+        raise ValueError(f"{takes}, more than the {in_units(usable)} of {known.name}: {said}")
+    return f"{takes}, of the {in_units(usable)} of {known.name}"
 
 
 def advice(

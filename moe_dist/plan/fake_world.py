@@ -18,12 +18,14 @@ Memory is counted by storage, of what operations make (live_memory.py).
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from moe_dist.config.model import ModelConfig
 from moe_dist.parallel.mesh import Layout
@@ -34,6 +36,9 @@ from moe_dist.step import Site
 _READ = torch.ops.aten._local_scalar_dense.default
 _DEVICE = torch.ops.prim.device.default
 _SHARED = "c10d"
+_INDEX = torch.ops.aten.index.Tensor
+_OF_NUMBERS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+_REPLACES = ("set_", "resize_", "resize_as_")  # storage, or size
 
 
 class FakeWorld(TorchDispatchMode):
@@ -53,6 +58,13 @@ class FakeWorld(TorchDispatchMode):
         self.rank, self.recorder, self.memory, self.others, self.said = rank, recorder, memory, others, said
         self.heard: Counter[tuple[int, ...]] = Counter()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._given_back: dict[tuple[object, ...], int | str] = {}
+        self._stand_ins: dict[tuple[object, ...], Tensor] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and keeping torch's compiler out takes longer than most operations."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # as often as everything else together
@@ -70,8 +82,7 @@ class FakeWorld(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> Any:
         if any(isinstance(tensor, FakeTensor) for tensor in given):
-            with self.fake:
-                return func(*args, **kwargs)
+            return self._run_fake(func, args, kwargs)
         if given:
             out = func(*args, **kwargs)
             if func.namespace == _SHARED:
@@ -81,6 +92,49 @@ class FakeWorld(TorchDispatchMode):
             out = func(*args, **kwargs)
         faked = not isinstance(out, Tensor) or out.is_floating_point() or out.dtype == torch.uint8
         return out if faked else func(*args, **kwargs)
+
+    def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What torch says of the operation. It remembers answers by the shapes that it is given, but neither where a
+        tensor has numbers nor where the answer is an argument: these are remembered here. A view is made as it would be
+        of tensors on the device meta, which takes less than remembering."""
+        if func.namespace != "aten":
+            with self.fake:
+                return func(*args, **kwargs)
+        if func.is_view and isinstance(args[0], FakeTensor):
+            with in_kernel_invocation_manager(self.fake):
+                viewed = func(*args, **kwargs)
+            return tree_map_only(Tensor, partial(FakeTensor, self.fake, device=args[0].fake_device), viewed)
+        args, kwargs = self._without_numbers(func, args, kwargs)
+        key = _shapes(func, args, kwargs)
+        if key in self._given_back:
+            place = self._given_back[key]
+            return args[place] if isinstance(place, int) else kwargs[place]
+        out = self.fake.dispatch(func, (), args, kwargs)
+        if key is not None and isinstance(out, Tensor):
+            where = [place for place, value in [*enumerate(args), *kwargs.items()] if value is out]
+            if where:
+                self._given_back[key] = where[0]
+        return out
+
+    def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Indices and masks that are only read, by fake ones of their shapes, where no shape hangs on their numbers."""
+        read = _read_alone(func)
+        lists = [value for value in args if isinstance(value, list)]
+        if not read or any(isinstance(each, Tensor) and each.itemsize == 1 for value in lists for each in value):
+            return args, kwargs  # of a mask among indices, the shape is how much of it is true
+        new_args = tuple(self._stand_in(value) if place in read else value for place, value in enumerate(args))
+        return new_args, {name: self._stand_in(value) if name in read else value for name, value in kwargs.items()}
+
+    def _stand_in(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._stand_in(each) for each in value]
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_floating_point():
+            return value
+        key = (value.shape, value.stride(), value.dtype)
+        if key not in self._stand_ins:
+            with self.fake:
+                self._stand_ins[key] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        return self._stand_ins[key]
 
     def _broadcast(self, ranks: tuple[int, ...], root: int, tensors: Sequence[Tensor]) -> None:
         told = self.said.setdefault(ranks, [])
@@ -115,6 +169,40 @@ class FakeWorld(TorchDispatchMode):
             self._broadcast(ranks, ranks[args[2]], args[0])
         else:
             raise NotImplementedError(f"a fake world does not know what other ranks give to {name} of whole numbers")
+
+
+@cache
+def _read_alone(func: Any) -> frozenset[int | str]:
+    """Places and names of the arguments that an operation only reads; none where its result is a view, or of a shape
+    that numbers say."""
+    arguments = func._schema.arguments
+    views = any(arg.alias_info is not None and not arg.alias_info.is_write for arg in arguments)
+    if views or (func is not _INDEX and _OF_NUMBERS.intersection(func.tags)):
+        return frozenset()
+    read = [(place, arg.name) for place, arg in enumerate(arguments) if arg.alias_info is None]
+    return frozenset(key for both in read for key in both)
+
+
+@cache
+def _writes_numbers(func: Any) -> bool:
+    """Whether an operation writes into an argument, and changes nothing but its numbers."""
+    whole = torch.Tag.inplace_view in func.tags or func.overloadpacket.__name__ in _REPLACES
+    return bool(func._schema.is_mutable) and not whole
+
+
+def _shapes(func: Any, args: Any, kwargs: Any) -> tuple[object, ...] | None:
+    """What hangs on whether a result fits into the argument that it is written to; None where there is none such."""
+    if not _writes_numbers(func):
+        return None
+    key: list[object] = [func]
+    for name, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, FakeTensor):
+            key.append((name, value.shape, value.stride(), value.dtype))
+        elif isinstance(value, Tensor | list):
+            return None
+        else:
+            key.append((name, type(value), value))
+    return tuple(key)
 
 
 def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -7,7 +7,7 @@ whatever the layers are made of, and takes milliseconds however deep the model i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from moe_dist.models.block import is_moe_layer
 from moe_dist.models.classifier import Classifier
 from moe_dist.models.decoder import Decoder
 from moe_dist.models.freezing import matches, nothing_left
-from moe_dist.parallel.mesh import Layout, mesh_without_processes
+from moe_dist.parallel.mesh import Axis, Layout, mesh_without_processes
 from moe_dist.parallel.sharding import logical_parameters
 
 BLOCKS = "blocks."
@@ -38,8 +38,24 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Param:
+    """The same with what ZeRO asks of it, whose it is and where in the model. block: number of its block; -1 before the
+    blocks, their number behind them."""
+
+    numel: int
+    expert: bool
+    decay: bool
+    block: int
+
+    @property
+    def axis(self) -> Axis:
+        """Over which its gradient is reduced."""
+        return "edp" if self.expert else "dp"
+
+
+@dataclass(frozen=True)
 class Held:
-    """The parameters of a rank, in the order of the model."""
+    """The parameters of a rank, in the order of the model. What is asked of it often is worked out once."""
 
     tensors: tuple[Tensor, ...]
 
@@ -67,23 +83,27 @@ class Held:
         if config.task == "classification":
             # Labels are counted in the data; two are the least, and few beside everything else.
             model, max_len = replace(model, num_classes=model.num_classes or 2), config.train.seq_len
-        held, patterns = _held(_Question(repr(model), model, layout, rank, max_len)), config.train.freeze
         tied = max_len is None and model.tie_embeddings
+        model = _on_any_machine(model, layout.expert_ranks)
+        held, patterns = _held(_Question(repr(model), model, layout, rank, max_len)), config.train.freeze
+        if not patterns:
+            return held
         held = Held(tuple(replace(t, trained=not _matches(t.name, patterns, tied)) for t in held.tensors))
         if not held.trained.tensors:
             raise nothing_left(patterns, len(held.tensors))
         return held
 
-    @property
+    @cached_property
     def trained(self) -> "Held":
         """Those with gradients and moments."""
-        return Held(tuple(tensor for tensor in self.tensors if tensor.trained))
+        kept = tuple(tensor for tensor in self.tensors if tensor.trained)
+        return self if len(kept) == len(self.tensors) else Held(kept)
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return sum(tensor.elements for tensor in self.tensors)
 
-    @property
+    @cached_property
     def dense(self) -> int:
         """Elements that dp replicates."""
         return sum(tensor.elements for tensor in self.tensors if not tensor.expert)
@@ -103,9 +123,38 @@ class Held:
         ]
         return [(expert, sizes) for expert, sizes in found if sizes]
 
+    @cached_property
+    def params(self) -> list[Param]:
+        """All of them, in this order."""
+        numbers = {home: int(home.removeprefix(BLOCKS)) for home in self._homes if home}
+        last = max(numbers.values(), default=-1) + 1
+        return [
+            Param(t.elements, t.expert, t.decay, numbers.get(_home(t.name), _outside(t.name, last)))
+            for t in self.tensors
+        ]
+
     def within(self, *prefixes: str) -> int:
-        """Elements of the parameters whose names begin so."""
-        return sum(tensor.elements for tensor in self.tensors if tensor.name.startswith(prefixes))
+        """Elements of the parameters whose names begin so: of one block, or none of a block."""
+        where = {_home(prefix) for prefix in prefixes}
+        tensors = [tensor for home in where for tensor in self._homes.get(home, ())]
+        return sum(tensor.elements for tensor in tensors if tensor.name.startswith(prefixes))
+
+    @cached_property
+    def _homes(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for tensor in self.tensors:
+            found.setdefault(_home(tensor.name), []).append(tensor)
+        return found
+
+
+def _home(name: str) -> str:
+    """The block of a parameter; that of all others is ""."""
+    return ".".join(name.split(".", 2)[:2]) if name.startswith(BLOCKS) else ""
+
+
+def _outside(name: str, behind: int) -> int:
+    """The place of a parameter of no block."""
+    return -1 if name.partition(".")[0] in ("embedding", "positions") else behind
 
 
 def _matches(name: str, patterns: Sequence[str], tied: bool) -> bool:
@@ -124,26 +173,26 @@ class _Question:
     max_len: int | None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _held(asked: _Question) -> Held:
     model = asked.model
     kinds = [is_moe_layer(model, layer) for layer in range(model.num_layers)]
     examples = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
-    small = _few_layers(model, max(examples.values(), default=-1) + 1, asked.layout.expert_ranks)
+    small = replace(model, num_layers=max(examples.values(), default=-1) + 1)
     mesh = mesh_without_processes(replace(asked.layout, node_size=None), asked.rank)
     with torch.device("meta"):
         built: nn.Module = Decoder(small, mesh) if asked.max_len is None else Classifier(small, mesh, asked.max_len)
     return Held(tuple(_repeated(Held.by(built).tensors, kinds, examples)))
 
 
-def _few_layers(model: ModelConfig, layers: int, expert_ranks: int) -> ModelConfig:
-    """The first layers, on backends that any machine can build: parameters do not hang on them."""
+def _on_any_machine(model: ModelConfig, expert_ranks: int) -> ModelConfig:
+    """With backends that can be built everywhere: parameters do not hang on them, nor on how rows travel."""
     dispatch = "local" if expert_ranks == 1 else "all_to_all"
-    anywhere: dict[str, Any] = dict(dispatch=dispatch, experts="loop", overlap_chunks=1, capacity_factor=None)
-    anywhere |= dict(capacity_schedule={}, eval_capacity_factor=None)
+    anywhere: dict[str, Any] = dict(dispatch=dispatch, wire="ragged", wire_dtype="same", experts="loop")
+    anywhere |= dict(overlap_chunks=1, capacity_factor=None, capacity_schedule={}, eval_capacity_factor=None)
     moe, of_attention = (replace(each, **anywhere) for each in (model.moe, model.attention.moe))
     attention = replace(model.attention, backend="torch", moe=of_attention)
-    return replace(model, num_layers=layers, attention=attention, kernels="torch", moe=moe)
+    return replace(model, attention=attention, kernels="torch", recompute="none", moe=moe)
 
 
 def _repeated(tensors: tuple[Tensor, ...], kinds: list[bool], examples: dict[bool, int]) -> Iterator[Tensor]:

@@ -17,7 +17,8 @@ So `gradients` are those of that moment: where activations are many, it comes be
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from moe_dist.config import BatchShape, Config
 from moe_dist.config.model import ModelConfig
@@ -93,28 +94,61 @@ def memory(
 
     Raises ValueError where the model cannot be cut so.
     """
-    held, decoder = Held.of(config, layout, rank), config.task != "classification"
+    held = Held.of(config, layout, rank)
     kept = states(config, layout, held, rank, device_type=device_type)
+    even = blocks(config, shape, layout, held, rank, device_type=device_type, came=came)
+    if came is not None:
+        return at_fullest(kept, even)
+    return at_fullest(kept, even, blocks(config, shape, layout, held, rank, device_type=device_type, skewed=True))
+
+
+def blocks(
+    config: Config,
+    shape: BatchShape,
+    layout: Layout,
+    held: Held,
+    rank: int = 0,
+    *,
+    device_type: str = "cuda",
+    skewed: bool = False,
+    came: Rows | None = None,
+) -> list[Block]:
+    """The stages of a micro-step of `rank`; the engine does not change them. skewed: as routing can be. came: as for
+    `memory`."""
     model = backends(config, layout, device_type)
-
-    def when(skewed: bool) -> MemoryPlan:
-        sizes = Sizes.of(config, shape, layout, rank, model, device_type != "cpu", skewed=skewed, came=came)
-        return max(_moments(kept, blocks_of(sizes, held, decoder)), key=lambda plan: plan.total)
-
-    even = when(skewed=False)
-    margin = 0 if came is not None else max(0, when(skewed=True).total - even.total)
-    return replace(even, margin=margin, sure=kept.total)
+    sizes = Sizes.of(config, shape, layout, rank, model, device_type != "cpu", skewed=skewed, came=came)
+    return blocks_of(sizes, held, config.task != "classification")
 
 
-def fullest(config: Config, shape: BatchShape, layout: Layout, *, device_type: str = "cuda") -> int:
-    """The rank that needs most, the first of them. Ranks differ by the heads that they read where tp does not divide
-    the key/value heads, and by their experts where these differ in width; all others are alike."""
-    ranks = _unlike(config.model, layout)
-    return max(ranks, key=lambda rank: memory(config, shape, layout, rank, device_type=device_type).total)
+def at_fullest(kept: States, even: list[Block], skewed: list[Block] | None = None) -> MemoryPlan:
+    """even, skewed: the stages where routing is even, and where it is as skewed as it can be; None: no margin."""
+    plan, margin = max(_moments(kept, even), key=itemgetter(0)), 0
+    if skewed is not None:
+        margin = max(0, max(moment.total for moment in _moments(kept, skewed)) - plan.total)
+    return MemoryPlan(
+        parameters=kept.parameters,
+        gradients=plan.gradients,
+        optimizer=kept.optimizer,
+        activations=plan.activations,
+        dispatch=plan.dispatch,
+        logits=plan.logits,
+        workspace=plan.workspace,
+        margin=margin,
+        moment=plan.name,
+        sure=kept.total,
+    )
 
 
-def _unlike(model: ModelConfig, layout: Layout) -> list[int]:
-    """One rank of each kind."""
+def fullest(config: Config, shape: BatchShape, layout: Layout, *, device_type: str = "cuda") -> tuple[int, MemoryPlan]:
+    """The rank that needs most, the first of them, and its plan."""
+    ranks = unlike(config.model, layout)
+    plans = [(rank, memory(config, shape, layout, rank, device_type=device_type)) for rank in ranks]
+    return max(plans, key=lambda each: each[1].total)
+
+
+def unlike(model: ModelConfig, layout: Layout) -> list[int]:
+    """One rank of each kind. Ranks differ by the heads that they read where tp does not divide the key/value heads, and
+    by their experts where these differ in width; all others are alike."""
     if model.moe.num_experts and len(set(expert_widths(model.moe, model.d_ff))) > 1:
         return list(range(min(layout.world, lcm(layout.tp, layout.expert_ranks))))
     kinds: dict[int, int] = {}
@@ -147,49 +181,73 @@ def _with(model: ModelConfig, backend: Any, experts: Any, of_attention: Any) -> 
     return replace(model, kernels="torch", norm_kernels="same", attention=attention, moe=moe)
 
 
-def _moments(kept: States, blocks: list[Block]) -> Iterator[MemoryPlan]:
+class _Moment(NamedTuple):
+    """Bytes of a moment, but for those that are always there. total: of the five behind it."""
+
+    total: int
+    gradients: int
+    activations: int
+    dispatch: int
+    logits: int
+    workspace: int
+    block: Block | None
+    stage: Stage | None
+    words: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.block is None or self.stage is None:
+            return self.words
+        return self.words + self.block.name_of(self.stage)
+
+
+def _moments(kept: States, blocks: list[Block]) -> Iterator[_Moment]:
     """Every moment of the last micro-step at which there could be most."""
-    always = dict(parameters=kept.parameters, optimizer=kept.optimizer, margin=0)
-    done = 0
-    for stage, activations, dispatch in _backward(blocks):
-        shared = kept.shared if kept.bucket_elements is not None and done >= kept.bucket_elements else 0
-        yield MemoryPlan(
-            gradients=kept.staying(done) + kept.made * stage.elements + shared,
-            activations=activations,
-            dispatch=dispatch,
-            logits=stage.logits,
-            workspace=kept.standing + kept.bucket + stage.spike - stage.logits,
-            moment=stage.name,
-            **always,
-        )
+    done, bucket, standing = 0, kept.bucket_elements, kept.standing + kept.bucket
+    for block, stage, activations, dispatch in _forward(blocks):
+        parts = (kept.accumulated, activations, dispatch, 0, standing + stage.forward)
+        yield _Moment(sum(parts), *parts, block, stage, "forward pass of ")
+    for block, stage, activations, dispatch in _backward(blocks):
+        shared = kept.shared if bucket is not None and done >= bucket else 0
+        gradients = kept.staying(done) + kept.made * stage.elements + shared
+        total = gradients + activations + dispatch + standing + stage.spike
+        workspace = standing + stage.spike - stage.logits
+        yield _Moment(total, gradients, activations, dispatch, stage.logits, workspace, block, stage)
         done += stage.elements
-        if kept.bucket_elements is not None and done >= kept.bucket_elements:
-            yield MemoryPlan(
-                gradients=kept.accumulated + kept.shared,
-                activations=activations - stage.kept,
-                dispatch=dispatch - stage.dispatch,
-                logits=0,
-                workspace=kept.standing + kept.bucket + kept.exchanged * kept.bucket_elements,
-                moment=f"exchange after {stage.name}",
-                **always,
-            )
-    nothing = dict(activations=0, dispatch=0, logits=0)
+        if bucket is not None and done >= bucket:
+            left = (kept.accumulated + kept.shared, activations - stage.kept, dispatch - stage.dispatch, 0)
+            workspace = standing + kept.exchanged * bucket
+            yield _Moment(sum(left) + workspace, *left, workspace, block, stage, "exchange after ")
     exchange, update = kept.standing + kept.exchange, kept.standing + kept.update
-    yield MemoryPlan(gradients=kept.joined, workspace=exchange, moment="exchange of gradients", **nothing, **always)
-    yield MemoryPlan(gradients=kept.gradients, workspace=update, moment="update", **nothing, **always)
+    yield _Moment(kept.joined + exchange, kept.joined, 0, 0, 0, exchange, None, None, "exchange of gradients")
+    yield _Moment(kept.gradients + update, kept.gradients, 0, 0, 0, update, None, None, "update")
 
 
-def _backward(blocks: list[Block]) -> Iterator[tuple[Stage, int, int]]:
+def _forward(blocks: list[Block]) -> Iterator[tuple[Block, Stage, int, int]]:
+    """Stages that need much in the forward pass, with the activations and the rows that are kept when it ends theirs:
+    in the last block they meet most. Where blocks are recomputed, that is when backward comes to it."""
+    waiting = [_until_then(block) for block in blocks]
+    for place, block in enumerate(blocks):
+        for count, stage in enumerate(block.stages if place == len(blocks) - 2 else (), 1):
+            if stage.forward:
+                before, there = waiting[:place], block.stages[:count]
+                activations = sum(kept for kept, _ in before) + (block.again or 0) + sum(each.kept for each in there)
+                yield block, stage, activations, sum(rows for _, rows in before) + sum(each.dispatch for each in there)
+
+
+def _backward(blocks: list[Block]) -> Iterator[tuple[Block, Stage, int, int]]:
     """Stages in the order of the backward pass, with the activations and the rows that are kept when it begins theirs.
     The loss comes first, whose forward pass is the end of that of the model."""
     waiting = [_until_then(block) for block in blocks]
     activations, dispatch = (sum(values) for values in zip(*waiting, strict=True))
     for block, (of_block, rows_of_block) in zip(reversed(blocks), reversed(waiting), strict=True):
         activations, dispatch = activations - of_block, dispatch - rows_of_block
-        for count in range(len(block.stages), 0, -1):
-            there = block.stages[:count]
-            kept = sum(stage.kept for stage in there) + (block.again or 0)
-            yield there[-1], activations + kept, dispatch + sum(stage.dispatch for stage in there)
+        there = activations + (block.again or 0) + sum(stage.kept for stage in block.stages)
+        rows = dispatch + sum(stage.dispatch for stage in block.stages)
+        for stage in reversed(block.stages):
+            yield block, stage, there, rows
+            there, rows = there - stage.kept, rows - stage.dispatch
 
 
 def _until_then(block: Block) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from moe_dist.config.model import MoEConfig
 from moe_dist.parallel.mesh import Layout
 from moe_dist.plan.hardware import Hardware
 from moe_dist.plan.held import Held
-from moe_dist.plan.memory import MemoryPlan, fullest, memory
+from moe_dist.plan.memory import MemoryPlan, fullest
 from moe_dist.plan.time import TimePlan, exchange_seconds, step_time
 from moe_dist.plan.traffic import traffic
 from moe_dist.plan.transfer import Transfer, links
@@ -111,8 +111,7 @@ def needs(config: Config, ranks: int, hardware: Hardware) -> Needs:
     shape = validate(config, ranks)
     config = resolved(config)
     layout = layout_of(config, ranks, hardware)
-    rank = fullest(config, shape, layout, device_type=hardware.device)
-    needed = memory(config, shape, layout, rank, device_type=hardware.device)
+    rank, needed = fullest(config, shape, layout, device_type=hardware.device)
     return Needs(config=config, shape=shape, layout=layout, rank=rank, memory=needed)
 
 

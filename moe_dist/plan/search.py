@@ -13,75 +13,36 @@ What else the configuration says stays as it is; wire_dtype too, which changes n
 what `validate` admits, and a layout fits when memory.py's total, its margin for skewed routing included, is within what
 the hardware can give. A refused layout is counted under the first rule that it breaks.
 
-Thousands are valid, so what computing alone takes (`least_seconds`) is asked first, and layouts are looked at
-in that order, until it is more than the slowest of the `top` found takes in all: none of the rest can be among them.
-Where one does not fit, none with a larger micro_batch is looked at.
+Thousands are valid, so what they share is worked out once (shared.py), and each is looked at no closer than it takes
+to know that it is not among the `top`: what computing alone takes, then all of a step, then whether memory is there
+without recomputation, and so on with more of it. The one that could be fastest comes next, until that is more than the
+slowest of the `top` takes in all. Where one does not fit, a larger micro_batch does not either.
 
     4 ranks, 2 experts: tp and ep of 1, 2, 4;  ep = 4 "num_experts=2 is not divisible by ep=4" falls out, whatever tp
 """
 
+import math
 import re
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 from itertools import product
-from typing import Any, Literal
 
-from moe_dist.config import Config, batch_shape, validate
+from moe_dist.config import Config, validate
 from moe_dist.models.flops import flops_at_most
 from moe_dist.plan.hardware import Hardware
 from moe_dist.plan.kept import kept_shares
-from moe_dist.plan.plan import Plan, layout_of, make_plan, needs, timed
+from moe_dist.plan.plan import Plan, make_plan
+from moe_dist.plan.shared import Choice, Recompute, Shared
 from moe_dist.plan.size import largest, size, span
-from moe_dist.plan.time import least_seconds, model_flops
+from moe_dist.plan.time import model_flops
 
 _ENGINES = (("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3))
 _WAYS = (("all_to_all", "ragged"), ("all_to_all", "padded"), ("hierarchical", "ragged"), ("all_gather", "ragged"))
-_RECOMPUTE: tuple[Literal["none", "activation", "block"], ...] = ("none", "activation", "block")
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One layout, in keys of the configuration."""
-
-    ep: int
-    tp: int
-    etp: int
-    engine: str
-    zero_stage: int
-    micro_batch: int
-    recompute: str
-    dispatch: str
-    wire: str
-
-    def applied(self, config: Config) -> Config:
-        """`config` in this layout."""
-        sequences = config.parallel.sequence_parallel and self.tp > 1
-        moe: dict[str, Any] = {"dispatch": self.dispatch, "wire": self.wire}
-        if self.ep * self.etp == 1:  # nothing travels
-            moe |= {"overlap_chunks": 1, "wire_dtype": "same"}
-        parallel = replace(config.parallel, ep=self.ep, tp=self.tp, etp=self.etp, sequence_parallel=sequences)
-        how: dict[str, Any] = {"recompute": self.recompute, "moe": replace(config.model.moe, **moe)}
-        zero: dict[str, Any] = {"name": self.engine, "zero_stage": self.zero_stage}
-        model, engine = replace(config.model, **how), replace(config.engine, **zero)
-        train = replace(config.train, micro_batch=self.micro_batch, accumulation=None)
-        return replace(config, parallel=parallel, model=model, engine=engine, train=train)
-
-    def flags(self) -> str:
-        """What to give `moe-dist train` for it."""
-        values = {
-            "parallel.ep": self.ep,
-            "parallel.tp": self.tp,
-            "parallel.etp": self.etp,
-            "engine.name": self.engine,
-            "engine.zero-stage": self.zero_stage,
-            "train.micro-batch": self.micro_batch,
-            "model.recompute": self.recompute,
-            "model.moe.dispatch": self.dispatch,
-            "model.moe.wire": self.wire,
-        }
-        return " ".join(f"--{key} {value}" for key, value in values.items())
+_ROUNDED = 1 - 1e-9  # sums of the same seconds differ in their last digits
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "activation", "block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,27 +75,87 @@ class Price:
 def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0, top: int = 10) -> Search:
     """The `top` fastest. Raises ValueError where `hardware` lacks the precision."""
     hardware.peak(config.engine.precision)
-    ranked: list[tuple[Choice, Plan]] = []
-    out = _Reasons()
-    full: dict[tuple[object, ...], int] = {}  # the smallest micro_batch that did not fit, of what is else the same
-    valid = sorted(_valid(config, ranks, hardware, skew, out), key=lambda pair: pair[0])
-    for place, (least, choice) in enumerate(valid):
-        if len(ranked) == top and least >= ranked[-1][1].time.seconds:
-            slowest = span(ranked[-1][1].time.seconds)
-            message = f"not among the {top} fastest: computes for {span(least)} alone, and they take {slowest} at most"
-            out.add(message, len(valid) - place, "slower")
+    shared, out = Shared(config, ranks, hardware, skew), _Reasons()
+    choices = list(_valid(config, ranks, out))
+    looked = _Looked(shared, _recomputations(config, ranks, choices[0]) if choices else [], top, out)
+    # (seconds that it takes at least, number in the order of the product above, looks so far)
+    waiting = [(shared.compute_seconds(choice), number, 0) for number, choice in enumerate(choices)]
+    heapify(waiting)
+    while waiting:
+        least, number, looks = heappop(waiting)
+        if least * _ROUNDED >= looked.slowest:
+            they, count = f"they take {span(looked.slowest)} at most", len(waiting) + 1
+            out.add(f"not among the {top} fastest: takes {span(least)} at least, and {they}", count, "slower")
             break
-        others = astuple(replace(choice, micro_batch=0))
-        if choice.micro_batch >= full.get(others, choice.micro_batch + 1):
-            out.add("has a larger micro_batch than one that does not fit", 1)
-        elif (found := _first_that_fits(config, ranks, hardware, choice, skew, out)) is None:
-            full[others] = choice.micro_batch
+        more = looked.closer(choices[number], looks)
+        if more is not None:
+            heappush(waiting, (more, number, looks + 1))
+    plans = [(choice, make_plan(choice.applied(config), ranks, hardware, skew)) for _, choice in looked.ranked]
+    plans.sort(key=lambda pair: pair[1].time.seconds)
+    return Search(plans, len(plans) + out.total, out.told())
+
+
+@dataclass
+class _Looked:
+    """Layouts that were looked at. again: kinds of recomputation, the least first. ranked: the fastest that fit, `top`
+    at most, with their seconds. full: the smallest micro_batch that does not fit, of what is else the same."""
+
+    shared: Shared
+    again: Sequence[Recompute]
+    top: int
+    out: "_Reasons"
+    ranked: list[tuple[float, Choice]] = field(default_factory=list)
+    full: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    @property
+    def slowest(self) -> float:
+        """Of the fastest; infinite while there are fewer."""
+        return self.ranked[-1][0] if len(self.ranked) == self.top else math.inf
+
+    def closer(self, choice: Choice, looks: int) -> float | None:
+        """The seconds that it takes at least, after one more look; None if it is ranked or has fallen out. looks: so
+        far; of those behind the first, each found that it does not fit with one of `again`."""
+        if looks == 0:
+            return self.shared.least_seconds(choice) if self._could_fit(choice) else None
+        last = looks == len(self.again)
+        if self._fits(replace(choice, recompute=self.again[looks - 1]), last) or last:
+            return None
+        return self.shared.least_seconds(replace(choice, recompute=self.again[looks]))
+
+    def _could_fit(self, choice: Choice) -> bool:
+        """Whatever is computed again."""
+        sure, usable = self.shared.sure_memory(choice), self.shared.hardware.memory.usable
+        if sure > usable:
+            what = "parameters, gradients and optimizer state alone"
+            message = f"needs {size(sure)} of {size(usable)} with {choice.flags()}, for {what}"
+            self.out.add(message, 1, "memory: states")
+        return sure <= usable
+
+    def _fits(self, choice: Choice, last: bool) -> bool:
+        """Whether it does; then it is ranked. last: there is no other way, so if not, the reason is told."""
+        usable, kind = self.shared.hardware.memory.usable, None
+        others = (*choice.sizes, *choice.zero, *choice.way, choice.recompute)
+        if choice.micro_batch >= self.full.get(others, choice.micro_batch + 1):
+            reason = "has a larger micro_batch than one that does not fit"
         else:
-            insort(ranked, found, key=lambda pair: pair[1].time.seconds)
-            for slower, plan in ranked[top:]:
-                out.add(f"fits, and takes {span(plan.time.seconds)} with {slower.flags()}", 1, "slower")
-            del ranked[top:]
-    return Search(ranked, len(ranked) + out.total, out.told())
+            rank, needed = self.shared.memory(choice)
+            if needed.total <= usable:
+                self._rank(self.shared.seconds(choice, rank), choice)
+                return True
+            self.full[others] = choice.micro_batch
+            name, part = largest(needed)
+            most = f"most of it {name} ({size(part)})"
+            reason = f"needs {size(needed.total)} of {size(usable)} with {choice.flags()}, {most}"
+            kind = f"memory: {name}"
+        if last:
+            self.out.add(reason, 1, kind)
+        return False
+
+    def _rank(self, seconds: float, choice: Choice) -> None:
+        insort(self.ranked, (seconds, choice), key=lambda pair: pair[0])
+        for slower_seconds, slower in self.ranked[self.top :]:
+            self.out.add(f"fits, and takes {span(slower_seconds)} with {slower.flags()}", 1, "slower")
+        del self.ranked[self.top :]
 
 
 def prices(
@@ -152,78 +173,57 @@ def prices(
     return found
 
 
-def _valid(
-    config: Config, ranks: int, hardware: Hardware, skew: float, out: "_Reasons"
-) -> Iterator[tuple[float, Choice]]:
-    """(seconds of a step that exchanges and updates nothing and computes nothing again, the layout)."""
+def _valid(config: Config, ranks: int, out: "_Reasons") -> Iterator[Choice]:
+    """What rules admit. They are of engines or of how rows travel, and none is of both, nor of a micro_batch that
+    divides: what is admitted in one way, and by one engine, is admitted together."""
+    hopeless: set[str] = set()
     for ep, tp, etp in product(_divisors(ranks), repeat=3):
         choices = list(_choices(config, ranks, ep, tp, etp))
-        hopeless = _refused_with_all_else(config, ranks, choices)
-        if hopeless is not None:
-            out.add(hopeless, len(choices))
+        first = choices[0]
+        lines = _broken(first.applied(config), ranks)
+        if hopeless.intersection(lines):  # known from other sizes: whatever the engine, however rows travel
+            out.add(lines[0], len(choices))
             continue
-        least: dict[int, float] = {}  # by micro_batch: engine and dispatch do not change it
+        ways, engines = {first.way: lines}, {first.zero: lines}
         for choice in choices:
-            changed = choice.applied(config)
-            reason = _refused(changed, ranks)
-            if reason is not None:
-                out.add(reason, 1)
-                continue
-            if choice.micro_batch not in least:
-                layout = layout_of(changed, ranks, hardware)
-                shape = batch_shape(changed.train, layout.dp)
-                least[choice.micro_batch] = least_seconds(changed, shape, layout, hardware, skew)
-            yield least[choice.micro_batch], choice
+            if choice.micro_batch == first.micro_batch and choice.zero == first.zero and choice.way not in ways:
+                ways[choice.way] = _broken(choice.applied(config), ranks)
+            if choice.micro_batch == first.micro_batch and choice.way == first.way and choice.zero not in engines:
+                engines[choice.zero] = _broken(choice.applied(config), ranks)
+        always = set(lines).intersection(*ways.values(), *engines.values())
+        if always:
+            hopeless |= always
+            out.add(lines[0], len(choices))
+            continue
+        for choice in choices:
+            admitted = not ways[choice.way] and not engines[choice.zero]
+            broken = [] if admitted else _broken(choice.applied(config), ranks)
+            if broken:
+                out.add(broken[0], 1)
+            else:
+                yield choice
 
 
 def _choices(config: Config, ranks: int, ep: int, tp: int, etp: int) -> Iterator[Choice]:
-    """All of one set of sizes, without what `_first_that_fits` varies."""
+    """All of one set of sizes, without what `_first_that_fits` varies. The first has the first engine and way."""
     sequences = config.train.global_batch * tp // ranks
     ways = _WAYS if ep * etp > 1 else (("local", "ragged"),)
     for micro_batch, (engine, stage), (dispatch, wire) in product(_divisors(sequences) or [1], _ENGINES, ways):
         yield Choice(ep, tp, etp, engine, stage, micro_batch, _RECOMPUTE[0], dispatch, wire)
 
 
-def _refused(config: Config, ranks: int) -> str | None:
-    """The first rule that is broken."""
+def _broken(config: Config, ranks: int) -> list[str]:
+    """A line for each rule."""
     try:
         validate(config, ranks)
     except ValueError as error:
-        return str(error).splitlines()[0]
-    return None
+        return str(error).splitlines()
+    return []
 
 
-def _refused_with_all_else(config: Config, ranks: int, choices: Sequence[Choice]) -> str | None:
-    """Why sizes are refused with every engine and every way; None if any is admitted. A micro-batch that divides is
-    never the reason, so the first stands for all."""
-    reasons = []
-    for choice in choices:
-        if choice.micro_batch == choices[0].micro_batch:
-            reasons.append(_refused(choice.applied(config), ranks))
-            if reasons[-1] is None:
-                return None
-    return reasons[0]
-
-
-def _first_that_fits(
-    config: Config, ranks: int, hardware: Hardware, choice: Choice, skew: float, out: "_Reasons"
-) -> tuple[Choice, Plan] | None:
-    """With the least recomputation for which there is memory; None if there is none. The most comes first: most that do
-    not fit need no other look."""
-    most = replace(choice, recompute=_RECOMPUTE[-1])
-    needed = needs(most.applied(config), ranks, hardware)
-    if not needed.fit(hardware):
-        name, part = largest(needed.memory)
-        total, usable = size(needed.memory.total), size(hardware.memory.usable)
-        message = f"needs {total} of {usable} with {most.flags()}, most of it {name} ({size(part)})"
-        out.add(message, 1, f"memory: {name}")
-        return None
-    for recompute in _RECOMPUTE[:-1]:
-        less = replace(choice, recompute=recompute)
-        lighter = needs(less.applied(config), ranks, hardware)
-        if lighter.fit(hardware):
-            return less, timed(lighter, hardware, skew)
-    return most, timed(needed, hardware, skew)
+def _recomputations(config: Config, ranks: int, choice: Choice) -> list[Recompute]:
+    """Those that rules admit, in one layout as in all; the last computes most."""
+    return [each for each in _RECOMPUTE if not _broken(replace(choice, recompute=each).applied(config), ranks)]
 
 
 class _Reasons:

@@ -26,7 +26,8 @@ INDEX = 8
 class Stage:
     """kept: bytes from its forward to its backward pass. dispatch: of rows that travelled, kept too. spike: the most
     that its backward pass holds besides for a moment, gradients of parameters apart. elements: of the parameters whose
-    gradients it makes. logits: a part of the spike."""
+    gradients it makes. logits: a part of the spike. forward: the most that its forward pass holds besides, where that
+    is much; else the loss, when all is kept, needs more."""
 
     name: str
     kept: int
@@ -34,18 +35,21 @@ class Stage:
     spike: int = 0
     elements: int = 0
     logits: int = 0
-
-    @property
-    def all_kept(self) -> int:
-        return self.kept + self.dispatch
+    forward: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Stages of a block in forward order. again: where it is recomputed, what is kept of it until then."""
+    """Stages of a block in forward order. again: where it is recomputed, what is kept of it until then. number: of a
+    decoder's block; None: what is before and behind them."""
 
     stages: tuple[Stage, ...]
     again: int | None = None
+    number: int | None = None
+
+    def name_of(self, stage: Stage) -> str:
+        """Of one of the stages, for people: "block 3, attention"."""
+        return stage.name if self.number is None else f"block {self.number}, {stage.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,9 @@ from moe_dist.plan.work import Seconds, bounded, micro_step, rank_products
 
 _NOT_OF_BLOCKS = ("logits", "cross-entropy")
 COMPUTE = (
-    *("attention projections", "attention scores", "rotary", "router", "routing", "permutation", "experts"),
-    *("activation", "shared experts", "dense feed-forwards", "norms and residuals", "logits", "cross-entropy"),
-    *("recomputation", "gradient copies", "optimizer", "host"),
+    *("attention projections", "query and key norms", "attention scores", "rotary", "router", "routing", "permutation"),
+    *("experts", "activation", "shared experts", "dense feed-forwards", "norms and residuals", "logits"),
+    *("cross-entropy", "recomputation", "gradient copies", "optimizer", "host"),
 )
 EXCHANGES = ("dispatch", "tensor parallel", "ZeRO weights", "gradient exchange", "counts and losses")
 
@@ -80,18 +80,8 @@ def step_time(
     Raises ValueError where `hardware` does not know the precision.
     """
     compute = micro_step(config, shape, layout, hardware, skew)
-    parts: dict[str, float] = defaultdict(float)
-    for part, of_micro_step in compute.items():
-        parts[part] = shape.accumulation * (of_micro_step.forward + of_micro_step.backward)
-    parts["recomputation"] = shape.accumulation * recomputed(config, compute)
-    for transfer in transfers:
-        busy = bounded(config, layout, skew) if part_of(transfer) == "dispatch" else 1.0
-        parts[part_of(transfer)] += busy * exchange_seconds(transfer, layout, hardware)
-    parts["optimizer"], parts["gradient copies"] = update_seconds(config, shape, layout, hardware, held)
-    backward = sum(each.backward for each in compute.values())
-    hidden = _hidden(config, hardware, transfers, parts, backward)
-    host = _host(config, shape, hardware)
-    parts["host"] = host if hardware.device == "cpu" else max(0.0, host - (sum(parts.values()) - hidden))
+    exchanges = Exchanges.of(transfers, layout, hardware)
+    parts, hidden = parts_of_step(config, shape, layout, hardware, compute, exchanges, held, skew)
     seconds = sum(parts.values()) - hidden
     flops = shape.tokens_per_step * model_flops(config)
     told = {name: parts[name] for name in (*COMPUTE, *EXCHANGES) if parts[name] > 0}
@@ -101,10 +91,50 @@ def step_time(
     return TimePlan(told, hidden, seconds, flops, mfu, bottleneck, advice)
 
 
-def least_seconds(config: Config, shape: BatchShape, layout: Layout, hardware: Hardware, skew: float = 1.0) -> float:
-    """What a step takes at least: forward and backward passes, without exchanges, update and recomputation."""
-    compute = micro_step(config, shape, layout, hardware, skew)
-    return shape.accumulation * sum(seconds.forward + seconds.backward for seconds in compute.values())
+@dataclass(frozen=True, slots=True)
+class Exchanges:
+    """What transfers take with even routing, seconds by part of EXCHANGES, and the bytes of gradients among them."""
+
+    seconds: dict[str, float]
+    gradients: int
+
+    @staticmethod
+    def of(transfers: Sequence[Transfer], layout: Layout, hardware: Hardware) -> "Exchanges":
+        found: dict[str, float] = defaultdict(float)
+        for transfer in transfers:
+            found[part_of(transfer)] += exchange_seconds(transfer, layout, hardware)
+        return Exchanges(found, sum(each.bytes for each in transfers if each.phase == "gradients"))
+
+    def and_then(self, other: "Exchanges", times: int = 1) -> "Exchanges":
+        """Both, the others so many times."""
+        parts = self.seconds.keys() | other.seconds.keys()
+        seconds = {part: self.seconds.get(part, 0.0) + times * other.seconds.get(part, 0.0) for part in parts}
+        return Exchanges(seconds, self.gradients + times * other.gradients)
+
+
+def parts_of_step(
+    config: Config,
+    shape: BatchShape,
+    layout: Layout,
+    hardware: Hardware,
+    compute: dict[str, Seconds],
+    exchanges: Exchanges,
+    held: Held,
+    skew: float = 1.0,
+) -> tuple[dict[str, float], float]:
+    """(seconds by part, what of them is hidden). compute: of a micro-step."""
+    parts: dict[str, float] = defaultdict(float)
+    for part, of_micro_step in compute.items():
+        parts[part] = shape.accumulation * (of_micro_step.forward + of_micro_step.backward)
+    parts["recomputation"] = shape.accumulation * recomputed(config, compute)
+    for part, seconds in exchanges.seconds.items():
+        parts[part] = seconds * (bounded(config, layout, skew) if part == "dispatch" else 1.0)
+    parts["optimizer"], parts["gradient copies"] = update_seconds(config, shape, layout, hardware, held)
+    backward = sum(each.backward for each in compute.values())
+    hidden = _hidden(config, hardware, exchanges.gradients, parts, backward)
+    host = _host(config, shape, hardware)
+    parts["host"] = host if hardware.device == "cpu" else max(0.0, host - (sum(parts.values()) - hidden))
+    return parts, hidden
 
 
 def model_flops(config: Config) -> float:
@@ -170,11 +200,9 @@ def _copied(engine: str, low: bool, reduced: bool, accumulation: int) -> int:
     return (each + 4 if low or reduced else 0) + later + (8 if reduced else 0)
 
 
-def _hidden(
-    config: Config, hardware: Hardware, transfers: Sequence[Transfer], parts: dict[str, float], backward: float
-) -> float:
-    """Seconds of exchanges that pass while something is computed; the table at the top, row by row. backward: seconds
-    of computing one backward pass."""
+def _hidden(config: Config, hardware: Hardware, gradients: int, parts: dict[str, float], backward: float) -> float:
+    """Seconds of exchanges that pass while something is computed; the table at the top, row by row. gradients: bytes
+    that are exchanged. backward: seconds of computing one backward pass."""
     hidden = 0.0
     chunks = config.model.moe.overlap_chunks
     if chunks > 1:
@@ -184,8 +212,7 @@ def _hidden(
         busy = sum(parts[part] for part in COMPUTE if part not in ("optimizer", "host"))
         hidden += (blocks - 1) / blocks * min(parts["ZeRO weights"] + parts["gradient exchange"], busy)
     if engine.name == "native" and engine.bucket_mib is not None:
-        size = sum(each.bytes for each in transfers if each.phase == "gradients")
-        buckets = max(1, math.ceil(size / (engine.bucket_mib * 2**20)))
+        buckets = max(1, math.ceil(gradients / (engine.bucket_mib * 2**20)))
         hidden += (buckets - 1) / buckets * min(parts["gradient exchange"], backward)
     return hidden
 

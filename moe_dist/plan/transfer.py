@@ -19,7 +19,7 @@ node sends 1 / g of its bytes between nodes; of all pairs it sends (n - g) / (n 
 
 from collections import Counter
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from moe_dist.parallel.mesh import Axis
@@ -54,7 +54,8 @@ class Transfer:
 
 def wire_bytes(collective: Collective, size: int, ranks: int) -> int:
     """Bytes that leave a rank which hands in `size` bytes in a group of `ranks`."""
-    return round(_share(collective, ranks) * size)
+    whole, parts = _share(collective, ranks)
+    return _rounded(whole * size, parts)
 
 
 def links(transfer: Transfer, ranks_per_node: int) -> tuple[int, int]:
@@ -66,21 +67,31 @@ def links(transfer: Transfer, ranks_per_node: int) -> tuple[int, int]:
     if ranks_per_node < 1:
         raise ValueError(f"ranks_per_node={ranks_per_node} is below 1; give how many ranks share a machine")
     total = transfer.wire_bytes
-    between = round(total * _between(transfer, ranks_per_node))
+    across, all_sent = _between(transfer.collective == "all_to_all", transfer.ranks, ranks_per_node)
+    between = _rounded(total * across, all_sent)
     return total - between, between
 
 
-def _share(collective: Collective, ranks: int) -> Fraction:
+def _share(collective: Collective, ranks: int) -> tuple[int, int]:
+    """(numerator, denominator)"""
     if collective == "all_gather":
-        return Fraction(ranks - 1)
-    return Fraction((2 if collective == "all_reduce" else 1) * (ranks - 1), ranks)
+        return ranks - 1, 1
+    return (2 if collective == "all_reduce" else 1) * (ranks - 1), ranks
 
 
-def _between(transfer: Transfer, ranks_per_node: int) -> Fraction:
-    """Share of what leaves a rank that goes to another node, on the average over the group."""
-    nodes, n = [rank // ranks_per_node for rank in transfer.ranks], len(transfer.ranks)
+@lru_cache(maxsize=4096)
+def _between(pairs: bool, ranks: tuple[int, ...], ranks_per_node: int) -> tuple[int, int]:
+    """(numerator, denominator) of what of all that leaves a rank goes to another node, on the average over the group.
+    pairs: an all-to-all."""
+    nodes, n = [rank // ranks_per_node for rank in ranks], len(ranks)
     if n == 1:
-        return Fraction(0)
-    if transfer.collective == "all_to_all":
-        return Fraction(sum(held * (n - held) for held in Counter(nodes).values()), n * (n - 1))
-    return Fraction(sum(here != there for here, there in zip(nodes, nodes[1:] + nodes[:1], strict=True)), n)
+        return 0, 1
+    if pairs:
+        return sum(held * (n - held) for held in Counter(nodes).values()), n * (n - 1)
+    return sum(here != there for here, there in zip(nodes, nodes[1:] + nodes[:1], strict=True)), n
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    """Their quotient, to the nearest whole number, halves to the even one."""
+    whole, rest = divmod(numerator, denominator)
+    return whole + (2 * rest > denominator or (2 * rest == denominator and whole % 2 == 1))

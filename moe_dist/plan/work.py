@@ -7,9 +7,14 @@
 | router, experts, shared | forward                    |                                                          |
 | experts, dense          |                            |                                                          |
 | feed-forwards, logits   |                            |                                                          |
-| norms and residuals     |                            | a block: 10 + 12 over t * D                              |
-| rotary                  |                            | a block: 5 + 5 over T * (H + G) * P / tp                 |
-| activation              |                            | 3 + 5 over rows * F, gated; 2 + 3 without a gate         |
+| norms and residuals     |                            | a block: 10 + 12 over t * D; each output bias 2 + 1      |
+| query and key norms     |                            | a block, over T * (H + G) * P / tp: of each head 2 + 3,  |
+|                         |                            | of all heads 7 + 18 and with a mean 12 + 25, of 4 bytes  |
+| rotary                  |                            | a block: 5 + 5 over T * (H + G) * P / tp, as far as it   |
+|                         |                            | turns; where it does not turn all, 2 + 6 over all        |
+| activation              |                            | 3 + 5 over rows * F, gated; 2 + 3 without a gate; clamped|
+|                         |                            | 10 + 23, in one Triton kernel 3 + 5                      |
+| gate of shared experts  |                            | an MoE layer: 4 + 6 over t * D                           |
 | routing                 |                            | an MoE layer: 12 + 4 over t' * E of 4 bytes              |
 | permutation             |                            | an MoE layer: 2 K + 1 each way over t' * D; over ep also |
 |                         |                            | 4 each way over what arrives                             |
@@ -170,23 +175,49 @@ def _through_memory(
         return Seconds(times * forward * one, times * backward * one)
 
     found = {"norms and residuals": passes(between * width, 10, 12, model.num_layers)}
+    biases = model.num_layers * model.attention.out_bias + moe_layers * moe.out_bias
+    found["norms and residuals"] += passes(between * width, 2, 1, biases)
+    heads = tokens * (model.num_heads / tp + model.num_kv_heads * _key_values_here(model, tp)) * model.head_width
+    found["query and key norms"] = _query_key_norms(model, heads, passes)
     if model.attention.position == "rotary" and config.task != "classification":
-        turned = tokens * (model.num_heads / tp + model.num_kv_heads * _key_values_here(model, tp)) * model.head_width
-        found["rotary"] = passes(turned, 5, 5, model.num_layers)
-    through = (3, 5) if gated(model.activation) else (2, 3)
+        turned = model.rotary_width / model.head_width
+        found["rotary"] = passes(heads * turned, 5, 5, model.num_layers)
+        if turned < 1:
+            found["rotary"] += passes(heads, 2, 6, model.num_layers)
+    through, of_experts = _activation(model, fused=False), _activation(model, fused=moe.experts == "triton")
     found["activation"] = passes(tokens * model.d_ff / tp, *through, dense_layers)
     if moe_layers:
         kept = kept_of(config, shape, layout)
         widths = expert_widths(moe, model.d_ff)
         met = fmean(float(experts_of_a_token(moe, index)) for index in range(moe_layers))
         hidden, rows = fmean(widths), own * met * kept * bounded(config, layout, skew)
-        found["activation"] += passes(rows * hidden, *through, moe_layers)
+        found["activation"] += passes(rows * hidden, *of_experts, moe_layers)
         found["activation"] += passes(tokens * shared_width(moe, model.d_ff) / tp, *through, moe_layers)
+        found["shared experts"] = passes(between * width, 4, 6, moe_layers * moe.shared_gate)
         found |= _routed(moe, own, met * kept, rows, width, layout, moe_layers, passes)
     columns = model.vocab_size / tp
     if config.task != "classification":
         found["cross-entropy"] = passes(tokens * columns, 8, 0, 1, 4)
     return {part: seconds for part, seconds in found.items() if seconds.forward > 0}
+
+
+def _query_key_norms(model: ModelConfig, heads: float, passes: Passes) -> Seconds:
+    """heads: numbers of all queries and keys of this rank."""
+    if model.attention.qk_ln:
+        return passes(heads, 12, 25, model.num_layers, 4)
+    match model.attention.qk_norm:
+        case "head":
+            return passes(heads, 2, 3, model.num_layers)
+        case "width":
+            return passes(heads, 7, 18, model.num_layers, 4)
+    return Seconds()
+
+
+def _activation(model: ModelConfig, fused: bool) -> tuple[int, int]:
+    """(forward, backward) passes over hidden units."""
+    if not gated(model.activation):
+        return 2, 3
+    return (10, 23) if model.activation == "clamped_swiglu" and not fused else (3, 5)
 
 
 def _routed(

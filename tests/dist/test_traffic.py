@@ -79,6 +79,43 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "native expert choice, bf16": LOW
     | {"parallel__ep": 2, "model__moe__router": "expert_choice", "model__moe__capacity_factor": 1.0},
+    "native biases, gated shared experts, width norms of shared keys": {
+        "parallel__ep": 2,
+        "parallel__tp": 2,
+        "parallel__sequence_parallel": True,
+        "model__recompute": "block",
+        "model__attention": {"qk_norm": "width", "qkv_bias": True, "out_bias": True, "sinks": True},
+        "model__moe": {
+            **{"num_experts": 4, "num_shared_experts": 1, "shared_d_ff": 24, "shared_gate": True},
+            **{"router_bias": True, "out_bias": True},
+        },
+    },
+    "native head norms, dense first, gated shared experts, windows": {
+        "parallel__tp": 2,
+        "model__num_layers": 3,
+        "model__recompute": "block",
+        "model__attention": {"qk_norm": "head", "qkv_bias": True, "rotary_share": 0.5, "window": [8, None]},
+        "model__moe": {
+            **{"num_experts": 4, "first": 1, "num_shared_experts": 2, "shared_gate": True, "out_bias": True},
+            **{"router": "sigmoid", "router_bias": True, "top_k": 1, "renormalize_top_1": True, "expert_bias": True},
+        },
+        "model__activation": "clamped_swiglu",
+    },
+    "native attention experts, sequence parallel, bias": {
+        "parallel__ep": 2,
+        "parallel__tp": 2,
+        "parallel__sequence_parallel": True,
+        "model__recompute": "block",
+        "model__attention": {"kind": "switch", "out_bias": True, "moe": {"num_experts": 2, "router_bias": True}},
+    },
+    "ZeRO-1 bf16, width norms": ZERO
+    | LOW
+    | {
+        **{"engine__zero_stage": 1, "parallel__ep": 2, "parallel__tp": 2, "model__num_kv_heads": 2},
+        "model__attention": {"qk_norm": "width", "qkv_bias": True},
+        # 6 numbers of the router's bias: parts are filled up.
+        "model__moe": {"num_experts": 6, "first": 0, "every": 2, "router_bias": True, "out_bias": True},
+    },
     "ZeRO-0 ep over tp": ZERO | {"parallel__ep": 4, "parallel__tp": 2, "model__moe__router": "sinkhorn"},
     "ZeRO-1 ep": ZERO | {"engine__zero_stage": 1, "parallel__ep": 2, "train__accumulation": 2},
     "ZeRO-1 bf16": ZERO | LOW | {"engine__zero_stage": 1, "parallel__ep": 2, "parallel__tp": 2},

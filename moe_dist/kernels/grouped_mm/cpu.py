@@ -161,13 +161,12 @@ class _FeedForward(torch.autograd.Function):
                 x_lD.mul_(weight_l[:, None])
                 grad_lD.mul_(weight_l[:, None])
             for span in lot.spans:
-                of_sums, weight_c = hidden.rows(lot.summed(span)), None
-                if weight_l is not None:
-                    weight_c = weight_l[lot.summed(span)]
-                x_cD, grad_cD = x_lD[lot.summed(span)], grad_lD[lot.summed(span)]
-                of_sums.into_parameters(x_cD, grad_cD, weight_c, own_grads[span.expert])
+                rows, own = lot.summed(span), owns[span.expert]
+                weight_c = None if weight_l is None else weight_l[rows]
+                hidden.rows(rows).into_parameters(x_lD[rows], grad_lD[rows], weight_c, own_grads[span.expert])
                 into = grad_x_RD[span.start : span.start + span.size]
-                hidden.rows(lot.filled(span)).into_rows(owns[span.expert], into, ctx.products)
+                hidden.rows(lot.filled(span)).into_rows(own, into, ctx.products)
+            del hidden  # before the next lot's are made
         grad_weights_XK = None
         if weights_XK is not None:
             grad_weights_XK = weights_XK.new_zeros(weights_XK.shape)

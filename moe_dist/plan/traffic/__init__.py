@@ -29,7 +29,7 @@ from moe_dist.plan.traffic.ledger import Ledger
 from moe_dist.plan.traffic.rows import Rows
 from moe_dist.plan.transfer import Transfer
 
-__all__ = ["Rows", "traffic"]
+__all__ = ["Rows", "micro_step_traffic", "traffic", "update_traffic"]
 
 _TIMES = 6  # of a step, that each rank tells: train/record/step_clock.py
 _LAYER_MEANS = 6  # numbers of a layer that are averaged over ranks, sent bytes among them
@@ -53,26 +53,52 @@ def traffic(
 
     Raises ValueError when sizes do not fit each other, or `rows` are not those of the layers.
     """
-    ranks = layout.expert_ranks
-    attention = config.model.attention
-    if attention.kind == "switch":
-        attention = replace(attention, moe=resolve_experts(attention.moe, ranks, "cpu"))
-    model = replace(config.model, moe=resolve_experts(config.model.moe, ranks, "cpu"), attention=attention)
-    config = replace(config, model=model)
-    ledger = Ledger(layout, rank)
-    ledger.add("all_reduce", "world", "statistics", "whether to stop", torch.int64.itemsize)
-    even: dict[tuple[str, int | None], torch.Tensor] = {}
+    config, ledger = _resolved(config, layout), Ledger(layout, rank)
     if rows is None:  # all micro-steps are alike
-        one = Ledger(layout, rank)
-        MicroStep(config, shape, one, None, 0, step, device_type, even).add()
+        one = ledger.empty()
+        MicroStep(config, shape, one, None, 0, step, device_type, {}).add()
         ledger.add_lines(one, shape.accumulation)
     else:
         for micro in range(shape.accumulation):
-            MicroStep(config, shape, ledger, rows, micro, step, device_type, even).add()
+            MicroStep(config, shape, ledger, rows, micro, step, device_type, {}).add()
+    ledger.add_lines(_update(config, ledger), shape.accumulation)
+    return ledger.transfers()
+
+
+def micro_step_traffic(
+    config: Config, shape: BatchShape, layout: Layout, rank: int = 0, *, step: int = 0, device_type: str = "cuda"
+) -> list[Transfer]:
+    """The part of `traffic` that is of one micro-step, with an even share; it does not hang on the engine."""
+    ledger = Ledger(layout, rank)
+    MicroStep(_resolved(config, layout), shape, ledger, None, 0, step, device_type, {}).add()
+    return ledger.transfers()
+
+
+def update_traffic(config: Config, layout: Layout, rank: int = 0) -> tuple[list[Transfer], list[Transfer]]:
+    """The rest of it, the engine's and what is counted: (of the step, of every micro-step). It does not hang on how
+    rows travel, nor on how large a micro-step is."""
+    ledger = Ledger(layout, rank)
+    each = _update(_resolved(config, layout), ledger)
+    return ledger.transfers(), each.transfers()
+
+
+def _update(config: Config, ledger: Ledger) -> Ledger:
+    """Adds what is of the step, and returns what is of every micro-step."""
+    each = ledger.empty()
+    ledger.add("all_reduce", "world", "statistics", "whether to stop", torch.int64.itemsize)
     _statistics(config, ledger)
-    engine_traffic(config, shape, ledger)
+    engine_traffic(config, ledger, each)
     _histograms(config, ledger)
-    return list(ledger.lines.values())
+    return each
+
+
+def _resolved(config: Config, layout: Layout) -> Config:
+    """With `auto` dispatch by its name."""
+    ranks, attention = layout.expert_ranks, config.model.attention
+    if attention.kind == "switch":
+        attention = replace(attention, moe=resolve_experts(attention.moe, ranks, "cpu"))
+    moe = resolve_experts(config.model.moe, ranks, "cpu")
+    return replace(config, model=replace(config.model, moe=moe, attention=attention))
 
 
 def _statistics(config: Config, ledger: Ledger) -> None:

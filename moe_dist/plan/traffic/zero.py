@@ -9,25 +9,27 @@
 
 Stages 1 and 2 reduce whole gradients, of which each rank keeps its part: on the wire they are stage 0. Dense parameters
 are cut over dp, experts over edp. Gradients wait in a bucket until it is full; which ones share it is the order of the
-backward pass. In bf16, stage 1 is another optimizer (`BF16_Optimizer`) with fewer norms.
+backward pass. In bf16, stage 1 is another optimizer (`BF16_Optimizer`) with fewer norms, whose gradients lie end to
+end, group by group, filled up to equal parts.
 
 Stage 3 keeps a parameter between two uses when fewer than 1e9 elements are used in between: a small model gathers each
 weight once a micro-step, a large one those of its early blocks twice, forward and backward. It gathers ahead, in calls
 of 5e7 elements.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
 
-from moe_dist.config import BatchShape, Config
+from moe_dist.config import Config
 from moe_dist.engine.base import compute_dtype
 from moe_dist.engine.exchange import zero_bucket
 from moe_dist.moe.experts import expert_widths
 from moe_dist.parallel.mesh import Axis
+from moe_dist.plan.held import Param
 from moe_dist.plan.traffic.ledger import Ledger
-from moe_dist.plan.traffic.parameters import Param
 from moe_dist.plan.transfer import Phase
 
 _FP32, _FP64 = torch.float32.itemsize, torch.float64.itemsize
@@ -35,32 +37,40 @@ _WHOLE = 500_000_000  # elements of a call, where stage 0 and the optimizer of b
 _AHEAD = 50_000_000  # stage3_prefetch_bucket_size
 _REUSED = 1_000_000_000  # stage3_max_reuse_distance
 _SUB_GROUP = 1_000_000_000  # sub_group_size, of a rank's part
+_AXES: tuple[Axis, ...] = ("dp", "edp")  # over which parameters are cut
 _ALIGNED = 2  # elements: nccl_start_alignment_factor
 
 
-def zero_traffic(config: Config, shape: BatchShape, held: list[Param], ledger: Ledger) -> None:
-    """Adds what DeepSpeed exchanges in one optimizer step."""
+def zero_traffic(config: Config, held: list[Param], ledger: Ledger, each: Ledger) -> None:
+    """Adds what DeepSpeed exchanges in one optimizer step, and to `each` what it does in every micro-step."""
     stage, low = config.engine.zero_stage, config.engine.precision == "bf16"
     if stage == 3:
-        _stage_3(config, shape, held, ledger)
+        _stage_3(config, held, ledger, each)
         return
-    if stage == 0 or (stage == 1 and low):
-        _reduce_at_once(held, ledger)
+    groups = list(_optimizer_groups(held))
+    whole = [(group[0], _part_of(group, ledger) * len(ledger.ranks(group[0].axis))) for group in groups]
+    if stage == 0:
+        _reduce_at_once([(param, param.numel) for param in held], ledger)
+    elif stage == 1 and low:
+        _reduce_at_once(whole, ledger)
     else:
-        for _ in range(shape.accumulation if stage == 2 else 1):
-            _reduce_in_buckets(held, zero_bucket(config.engine), ledger)
+        _reduce_in_buckets(held, zero_bucket(config.engine), each if stage == 2 else ledger)
     if stage == 0:
         for axis in ("tp", "ep"):
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
         return
     _finite_on_tp_ranks(ledger)
-    groups = list(_optimizer_groups(held))
     _norms(groups, stage == 1 and low, stage == 2 and low, ledger)
     itemsize = compute_dtype(config.engine.precision).itemsize
-    for params in groups:
-        ranks = len(ledger.layout.ranks(params[0].axis, ledger.rank))
-        part = -(-sum(param.numel for param in params) // (ranks * _ALIGNED)) * _ALIGNED
-        ledger.add("all_gather", params[0].axis, "update", "new weights", part * itemsize)
+    for group in groups:
+        size = _part_of(group, ledger) * itemsize
+        ledger.add("all_gather", group[0].axis, "update", "new weights", size)
+
+
+def _part_of(group: Sequence[Param], ledger: Ledger) -> int:
+    """Elements of a rank's part of an optimizer group under stages 1 and 2, with what fills it up."""
+    ranks = len(ledger.ranks(group[0].axis))
+    return -(-sum(param.numel for param in group) // (ranks * _ALIGNED)) * _ALIGNED
 
 
 def _optimizer_groups(held: Sequence[Param]) -> Iterator[list[Param]]:
@@ -72,11 +82,12 @@ def _optimizer_groups(held: Sequence[Param]) -> Iterator[list[Param]]:
                 yield found
 
 
-def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
-    """Dense gradients, then those of experts; a call ends with the parameter that fills it."""
+def _reduce_at_once(tensors: Sequence[tuple[Param, int]], ledger: Ledger) -> None:
+    """Dense gradients, then those of experts; a call ends with the tensor that fills it. tensors: each with one of its
+    parameters."""
     for expert in (False, True):
         waiting, sizes = 0, []
-        for numel in (param.numel for param in held if param.expert is expert):
+        for numel in (numel for param, numel in tensors if param.expert is expert):
             waiting += numel
             if waiting > _WHOLE:
                 sizes.append(waiting)
@@ -87,16 +98,9 @@ def _reduce_at_once(held: Sequence[Param], ledger: Ledger) -> None:
 
 def _reduce_in_buckets(held: Sequence[Param], room: int, ledger: Ledger) -> None:
     """One bucket for all gradients; when it is full, a call for each group in it."""
-    buckets: list[list[Param]] = [[]]
-    for param in reversed(held):
-        if buckets[-1] and sum(other.numel for other in buckets[-1]) + param.numel > room:
-            buckets.append([])
-        buckets[-1].append(param)
-    for bucket in buckets:
-        by_ranks: dict[tuple[int, ...], list[Param]] = {}
-        for param in bucket:
-            by_ranks.setdefault(ledger.layout.ranks(param.axis, ledger.rank), []).append(param)
-        for params in by_ranks.values():
+    keys = _groups(ledger)
+    for bucket in _full(reversed(held), room):
+        for params in _by_group(bucket, keys):
             size = sum(param.numel for param in params) * _FP32
             ledger.add("all_reduce", params[0].axis, "gradients", "gradients", size)
 
@@ -122,62 +126,70 @@ def _norms(groups: Sequence[Sequence[Param]], wrapped: bool, overflow: bool, led
             ledger.add("all_reduce", axis, "update", "gradient norm", _FP32)
 
 
-def _stage_3(config: Config, shape: BatchShape, held: Sequence[Param], ledger: Ledger) -> None:
+def _stage_3(config: Config, held: Sequence[Param], ledger: Ledger, each: Ledger) -> None:
     model = config.model
     even = ledger.layout.expert_ranks == 1 or len(set(expert_widths(model.moe, model.d_ff))) <= 1
     kept = _kept_from(held, _REUSED if even else 0, runs=3 if model.recompute == "block" else 2)
     itemsize = compute_dtype(config.engine.precision).itemsize
     again = [param for param in held if param.block < kept]
     passes: list[tuple[Phase, Sequence[Param]]] = [("forward", held), ("backward", again)]
-    for _ in range(shape.accumulation):
-        for phase, params in passes:
-            calls = -(-sum(param.numel for param in params) // _AHEAD)
-            for group in _by_ranks(params, ledger):
-                size = sum(_part(param, ledger) for param in group) * itemsize
-                ledger.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
-        for _, run in groupby(reversed(held), lambda param: ledger.layout.ranks(param.axis, ledger.rank)):
-            for bucket in _full(list(run), zero_bucket(config.engine)):
-                ranks = len(ledger.layout.ranks(bucket[0].axis, ledger.rank))
-                size = sum(_part(param, ledger) for param in bucket) * ranks * _FP32
-                ledger.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
+    keys, ranks = _groups(ledger), {axis: len(ledger.ranks(axis)) for axis in _AXES}
+    for phase, params in passes:
+        calls = -(-sum(param.numel for param in params) // _AHEAD)
+        for group in _by_group(params, keys):
+            size = sum(_parts(group, ranks)) * itemsize
+            each.add("all_gather", group[0].axis, phase, "weights", size, min(calls, len(group)))
+    for _, run in groupby(reversed(held), lambda param: keys[param.axis]):
+        for bucket in _full(run, zero_bucket(config.engine)):
+            size = sum(_parts(bucket, ranks)) * ranks[bucket[0].axis] * _FP32
+            each.add("reduce_scatter", bucket[0].axis, "gradients", "gradients", size)
     _finite_on_tp_ranks(ledger)
     for params in _optimizer_groups(held):
-        for _ in range(_sub_groups([_part(param, ledger) for param in params]) if even else 1):
+        for _ in range(_sub_groups(_parts(params, ranks)) if even else 1):
             for axis in ("edp", "ep") if params[0].expert else ("dp", "tp"):
                 ledger.add("all_reduce", axis, "update", "gradient norm", _FP64)
 
 
 def _kept_from(held: Sequence[Param], distance: int, runs: int) -> int:
     """The first block that still lies there when backward comes to it. runs: of a block, forward and backward."""
-    blocks = max(param.block for param in held)
-    used = 0
+    sizes: Counter[int] = Counter()
+    for param in held:
+        sizes[param.block] += param.numel
+    blocks, used = max(sizes), 0
     for block in range(blocks, -2, -1):
         if used and used >= distance:
             return block + 1
-        used += runs * sum(param.numel for param in held if param.block == block)
+        used += runs * sizes[block]
     return -1
 
 
-def _by_ranks(params: Sequence[Param], ledger: Ledger) -> Iterator[list[Param]]:
-    found: dict[tuple[int, ...], list[Param]] = {}
+def _groups(ledger: Ledger) -> dict[Axis, Axis]:
+    """The axes over which parameters are cut, by name, where both have the same group by one name."""
+    return {axis: ledger.same_group(axis) for axis in _AXES}
+
+
+def _by_group(params: Sequence[Param], keys: dict[Axis, Axis]) -> Iterator[list[Param]]:
+    found: dict[Axis, list[Param]] = {}
     for param in params:
-        found.setdefault(ledger.layout.ranks(param.axis, ledger.rank), []).append(param)
+        found.setdefault(keys[param.axis], []).append(param)
     yield from found.values()
 
 
-def _part(param: Param, ledger: Ledger) -> int:
-    """Elements that a rank keeps of it, padding included."""
-    return -(-param.numel // len(ledger.layout.ranks(param.axis, ledger.rank)))
+def _parts(params: Sequence[Param], ranks: dict[Axis, int]) -> list[int]:
+    """Elements that a rank keeps of each, padding included."""
+    return [-(-param.numel // ranks[param.axis]) for param in params]
 
 
-def _full(params: Sequence[Param], room: int) -> Iterator[list[Param]]:
+def _full(params: Iterable[Param], room: int) -> Iterator[list[Param]]:
     """Cut where a bucket is full."""
     bucket: list[Param] = []
+    inside = 0
     for param in params:
-        if bucket and sum(other.numel for other in bucket) + param.numel > room:
+        if bucket and inside + param.numel > room:
             yield bucket
-            bucket = []
+            bucket, inside = [], 0
         bucket.append(param)
+        inside += param.numel
     if bucket:
         yield bucket
 

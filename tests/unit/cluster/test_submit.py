@@ -169,6 +169,31 @@ def test_what_makes_no_sense_is_refused(
     assert slurm.calls("sbatch") == [] and not slurm.run.exists()
 
 
+def test_what_does_not_fit_is_refused_where_the_hardware_is_known(
+    slurm: Slurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 8 GPUs without ZeRO: 12 layers of 8 experts of 3 * 4096 * 14336, 16 bytes an element, 2.4e11 bytes."""
+    sizes = {"d_model": 4096, "num_layers": 12, "num_heads": 32, "d_ff": 14336}
+    path = config(slurm, model=sizes | {"moe": {"num_experts": 8}}, train={"global_batch": 64, "micro_batch": 1})
+    given = ("submit", path, "--nodes=1", "--gpus-per-node=8")
+    said = refused(*given, "--hardware=h100", capsys=capsys)
+    assert "a rank is planned to take 2" in said and "more than the 70.8 GiB of NVIDIA H100 SXM 80 GB: " in said
+    assert "; raise parallel.ep to 2" in said and said.count("\n") == 1
+    assert "is planned" in refused(*given, "--hardware=h100", "--print", capsys=capsys)
+    assert "'moon' is none of " in refused(*given, "--hardware=moon", capsys=capsys)
+    assert slurm.calls("sbatch") == [] and not slurm.run.exists()
+    assert main([*given, "--hardware=h100", "--parallel.ep=8", "--engine.precision=bf16"]) == 0
+    assert "of the 70.8 GiB of NVIDIA H100" in capsys.readouterr().out
+    assert not any("hardware" in word for word in handed_in(slurm))
+
+
+def test_without_hardware_nothing_is_refused_and_the_plan_is_told(
+    slurm: Slurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", config(slurm), "--nodes=2"]) == 0
+    assert "\n  a rank is planned to take " in capsys.readouterr().out
+
+
 def test_jobs_one_after_the_other(slurm: Slurm) -> None:
     assert main(["submit", config(slurm), "--nodes", "2", "--array", "0-9%1"]) == 0
     assert "--array=0-9%1" in handed_in(slurm) and f"--output={slurm.run}/slurm/%A_%a.out" in handed_in(slurm)

@@ -57,6 +57,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "engine__zero_stage": 3,
         "model__recompute": "block",
     },
+    "norms over the width, gated shared experts, biases, block again": {
+        "parallel__ep": 4,
+        "parallel__tp": 2,
+        "parallel__sequence_parallel": True,
+        "model__recompute": "block",
+        "model__attention": {"qk_norm": "width", "qkv_bias": True, "out_bias": True, "rotary_share": 0.5},
+        "model__moe": {
+            **{"num_experts": 4, "first": 0, "num_shared_experts": 1, "shared_d_ff": 24, "shared_gate": True},
+            **{"router_bias": True, "out_bias": True},
+        },
+        "model__activation": "clamped_swiglu",
+        "train__global_batch": 16,
+    },
     "more experts than tokens, parts": {
         "parallel__ep": 16,
         "model__moe__num_experts": 64,

@@ -28,6 +28,16 @@ MODELS: list[tuple[dict[str, Any], list[Layout]]] = [
     ({"model__attention": {"kind": "routed"}}, [Layout(4, ep=2, tp=2)]),
     ({"model__attention": {"sinks": True, "qk_ln": True}}, [Layout(2, tp=2)]),
     ({"train__freeze": ["output.*", "blocks.*.experts.*"]}, [Layout(4, ep=2, tp=2)]),  # the embedding is tied
+    (
+        {
+            "model__attention": {"qk_norm": "width", "qkv_bias": True, "out_bias": True, "window": [4, None]},
+            "model__num_layers": 3,
+            "model__moe": {"num_experts": 4, "first": 1, "num_shared_experts": 2, "shared_d_ff": 24}
+            | {"shared_gate": True, "router_bias": True, "out_bias": True},
+        },
+        [Layout(4, ep=2, tp=2)],
+    ),
+    ({"model__attention": {"qk_norm": "head"}, "model__num_kv_heads": 2}, [Layout(4, tp=4)]),
     ({"task": "classification", "model__num_classes": 3}, [Layout(), Layout(4, ep=2, tp=2)]),
 ]
 

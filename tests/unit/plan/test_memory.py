@@ -106,6 +106,26 @@ CASES: dict[str, dict[str, Any]] = {
         "model__recompute": "activation",
     },
     "loop": {"model__attention": {"backend": "flash"}, "model__moe": SMALL["model__moe"] | {"experts": "loop"}},
+    "head norms, windows, a gate, clamped": {
+        "model__attention": {
+            **{"backend": "flash", "qk_norm": "head", "qkv_bias": True, "out_bias": True},
+            **{"window": [16, None], "rotary_share": 0.5},
+        },
+        "model__num_kv_heads": 2,
+        "model__moe": SMALL["model__moe"]
+        | {"first": 0, "num_shared_experts": 1, "shared_d_ff": 96, "shared_gate": True, "router_bias": True},
+        "model__activation": "clamped_swiglu",
+    },
+    "width norms in bf16, clipped, one expert": {
+        "model__attention": {"backend": "packed", "qk_norm": "width", "clip_qkv": 8.0},
+        "model__moe": SMALL["model__moe"] | {"top_k": 1, "renormalize_top_1": True, "out_bias": True, "first": 1},
+        "engine__precision": "bf16",
+    },
+    "sinks, dense first": {
+        "model__attention": {"backend": "flash", "sinks": True, "qk_norm": "width"},
+        "model__num_kv_heads": 4,
+        "model__moe": SMALL["model__moe"] | {"first": 1},
+    },
     "dense and shared": {
         "model__attention": {"backend": "flash"},
         "model__num_layers": 4,
@@ -162,12 +182,12 @@ def test_the_fullest_rank_is_the_one_that_holds_and_reads_most() -> None:
     config = tiny_config(parallel__ep=4, model__moe__d_ff=[16, 96, 192, 48])
     shape, layout = validate(config, 4), Layout(4, ep=4)
     totals = [memory(config, shape, layout, rank).total for rank in range(4)]
-    assert fullest(config, shape, layout) == 2 == totals.index(max(totals))
+    assert fullest(config, shape, layout)[0] == 2 == totals.index(max(totals))
     # Ranks that share heads unevenly, but read as many of them, are alike.
     config = tiny_config(model__d_model=48, model__num_heads=12, model__num_kv_heads=3, parallel__tp=2)
-    assert fullest(config, validate(config, 2), Layout(2, tp=2)) == 0
+    assert fullest(config, validate(config, 2), Layout(2, tp=2))[0] == 0
     even = tiny_config()
-    assert fullest(even, validate(even, 8), Layout(8)) == 0
+    assert fullest(even, validate(even, 8), Layout(8))[0] == 0
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -1,14 +1,22 @@
 """The search on two ranks, where all layouts can be listed by hand."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from time import process_time
 
 import pytest
 
+from moe_dist.config import Config, validate
+from moe_dist.config.load import load_config
 from moe_dist.models.flops import train_flops_per_token
-from moe_dist.plan.hardware import Memory, Products
+from moe_dist.plan.hardware import Memory, Products, load_hardware
 from moe_dist.plan.plan import make_plan
-from moe_dist.plan.search import Choice, Search, prices, search
+from moe_dist.plan.search import Search, prices, search
+from moe_dist.plan.shared import Choice, Shared
+from tests.dist.helpers import tiny_config
 from tests.unit.plan.toys import NEVER, toy_config, toy_hardware
 
 ENGINES = [("native", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
@@ -58,6 +66,69 @@ def test_the_fastest_are_found_without_looking_at_all(found: Search) -> None:
     assert everything.tried == three.tried == 260
     slower = [reason for reason in three.reasons if "fastest" in reason.example or "fits" in reason.example]
     assert [reason.count for reason in slower] == [37]
+
+
+def test_what_layouts_share_is_what_each_alone_is_planned_with() -> None:
+    """Of ranks that are not alike, too: 3 key/value heads of which two tp ranks read 2 each, experts of two widths."""
+    plain, unlike, cut = toy_config(), toy_config(d_ff=[4, 4, 6, 6], num_shared_experts=0), toy_config(d_ff=8)
+    cut.train.seq_len, cut.model.num_heads, cut.model.head_dim = 4, 6, 2
+    cut.model.num_kv_heads, cut.model.attention.qk_norm, cut.parallel.sequence_parallel = 3, "width", True
+    for config in (plain, unlike, cut):
+        shared, compared = Shared(config, 2, ROOMY), 0
+        for choice in layouts(config):
+            plan = make_plan(choice.applied(config), 2, ROOMY)
+            assert shared.memory(choice) == (plan.rank, plan.memory), choice
+            assert shared.seconds(choice, plan.rank) == pytest.approx(plan.time.seconds, rel=1e-12), choice
+            assert shared.least_seconds(choice) <= plan.time.seconds * (1 + 1e-12)
+            assert shared.sure_memory(choice) <= plan.memory.total
+            compared += 1
+        assert compared > 60
+
+
+def layouts(config: Config) -> Iterator[Choice]:
+    """All on two ranks that rules admit, asked one by one."""
+    sizes, again = ((1, 2),) * 3, ("none", "activation", "block")
+    for ep, tp, etp, micro_batch in product(*sizes, (1, 2, 4)):
+        for (engine, stage), way, recompute in product(ENGINES, [("local", "ragged"), *WAYS], again):
+            choice = Choice(ep, tp, etp, engine, stage, micro_batch, recompute, *way)
+            if (ep * etp == 1) == (way[0] == "local"):
+                with suppress(ValueError):
+                    validate(choice.applied(config), 2)
+                    yield choice
+
+
+@pytest.mark.parametrize("usable", [2**36, 20_000])
+def test_the_fastest_are_those_of_all(usable: int) -> None:
+    """Every layout that rules admit is planned, with as little recomputation as memory allows."""
+    config = toy_config(d_ff=8)
+    config.train.seq_len = 4
+    hardware = replace(ROOMY, memory=Memory(bytes=usable, bandwidth=1e9))
+    fits: dict[Choice, list[float]] = {}
+    for choice in layouts(config):
+        plan = make_plan(choice.applied(config), 2, hardware)
+        if plan.fits:  # in the order of recomputation
+            fits.setdefault(replace(choice, recompute="none"), []).append(plan.time.seconds)
+    fastest = sorted(seconds[0] for seconds in fits.values())
+    assert 5 < len(fastest) < 150 if usable < 2**30 else len(fastest) > 100
+    found = search(config, 2, hardware, top=5)
+    assert [plan.time.seconds for _, plan in found.ranked] == pytest.approx(fastest[:5], rel=1e-12)
+    assert all(plan.fits for _, plan in found.ranked)
+
+
+def test_a_classifier_is_searched_without_recomputed_blocks() -> None:
+    config = tiny_config(task="classification", model__num_classes=2, data__kind="jsonl", data__paths=["x"])
+    found = search(config, 2, ROOMY, top=200)
+    assert found.ranked and {choice.recompute for choice, _ in found.ranked} == {"none"}
+
+
+@pytest.mark.slow
+def test_a_thousand_ranks_are_searched_in_seconds() -> None:
+    """Of CPU time; about 10 on a laptop."""
+    config = load_config(Path(__file__).parents[3] / "configs/models/mixtral-8x7b.yaml")
+    began = process_time()
+    found = search(config, 1024, load_hardware("h100"))
+    assert process_time() - began < 30
+    assert len(found.ranked) == 10 and found.tried > 20_000
 
 
 def test_flags_make_the_layout(found: Search) -> None:
