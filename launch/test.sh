@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash launch/install.sh dev,bench,study,docs
+bash launch/install.sh dev,bench,study,data,docs,hf,wandb
 export PATH="$PWD/.venv/bin:$PATH"
 
 if ! PATH="$PATH:/usr/sbin" type slurmctld slurmd sbatch munged >/dev/null 2>&1; then
