@@ -135,7 +135,7 @@ WHOLE = [Range(kind="weight", name="w", start=0, length=10)]
         (dict(shapes={"w": [2, 5], "v\x1b[2J": [0]}), r"'v\x1b[2J' is no name of a parameter"),
         (dict(step=8), "data_position goes on at step 7 (from 0), but 8 steps are done"),
         (dict(random_state=replace(AT, next_step=6)), "random_state goes on at step 6 (from 0), but 7 steps are done"),
-        (dict(buffers=["u"]), "buffers ['u'] have no shape"),
+        (dict(buffers=["u"]), "buffers or frozen parameters ['u'] have no shape"),
         (dict(kinds=["weight", "exp_avg"]), "kinds=['weight', 'exp_avg'] is neither"),
         (dict(kinds=["weight", "exp_avg", "exp_avg_sq"]), "elements 0 to 10 of exp_avg/w are in no file"),
     ],
