@@ -88,8 +88,8 @@ def _command(parser: Parser, level: str) -> Iterator[str]:
 
 
 def _usage(parser: Parser) -> str:
-    if parser.usage:
-        return parser.usage
+    if parser.usage:  # or the description begins with it
+        return "" if parser.usage == argparse.SUPPRESS else parser.usage
     words = [parser.prog]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -208,8 +208,8 @@ class RunConfig:
     sample_tokens: int = 0
     """Tokens to generate from the trained model at the end."""
     time_limit: Annotated[float | None, Minutes()] = None
-    """Time after which the run saves and leaves with exit code 75, as after a signal: 4h, 90m, 1:30:00, or a number of
-    minutes. null: none."""
+    """Time after which the run saves and leaves with exit code 75, as after a signal: 4h, 90m, 30s, 1:30:00, or a
+    number of minutes. null: none."""
 
     @property
     def folder(self) -> Path:

@@ -16,7 +16,7 @@ _IMPORT = f"""Make a run of a Hugging Face model: a folder with config.yaml, tok
 
   moe-dist import hf ~/models/Qwen3-0.6B --output runs/qwen3
   moe-dist generate runs/qwen3 --prompt "Once upon a time"
-  moe-dist train mine.yaml --train.init-from runs/qwen3
+  moe-dist train runs/qwen3/config.yaml --train.init-from runs/qwen3 --run.name tuned
 
 PATH is a folder with config.json and safetensors files. Every tensor is accounted for: one that is missing, left over
 or of another shape is refused by name. Weights are read tensor by tensor, and rounded only where --dtype asks for it.

@@ -39,7 +39,7 @@ Change the experts of a trained model, from one checkpoint to another, without t
 
 RUN is a run folder, whose newest whole checkpoint is taken, or one checkpoint in it. Nothing in it changes. --output
 becomes a run folder with one checkpoint of the same step. `moe-dist train OUTPUT/config.yaml --resume --train.steps N`
-continues it, and `--train.init_from OUTPUT` begins another run with its weights.
+continues it, and `--train.init-from OUTPUT` begins another run with its weights.
 
 WHICH names experts in every MoE layer, as 3 or 0,4,5; 1:0,4 means those of layer 1 (a number of `list`) alone.
 

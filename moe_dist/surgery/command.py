@@ -211,4 +211,4 @@ def _what_next(config: Config, step: str) -> Iterator[str]:
         yield f"note      before it is trained on: {problem}"
     yield f"to        {folder}/checkpoints/{step}: {moe.num_experts} experts, top {moe.top_k}"
     yield f"          continue it:      moe-dist train {folder}/config.yaml --resume --train.steps N"
-    yield f"          or begin with it: moe-dist train {folder}/config.yaml --run.name NEW --train.init_from {folder}"
+    yield f"          or begin with it: moe-dist train {folder}/config.yaml --run.name NEW --train.init-from {folder}"
