@@ -25,10 +25,15 @@ fi
 ranks="$1"
 shift
 
+python="${MOE_DIST_PYTHON:-$root/.venv/bin/python}"
+if ! type "$python" >/dev/null 2>&1; then
+  echo "$python is not there: run launch/install.sh, or name an interpreter that has moe_dist with MOE_DIST_PYTHON" >&2
+  exit 2
+fi
 # shellcheck source=launch/env.sh
 source "$root/launch/env.sh"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 # torchrun would die of SIGUSR2 and leave its ranks alone. Named here, it passes the signal on and waits for them.
-exec "${MOE_DIST_PYTHON:-$root/.venv/bin/python}" -m moe_dist.parallel.torchrun \
+exec "$python" -m moe_dist.parallel.torchrun \
   --nnodes "${NNODES:-1}" --nproc_per_node "$ranks" \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 -m moe_dist.cli train "$@"
