@@ -86,6 +86,10 @@ class _Lot(NamedTuple):
         return _Lot(tuple(spans), start, spans[-1].stop, max(span.start + span.size for span in spans) - start)
 
     @property
+    def experts(self) -> list[int]:
+        return [span.expert for span in self.spans]
+
+    @property
     def padded(self) -> slice:
         return slice(self.start, self.start + self.size)
 
@@ -119,8 +123,8 @@ class _FeedForward(torch.autograd.Function):
             x_lD = _gather(x_XD, order.source_R, lot, x_LD)
             gate_lF = None
             if parts[0] is not None:
-                gate_lF = _linear(x_lD, lot, [(own.gate, own.gate_bias) for own in owns], products)
-            up_lF = _linear(x_lD, lot, [(own.up, own.up_bias) for own in owns], products)
+                gate_lF = _linear(x_lD, lot, [(owns[e].gate, owns[e].gate_bias) for e in lot.experts], products)
+            up_lF = _linear(x_lD, lot, [(owns[e].up, owns[e].up_bias) for e in lot.experts], products)
             act_lF = activate_into(gate_lF, up_lF, name, _activation_buffer(up_lF, name))
             for span in lot.spans:
                 own, rows = owns[span.expert], slice(span.start, span.start + span.size)
@@ -228,7 +232,7 @@ def _through_activation(
     name: str,
     products: Products,
 ) -> _Hidden:
-    grad_act_lF = _linear(grad_lD, lot, [(own.out, None) for own in owns], products)
+    grad_act_lF = _linear(grad_lD, lot, [(owns[e].out, None) for e in lot.experts], products)
     act_lF, grad_up_lF = _activation_buffer(up_lF, name), torch.empty_like(up_lF)
     grad_gate_lF = None if gate_lF is None else torch.empty_like(gate_lF)
     activate_backward_into(grad_act_lF, gate_lF, up_lF, name, act_lF, grad_gate_lF, grad_up_lF)
@@ -238,10 +242,9 @@ def _through_activation(
 def _linear(
     x_lD: Tensor, lot: _Lot, by_expert: Sequence[tuple[Tensor | None, Tensor | None]], products: Products
 ) -> Tensor:
-    """Each expert's rows by its own weight [F, D] and bias, of which `by_expert` has those of all: [l, F]."""
+    """Each expert's rows by its own weight [F, D] and bias, of which `by_expert` has those of the lot's: [l, F]."""
     y_lF: Tensor | None = None
-    for span in lot.spans:
-        weight_FD, bias_F = by_expert[span.expert]
+    for span, (weight_FD, bias_F) in zip(lot.spans, by_expert, strict=True):
         assert weight_FD is not None
         if len(lot.spans) == 1:
             return linear(x_lD, weight_FD, bias_F, products=products)
