@@ -67,6 +67,17 @@ class Setting:
     source: str
 
 
+AUTOMODEL = Setting(
+    name="Qwen3-30B-A3B, NeMo Automodel",
+    model=QWEN3_30B,
+    gpus=8,
+    global_batch=512,
+    micro_batch=4,
+    ep=8,
+    zero_stage=3,
+    seconds=21.773,
+    source="277 TFLOP/s, 21.773 s: NeMo Automodel, performance-summary.md",
+)
 SETTINGS = [
     Setting(
         name="Mixtral 8x22B, Megatron-core, dropless",
@@ -80,27 +91,11 @@ SETTINGS = [
         tflops=0.493 * 989.4,
         source="49.3% MFU: arXiv 2504.14960; sizes: Megatron-MoE-ModelZoo, runtime.conf",
     ),
-    Setting(
-        name="Qwen3-30B-A3B, NeMo Automodel",
-        model=QWEN3_30B,
-        gpus=8,
-        global_batch=512,
-        micro_batch=4,
-        ep=8,
-        zero_stage=3,
-        seconds=21.773,
-        source="277 TFLOP/s, 21.773 s: NeMo Automodel, performance-summary.md",
-    ),
-    Setting(
+    AUTOMODEL,
+    replace(
+        AUTOMODEL,
         name="the same, planned with recomputation",
-        model=QWEN3_30B,
-        gpus=8,
-        global_batch=512,
-        micro_batch=4,
-        ep=8,
-        zero_stage=3,
         recompute="block",
-        seconds=21.773,
         source="as above; whether blocks were computed again is not published",
     ),
     Setting(
