@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import torch.distributed as dist
 from dispatch import Cell, layer_step, make_layer
 from race import cpu_name, restart_like_a_launch_script
 from torch import Tensor
+from virtual_nodes import SCRIPT, first_address, network
 
 from moe_dist.config.model import ModelConfig, MoEConfig
 from moe_dist.config.schema import EngineConfig, OptimConfig
@@ -47,7 +47,6 @@ from moe_dist.parallel.mesh import Mesh, create_mesh, single_process_mesh
 from moe_dist.step import StepContext
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "slurm" / "local_network.sh"
 KEPT = ROOT / "benchmarks" / "plots" / "network.json"
 STEP = StepContext(RandomKey.of("network"))
 RANKS_PER_NODE = {"dispatch": 2, "gradients": 1}
@@ -155,25 +154,11 @@ def medians(steps: list[tuple[float, int]]) -> list[float]:
     return [statistics.median(column) for column in zip(*steps, strict=True)]
 
 
-@contextmanager
-def network(nodes: int, rate: str) -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MOE_DIST_NETWORK"] = f"{folder}/network"
-        subprocess.run([SCRIPT, "start", str(nodes), "--rate", rate], check=True, stdout=subprocess.DEVNULL)
-        try:
-            yield
-        finally:
-            subprocess.run([SCRIPT, "stop"], check=True, stdout=subprocess.DEVNULL)
-
-
 def on_nodes(section: str, args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """`measure` on ranks of all nodes. Exits where one of them fails."""
     each = RANKS_PER_NODE[section]
-    address = subprocess.run(
-        [SCRIPT, "address", "node1"], check=True, capture_output=True, encoding="utf-8"
-    ).stdout.strip()
     shared = {"WORLD_SIZE": str(args.nodes * each), "LOCAL_WORLD_SIZE": str(each), "GLOO_SOCKET_IFNAME": "eth0"}
-    shared |= {"MASTER_ADDR": address, "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": first_address(), "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
     shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of addresses that no name server knows
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     ranks = [

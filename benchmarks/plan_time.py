@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from race import cpu_name, restart_like_a_launch_script
+from virtual_nodes import SCRIPT, first_address, network
 
 from moe_dist.config import Config
 from moe_dist.config.load import load_config
@@ -32,7 +33,6 @@ from moe_dist.plan.plan import make_plan
 from moe_dist.plan.size import span
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "slurm" / "local_network.sh"
 NODES, PER_NODE = 2, 2
 WITHIN = 0.2
 MODEL = """
@@ -50,29 +50,13 @@ LAYOUTS = {
 }
 
 
-@contextmanager
-def network(rate: str | None) -> Iterator[None]:
-    """Virtual nodes, or nothing."""
-    if rate is None:
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MOE_DIST_NETWORK"] = f"{folder}/network"
-        subprocess.run([SCRIPT, "start", str(NODES), "--rate", rate], check=True, stdout=subprocess.DEVNULL)
-        try:
-            yield
-        finally:
-            subprocess.run([SCRIPT, "stop"], check=True, stdout=subprocess.DEVNULL)
-
-
 def on_ranks(command: Sequence[str], port: int, nodes: bool) -> None:
     """`moe-dist COMMAND` on all ranks. Exits where one of them fails."""
     world, each = NODES * PER_NODE, PER_NODE if nodes else NODES * PER_NODE
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(each), "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if nodes:
-        address = subprocess.run([SCRIPT, "address", "node1"], check=True, capture_output=True, encoding="utf-8")
-        shared |= {"MASTER_ADDR": address.stdout.strip(), "GLOO_SOCKET_IFNAME": "eth0"}
+        shared |= {"MASTER_ADDR": first_address(), "GLOO_SOCKET_IFNAME": "eth0"}
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     ranks = []
     for rank in range(world):
@@ -118,7 +102,7 @@ def main() -> None:
     rows: dict[str, list[str]] = {name: [] for name in args.only}
     ratios, port = [], 29510
     for rate in rates:
-        with network(rate), tempfile.TemporaryDirectory() as folder:
+        with network(NODES, rate) if rate else nullcontext(), tempfile.TemporaryDirectory() as folder:
             hardware = Path(folder, "hardware.yaml")
             on_ranks(["plan", "--measure", str(hardware), "--device", "cpu"], port, rate is not None)
             for number, name in enumerate(args.only):
