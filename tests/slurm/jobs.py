@@ -1,6 +1,7 @@
-"""Runs that `moe-dist submit` hands to a real Slurm of three nodes, for tests of what may happen to them there."""
+"""Runs that `moe-dist submit` hands to a real Slurm of some nodes, for tests of what may happen to them there."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,17 +16,18 @@ from moe_dist.train.record.history import last_logged_step
 from tests.slurm.conftest import ROOT, Cluster, _free_ports, _missing, wait_until
 
 SCRIPT = str(ROOT / "slurm/local_cluster.sh")
-URGENT = ("--partition=urgent", "--nodes=3", "--exclusive", "--ntasks-per-node=1", "--output=/dev/null")
-"""Options of sbatch for a job that takes the nodes from others."""
+
+MINUTE = 60.0
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Of one configuration, under `root`. patience: seconds that a start may take."""
+    """Of one configuration, under `root`, on `count` nodes. patience: seconds that a start may take."""
 
     cluster: Cluster
     config: Path
     root: Path
+    count: int
     patience: float
 
     def cli(self, *words: str | Path, refused: bool = False) -> str:
@@ -43,6 +45,15 @@ class Runs:
 
     def come_back(self, node: str) -> None:
         self.cluster.run(SCRIPT, "return", node)
+
+    def cable(self, node: str, state: str) -> None:
+        """`down` pulls it, `up` plugs it in."""
+        self.cluster.run(SCRIPT, "cable", node, state)
+
+    def preempt(self) -> None:
+        """A short job takes all nodes from what runs."""
+        all_nodes = ("--partition=urgent", f"--nodes={self.count}", "--exclusive", "--ntasks-per-node=1")
+        self.cluster.run("sbatch", *all_nodes, "--output=/dev/null", "--wrap", "sleep 1")
 
 
 @dataclass(frozen=True)
@@ -78,32 +89,47 @@ class Run:
         """Returns once so many have."""
         self.wait(lambda: len(self.story()) >= starts)
 
+    def limit(self, minutes: float | None) -> None:
+        """That the job may run in one go from now on, the minutes it has run included; None: as long as it likes."""
+        time = "UNLIMITED" if minutes is None else str(math.ceil(minutes))
+        self.runs.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={time}")
+
+    def minutes(self) -> float:
+        """That the job has run in this go."""
+        hours, minutes, seconds = self.runs.cluster.details(self.job)["RunTime"].split(":")
+        return int(hours) * MINUTE + int(minutes) + int(seconds) / MINUTE
+
     def over(self) -> dict[str, str]:
         """What Slurm says of the job, once it has ended for good."""
         return self.runs.cluster.wait_for_end(self.job, self.log, self.runs.patience)
 
 
 @contextmanager
-def three_nodes(folder: Path, config: str, patience: float, **variables: str) -> Iterator[Runs]:
-    """A cluster with a partition that preempts. config: text, where FOLDER stands for `folder`."""
+def virtual_nodes(
+    folder: Path, config: str, patience: float, count: int = 3, rate: str | None = None, **variables: str
+) -> Iterator[Runs]:
+    """A cluster with a partition that preempts. config: text, where FOLDER stands for `folder`. rate: of the cable of
+    each node; None: all nodes are this machine, without cables."""
     missing = _missing()
     if missing:
         pytest.skip(f"SLURM IS NOT TESTED: {missing}")
     home, path = folder / "cluster", folder / "a; touch canary $(touch canary).yaml"
     known = {
         "MOE_DIST_CLUSTER": str(home),
-        "MOE_DIST_CLUSTER_PORT": str(_free_ports(4)),
+        "MOE_DIST_CLUSTER_PORT": str(_free_ports(count + 1)),
         "MOE_DIST_CLUSTER_GRACE": "120",  # where other tests use the cores too, a step can take long
         "SLURM_CONF": str(home / "slurm.conf"),
         "MOE_DIST_PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # all nodes are this machine
     }
-    cluster = Cluster(os.environ | known | variables)
+    environ = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    if rate is None:
+        known["GLOO_SOCKET_IFNAME"] = "lo"
+    cluster = Cluster(environ | known | variables)
     path.write_text(config.replace("FOLDER", str(folder)))
-    cluster.run(SCRIPT, "start", "3", "--preempt")
+    cluster.run(SCRIPT, "start", str(count), "--preempt", *(() if rate is None else ("--rate", rate)))
     try:
-        yield Runs(cluster, path, folder / "runs", patience)
+        yield Runs(cluster, path, folder / "runs", count, patience)
     finally:
         cluster.run(SCRIPT, "stop")
         assert not home.exists() and not list(folder.rglob("canary")) and not (ROOT / "canary").exists()

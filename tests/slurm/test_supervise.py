@@ -14,7 +14,7 @@ import pytest
 from moe_dist.cluster import history
 from moe_dist.train.record.status import read_status
 from tests.slurm import pretended_ranks
-from tests.slurm.jobs import URGENT, Run, Runs, three_nodes
+from tests.slurm.jobs import Run, Runs, virtual_nodes
 
 pytestmark = pytest.mark.timeout(600)
 CONFIG = f"""
@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -ES {pretended_ranks.__file__} "$@"\n')
     python.chmod(0o755)
     variables = {"MOE_DIST_PYTHON": str(python), "MOE_DIST_HOST_PYTHON": sys.executable}
-    with three_nodes(folder, CONFIG, patience=150.0, **variables) as runs:
+    with virtual_nodes(folder, CONFIG, patience=150.0, **variables) as runs:
         yield runs
 
 
@@ -126,7 +126,7 @@ def test_a_run_gives_way_five_times_and_comes_back(runs: Runs) -> None:
     for preempted in range(1, 6):
         run.goes_on(5)
         with standing_still(run):
-            runs.cluster.run("sbatch", *URGENT, "--wrap", "sleep 1")
+            runs.preempt()
             run.ended(preempted)
     ends_well(run)
     assert run.story() == [("preempted", "requeue")] * 5 + [("finished", "stop")]

@@ -1,20 +1,21 @@
 """A run of two ranks through all that may happen to it on a real Slurm: it ends by itself, with the records of one that
 was never disturbed, and its history names each cause.
 
-Each start imports torch on both ranks: minutes, together. tests/slurm/test_supervise.py has the same faults one by one,
-without torch.
+Each start imports torch on both ranks: some 20 minutes, together. tests/slurm/test_supervise.py has the same faults one
+by one, without torch.
 """
 
 import os
 import signal
-from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_dist.chaos.judge import records
 from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.status import read_status
-from tests.slurm.jobs import URGENT, Runs, three_nodes
+from tests.slurm.jobs import Run, Runs, virtual_nodes
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = 300
@@ -30,46 +31,72 @@ guard: {{stall_seconds: 15}}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of both clusters' runs, with what they read."""
     folder = tmp_path_factory.mktemp("survive")
     (folder / "text.txt").write_text(" ".join(str(number * number) for number in range(4000)))
-    with three_nodes(folder, CONFIG, patience=300.0) as runs:
+    return folder
+
+
+def undisturbed(runs: Runs) -> list[dict[str, Any]]:
+    """Records of the same steps under torchrun, on this machine alone."""
+    if not (runs.root / "torchrun").exists():
         runs.cluster.run("bash", "launch/torchrun.sh", "2", runs.config, "--run.name", "torchrun")
-        yield runs
+    return records(runs.root / "torchrun")
 
 
-def test_a_submitted_run_trains_like_torchrun(runs: Runs) -> None:
-    run = runs.submit("plain")
-    assert run.over()["Restarts"] == "0"
-    assert read_status(run.folder) == {"state": "finished", "step": STEPS}, run.log.read_text()
-    assert records(run.folder) == records(runs.root / "torchrun") and run.story() == [("finished", "stop")]
-    assert "has finished its" in runs.cli("submit", runs.config, "--nodes", "2", "--run.name", "plain")
+def test_a_submitted_run_trains_like_torchrun(text: Path) -> None:
+    with virtual_nodes(text, CONFIG, patience=300.0, count=2) as runs:
+        run = runs.submit("plain")
+        assert run.over()["Restarts"] == "0"
+        assert read_status(run.folder) == {"state": "finished", "step": STEPS}, run.log.read_text()
+        assert records(run.folder) == undisturbed(runs) and run.story() == [("finished", "stop")]
+        assert "has finished its" in runs.cli("submit", runs.config, "--nodes", "2", "--run.name", "plain")
 
 
 @pytest.mark.slow
-def test_a_run_survives_ranks_nodes_and_neighbours(runs: Runs) -> None:
-    run = runs.submit("faults", "--spare-nodes", "1")
-    run.goes_on()
-    os.kill(run.process(1), signal.SIGKILL)
-    run.ended(1)
-    run.goes_on()
-    os.kill(run.process(0), signal.SIGSTOP)
-    run.ended(2)
-    run.goes_on()
-    lost = next(node for node in run.nodes()[-1] if node != "node1")  # where the batch script runs
-    runs.lose(lost)
-    run.ended(3)
-    run.goes_on()
-    runs.come_back(lost)
-    for preempted in range(5):
-        runs.cluster.run("sbatch", *URGENT, "--wrap", "sleep 1")
-        run.ended(4 + preempted)
+def test_a_run_survives_ranks_nodes_cables_and_neighbours(text: Path) -> None:
+    """Four nodes with an address and a cable each, of which two train."""
+    variables = {"MOE_DIST_CLUSTER_SILENT": "60"}  # so that a pulled cable is the run's to notice
+    with virtual_nodes(text, CONFIG, patience=300.0, count=4, rate="1gbit", **variables) as runs:
+        run = runs.submit("faults", "--spare-nodes", "2")
+        run.goes_on()
+        os.kill(run.process(1), signal.SIGKILL)
+        run.ended(1)
+        run.goes_on()
+        os.kill(run.process(0), signal.SIGSTOP)
+        run.ended(2)
+        run.goes_on()
+        lost = away_from_the_script(run)
+        runs.lose(lost)
+        run.ended(3)
+        run.goes_on()
+        runs.come_back(lost)
+        unplugged = away_from_the_script(run)
+        runs.cable(unplugged, "down")
+        run.ended(4)
+        run.goes_on()
+        runs.cable(unplugged, "up")
+        run.limit(run.minutes() + 1)
+        run.ended(5)
+        run.limit(None)
         run.goes_on(10)
-    run.over()
-    assert read_status(run.folder) == {"state": "finished", "step": STEPS}, run.log.read_text()
-    assert records(run.folder) == records(runs.root / "torchrun")
-    restarted = [("rank died", "restart"), ("stalled", "restart"), ("node lost", "restart")]
-    assert run.story() == restarted + 5 * [("preempted", "requeue")] + [("finished", "stop")]
-    assert lost in run.nodes()[2] and lost not in run.nodes()[3]
-    time = effective_time_of(run.folder)
-    assert time is not None and 0 < time.ratio < 1
+        for preempted in range(5):
+            runs.preempt()
+            run.ended(6 + preempted)
+            run.goes_on(10)
+        run.over()
+        assert read_status(run.folder) == {"state": "finished", "step": STEPS}, run.log.read_text()
+        assert records(run.folder) == undisturbed(runs)
+        restarted = [(cause, "restart") for cause in ("rank died", "stalled", "node lost", "node lost")]
+        queued = [("time limit", "requeue")] + 5 * [("preempted", "requeue")]
+        assert run.story() == [*restarted, *queued, ("finished", "stop")]
+        assert lost in run.nodes()[2] and lost not in run.nodes()[3]
+        assert unplugged in run.nodes()[3] and unplugged not in run.nodes()[4]
+        time = effective_time_of(run.folder)
+        assert time is not None and 0 < time.ratio < 1
+
+
+def away_from_the_script(run: Run) -> str:
+    """A node that trains, but not the one where the job's script runs."""
+    return next(node for node in run.nodes()[-1] if node != "node1")
