@@ -53,7 +53,8 @@ from moe_dist.train.record.step_clock import StepClock
 from moe_dist.train.record.trace import StepProfiler
 from moe_dist.train.resume import Resume, checkpoint_to_continue, identity
 from moe_dist.train.schedule import evaluates_after, learning_rate
-from moe_dist.train.task import Task, make_task
+from moe_dist.train.tasks import make_task
+from moe_dist.train.tasks.task import Task
 
 
 @dataclass(frozen=True)

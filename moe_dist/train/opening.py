@@ -24,7 +24,7 @@ from moe_dist.train.record.profile import Peak
 from moe_dist.train.record.progress import short_number
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.schedule import schedule_notes
-from moe_dist.train.task import Task
+from moe_dist.train.tasks.task import Task
 
 _LOOKED_AT = 1024  # sequences
 

@@ -16,7 +16,7 @@ from moe_dist.config import Config
 from moe_dist.config.load import load_config
 from moe_dist.config.model import ModelConfig
 from moe_dist.train.record.run_folder import RunFolder
-from moe_dist.train.task import Task
+from moe_dist.train.tasks.task import Task
 
 Resume = Literal["never", "auto", "must"]
 

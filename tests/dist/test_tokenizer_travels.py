@@ -18,7 +18,7 @@ from moe_dist.checkpoint.layout import Manifest
 from moe_dist.cli import main
 from moe_dist.config.load import load_config
 from moe_dist.data.tokenizers import load_tokenizer
-from moe_dist.train.task import make_task
+from moe_dist.train.tasks import make_task
 from tests.dist.helpers import TINY, forget_process_group
 
 SYLLABLES = "ka lo mi ten sur da ve po ris na qu el or am it be".split()

@@ -20,7 +20,7 @@ from moe_dist.data.corpus import Corpus, load_corpus
 from moe_dist.data.indexed import check_index, read_indexed
 from moe_dist.data.sampler import SequenceSampler, micro_batch
 from moe_dist.data.stream import TokenStream
-from moe_dist.train.task import make_task
+from moe_dist.train.tasks import make_task
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[9, 10]], [], [[11, 12, 13, 14]], [[15]]]
 
