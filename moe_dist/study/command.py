@@ -62,6 +62,7 @@ def study(args: Sequence[str]) -> int:
             from moe_dist.study.run.submit import submit
 
             _readable(chosen)
+            _warn_of_few_seeds(chosen)
             return submit(chosen, options.at_once, options.dry_run, of_sbatch)
         case "list":
             return _list(chosen, options.count, options.point)
@@ -109,6 +110,8 @@ def _run(chosen: Study, point: int | None, at_once: int | None) -> int:
     points = chosen.points if point is None else [chosen.point(point)]
     with output_never_fatal():  # hours of work, whose record is the ledger
         _readable(chosen)
+        if point is None:
+            _warn_of_few_seeds(chosen)
         return Runner(chosen, at_once=at_once).run(points)
 
 
@@ -141,6 +144,13 @@ def _readable(chosen: Study) -> Ledger:
     for complaint in ledger.read()[1]:
         print(f"moe-dist: {complaint}", file=sys.stderr, flush=True)
     return ledger
+
+
+def _warn_of_few_seeds(chosen: Study) -> None:
+    from moe_dist.study.plan.text import few_seeds
+
+    if note := few_seeds(chosen.file):
+        print(f"moe-dist: {chosen.path}: {note}", file=sys.stderr, flush=True)
 
 
 def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
