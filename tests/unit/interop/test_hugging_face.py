@@ -213,7 +213,10 @@ def test_the_gate_keeps_nothing_that_differs(
     with monkeypatch.context() as patched:
         patched.setattr(command, "can_compare", lambda: False)
         assert main(args) == 3
-    assert "not compared: Transformers is not installed" in capsys.readouterr().err
+    assert (
+        "not compared: Transformers is not installed: bash launch/install.sh hf in a clone, or pip"
+        in capsys.readouterr().err
+    )
     assert run.is_dir()
     assert main(args) == 2  # it is there
     assert f"{run} is there already: --output must name a new folder" in capsys.readouterr().err
