@@ -51,7 +51,9 @@ def print_runs(root: Path, points: bool = False) -> None:
         raise ValueError(
             f"{root} holds no config.yaml, so no run, and none lies in it: give root/NAME, or the run's configuration"
         )
-    study_of = {} if points else {folder: study for folder in found if (study := _study_above(folder, root))}
+    study_of: dict[Path, Path] = {}
+    if not points:
+        study_of = {folder: study for folder in found if (study := _study_above(folder, root)) is not None}
     rows = dict(_rows_of_runs([folder for folder in found if folder not in study_of]))
     for study in set(study_of.values()):
         rows[study] = _row_of_study([folder for folder in found if study_of.get(folder) == study])
