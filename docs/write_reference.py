@@ -78,8 +78,8 @@ def _command(parser: Parser, level: str) -> Iterator[str]:
     yield f"{level} `{parser.prog}`"
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     yield "```text\n" + "\n\n".join(filter(None, [_usage(parser), (parser.description or "").strip()])) + "\n```"
-    rows = [_row(action) for action in parser._actions if action.help and action not in below]
-    rows = [row for row in rows if not row.startswith("| `-h")]
+    shown = [action for action in parser._actions if action not in below and "--help" not in action.option_strings]
+    rows = [_row(action, parser.help_of(action)) for action in shown if parser.help_of(action)]
     if rows:
         yield "\n".join(["| | |", "|---|---|", *rows])
     for action in below:
@@ -88,8 +88,8 @@ def _command(parser: Parser, level: str) -> Iterator[str]:
 
 
 def _usage(parser: Parser) -> str:
-    if parser.usage:  # or the description begins with it
-        return "" if parser.usage == argparse.SUPPRESS else parser.usage
+    if parser.usage:
+        return parser.usage
     words = [parser.prog]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -102,10 +102,10 @@ def _usage(parser: Parser) -> str:
     return " ".join([*words, *(["[flags]"] if len(flags) > 1 else [])])
 
 
-def _row(action: argparse.Action) -> str:
+def _row(action: argparse.Action, text: str) -> str:
     names = ", ".join(action.option_strings) or _name(action)
     takes = "" if not action.option_strings or action.nargs == 0 else f" {_name(action)}"
-    return f"| `{names}{takes}` | {in_markdown(action.help or '')} |"
+    return f"| `{names}{takes}` | {in_markdown(text)} |"
 
 
 def _name(action: argparse.Action) -> str:

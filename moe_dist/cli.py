@@ -48,6 +48,7 @@ _ALL = (
         "[RUN | ROOT | CONFIG]",
         "how far that run is, or all runs under a folder",
         "moe_dist.cluster.status:status",
+        "moe_dist.cluster.arguments:status_arguments",
     ),
     Command(
         "submit",

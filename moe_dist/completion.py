@@ -27,7 +27,7 @@ New shells have it then. For this one alone: source <(moe-dist completion bash)
 def completion_arguments(args: Sequence[str]) -> argparse.Namespace:
     """shell. Raises ValueError where shtab is missing."""
     parser = Parser("moe-dist completion", _ABOUT)
-    parser.add_argument("shell", choices=SHELLS)
+    parser.add_argument("shell", choices=SHELLS, help="which shell the script is for")
     own = parser.parse_args(list(args))
     if find_spec("shtab") is None:
         raise ValueError("moe-dist completion needs shtab, which is not installed: pip install shtab")

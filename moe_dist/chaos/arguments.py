@@ -15,10 +15,6 @@ faults, root/NAME-reference, and compares weights, both moments, metrics.jsonl a
 
   moe-dist chaos configs/chaos.yaml --minutes 10
 
---minutes    how long faults come (default 10)
---ranks      processes, on this machine (default 2)
---seed       of the faults (default 0)
-
 What it saves on the way lies in NAME-chaos/starts, the report in NAME-chaos/chaos.json. Exit codes: 0 nothing was lost
 and every start ended as its fault should end it; 1 otherwise, and the report says what; 2 a mistake of the user.
 """
@@ -27,9 +23,9 @@ and every start ended as its fault should end it; 1 otherwise, and the report sa
 def chaos_arguments(args: Sequence[str]) -> argparse.Namespace:
     """minutes, ranks, seed and config."""
     parser = Parser("moe-dist chaos", add_help=False)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="how long faults come")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes, on this machine")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the faults")
     own, config = with_config(parser, list(args), "[--minutes M] [--ranks N] [--seed S]", _ABOUT)
     own.config = config
     return own

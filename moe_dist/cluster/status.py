@@ -5,11 +5,13 @@
 
 left: at the pace of the last steps. restarts: starts after the first, in the same job or another. ETTR: the effective
 training time ratio (train/record/effective_time.py). restarts and job are known of runs that slurm/train.sbatch
-started. Light: no torch.
+started. The points of a study are one line, which counts their states. Light: no torch.
 """
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -20,38 +22,21 @@ from moe_dist.cluster import history
 from moe_dist.cluster.queue import states_of
 from moe_dist.config.load import load_config
 from moe_dist.disk import lines_backwards
-from moe_dist.train.arguments import run_arguments
 from moe_dist.train.record.effective_time import effective_time_of
 from moe_dist.train.record.history import last_record
 from moe_dist.train.record.progress import duration
-from moe_dist.train.record.status import FILE, describe_status, folders_with, status_now
+from moe_dist.train.record.status import FILE, STUDY, describe_status, folders_with, status_now
 
-_ABOUT = """Print in one line how far a run is: none, running, interrupted (its process is gone), finished, preempted
-or failed, with its last step and its loss, or how it ended; in a second one its effective training time ratio: seconds
-in steps that were kept over those since it was first submitted or started, the queue apart.
-
-Takes the folder of a run, or what `moe-dist train` takes, and reads status.json, metrics.jsonl and the starts of the
-run. For a folder that holds runs, or without anything for runs/, a table of all of them: state, step, loss, time left,
-restarts, effective training time ratio (ETTR), last job.
-"""
 _COLUMNS = ("run", "state", "step", "loss", "left", "restarts", "ETTR", "job")
 _LATEST = 20  # steps that tell the pace
 
 
-def status(words: list[str]) -> int:
-    """Returns the exit code, 0. Raises ValueError for what is neither a run, a folder of runs nor a configuration."""
-    folder = Path(words[0] if words else "runs")
-    if folder.is_dir():
-        if len(words) > 1:
-            raise ValueError(
-                f"{words[0]} is the folder of a run, and takes no {words[1]}: flags go with a configuration"
-            )
-        if not (folder / "config.yaml").exists():
-            print_runs(folder)
-            return 0
-    else:
-        _, config = run_arguments("status", words, _ABOUT)
-        folder = config.run.folder
+def status(own: argparse.Namespace) -> int:
+    """own: of status_arguments. Returns the exit code, 0. Raises ValueError for a folder that holds no run."""
+    folder: Path = own.folder
+    if not own.configured and not (folder / "config.yaml").exists():
+        print_runs(folder, own.all)
+        return 0
     print(describe_status(status_now(folder)))
     effective = effective_time_of(folder)
     if effective is not None:
@@ -59,24 +44,53 @@ def status(words: list[str]) -> int:
     return 0
 
 
-def print_runs(root: Path) -> None:
-    """Raises ValueError when there is no run under `root`."""
-    folders = sorted(folders_with(root, FILE, history.FILE))
-    if not folders:
+def print_runs(root: Path, points: bool = False) -> None:
+    """points: a line for each point of a study below `root`. Raises ValueError when there is no run under `root`."""
+    found = sorted(folders_with(root, FILE, history.FILE))
+    if not found:
         raise ValueError(
             f"{root} holds no config.yaml, so no run, and none lies in it: give root/NAME, or the run's configuration"
         )
+    study_of: dict[Path, Path] = {}
+    if not points:
+        study_of = {folder: study for folder in found if (study := _study_above(folder, root)) is not None}
+    rows = dict(_rows_of_runs([folder for folder in found if folder not in study_of]))
+    for study in set(study_of.values()):
+        rows[study] = _row_of_study([folder for folder in found if study_of.get(folder) == study])
+    table = [_COLUMNS, *((str(folder.relative_to(root)), *rows[folder]) for folder in sorted(rows))]
+    widths = [max(len(row[at]) for row in table) for at in range(len(_COLUMNS))]
+    for row in table:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    if study_of:
+        print("A study is one line; --all lists its points.")
+
+
+def _study_above(folder: Path, root: Path) -> Path | None:
+    """The study below `root` whose point the run in `folder` is."""
+    between = [root / each for each in folder.relative_to(root).parents if each.name]
+    return next((each for each in between if (each / STUDY).is_file()), None)
+
+
+def _row_of_study(folders: Sequence[Path]) -> tuple[str, ...]:
+    """From state to job."""
+    states: Counter[str] = Counter()
+    for folder in folders:
+        try:
+            states[status_now(folder)["state"]] += 1
+        except ValueError:
+            states["unreadable"] += 1
+    told = ", ".join(f"{number} {state}" for state, number in states.most_common())
+    return (f"points: {told}", *[""] * (len(_COLUMNS) - 2))
+
+
+def _rows_of_runs(folders: Sequence[Path]) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Each with its row, from state to job."""
     lines = {folder: history.read(folder) for folder in folders}
     jobs = {folder: job for folder in folders if (job := history.job_of(lines[folder])) is not None}
     queue = _queue(sorted(set(jobs.values())))
-    rows: list[tuple[str, ...]] = [_COLUMNS]
     for folder in folders:
         job = jobs.get(folder, "")
-        told = f"{job} {queue[job]}" if job in queue else job
-        rows.append((str(folder.relative_to(root)), *_how_far(folder, lines[folder]), told))
-    widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+        yield folder, (*_how_far(folder, lines[folder]), f"{job} {queue[job]}" if job in queue else job)
 
 
 def _queue(jobs: list[str]) -> dict[str, str]:

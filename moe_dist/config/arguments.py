@@ -13,15 +13,16 @@ from moe_dist.config.schema import Config
 def with_config(
     parser: Parser, args: list[str], own_usage: str, about: str, needed: bool = True
 ) -> tuple[argparse.Namespace, Config]:
-    """A YAML file, flags of the command itself, and flags of the configuration. needed: without either of the first and
+    """A YAML file, flags of the command itself, and flags of the configuration. own_usage: of the flags, where the
+    parser has no usage of its own. needed: without either of the first and
     the last ValueError is raised; else the defaults are meant."""
     parser.takes_config, parser.description = True, about
-    parser.usage = f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
+    parser.usage = parser.usage or f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
     path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     asked = next((at for at, word in enumerate(rest) if word in ("-h", "--help")), None)
     if asked is not None:
         topic = next((word for word in rest[asked + 1 : asked + 2] if not word.startswith("-")), "")
-        _print_help(parser.usage, about, topic, load_config(path) if path else Config())
+        print(describe_keys(topic, load_config(path) if path else Config()) if topic else _help(parser))
         raise SystemExit(0)
     own, flags = parser.parse_known_args(rest)
     if needed and path is None and not flags:
@@ -32,5 +33,5 @@ def with_config(
     return own, override_config(load_config(path), flags, [f"--{name.replace('_', '-')}" for name in vars(own)])
 
 
-def _print_help(usage: str, about: str, topic: str, config: Config) -> None:
-    print(describe_keys(topic, config) if topic else f"usage: {usage}\n\n{about}\n{describe_sections()}")
+def _help(parser: Parser) -> str:
+    return f"usage: {parser.usage}\n\n{parser.description}\n{parser.flags()}\n{describe_sections()}"

@@ -37,6 +37,25 @@ class ParserAsked(Exception):
         self.parser = parser
 
 
+DEVICE: dict[str, Any] = {
+    "choices": ["cpu", "cuda"],
+    "help": "where it computes (default: cuda where there is any)",
+}
+"""What `--device` is, of every command that takes it."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says the default of a flag that takes a value, where its help does not."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = not action.option_strings or action.nargs == 0 or "default" in text
+        return text if told or action.default in (None, []) else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """For flags of a command itself: argparse without abbreviations, whose mistakes are a ValueError of one line.
 
@@ -50,9 +69,21 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=about,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             **options,
         )
+
+    def help_of(self, action: argparse.Action) -> str:
+        """What --help says of a flag or a word, with its default; empty where it is not to be shown."""
+        return "" if action.help in (None, argparse.SUPPRESS) else self._get_formatter()._expand_help(action)
+
+    def flags(self) -> str:
+        """The flags with their help, as argparse lists them."""
+        formatter = self._get_formatter()
+        formatter.start_section("flags")
+        formatter.add_arguments(self._actions)
+        formatter.end_section()
+        return formatter.format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
         """Raises ParserAsked for ASK_PARSER."""

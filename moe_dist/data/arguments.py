@@ -43,7 +43,8 @@ def data_arguments(args: Sequence[str]) -> argparse.Namespace:
     actions = parser.add_subparsers(dest="action", required=True, metavar="{prepare,inspect,tokenizer}")
     _add_prepare(actions.add_parser("prepare", prog="moe-dist data prepare", about=_PREPARE, help="texts to a corpus"))
     _add_inspect(actions.add_parser("inspect", prog="moe-dist data inspect", about=_INSPECT, help="look into one"))
-    tokenizer = actions.add_parser("tokenizer", prog="moe-dist data tokenizer", help="learn a tokenizer")
+    learn = "Make a tokenizer of your own texts."
+    tokenizer = actions.add_parser("tokenizer", prog="moe-dist data tokenizer", about=learn, help="learn a tokenizer")
     tools = tokenizer.add_subparsers(dest="tool", required=True, metavar="{train}")
     _add_learn(tools.add_parser("train", prog="moe-dist data tokenizer train", about=_LEARN, help="byte-level BPE"))
     own = parser.parse_args(list(args))
@@ -57,27 +58,28 @@ def data_arguments(args: Sequence[str]) -> argparse.Namespace:
 
 def _add_prepare(parser: Parser) -> None:
     _add_paths(parser)
-    parser.add_argument("--tokenizer", required=True, help="a path, or bytes")
-    parser.add_argument("--end-of-text", metavar="TOKEN", help="ends a document; default: as the tokenizer says")
-    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX")
-    parser.add_argument("--workers", type=int, help="processes; default: as many as there are cores")
+    parser.add_argument("--tokenizer", required=True, help="path of one, as above, or bytes")
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="ends a document (default: what the tokenizer says)")
+    parser.add_argument("--output", type=user_path, required=True, metavar="PREFIX", help="the new files, without .bin")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are cores)")
     parser.add_argument("--strict", action="store_true", help="end at the first bad record")
 
 
 def _add_inspect(parser: Parser) -> None:
-    parser.add_argument("prefix", metavar="PREFIX", type=user_path)
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--samples", type=int, default=1, help="documents to show the beginning of")
+    parser.add_argument("prefix", metavar="PREFIX", type=user_path, help="path of the files, without .bin and .idx")
+    parser.add_argument("--tokenizer", help="path of one, or bytes (default: PREFIX.tokenizer)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="documents to show the beginning of")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
 
 
 def _add_learn(parser: Parser) -> None:
     _add_paths(parser)
-    parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument("--output", type=user_path, required=True, metavar="FOLDER")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens to have, bytes included")
+    parser.add_argument("--output", type=user_path, required=True, metavar="FOLDER", help="of the new tokenizer")
 
 
 def _add_paths(parser: Parser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH")
-    parser.add_argument("--kind", choices=["text", "jsonl", "csv", "parquet", "arrow"], help="of all files")
-    parser.add_argument("--text-key", default="text", help="where the text of a record is; default: text")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="files and folders of texts")
+    kind = "of all files (default: what the name or the first bytes of each say)"
+    parser.add_argument("--kind", choices=["text", "jsonl", "csv", "parquet", "arrow"], help=kind)
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="where the text of a record is")

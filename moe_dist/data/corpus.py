@@ -63,6 +63,18 @@ class Corpus:
     def validation_share(self) -> float:
         return len(self.validation) / (len(self.train) + len(self.validation))
 
+    def share_note(self, asked: float) -> str | None:
+        """For a person, where the share is twice what data.validation_fraction asks for, or half of it."""
+        share = self.validation_share
+        if asked / 2 < share < 2 * asked:
+            return None
+        whole = "documents" if self.lengths is not None else self.made_of
+        return (
+            f"validation is {share:.1%} of the {self.unit}s, where data.validation_fraction={asked} asks for "
+            f"{asked:.1%}: whole {whole} are held out, by a hash, and of few the share is a matter of chance; try "
+            "another fraction"
+        )
+
     def record(self) -> dict[str, Any]:
         """What is in it and what is not, as plain data."""
         return {

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from moe_dist.config.extras import install
+
 _SNIFFED = 8192
 _SHOWN = 3
 _RECORDED = 100
@@ -42,7 +44,7 @@ _MARKS = [  # a UTF-32 mark opens with a UTF-16 one
     *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig")),
 ]
 _NO_TEXT = [
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd, which pyarrow unpacks: pip install 'moe_dist[data]'"),
+    (b"\x28\xb5\x2f\xfd", f"compressed with zstd, which pyarrow unpacks: {install('data')}"),
     (b"PK\x03\x04", "a zip archive"),
     (b"%PDF-", "a PDF"),
     (b"PAR1", "a Parquet file"),

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import tokenizers as package
 
+from moe_dist.config.extras import install
 from moe_dist.config.values import user_path
 from moe_dist.data.documents import cut
 from moe_dist.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
@@ -275,9 +276,7 @@ def require(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(
-            f"{what} is read with {package}, which is not installed: pip install 'moe_dist[data]'"
-        ) from None
+        raise ValueError(f"{what} is read with {package}, which is not installed: {install('data')}") from None
 
 
 def _encoding(ranks: int, own: dict[str, Any] | None) -> tuple[str, dict[str, int], str]:

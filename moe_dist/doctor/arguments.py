@@ -17,8 +17,8 @@ Exit codes: 0 training can run here; 1 something that it needs is broken, and wh
 
 def doctor_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = Parser("moe-dist doctor", _ABOUT)
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that a check may take (default 60)")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON, for programs")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="that a check may take")
     own = parser.parse_args(list(args))
     if not 0 < own.seconds < 1e6:
         raise ValueError(f"command line: --seconds {own.seconds:g} is not above 0 and below 1000000")

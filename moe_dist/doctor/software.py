@@ -70,7 +70,7 @@ def unmet_requirements(package: str) -> list[str]:
 
 def look_at_backends(found: Findings, device_type: str) -> None:
     """Every choice of the configuration, with why not where it cannot run. torch has been imported by now."""
-    from moe_dist.models.backends import describe_backends, resolve_backends
+    from moe_dist.models.backends import describe_auto_attention, describe_backends, resolve_backends
 
     facts: dict[str, str] = {"device": device_type}
     for path, section, field in (
@@ -86,6 +86,7 @@ def look_at_backends(found: Findings, device_type: str) -> None:
                 continue
             named = describe_backends(model, device_type)
             facts[f"{path}={choice}"] = named[{"backend": "attention"}.get(field, field)]
+    facts["model.attention.backend=auto"] = describe_auto_attention(device_type)
     facts["engine.name=native"] = "native"
     facts["engine.name=deepspeed"] = _why_no_deepspeed() or "deepspeed"
     found.facts["backends"] = facts

@@ -35,15 +35,16 @@ def import_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = Parser("moe-dist import", "Take over the model of another system.")
     sub = parser.add_subparsers(dest="system", required=True)
     hf = _described(sub, "moe-dist import hf", _IMPORT)
-    hf.add_argument("path", type=user_path, metavar="PATH")
-    hf.add_argument("--output", type=user_path, required=True, help="the new run folder")
-    hf.add_argument("--dtype", choices=["fp32", "bf16"], help="what weights are rounded to; default: as they are")
+    hf.add_argument("path", type=user_path, metavar="PATH", help="folder of the model")
+    hf.add_argument("--output", type=user_path, metavar="RUN", required=True, help="the new run folder")
+    hf.add_argument("--dtype", choices=["fp32", "bf16"], help="what weights are rounded to (default: as they are)")
     hf.add_argument(
         "--leave-out",
         action="append",
         default=[],
         metavar="NAME",
-        help="tensors to leave out, * stands for anything: 'model.layers.46.*', layers that predict further tokens",
+        help="tensors to leave out, * stands for anything: 'model.layers.46.*', layers that predict further tokens "
+        "(default: none)",
     )
     hf.add_argument("--no-compare", action="store_true", help="do not compare logits")
     return parser.parse_args(list(args))
@@ -53,10 +54,11 @@ def export_arguments(args: Sequence[str]) -> argparse.Namespace:
     parser = Parser("moe-dist export", "Write a model for another system.")
     sub = parser.add_subparsers(dest="system", required=True)
     hf = _described(sub, "moe-dist export hf", _EXPORT)
-    hf.add_argument("run", type=user_path, metavar="RUN")
-    hf.add_argument("--output", type=user_path, required=True, help="the new folder")
-    hf.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="what weights are rounded to; default: as stored")
-    hf.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="of a safetensors file (5 GB)")
+    dtype, shard = "what weights are rounded to (default: as stored)", "size of a safetensors file at most"
+    hf.add_argument("run", type=user_path, metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    hf.add_argument("--output", type=user_path, metavar="FOLDER", required=True, help="the new folder")
+    hf.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=dtype)
+    hf.add_argument("--max-shard-bytes", type=int, metavar="N", default=5_000_000_000, help=shard)
     hf.add_argument("--no-compare", action="store_true", help="do not compare logits")
     own = parser.parse_args(list(args))
     if own.max_shard_bytes < 1:

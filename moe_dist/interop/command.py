@@ -8,6 +8,7 @@ import torch
 
 from moe_dist.checkpoint.find import whole_checkpoint
 from moe_dist.checkpoint.layout import Dtype
+from moe_dist.config.extras import install
 from moe_dist.interop.compare import can_compare, compared
 from moe_dist.interop.hf_export import export_folder
 from moe_dist.interop.hf_import import import_folder, new_folder
@@ -60,7 +61,7 @@ def _gate(own: argparse.Namespace, compare: Callable[[], str]) -> int:
     if own.no_compare:
         return DONE
     if not can_compare():
-        print("not compared: Transformers is not installed (pip install 'moe_dist[hf]')", file=sys.stderr)
+        print(f"not compared: Transformers is not installed: {install('hf')}", file=sys.stderr)
         return NOT_COMPARED
     try:
         print(f"the same model: {compare()}")

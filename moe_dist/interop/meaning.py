@@ -60,11 +60,18 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """A line for each field in which they mean something else: what it is in `model`. What only one of them has comes
     with a choice in which they differ."""
     here, there = meaning(model), meaning(other)
-    return [
-        f"{name}={shown(here[name])}, where this family can only have {shown(there[name])}"
-        for name in here
-        if name in there and here[name] != there[name]
-    ]
+    return [_difference(name, here, there) for name in here if name in there and here[name] != there[name]]
+
+
+def _difference(name: str, here: dict[str, Any], there: dict[str, Any]) -> str:
+    section, _, field = name.rpartition(".")
+    if field == "renormalize" and here[f"{section}.top_k"] == 1 and not here[name]:  # as written in a configuration
+        return (
+            f"{section}.top_k=1 with {section}.renormalize_top_1=false, where weights of a token's experts always sum "
+            f"to 1; train with {section}.top_k=2 or more, or with model.attention.qk_norm=head, as qwen3_moe has it, "
+            "which takes weights as they are"
+        )
+    return f"{name}={shown(here[name])}, where this family can only have {shown(there[name])}"
 
 
 def score_multiplier(model: ModelConfig) -> float:

@@ -86,6 +86,14 @@ def plainest(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, attention=attention, kernels="torch", norm_kernels="same", moe=moe)
 
 
+def describe_auto_attention(device_type: str) -> str:
+    """What `model.attention.backend: auto` stands for, whatever the model: by the rule of resolve_attention."""
+    usual = describe_attention("flash")
+    if device_type != "cpu":
+        return usual
+    return f"packed up to {_SHORT:,} tokens where at least {_MANY} query heads share a key, else {usual}"
+
+
 def describe_backends(model: ModelConfig, device_type: str) -> dict[str, str]:
     """Names for the log and environment.json."""
     attention = describe_attention(model.attention.backend)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from moe_dist.config.arguments import with_config
-from moe_dist.config.flags import Parser
+from moe_dist.config.flags import DEVICE, Parser
 from moe_dist.config.read import read_value
 
 USAGE = "--ranks W --hardware NAME [--ranks-per-node N] [--search] [--capacity F,..] [--dry-run] [--json]"
@@ -19,21 +19,18 @@ ABOUT = """Say what a run needs and takes before it is paid for: memory, bytes, 
 CONFIG is what `moe-dist train` takes, and every key of it is a flag here too. No process is started and no memory
 taken, but by --measure; --dry-run runs a training step of chosen ranks on tensors without contents.
 
---ranks           processes of the run (GPUs)
---hardware        a file of configs/hardware by its name (h100, h200, a100, b200), or the path of one
---ranks-per-node  where it differs from the hardware's
---skew            rows of the busiest rank's experts over an even share, for the time (default 1.0)
---search          rank all layouts by planned time: ep, tp, etp, ZeRO stage, micro-batch, recompute, dispatch and wire;
-                  with --top, how many are shown (default 10)
---capacity        what each of these capacity factors costs; null drops nothing
---dry-run         run a training step of ranks of every kind in a fake world, and compare what they exchange
---measure FILE    no plan: measure this machine, or under torchrun the nodes of this job, and write a hardware file;
-                  --device and --name as for it
---figures FOLDER  memory and time by part, as SVG and PNG
---json            all numbers, for other programs
-
 Exit codes: 0 it fits; 1 it does not, or the dry run found a fault; 2 a mistake of the user.
 """
+_HARDWARE = (
+    "a file of configs/hardware by its name (h100, h200, a100, b200), or the path of one; needed but with --dry-run"
+)
+_SKEW = "rows of the busiest rank's experts over an even share, for the time"
+_SEARCH = "rank all layouts by planned time: ep, tp, etp, ZeRO stage, micro-batch, recompute, dispatch and wire"
+_CAPACITY = "what each of these capacity factors costs; null drops nothing (default: none)"
+_DRY_RUN = "run a training step of ranks of every kind in a fake world, and compare what they exchange"
+_MEASURE = (
+    "no plan: measure this machine, or under torchrun the nodes of this job, and write a hardware file (default: plan)"
+)
 
 
 def plan_arguments(args: Sequence[str]) -> argparse.Namespace:
@@ -42,32 +39,38 @@ def plan_arguments(args: Sequence[str]) -> argparse.Namespace:
         return measure_arguments(args)
     own, config = with_config(plan_parser(), list(args), USAGE, ABOUT)
     own.config = config
-    own.measure = None
     check_plan_arguments(own)
     return own
 
 
 def plan_parser() -> Parser:
+    """Shows the flags of --measure too, which plan_arguments hands to measure_arguments."""
     parser = Parser("moe-dist plan", add_help=False)
-    parser.add_argument("--ranks", type=int)
-    parser.add_argument("--hardware")
-    parser.add_argument("--ranks-per-node", type=int)
-    parser.add_argument("--skew", type=float, default=1.0)
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--top", type=int, default=10)
-    parser.add_argument("--capacity")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--figures")
-    parser.add_argument("--json", action="store_true")
+    add = parser.add_argument
+    add("--ranks", type=int, metavar="W", help="processes of the run (GPUs); needed")
+    add("--hardware", metavar="NAME", help=_HARDWARE)
+    add("--ranks-per-node", type=int, metavar="N", help="processes on a node (default: those of the hardware)")
+    add("--skew", type=float, default=1.0, metavar="X", help=_SKEW)
+    add("--search", action="store_true", help=_SEARCH)
+    add("--top", type=int, default=10, metavar="N", help="with --search, how many layouts are shown")
+    add("--capacity", metavar="F,..", help=_CAPACITY)
+    add("--dry-run", action="store_true", help=_DRY_RUN)
+    add("--figures", metavar="FOLDER", help="draw memory and time by part there, as SVG and PNG (default: nowhere)")
+    add("--json", action="store_true", help="print all numbers, for other programs")
+    _add_measure(parser)
     return parser
+
+
+def _add_measure(parser: Parser, required: bool = False) -> None:
+    parser.add_argument("--measure", required=required, metavar="FILE", help=_MEASURE)
+    parser.add_argument("--name", metavar="TEXT", help="with --measure: of the hardware (default: its chip and ranks)")
+    parser.add_argument("--device", **DEVICE | {"help": f"with --measure: {DEVICE['help']}"})
 
 
 def measure_arguments(args: Sequence[str]) -> argparse.Namespace:
     """Of `moe-dist plan --measure FILE`, which takes no configuration."""
     parser = Parser("moe-dist plan", add_help=False)
-    parser.add_argument("--measure", required=True)
-    parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--name")
+    _add_measure(parser, required=True)
     own, others = parser.parse_known_args(list(args))
     if others:
         raise ValueError(
@@ -78,6 +81,8 @@ def measure_arguments(args: Sequence[str]) -> argparse.Namespace:
 
 def check_plan_arguments(own: argparse.Namespace) -> None:
     """Raises ValueError for what is missing, and for what does not go together."""
+    if own.name is not None or own.device is not None:
+        raise ValueError("command line: --name and --device are of --measure FILE; a plan has --hardware instead")
     if own.ranks is None:
         raise ValueError("command line: plan needs --ranks W, how many processes the run is for")
     if own.ranks < 1:

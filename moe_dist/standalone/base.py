@@ -6,7 +6,8 @@ is run again (activation checkpointing) is the same pass, each draws one number 
 which torch.utils.checkpoint puts back before it runs a pass again; the step is remembered by that number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from difflib import get_close_matches
 from operator import add
 from typing import Any, NamedTuple
 
@@ -202,6 +203,15 @@ def drawn_seed(seed: int | None, ranks: int = 1) -> int:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is outside 0 <= seed < 2**63")
     return seed
+
+
+def refuse_unknown(options: Iterable[str], known: Collection[str]) -> None:
+    """Raises TypeError, as Python does for keywords that a function does not have, naming the nearest right ones."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        near = [name for each in unknown for name in get_close_matches(each, known, n=1)]
+        advice = f"did you mean {', '.join(near)}? There are" if near else "choose of"
+        raise TypeError(f"unknown options {unknown}: {advice} {', '.join(sorted(known))}")
 
 
 def device_of(given: torch.device | str | None) -> torch.device:

@@ -21,7 +21,7 @@ from moe_dist.models.backends import resolve_experts, resolve_kernels
 from moe_dist.moe.layer import MoE
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed
+from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed, refuse_unknown
 from moe_dist.standalone.one_operation import as_operation, autocast_dtype, handle_of
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
@@ -32,13 +32,13 @@ Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu
 class MixtureOfExperts(KeepsStep, Layer):
     """y = dropout(sum over the top_k experts i of p_i(x) E_i(x)), E_i(x) = act(x W_up) W_out.
 
-    d_ff: hidden width of one expert. expert_capacity_factor: in training an expert takes at most
-    ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless. Evaluation drops
-    nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too). device: where
-    the layer starts, and for which kernels are chosen; None is torch's default device. activation: gelu, as in the
-    usual feed-forward; those with glu have a third matrix. seed: of initial weights and of everything random; None
-    draws one from torch's generator, so that layers differ. mesh: process groups to cut the experts over; the input is
-    then this rank's tokens, equally many on every rank, and every rank must call. options: any other field of
+    d_ff: hidden width of one expert. expert_capacity_factor, or capacity_factor as in a configuration: in training an
+    expert takes at most ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless.
+    Evaluation drops nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too).
+    device: where the layer starts, and for which kernels are chosen; None is torch's default device. activation: gelu,
+    as in the usual feed-forward; those with glu have a third matrix. seed: of initial weights and of everything random;
+    None draws one from torch's generator, so that layers differ. mesh: process groups to cut the experts over; the
+    input is then this rank's tokens, equally many on every rank, and every rank must call. options: any other field of
     MoEConfig, such as router, expert_bias, drop_policy, balance_loss_coef.
 
     Random numbers (dropout, jitter, noise, random dropping) are a function of (seed, step, global token index), and
@@ -65,12 +65,15 @@ class MixtureOfExperts(KeepsStep, Layer):
     ) -> None:
         given, mesh = mesh, mesh or single_process_mesh()
         super().__init__(drawn_seed(seed, mesh.world.size), given)
-        if "capacity_factor" in options:
-            raise ValueError("capacity_factor is called expert_capacity_factor here: give that one")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
         device = device_of(device)
-        options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
+        if "capacity_factor" in options and expert_capacity_factor != 1.25:
+            raise ValueError(
+                f"expert_capacity_factor={expert_capacity_factor} and capacity_factor={options['capacity_factor']} are "
+                "two names of one setting: give one of them"
+            )
+        options = dict(capacity_factor=expert_capacity_factor) | options | dict(num_experts=num_experts, top_k=top_k)
         moe = _checked(options, d_model, d_ff, activation, mesh, device.type)
         kernels = resolve_kernels("auto", device.type)
         self.d_model, self.dropout = d_model, dropout
@@ -186,9 +189,7 @@ def _checked(
 ) -> MoEConfig:
     """The options as a section that keeps its rules, every `auto` resolved."""
     known = {field.name for field in fields(MoEConfig)} - {"every", "d_ff"}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
+    refuse_unknown(options, known)
     gated(activation)  # raises for a name that is none of NAMES
     moe = parse_as(MoEConfig, options, "MixtureOfExperts")
     problems = [f"{name}={value} is below 1" for name, value in (("d_model", d_model), ("d_ff", d_ff)) if value < 1]

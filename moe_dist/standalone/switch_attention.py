@@ -22,7 +22,7 @@ from moe_dist.models.backends import resolve_attention, resolve_kernels
 from moe_dist.parallel.collectives import own_slice
 from moe_dist.parallel.mesh import Mesh, single_process_mesh
 from moe_dist.parallel.sharding import initialize
-from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed
+from moe_dist.standalone.base import KeepsStep, Layer, Loads, WithAuxLoss, device_of, drawn_seed, refuse_unknown
 from moe_dist.standalone.masks import added_by
 from moe_dist.step import StepContext
 
@@ -135,9 +135,7 @@ def _checked(
 ) -> AttentionConfig:
     """The options as a section that keeps its rules."""
     known = {field.name for field in fields(MoEConfig)} - NOT_OF_ATTENTION.keys()
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise TypeError(f"unknown options {unknown}: choose of {', '.join(sorted(known))}")
+    refuse_unknown(options, known)
     sizes = dict(d_model=d_model, num_heads=num_heads, head_dim=head_dim)
     problems = [f"{name}={size} is below 1" for name, size in sizes.items() if size is not None and size < 1]
     if head_dim is None and not problems and d_model % num_heads:

@@ -13,22 +13,35 @@ from moe_dist.study.ledger.ledger import Ledger
 
 _ABOUT = """A study trains every combination of some settings with several seeds, and reports what they did.
 
-plan    says what it will train, cost and be able to show; times a few steps of its smallest and largest point
-run     trains the points that have not finished, at_once at a time; start it again to continue, or beside itself
-submit  hands them to Slurm as job arrays, at most at_once at a time; what follows `--` are options of sbatch
-list    says how far each point is
-report  writes a page (HTML and Markdown, with its figures and data) of as many points as have finished: the question
-        and its answer first; with --check it only says whether the design supports the question
-export  writes the ledger and what was measured at each fraction of the schedule as tables, Parquet or JSONL
+  moe-dist study plan STUDY.yaml        what it will train, cost and be able to show
+  moe-dist study run STUDY.yaml         train it; the same again continues it
+  moe-dist study report STUDY.yaml      the answer, as a page
 """
 _ACTIONS = {
-    "plan": "what it trains, costs and can show",
-    "run": "train what has not finished",
-    "submit": "hand it to Slurm",
-    "list": "how far each point is",
-    "report": "write a page of it",
-    "export": "write its data as tables",
+    "plan": (
+        "what it trains, costs and can show",
+        "Say what a study will train, cost and be able to show. Times a few steps of its smallest and largest point.",
+    ),
+    "run": (
+        "train what has not finished",
+        "Train the points that have not finished, at_once at a time. Start it again to continue, or beside itself.",
+    ),
+    "submit": (
+        "hand it to Slurm",
+        "Hand the points to Slurm as job arrays, at most at_once at a time. What follows -- are options of sbatch.",
+    ),
+    "list": ("how far each point is", "Say how far each point is, in a line."),
+    "report": (
+        "write a page of it",
+        "Write a page (HTML and Markdown, with its figures and data) of as many points as have finished: the question\n"
+        "and its answer first. With --check only say whether the design supports the question.",
+    ),
+    "export": (
+        "write its data as tables",
+        "Write the ledger, and what was measured at each fraction of the schedule, as tables: Parquet or JSONL.",
+    ),
 }
+"""Of each action: what it does in a few words, and in a sentence."""
 
 
 def study(args: Sequence[str]) -> int:
@@ -49,6 +62,7 @@ def study(args: Sequence[str]) -> int:
             from moe_dist.study.run.submit import submit
 
             _readable(chosen)
+            _warn_of_few_seeds(chosen)
             return submit(chosen, options.at_once, options.dry_run, of_sbatch)
         case "list":
             return _list(chosen, options.count, options.point)
@@ -96,6 +110,8 @@ def _run(chosen: Study, point: int | None, at_once: int | None) -> int:
     points = chosen.points if point is None else [chosen.point(point)]
     with output_never_fatal():  # hours of work, whose record is the ledger
         _readable(chosen)
+        if point is None:
+            _warn_of_few_seeds(chosen)
         return Runner(chosen, at_once=at_once).run(points)
 
 
@@ -130,6 +146,13 @@ def _readable(chosen: Study) -> Ledger:
     return ledger
 
 
+def _warn_of_few_seeds(chosen: Study) -> None:
+    from moe_dist.study.plan.text import few_seeds
+
+    if note := few_seeds(chosen.file):
+        print(f"moe-dist: {chosen.path}: {note}", file=sys.stderr, flush=True)
+
+
 def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
     """What is before a -- and behind it."""
     at = args.index("--") if "--" in args else len(args)
@@ -139,33 +162,33 @@ def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("moe-dist study", _ABOUT)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{plan,run,submit,list,report,export}")
-    for name, about in _ACTIONS.items():
-        command = commands.add_parser(name, prog=f"moe-dist study {name}", help=about)
-        command.add_argument("study", type=user_path, metavar="STUDY.yaml")
+    for name, (words, about) in _ACTIONS.items():
+        command = commands.add_parser(name, prog=f"moe-dist study {name}", help=words, about=about)
+        command.add_argument("study", type=user_path, metavar="STUDY.yaml", help="the file of the study")
         if name == "plan":
             no_probe = "train nothing to estimate time"
             command.add_argument("--no-probe", dest="probe", action="store_false", help=no_probe)
-            command.add_argument("--json", action="store_true", help="for programs, with every point")
+            command.add_argument("--json", action="store_true", help="print it for programs, with every point")
         if name == "report":
+            page = "of the page (default: that of the study, ROOT/NAME)"
             check = "only check the design; exit code 1 on violations"
             command.add_argument("--check", action="store_true", help=check)
-            command.add_argument("--output", type=user_path, metavar="FOLDER", help="of the page; else the study's own")
+            command.add_argument("--output", type=user_path, metavar="FOLDER", help=page)
         if name in ("run", "list"):
-            command.add_argument("--point", type=int, metavar="N", help="this point alone, from 0; for job arrays")
+            point = "this point alone, from 0; for job arrays (default: all)"
+            command.add_argument("--point", type=int, metavar="N", help=point)
         if name in ("run", "submit"):
-            command.add_argument("--at-once", type=int, metavar="N", help="points at a time, in place of the study's")
+            at_once = "points at a time (default: at_once of the file)"
+            command.add_argument("--at-once", type=int, metavar="N", help=at_once)
         if name == "submit":
             command.add_argument("--dry-run", action="store_true", help="print the calls of sbatch, and make none")
             command.usage = "moe-dist study submit STUDY.yaml [--at-once N] [--dry-run] [-- OPTIONS OF SBATCH]"
         if name == "list":
             command.add_argument("--count", action="store_true", help="print how many points there are")
         if name == "export":
+            parquet = "write Parquet there; needs the extra `study` (default: JSONL)"
+            jsonl = "write JSONL there (default: ROOT/NAME/export)"
             form = command.add_mutually_exclusive_group()
-            form.add_argument("--parquet", type=user_path, metavar="FOLDER", help="as Parquet; needs the extra `study`")
-            form.add_argument(
-                "--jsonl",
-                type=user_path,
-                metavar="FOLDER",
-                help="as JSONL; where neither is given, into ROOT/NAME/export",
-            )
+            form.add_argument("--parquet", type=user_path, metavar="FOLDER", help=parquet)
+            form.add_argument("--jsonl", type=user_path, metavar="FOLDER", help=jsonl)
     return parser

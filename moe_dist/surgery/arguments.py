@@ -23,9 +23,8 @@ _OF: dict[str, tuple[str, ...]] = {
 }
 """Which flags are of which actions."""
 _MOE = "--model.moe."
-_USAGE = "usage: moe-dist experts RUN ACTION [WHICH ...] --output FOLDER [flags]"
-_ABOUT = """
-Change the experts of a trained model, from one checkpoint to another, without training.
+_USAGE = "moe-dist experts RUN ACTION [WHICH ...] --output FOLDER [flags]"
+_ABOUT = """Change the experts of a trained model, from one checkpoint to another, without training.
 
   moe-dist experts RUN list                                starved experts, experts that are alike, closed ones
   moe-dist experts RUN upcycle 8 --model.moe.top-k 2       a dense model: 8 copies of each feed-forward
@@ -81,22 +80,22 @@ def experts_arguments(args: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> Parser:
-    parser = Parser("moe-dist experts", f"{_USAGE}\n{_ABOUT}", usage=argparse.SUPPRESS)
+    parser = Parser("moe-dist experts", _ABOUT, usage=_USAGE)
     add = parser.add_argument
-    add("--output", type=user_path, metavar="FOLDER", help="the new run folder, not there yet")
-    add("--moments", choices=["carry", "zero"], default="carry", help="Adam's, see above (default carry)")
+    add("--output", type=user_path, metavar="FOLDER", help="the new run folder, not there yet; needed by all but list")
+    add("--moments", choices=["carry", "zero"], default="carry", help="Adam's, see above")
     add("--no-loss", action="store_true", help="do not read the run's data")
     add("--noise", type=float, metavar="X", help="upcycle: normal noise on each copy, relative to the deviation of each"
-        " matrix (default 0, which keeps the function); add: on the router rows of copies (default 0.01)")  # fmt: skip
+        " matrix (default: 0, which keeps the function); add: on router rows of copies (default: 0.01)")  # fmt: skip
     add("--granularity", type=int, default=1, metavar="G", help="upcycle: narrower experts that a copy is cut into")
-    add("--model.moe.KEY", dest="unused", metavar="VALUE", help="upcycle: how the new layers route, as in train")
+    add("--model.moe.KEY", dest="unused", metavar="VALUE", help="upcycle: how new layers route (default: as in train)")
     add("--init", choices=["clone", "random"], default="clone", help="add: what new experts start from")
     add("--sources", metavar="IDS", help="add: which to copy, as 0,4, or loaded: the most loaded (default: the first)")
-    add("--d-ff", type=int, metavar="N", help="add --init random: their width, if another")
+    add("--d-ff", type=int, metavar="N", help="add --init random: their width (default: that of the others)")
     add("--weights", choices=["equal", "load"], default="equal", help="merge: the mean is weighted by load, or not")
     add("--evaluate", action="store_true", help="list: loads from the validation data, not from metrics.jsonl")
-    add("--starved", type=float, default=0.1, metavar="X", help="list: below this part of an even share (default 0.1)")
-    add("--alike", type=float, default=0.99, metavar="X", help="list: at this cosine or more (default 0.99)")
+    add("--starved", type=float, default=0.1, metavar="X", help="list: below this part of an even share")
+    add("--alike", type=float, default=0.99, metavar="X", help="list: at this cosine or more")
     return parser
 
 

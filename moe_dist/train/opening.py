@@ -1,13 +1,14 @@
 """Before a run: whether it fits. Its first lines: what is trained, how it is cut, on what."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
 import numpy as np
 import torch
 
 from moe_dist.config import BatchShape, Config
+from moe_dist.config.model import MoEConfig
 from moe_dist.config.rules.memory import host_memory
 from moe_dist.config.schema import TrainConfig
 from moe_dist.data import SequenceSampler
@@ -72,13 +73,30 @@ def opening_lines(
         f"model     {short_number(counts.total)} parameters, {short_number(counts.active)} active a token; {backends}",
         *beginnings,
         f"data      {task.describe()}",
-        f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
-        f"{shape.micro_step_sequences * shape.seq_len} tokens that compete for capacity; "
-        f"steps {first + 1} to {config.train.steps}",
+        *step_lines(config, shape, first),
         *(f"note      {note}" for note in task.notes(config.model)),
         *(f"note      {note}" for note in schedule_notes(config.train.steps, config.optim)),
         f"peak      {peak.flops_per_second / 1e9:.0f} GFLOP/s a rank ({peak.source})",
     ]
+
+
+def step_lines(config: Config, shape: BatchShape, first: int) -> Iterator[str]:
+    """What a step is and which are to come; first: steps done already."""
+    steps, model = config.train.steps, config.model
+    moes = [model.moe] if model.moe.layer_count(model.num_layers) else []
+    moes += [model.attention.moe] if model.attention.kind == "switch" else []
+    factors = [factor for moe in moes for factor in (moe.capacity_factor, *moe.capacity_schedule.values())]
+    compete = "" if all(map(MoEConfig.is_dropless, factors)) else " that compete for capacity"
+    ahead = f"steps {first + 1} to {steps}" if first < steps else f"all {steps} steps are done"
+    yield (
+        f"step      {shape.global_batch} sequences of {shape.seq_len} in {shape.accumulation} micro-steps of "
+        f"{shape.micro_step_sequences * shape.seq_len} tokens{compete}; {ahead}"
+    )
+    if first >= steps:
+        yield (
+            f"note      nothing is left to train: this run ends at train.steps={steps}; to train longer, resume it "
+            f"with more, such as --resume --train.steps {2 * steps}"
+        )
 
 
 def write_opening(

@@ -12,14 +12,10 @@ CONFIG is a YAML file (configs/ has some); every key of it is a flag too, with t
 Under torchrun or as a Slurm step each rank runs this same command:
   torchrun --nproc_per_node 4 -m moe_dist.cli train configs/quickstart.yaml --parallel.ep 4
 
---resume continues the run from its newest checkpoint. --resume auto also starts a run that has none yet, and returns at
-once when it has finished: the same command, again and again, brings a run to its end.
-A run is continued with the same data, tokenizer, seed, seq_len, global_batch and model, or refused. What is changed on
-purpose is named: --override data,seed.
+With --resume a run is continued with the same data, tokenizer, seed, seq_len, global_batch and model, or refused. What
+is changed on purpose is named: --override data,seed.
 SIGUSR2, SIGTERM, SIGINT (Ctrl-C) and run.time_limit make it save after the step at hand, and leave with exit code 75
 and `preempted` in status.json. A second Ctrl-C ends it at once.
-
---profile steps=10-12 writes a trace of these steps, counted from 1, and their memory to profile/ of the run's folder.
 
 Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a failure too:
   0  done                                       76  diverged: going back to a checkpoint did not help

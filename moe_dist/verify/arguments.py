@@ -33,12 +33,12 @@ def verify_arguments(args: Sequence[str]) -> argparse.Namespace:
     """options, ranks and device. Raises ValueError for axes and values that do not exist."""
     parser = Parser("moe-dist verify", _ABOUT)
     add = parser.add_argument
-    add("--layouts", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(LAYOUT_AXES))
-    add("--settings", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help(SETTING_AXES))
+    add("--layouts", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help("layouts", LAYOUT_AXES))
+    add("--settings", nargs="+", default=[], metavar="AXIS=V,V", help=_axes_help("settings", SETTING_AXES))
     add("--all", action="store_true", help="every layout and setting (4 ranks on 2 cores: hours)")
-    add("--ranks", type=int, default=4, help="processes to start (default 4)")
-    add("--steps", type=int, default=50, help="optimizer steps of each run (default 50)")
-    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--ranks", type=int, default=4, metavar="W", help="processes to start")
+    add("--steps", type=int, default=50, metavar="N", help="optimizer steps of each run")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where ranks compute")
     given = parser.parse_args(list(args))
     if given.steps < 1 or given.ranks < 1:
         raise ValueError(f"--steps={given.steps} and --ranks={given.ranks} must be at least 1")
@@ -54,5 +54,6 @@ def verify_arguments(args: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def _axes_help(axes: Axes) -> str:
-    return "; ".join(f"{name}={','.join(values)}" for name, values in axes.items())
+def _axes_help(what: str, axes: Axes) -> str:
+    known = "; ".join(f"{name}={','.join(values)}" for name, values in axes.items())
+    return f"{what} to compare (default: a few quick ones), of {known}"

@@ -82,7 +82,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("train", "--help") == 0
     shown = capsys.readouterr().out
     assert "--model.moe.top-k" in shown and "--resume" in shown
-    assert len(shown.splitlines()) < 50 and "  model.attention.routed  " in shown
+    assert len(shown.splitlines()) < 60 and "  model.attention.routed  " in shown
     assert exit_code("train", "--help", "model.moe") == 0
     assert "--model.moe.drop-policy  position | score | random  (position)" in capsys.readouterr().out
     assert exit_code("verify", "--help") == 0

@@ -4,6 +4,7 @@ import argparse
 import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import moe_dist
 from docs.write_reference import FOLDER, all_pages
 from moe_dist.cli import COMMANDS, parser_of, usage
 from moe_dist.config import Config
+from moe_dist.config.flags import Parser
 from moe_dist.config.parse import field_types, sections_of
 from moe_dist.train import exit_codes
 
@@ -42,15 +44,37 @@ def test_pages_have_every_key_command_and_code() -> None:
 
 def test_usage_has_every_command_and_every_command_below_one_a_line() -> None:
     assert re.findall(r"^  (\S+)", usage(), re.MULTILINE) == list(COMMANDS)
-    for command in COMMANDS.values():
-        waiting = [parser_of(command)]
-        while waiting:
-            parser = waiting.pop()
-            for action in parser._actions:
-                if isinstance(action, argparse._SubParsersAction):
-                    told = {each.dest for each in action._get_subactions() if each.help}
-                    assert told == set(action.choices), f"{parser.prog}: no help, so no completion"
-                    waiting += action.choices.values()
+    for parser in every_parser():
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                told = {each.dest for each in action._get_subactions() if each.help}
+                assert told == set(action.choices), f"{parser.prog}: no help, so no completion"
+
+
+def every_parser() -> Iterator[Parser]:
+    """Of each command, and of each below it."""
+    waiting = [parser_of(command) for command in COMMANDS.values()]
+    while waiting:
+        parser = waiting.pop()
+        yield parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+
+
+def test_every_command_and_flag_says_what_it_is_for_and_every_value_what_it_is_by_default() -> None:
+    """Flags that are hidden are those of `moe-dist train`, which status takes and does not need."""
+    for parser in every_parser():
+        assert (parser.description or "").strip(), f"{parser.prog}: what does it do?"
+        for action in parser._actions:
+            called = f"{parser.prog} {'/'.join(action.option_strings) or action.dest}"
+            if action.help == argparse.SUPPRESS and parser.prog == "moe-dist status":
+                continue
+            below = isinstance(action, argparse._SubParsersAction)
+            text = parser.help_of(action)
+            assert below or text, f"{called}: what is it for?"
+            if action.option_strings and action.nargs != 0 and not action.required:
+                assert "default" in text or "needed" in text, f"{called}: what without it?"
 
 
 @cache

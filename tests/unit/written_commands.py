@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.cli import COMMANDS
+from moe_dist.cluster.arguments import status_arguments
 from moe_dist.config.schema import Config
 from moe_dist.config.validate import validate
 from moe_dist.plan.arguments import check_plan_arguments, measure_arguments, plan_parser
@@ -146,8 +147,9 @@ class Checker:
             case "train":
                 return run_arguments(command, rest, "")[1]
             case "status":
-                assert len(rest) < 2 or rest[0].endswith(".yaml")
-                return run_arguments(command, rest, "")[1] if rest and rest[0].endswith(".yaml") else None
+                assert len(set(rest) - {"--all"}) < 2 or rest[0].endswith(".yaml")
+                if rest and rest[0].endswith(".yaml"):
+                    status_arguments(rest)
             case "plan" if "--measure" in rest:
                 measure_arguments(rest)
             case "plan":

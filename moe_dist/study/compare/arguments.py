@@ -22,8 +22,8 @@ One run each says nothing of chance: `moe-dist study` compares settings over see
 def compare_arguments(args: Sequence[str]) -> argparse.Namespace:
     """runs: list[Path], output: Path. Raises ValueError for a run that is named twice, or for too many."""
     parser = Parser("moe-dist compare", _ABOUT)
-    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN")
-    parser.add_argument("--output", type=user_path, default=Path("comparison"), metavar="FOLDER")
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="folders of runs, root/NAME")
+    parser.add_argument("--output", type=user_path, default=Path("comparison"), metavar="FOLDER", help="of the page")
     own = parser.parse_args(list(args))
     places = [run.resolve() for run in own.runs]
     twice = next((run for run, place in zip(own.runs, places, strict=True) if places.count(place) > 1), None)

@@ -296,14 +296,19 @@ def _evaluated_with_drops(moe: MoEConfig, steps: int) -> MoEConfig:
     return moe if moe.is_dropless(factor) else replace(moe, eval_capacity_factor=factor)
 
 
-def _refusals(study: Study) -> Iterator[str]:
-    """A line for each reason, with the first point that has it unless all have."""
-    total = len(study.points) + len(study.invalid)
+def refused(study: Study) -> dict[str, list[str]]:
+    """Reason -> names of the points that have it."""
     having = defaultdict[str, list[str]](list)
     for point in study.invalid:
         for reason in point.reasons:
             having[reason].append(point.name)
-    for reason, names in having.items():
+    return having
+
+
+def _refusals(study: Study) -> Iterator[str]:
+    """A line for each reason, with the first point that has it unless all have."""
+    total = len(study.points) + len(study.invalid)
+    for reason, names in refused(study).items():
         yield reason if len(names) == total else f"{names[0]}: {reason}"
     if len(study.invalid) < total:
         yield (

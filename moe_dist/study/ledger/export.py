@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 
+from moe_dist.config.extras import install
 from moe_dist.disk import replacing
 from moe_dist.study.design.grid import Point, Study, show
 from moe_dist.study.ledger.columns import Columns, read_columns
@@ -204,8 +205,7 @@ def _parquet() -> type[Writer]:
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError(
-            "Parquet is written by pyarrow, which is not installed: install the extra, pip install 'moe_dist[study]', "
-            "or export with --jsonl"
+            f"Parquet is written by pyarrow, which is not installed: {install('study')}; or export with --jsonl"
         ) from None
     types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
 

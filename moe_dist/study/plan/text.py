@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.study.design.grid import refused
 from moe_dist.study.design.names import axis_names, show
 from moe_dist.study.design.probe import probe_path
+from moe_dist.study.design.study_file import StudyFile
 from moe_dist.study.plan.plan import Effect, Plan, PointCost
+from moe_dist.study.statistics.samples import FEWEST_SEEDS
 from moe_dist.train.record.progress import duration
 
 _WIDTH = 100
@@ -41,10 +44,21 @@ def _head(plan: Plan) -> Iterator[str]:
     seeds = file.seeds
     told = seeds if isinstance(seeds, list) else [f"{part} {values}" for part, values in seeds.items()]
     yield f"  seeds: {', '.join(map(str, told))}"
+    if note := few_seeds(file):
+        yield f"  {note}"
     if study.left_out:
         yield f"  {study.left_out} points are left out by exclude"
     if file.equal is not None:
         yield f"  equal {file.equal}: {_budget(plan)}"
+
+
+def few_seeds(file: StudyFile) -> str | None:
+    """A line where seeds are too few for intervals, and so for an answer."""
+    count = len(file.repetitions)
+    if count >= FEWEST_SEEDS:
+        return None
+    few = f"{count} seed{'s' * (count != 1)}"
+    return f"{few}: the report gives intervals and verdicts from {FEWEST_SEEDS} on; add seeds to the study's file"
 
 
 def _budget(plan: Plan) -> str:
@@ -123,10 +137,13 @@ def _invalid(plan: Plan) -> Iterator[str]:
     if not found:
         return
     yield f"{len(found)} points are refused; study run will not start before they are mended or left out with exclude:"
-    for point in found[:_INVALID]:
-        yield from (f"  {point.name}: {reason}" for reason in point.reasons)
-    if len(found) > _INVALID:
-        yield f"  ... {len(found) - _INVALID} more; --json has all"
+    reasons = refused(plan.study)
+    for reason, names in list(reasons.items())[:_INVALID]:
+        whose = "all of them" if len(names) == len(found) > 1 else names[0]
+        beside = f" and {len(names) - 1} more" if 1 < len(names) < len(found) else ""
+        yield f"  {whose}{beside}: {reason}"
+    if len(reasons) > _INVALID:
+        yield f"  ... {len(reasons) - _INVALID} more reasons; --json has all"
     yield ""
 
 

@@ -34,6 +34,8 @@ from moe_dist.study.statistics.samples import FEWEST_SEEDS
 
 _UNSTEADY = 0.05
 """Relative difference of times that a quiet machine tells."""
+_NOTHING = 0.5
+"""From here on, one time may be half of another and count as equal."""
 
 CHECKS = (
     "ledger",
@@ -205,5 +207,11 @@ def _same_everywhere(records: Sequence[Record]) -> Iterator[Finding]:
 
 def _times(grid: Sequence[Cell]) -> Iterator[Finding]:
     if (same := same_cost(grid, "time")) > _UNSTEADY:
-        what = f"step times spread so much over the seeds of a point that times within {same:.0%} count as equal"
-        yield Finding("warning", "times", what, (), "run the points on a machine that does nothing else")
+        what = f"step times of the seeds of a point differ so much that times within {same:.0%} count as equal"
+        if same > _NOTHING:
+            what = "step times of the seeds of a point differ so much that times tell nothing here"
+        remedy = (
+            "losses are not touched by it; decide by what is counted (question.decide_by: flops, bytes or memory), or "
+            "run the points again on a machine that does nothing else"
+        )
+        yield Finding("warning", "times", what, (), remedy)

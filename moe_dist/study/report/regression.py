@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_dist.config.extras import install
 from moe_dist.study.ledger.cells import Cell
 from moe_dist.study.page.model import Part, Prose, Table, Value
 from moe_dist.study.report.metric import title
@@ -19,9 +20,7 @@ def regression(grid: Sequence[Cell], metric: str, floor: float) -> list[Part]:
     try:
         from moe_dist.study.statistics.scaling import Observation, scaling
     except ImportError:
-        return [
-            Prose(["Scaling is left out: it needs statsmodels, of the extra `study` (`pip install moe_dist[study]`)."])
-        ]
+        return [Prose([f"Scaling is left out: it needs statsmodels, which is not installed: {install('study')}."])]
     runs = [Observation(*row) for row in rows]
     levels = list(dict.fromkeys(run.factor for run in runs))
     baseline = None if None in levels else levels[0]

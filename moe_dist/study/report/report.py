@@ -26,11 +26,12 @@ from moe_dist.study.report.metric import title
 from moe_dist.study.report.sections import compute_sections, dispatch_section, pareto_section, run_section
 from moe_dist.study.report.tables import (
     advice_table,
-    cells_table,
     checks_table,
-    comparisons_table,
+    comparisons_tables,
     costs_table,
     failed_table,
+    results_table,
+    routing_table,
     setting_table,
 )
 
@@ -64,7 +65,7 @@ def page_of(study: Study) -> Page | None:
         *dispatch_section(study, grid, found.families),
         *pareto_section(grid, metric),
         *compute_sections(study, grid, metric),
-        Section("Points", [_cells_table(study, grid, found, metric), costs_table(grid), *([failed] if failed else [])]),
+        Section("Points", [*_points(study, grid, found, metric), *([failed] if failed else [])]),
     ]
     return _page(study, grid, found, findings, sections)
 
@@ -124,14 +125,11 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
     if found.comparisons:
         note = (
             f"{title(metric)}, seed by seed, minus the baseline, with each one's own 95% t interval, which the answer "
-            "gives too; p after Holm over the family; the difference that so many seeds show in 80 of 100 studies; p "
-            "before Holm, and of a difference that matters; intervals that hold all at once with 95%, and of "
-            f"the bootstrap. {floor}"
+            "gives too; p after Holm over the family; the difference that so many seeds show in 80 of 100 studies. "
+            f"{floor}"
         )
-        table = comparisons_table(
-            "comparisons", "Named comparisons", found.families.named, found.comparisons, asked, note
-        )
-        parts: list[Part] = [table]
+        named = (found.families.named, found.comparisons, asked, note)
+        parts: list[Part] = [*comparisons_tables("comparisons", "Named comparisons", *named)]
         if len(found.advice) > 1:
             parts.append(advice_table(found))
         elif said := [*_reasons(found), *(order.words for order in found.orders)]:
@@ -145,8 +143,9 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
     if found.families.others:
         comparisons = compared(found.families.others, metric)
         note = f"Not named by a question before the runs: no claims. {floor}"
-        others = comparisons_table("exploratory", "Other comparisons", found.families.others, comparisons, asked, note)
-        sections.append(Section("Other comparisons", [others], exploratory=True))
+        others = (found.families.others, comparisons, asked, note)
+        tables = comparisons_tables("exploratory", "Other comparisons", *others)
+        sections.append(Section("Other comparisons", tables, exploratory=True))
     return sections
 
 
@@ -155,6 +154,6 @@ def _reasons(found: Answer) -> list[str]:
     return [f"The recommendation: {each.reasons}." for each in found.advice]
 
 
-def _cells_table(study: Study, grid: Sequence[Cell], found: Answer, metric: str) -> Table:
+def _points(study: Study, grid: Sequence[Cell], found: Answer, metric: str) -> list[Table]:
     baselines = {id(match.cell): match.baseline for match in (*found.families.named, *found.families.others)}
-    return cells_table(study, grid, baselines, metric)
+    return [results_table(study, grid, baselines, metric), routing_table(study, grid), costs_table(grid)]

@@ -40,20 +40,22 @@ _PLAIN = {
     "router_entropy": ("router entropy", "{:.3f}", 1.0),
 }
 
-CELLS_NOTE = """Mean ± sample standard deviation over seeds. Losses in {unit}; validation drops nothing, unless it is
-capped. Minus the baseline: seed by seed. Dropped: share of assignments, over the last quarter of the run and over all
-of it. By chance: what uniform random routing would drop. Steps until 3 %: until 20 steps in a row dropped less than
-that, of the seeds that came there. Fullest expert: its load over the mean load before dropping,
-in the last quarter.""".replace("\n", " ")
+RESULTS_NOTE = """Mean ± sample standard deviation over seeds. Losses in {unit}; validation drops nothing, unless it is
+capped. Minus the baseline: seed by seed.""".replace("\n", " ")
+ROUTING_NOTE = """Dropped: share of assignments, over the last quarter of the run and over all of it. By chance: what
+uniform random routing would drop. Steps until 3 %: until 20 steps in a row dropped less than that, of the seeds that
+came there. Fullest expert: its load over the mean load before dropping, in the last quarter.""".replace("\n", " ")
+MORE_NOTE = (
+    "p: before Holm. Equivalent: p of a difference that matters; small where there is none. All at once: intervals "
+    "that hold together with 95%."
+)
 
 
-def cells_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell], metric: str) -> Table:
+def results_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell], metric: str) -> Table:
     """One row for each combination of the axes. baselines: id of a cell -> its baseline."""
     names = axis_names(list(grid[0].axes))
     losses = [name for name in _LOSSES if any(cell.values(name) for cell in grid)]
-    plain = {name: how for name, how in _PLAIN.items() if any(cell.values(name) for cell in grid)}
     columns = [*names.values(), "seeds", *map(title, losses), *(["minus baseline"] if baselines else [])]
-    columns += [*(heading for heading, _, _ in plain.values()), "by chance", "C", "tokens per micro-step"]
     form_of_difference = difference_form(*(value for cell in grid for value in cell.values(metric)))
     rows = []
     for cell in grid:
@@ -63,33 +65,64 @@ def cells_table(study: Study, grid: Sequence[Cell], baselines: Mapping[int, Cell
             baseline = baselines.get(id(cell))
             differences = {} if baseline is None else pair(cell.by_seed(metric), baseline.by_seed(metric)).differences
             row.append(spread(list(differences.values()), f"{{:{form_of_difference}}}"))
-        row += [spread(cell.values(name), form, scale) for name, (_, form, scale) in plain.items()]
-        row.append(dropped_by_chance(cell.points[0].config, study.file.ranks))
-        row += [_same(cell, "expert_capacity"), _same(cell, "tokens_per_micro_step")]
         rows.append(row)
     units = dict.fromkeys(loss_unit(record) for cell in grid for record in cell.records)
-    note = CELLS_NOTE.format(unit=" and ".join(units))
-    return Table(name="points", title="All points", columns=columns, rows=rows, formats={"by chance": ".2%"}, note=note)
+    note = RESULTS_NOTE.format(unit=" and ".join(units))
+    return Table(name="points", title="What the points reached", columns=columns, rows=rows, note=note)
 
 
-def comparisons_table(
+def routing_table(study: Study, grid: Sequence[Cell]) -> Table:
+    """One row for each combination of the axes."""
+    names = axis_names(list(grid[0].axes))
+    plain = {name: how for name, how in _PLAIN.items() if any(cell.values(name) for cell in grid)}
+    columns = [*names.values(), *(heading for heading, _, _ in plain.values())]
+    columns += ["by chance", "C", "tokens per micro-step"]
+    rows = []
+    for cell in grid:
+        row: list[Value] = [label(key, value) for key, value in cell.axes.items()]
+        row += [spread(cell.values(name), form, scale) for name, (_, form, scale) in plain.items()]
+        row.append(dropped_by_chance(cell.points[0].config, study.file.ranks))
+        rows.append([*row, _same(cell, "expert_capacity"), _same(cell, "tokens_per_micro_step")])
+    return Table(
+        name="routing",
+        title="What the points dropped",
+        columns=columns,
+        rows=rows,
+        formats={"by chance": ".2%"},
+        note=ROUTING_NOTE,
+    )
+
+
+def comparisons_tables(
     name: str, heading: str, matches: Sequence[Match], found: Sequence[Comparison], question: Question, note: str
-) -> Table:
+) -> list[Table]:
+    """What an answer is read from; then what else there is to know of the same comparisons."""
     columns = ["point", "baseline", "seeds", "minus baseline", "low", "high", "p (Holm)", "verdict", "shown with 80%"]
-    columns += ["p", "p (equivalent)", "all at once, low", "all at once, high", "bootstrap, low", "bootstrap, high"]
+    more = ["p", "p (equivalent)", "all at once, low", "all at once, high", "bootstrap, low", "bootstrap, high"]
     rows: list[list[Value]] = []
+    others: list[list[Value]] = []
     for match, each in zip(matches, found, strict=True):
         left = [("without their pair", each.pairs.only_point), ("missing", each.pairs.only_baseline)]
         words = [verdict_of(each, question), *(f"seeds {_seeds(seeds)} {why}" for why, seeds in left if seeds)]
-        row: list[Value] = [match.name, match.baseline_short, len(each.pairs.differences), each.mean]
-        row += [*_ends(each.interval), each.p_holm, "; ".join(words), each.detectable, each.p, each.p_equivalent]
-        rows.append([*row, *_ends(each.together), *_ends(each.bootstrap)])
-    signed = [*columns[3:6], *columns[11:]]
+        who: list[Value] = [match.name, match.baseline_short]
+        row = [*who, len(each.pairs.differences), each.mean, *_ends(each.interval), each.p_holm]
+        rows.append([*row, "; ".join(words), each.detectable])
+        others.append([*who, each.p, each.p_equivalent, *_ends(each.together), *_ends(each.bootstrap)])
     compared = (cell for match in matches for cell in (match.cell, match.baseline))
     form = difference_form(*(value for cell in compared for value in cell.values(question.metric)))
-    formats = dict.fromkeys(signed, form) | dict.fromkeys(("p", "p (Holm)", "p (equivalent)"), ".3g")
-    formats["shown with 80%"] = form.removeprefix("+")
-    return Table(name=name, title=heading, columns=columns, rows=rows, formats=formats, note=note)
+    formats = dict.fromkeys(columns[3:6], form) | {"p (Holm)": ".3g", "shown with 80%": form.removeprefix("+")}
+    formats_of_more = dict.fromkeys(more[2:], form) | dict.fromkeys(more[:2], ".3g")
+    return [
+        Table(name=name, title=heading, columns=columns, rows=rows, formats=formats, note=note),
+        Table(
+            name=f"{name}-more",
+            title=f"{heading}: further tests and intervals",
+            columns=[*columns[:2], *more],
+            rows=others,
+            formats=formats_of_more,
+            note=MORE_NOTE,
+        ),
+    ]
 
 
 def advice_table(found: Answer) -> Table:

@@ -33,14 +33,12 @@ from moe_dist.study.run.whereabouts import is_study_folder, lock_of, study_of
 from moe_dist.train.record.progress import duration, smoothed
 from moe_dist.train.record.status import FILE, folders_with, status_now
 
-_ABOUT = """Shows a run or a study in the terminal until it ends: loss curve, drop rate, load of the experts, step time
+_ABOUT = """Show a run or a study in the terminal until it ends: loss curve, drop rate, load of the experts, step time
 and time left of a run; the points of a study.
 
 Takes the folder of a run, its configuration, STUDY.yaml or the folder of a study; without one, the newest run under
 runs/. Where standard output is no terminal, a line each time that there is something new. Ctrl-C leaves, and the run
 goes on.
-
---once   print what there is now, and leave
 """
 _EVERY, _EVERY_LINE = 1.0, 10.0  # seconds between frames, and between lines where there is no terminal
 _KEPT = 4096  # points of a curve; of longer runs every second, fourth, ... step
@@ -228,6 +226,7 @@ def _print(console: Console, frame: Frame, plain: bool, once: bool) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("moe-dist watch", _ABOUT)
-    parser.add_argument("what", type=user_path, nargs="?", metavar="RUN|STUDY")
+    what = "as above (default: the newest run)"
+    parser.add_argument("what", type=user_path, nargs="?", metavar="RUN|STUDY", help=what)
     parser.add_argument("--once", action="store_true", help="print what there is now, and leave")
     return parser

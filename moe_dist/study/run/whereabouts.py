@@ -7,8 +7,7 @@ from pathlib import Path
 
 from moe_dist.disk import replace_text
 from moe_dist.study.design.grid import Point, Study, load_study
-
-_FILE = "study.json"
+from moe_dist.train.record.status import STUDY
 
 
 def lock_of(point: Point) -> Path:
@@ -18,20 +17,20 @@ def lock_of(point: Point) -> Path:
 
 def remember(study: Study) -> None:
     """Written when points are started or handed in."""
-    path, text = study.folder / _FILE, json.dumps({"study": str(study.path.absolute())}) + "\n"
+    path, text = study.folder / STUDY, json.dumps({"study": str(study.path.absolute())}) + "\n"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         study.folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
 
 
 def is_study_folder(folder: Path) -> bool:
-    return (folder / _FILE).is_file()
+    return (folder / STUDY).is_file()
 
 
 def study_of(folder: Path) -> Study:
     """The study whose points lie in `folder`, from wherever you are. Raises ValueError when its file has gone, or is
     another study's now."""
-    path = Path(json.loads((folder / _FILE).read_text(encoding="utf-8"))["study"])
+    path = Path(json.loads((folder / STUDY).read_text(encoding="utf-8"))["study"])
     if not path.is_file():
         raise ValueError(f"{folder}: its study {path} is not there any more; give the study's file instead")
     study = load_study(path)

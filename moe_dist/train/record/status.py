@@ -16,6 +16,8 @@ from moe_dist.disk import is_locked, replace_text
 from moe_dist.train.record.history import last_record
 
 FILE, LOCK = "status.json", "run.lock"
+STUDY = "study.json"
+"""In a folder whose runs are the points of a study."""
 
 
 def write_status(folder: Path, state: str, **details: Any) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_dist.config.extras import install
 from moe_dist.disk import replace_text
 from moe_dist.kernels.packages import is_there
 from moe_dist.train.record.board import board_scalars, timing_scalars
@@ -28,7 +29,7 @@ def check_wandb(project: str | None) -> None:
     """Raises ValueError, one line, where run.wandb asks for a package that is not there."""
     if project is not None and not is_there("wandb"):
         raise ValueError(
-            f"run.wandb={project}, but wandb is not installed: pip install 'moe_dist[wandb]', or set run.wandb to null"
+            f"run.wandb={project}, but wandb is not installed: {install('wandb')}, or set run.wandb to null"
         )
 
 

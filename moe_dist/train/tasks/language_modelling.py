@@ -127,8 +127,10 @@ class LanguageModelling:
         corpus, left_out = self.corpus, self.corpus.left_out.describe()
         large = "is large: parts of it were hashed, and its ids are checked as they are read"
         sampled = [f"{path} {large}" for path in corpus.sampled]
-        of_model = [*causality_notes(model), *learning_notes(model)]
-        return [*([left_out] if left_out else []), *self._blend_notes(), *sampled, *of_model]
+        data = self.config.data
+        share = None if data.validation_paths else corpus.share_note(data.validation_fraction)
+        of_data = [note for note in (left_out, share) if note]
+        return [*of_data, *self._blend_notes(), *sampled, *causality_notes(model), *learning_notes(model)]
 
     def _blend_notes(self) -> list[str]:
         """The share of each corpus, and how often a run of all steps reads it."""

@@ -127,6 +127,21 @@ def test_a_hidden_file_that_is_named_is_taken(tmp_path: Path) -> None:
 
 
 TEXT = "d\u00e9j\u00e0 vu \u2026 " * 40
+
+
+def test_a_share_that_is_far_from_what_was_asked_is_told(tmp_path: Path) -> None:
+    """Two files of very different size, of which one is held out; a single file is cut where it should be."""
+    write(tmp_path, {f"{number}.txt": f"{number} ".encode() * (4000 if number == 3 else 200) for number in range(8)})
+    told = load(tmp_path, fraction=0.3)
+    held_out = len(told.validation) / (len(told.train) + len(told.validation))
+    assert told.share_note(held_out) is None and told.share_note(held_out / 1.9) is None
+    for asked in (held_out / 2.1, held_out * 2.1):
+        note = told.share_note(asked)
+        assert note is not None and f"validation is {held_out:.1%} of the bytes" in note
+        assert f"asks for {asked:.1%}" in note and "whole files are held out" in note
+    assert load(tmp_path / "3.txt", fraction=0.3).share_note(0.3) is None
+
+
 PACKED = {
     "gz": gzip.compress(TEXT.encode()),
     "xz": lzma.compress(TEXT.encode()),

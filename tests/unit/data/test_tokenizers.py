@@ -212,7 +212,7 @@ def test_where_there_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="holds no tokenizer, none of tokenizer"):
         load_tokenizer(str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "tiktoken", None)
-    with pytest.raises(ValueError, match=r"tiktoken, which is not installed: pip install 'moe_dist\[data\]'"):
+    with pytest.raises(ValueError, match=r"tiktoken, which is not installed: .* pip install 'moe_dist\[data\]'"):
         load_tokenizer(str(tiktoken_file(tmp_path / "own.bpe")))
 
 

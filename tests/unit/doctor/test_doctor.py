@@ -30,6 +30,7 @@ def test_this_machine_can_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     facts = told["facts"]
     assert facts["software"]["torch"] == sys.modules["torch"].__version__
     assert facts["backends"]["model.moe.experts=loop"] == "loop"
+    assert facts["backends"]["model.attention.backend=auto"].startswith("packed up to 1,024 tokens where at least 4 ")
     assert facts["backends"]["model.moe.experts=triton"].startswith("no: ") or "TRITON_INTERPRET" in os.environ
     assert str(len(os.sched_getaffinity(0))) in facts["cpu"]["cores"]
     assert facts["network"]["lo"].startswith("127.0.0.1")

@@ -213,7 +213,10 @@ def test_the_gate_keeps_nothing_that_differs(
     with monkeypatch.context() as patched:
         patched.setattr(command, "can_compare", lambda: False)
         assert main(args) == 3
-    assert "not compared: Transformers is not installed" in capsys.readouterr().err
+    assert (
+        "not compared: Transformers is not installed: bash launch/install.sh hf in a clone, or pip"
+        in capsys.readouterr().err
+    )
     assert run.is_dir()
     assert main(args) == 2  # it is there
     assert f"{run} is there already: --output must name a new folder" in capsys.readouterr().err
@@ -334,6 +337,17 @@ def test_what_cannot_go_out_is_named() -> None:
         "model.activation=relu2",
     ):
         assert any(f"the nearest family: {field}, where this family can only have" in line for line in lines), lines
+
+
+def test_a_top_1_model_is_told_its_ways_out_and_they_lead_there() -> None:
+    with pytest.raises(ValueError) as refused:
+        settings_of(ModelConfig(moe=MoEConfig(top_k=1)))
+    (line,) = str(refused.value).splitlines()
+    assert "mixtral, the nearest family: model.moe.top_k=1 with model.moe.renormalize_top_1=false" in line
+    assert "model.moe.top_k=2 or more" in line and "model.attention.qk_norm=head" in line
+    attention = AttentionConfig(qk_norm="head")
+    assert settings_of(ModelConfig(moe=MoEConfig(top_k=2)))[0].model_type == "mixtral"
+    assert settings_of(ModelConfig(moe=MoEConfig(top_k=1), attention=attention))[0].model_type == "qwen3_moe"
 
 
 def test_a_trained_run_goes_out_with_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

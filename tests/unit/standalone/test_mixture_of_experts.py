@@ -290,6 +290,13 @@ def test_it_learns() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_the_capacity_factor_goes_by_its_name_in_a_configuration_too() -> None:
+    x_TD, counted = tokens(40), mixture(capacity_factor=0.25)
+    assert counted.moe.config.capacity_factor == 0.25
+    assert mixture(capacity_factor=None).moe.config.capacity_factor is None
+    assert torch.equal(counted(x_TD, step=0), mixture(expert_capacity_factor=0.25)(x_TD, step=0))
+
+
 def test_mistakes_are_refused() -> None:
     for options, message in (
         (dict(top_k=5), "top_k=5 is larger than num_experts=4"),
@@ -302,8 +309,8 @@ def test_mistakes_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             mixture(**options)
-    with pytest.raises(TypeError, match="unknown options \\['capacity'\\]"):
-        mixture(capacity=2.0)
+    with pytest.raises(TypeError, match="unknown options \\['drop_polcy'\\]: did you mean drop_policy\\? There are "):
+        mixture(drop_polcy="score")
     with pytest.raises(ValueError, match="last dimension must be d_model=16"):
         mixture()(torch.randn(3, 8))
     with pytest.raises(ValueError, match="id of every token"):

@@ -62,6 +62,8 @@ def test_times_that_spread_over_seeds_are_told(tmp_path: Path) -> None:
     grid = cells(study, Ledger(study.ledger).latest())
     assert len(grid) == 3 and same_cost(grid, "time") == pytest.approx(0.1023, abs=2e-4)
     assert same_cost(grid, "flops") == 0.0
+    (useless,) = findings(study, lambda point: {"step_seconds": math.exp(10 * logs[point.seed])})
+    assert "times tell nothing here" in useless.what and "decide_by: flops, bytes or memory" in useless.remedy
 
 
 @pytest.mark.parametrize(

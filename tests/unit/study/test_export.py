@@ -148,7 +148,7 @@ def test_what_is_missing_is_said(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert main(["study", "export", str(study.path), "--parquet", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "pip install 'moe_dist[study]', or export with --jsonl" in said and said.count("\n") == 1
+    assert "pip install 'moe_dist[study]'; or export with --jsonl" in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
     (study.points[0].folder / FILE).unlink()
     with pytest.raises(ValueError, match=r"measurements\.jsonl is missing, which an older version did not write"):

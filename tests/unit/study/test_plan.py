@@ -18,7 +18,7 @@ from moe_dist.study.design.probe import extremes, write_probe
 from moe_dist.study.ledger.cells import cells
 from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.plan.plan import Plan, make_plan
-from moe_dist.study.plan.text import print_plan, quantity
+from moe_dist.study.plan.text import few_seeds, print_plan, quantity
 from moe_dist.study.statistics.power import minimum_detectable, power
 from moe_dist.study.statistics.samples import FEWEST_SEEDS
 from tests.unit.study.test_budget import probe_of
@@ -48,6 +48,8 @@ def test_a_plan_without_a_probe_or_a_question(tmp_path: Path) -> None:
     assert "model.moe.capacity_factor: 0.5, 1.0, null" in said and "seeds: 0, 1" in said
     assert "time      not known: nothing has been timed; leave out --no-probe" in said
     assert "none is stated: the report will be exploratory only" in said
+    assert "  2 seeds: the report gives intervals and verdicts from 3 on; add seeds to the study's file" in said
+    assert few_seeds(load_study(write(tmp_path, seeds=[0, 1, 2])).file) is None
     assert plan.seconds is None and plan.effect is None and not (tmp_path / "root").exists()
 
 
@@ -62,7 +64,7 @@ def test_what_is_left_out_and_what_is_refused(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "toy: 4 points, 2 combinations with 2 seeds" in said and "4 points are left out by exclude" in said
     assert "8 points are refused; study run will not start before they are mended or left out with exclude:" in said
-    assert "  capacity_factor=-1-num_experts=4-size=small-seed=0: capacity_factor=-1.0 is not above 0; raise" in said
+    assert said.count("capacity_factor=-1.0 is not above 0; raise") == 1 and "  all of them: capacity_factor=-1" in said
     assert main(["study", "run", str(path)]) == 2
     assert "8 of 12 points are refused" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from moe_dist.study.page.model import Table
 from moe_dist.study.report.answer import answer
 from moe_dist.study.report.metric import lower_is_better, spread
 from moe_dist.study.report.report import page_of
-from moe_dist.study.report.tables import cells_table, costs_table, failed_table, setting_table
+from moe_dist.study.report.tables import costs_table, failed_table, results_table, routing_table, setting_table
 from moe_dist.study.report.theory import dropped_by_chance
 from moe_dist.study.run.runner import Runner
 from tests.unit.study.helpers import STUDY, Pretend, toy_study, write_study
@@ -31,8 +31,9 @@ def rows_of(table: Table) -> list[dict[str, Any]]:
 def points_table(study: Study) -> tuple[list[Cell], list[dict[str, Any]], str]:
     grid = cells(study, Ledger(study.ledger).latest())
     baselines = {id(match.cell): match.baseline for match in answer(study, grid).families.others}
-    table = cells_table(study, grid, baselines, "validation_loss")
-    return grid, rows_of(table), table.note
+    results, routing = results_table(study, grid, baselines, "validation_loss"), routing_table(study, grid)
+    rows = [one | other for one, other in zip(rows_of(results), rows_of(routing), strict=True)]
+    return grid, rows, results.note
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
@@ -139,7 +140,10 @@ def test_differences_are_written_by_the_size_of_what_differs(tmp_path: Path) -> 
     page = page_of(study)
     assert page is not None
     tables = {part.name: part for section in page.sections for part in section.parts if isinstance(part, Table)}
-    assert {tables["comparisons"].formats[name] for name in ("minus baseline", "low", "bootstrap, high")} == {"+.4g"}
+    assert {tables["comparisons"].formats[name] for name in ("minus baseline", "low")} == {"+.4g"}
+    assert tables["comparisons-more"].formats["bootstrap, high"] == "+.4g"
+    few = [name for name, table in tables.items() if len(table.columns) > 10 and name != "costs"]
+    assert not few, "a table that nobody reads"
     assert tables["comparisons"].formats["shown with 80%"] == ".4g"
     assert rows_of(tables["points"])[0]["minus baseline"] == "-1e+10"
 

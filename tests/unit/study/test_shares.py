@@ -180,6 +180,7 @@ def test_a_line_that_is_lost_is_recorded_again_without_training(
     study = load_study(path)
     monkeypatch.setattr("moe_dist.study.run.runner.Runner", partial(Runner, command=command))
     assert main(["study", "run", str(path)]) == 0
+    assert f"moe-dist: {path}: 2 seeds: the report gives intervals and verdicts from 3 on" in capsys.readouterr().err
     before, lines = measured(study), study.ledger.read_bytes().splitlines(keepends=True)
     study.ledger.write_bytes(b"".join([lines[0], b"\xff" + lines[1][9:], *lines[2:]]))
     monkeypatch.setattr("moe_dist.study.report.report.write_report", lambda study, latest: [study.folder])

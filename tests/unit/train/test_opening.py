@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,3 +35,27 @@ def test_a_run_is_refused_before_it_is_built_or_doubted(monkeypatch: pytest.Monk
         begin(ranks * plan.sure - 1)
     whose = "a rank" if ranks == 1 else "the 2 ranks of this machine"
     assert f"optimizer state on {whose}" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "compete"),
+    [
+        ({}, True),
+        ({"model__moe__capacity_factor": None}, False),
+        ({"model__moe__capacity_factor": None, "model__moe__capacity_schedule": {2: 1.0}}, True),
+        ({"model__moe__num_experts": 0}, False),
+        ({"model__moe__num_experts": 0, "model__attention__kind": "switch"}, True),
+    ],
+)
+def test_tokens_compete_where_experts_have_a_capacity(changes: dict[str, Any], compete: bool) -> None:
+    config = tiny_config(**changes)
+    (line,) = opening.step_lines(config, validate(tiny_config(), 1), 0)
+    assert ("tokens that compete for capacity; steps 1 to " in line) == compete
+    assert ("tokens; steps 1 to " in line) != compete
+
+
+def test_a_run_that_is_done_says_how_to_train_longer() -> None:
+    config = tiny_config(train__steps=120)
+    line, note = opening.step_lines(config, validate(config, 1), 120)
+    assert line.endswith("; all 120 steps are done")
+    assert "nothing is left" in note and note.endswith("--resume --train.steps 240")

@@ -1,10 +1,11 @@
-"""What a checkpoint says of its model, read by a version that knows more options."""
+"""What a checkpoint says of its model, read by a version that knows more options; what may be overridden."""
 
 from dataclasses import replace
 from typing import Any
 
+from moe_dist.cli import COMMANDS, parser_of
 from moe_dist.config.model import ModelConfig, MoEConfig
-from moe_dist.train.resume import _completed, _model_settings
+from moe_dist.train.resume import OVERRIDES, _completed, _model_settings
 
 
 def older(model: ModelConfig) -> Any:
@@ -28,3 +29,9 @@ def test_options_that_are_gone_are_still_another_model() -> None:
     told = older(ModelConfig()) | {"former": {"rate": 1}, "norm": "layer"}
     assert _completed(told, _model_settings(ModelConfig())) != _model_settings(ModelConfig())
     assert _completed(None, _model_settings(ModelConfig())) is None
+
+
+def test_the_help_names_everything_that_may_be_overridden() -> None:
+    parser = parser_of(COMMANDS["train"])
+    (told,) = (parser.help_of(action) for action in parser._actions if "--override" in action.option_strings)
+    assert f": {', '.join(OVERRIDES)} (default: nothing)" in told
