@@ -116,6 +116,34 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class MultiQuery:
+    """GPT-BigCode: one key/value head, or one for each query head, d_model / num_heads wide."""
+
+    theirs: str
+
+    def read(self, theirs: Theirs, ours: Ours) -> None:
+        ours["num_heads"] = theirs.get(self.theirs)
+        ours["num_kv_heads"] = 1 if theirs.get("multi_query", True) else ours["num_heads"]
+
+    def write(self, model: ModelConfig, theirs: dict[str, Any]) -> None:
+        theirs |= {self.theirs: model.num_heads, "multi_query": model.num_kv_heads == 1}
+
+
+@dataclass(frozen=True)
+class FourFold:
+    """Hidden width of a feed-forward; null, or a missing key, means four times the key `width`."""
+
+    theirs: str
+    width: str
+
+    def read(self, theirs: Theirs, ours: Ours) -> None:
+        ours["d_ff"] = theirs.get(self.theirs, None) or 4 * theirs.get(self.width)
+
+    def write(self, model: ModelConfig, theirs: dict[str, Any]) -> None:
+        theirs[self.theirs] = model.d_ff
+
+
+@dataclass(frozen=True)
 class Choice:
     """A word of theirs, or a switch, is a word of ours. default: what a missing key means."""
 

@@ -49,7 +49,7 @@ def feed_forward(sizes: Sizes, d_ff: int, name: str, norm: bool = True) -> Stage
 
 def _hidden_kept(activation: str) -> int:
     """Tensors of hidden width that torch's autograd keeps for the activation and the product after it."""
-    return {"relu": 1, "gelu": 2, "relu2": 2}.get(activation, 3)
+    return {"relu": 1, "gelu": 2, "gelu_tanh": 2, "relu2": 2}.get(activation, 3)
 
 
 def _hidden_spike(activation: str) -> int:

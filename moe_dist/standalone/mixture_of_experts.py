@@ -26,7 +26,7 @@ from moe_dist.standalone.one_operation import as_operation, autocast_dtype, hand
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu", "gelu_tanh"]
 
 
 class MixtureOfExperts(KeepsStep, Layer):

@@ -233,12 +233,11 @@ def _exchanged(row: Any) -> Any:
 @pytest.mark.parametrize(
     "changes, lines",
     [
-        ({"mlp_bias": True}, ["mlp_bias=true: feed-forwards here have no biases"]),
         ({"hidden_act": "relu"}, ["hidden_act=relu: known here are silu, gelu"]),
         ({"hidden_size": None}, ["config.json has no hidden_size"]),
         (
-            {"rope_scaling": {"rope_type": "longrope"}, "mlp_bias": True},
-            ["rope_type=longrope: rotation here is scaled by linear, dynamic, yarn, llama3", "mlp_bias=true"],
+            {"rope_scaling": {"rope_type": "longrope"}, "hidden_act": "relu"},
+            ["rope_type=longrope: rotation here is scaled by linear, dynamic, yarn, llama3", "hidden_act=relu"],
         ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
@@ -246,7 +245,11 @@ def _exchanged(row: Any) -> Any:
         ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5: this family turns all of a head"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["weights are quantised (fp8)"]),
-        ({"model_type": "gpt_bigcode"}, UNLIKE["gpt_bigcode"]),
+        (
+            {"model_type": "gpt_bigcode", "n_embd": 16, "n_layer": 2, "n_head": 4, "scale_attn_weights": False},
+            ["scale_attn_weights=false: scores here are divided by the root of a head's width"],
+        ),
+        ({"model_type": "falcon"}, UNLIKE["falcon"]),
         ({"model_type": "deepseek_v3"}, ["attention by latents (MLA)"]),
         ({"model_type": "mamba"}, ["model_type=mamba is not among those that come in: llama"]),
     ],

@@ -42,6 +42,12 @@ class Widely(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_GPT = dict(
+    num_experts=0,
+    norm="layer",
+    ff_bias=True,
+    attention=dict(position="learned", qkv_bias=True, out_bias=True),
+)
 # Of each family: where it is in Transformers, its configuration in their words and in ours. All are decoders of 3
 # layers, 16 wide, 4 query heads on 2 key/value heads and experts of width 24, but where they differ.
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -52,8 +58,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "llama, dynamic": (
         "llama.Llama",
-        dict(intermediate_size=24, rope=dict(rope_type="dynamic"), max_position_embeddings=8),
-        dict(num_experts=0, attention=dict(rope_scaling="dynamic", rope_factor=4.0, rope_original_len=8)),
+        dict(intermediate_size=24, rope=dict(rope_type="dynamic"), max_position_embeddings=8, mlp_bias=True),
+        dict(num_experts=0, ff_bias=True, attention=dict(rope_scaling="dynamic", rope_factor=4.0, rope_original_len=8)),
     ),
     "qwen2": (
         "qwen2.Qwen2",
@@ -223,6 +229,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             attention=dict(kind="switch", out_bias=True, moe=dict(num_experts=4, top_k=2, capacity_factor=None)),
         ),
     ),
+    "gpt_bigcode": (
+        "gpt_bigcode.GPTBigCode",
+        dict(n_inner=24, n_positions=40, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+        dict(num_kv_heads=1, activation="gelu_tanh", max_positions=40) | _GPT,
+    ),
+    "gpt_bigcode, multi-head": (
+        "gpt_bigcode.GPTBigCode",
+        dict(multi_query=False, activation_function="gelu", n_positions=24, tie_word_embeddings=True)
+        | dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+        dict(num_kv_heads=4, d_ff=64, activation="gelu", max_positions=24, tie_embeddings=True) | _GPT,
+    ),
 }
 
 
@@ -303,7 +320,7 @@ def as_theirs(values: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
 
     def whole(parts: list[tuple[Pair, int]]) -> Tensor:
         units = [
-            pair.layout.to_theirs([_part(values, place) for place in pair.ours], table.head)[at] for pair, at in parts
+            pair.layout.to_theirs([_part(values, place) for place in pair.ours], table.heads)[at] for pair, at in parts
         ]
         return units[0] if parts[0][0].theirs[parts[0][1]].expert is None else torch.stack(units)
 
@@ -378,4 +395,8 @@ def test_every_option_counts() -> None:
                 if option == "rope_scaling":
                     less = {key: value for key, value in less.items() if not key.startswith("rope_")}
                 other = ours(configured(settings | {"attention": less}))(ids, None, context(), "logits")
+                assert (other - logits).abs().max() > 1e-4, f"{name} without {option}"
+            for option in settings.keys() & {"norm", "ff_bias", "block"}:
+                less = {key: value for key, value in settings.items() if key != option}
+                other = ours(configured(less))(ids, None, context(), "logits")
                 assert (other - logits).abs().max() > 1e-4, f"{name} without {option}"
