@@ -27,7 +27,7 @@ class Table:
         self.heads = model.head_sizes
         self.shapes: dict[str, list[int]] = dict(sorted(logical_shapes(built).items()))
         self.buffers = sorted(name for name, _ in built.named_buffers())
-        self.pairs: list[Pair] = pairs(family.rows, self.shapes, model.num_layers)
+        self.pairs: list[Pair] = pairs(family.rows_of(model), self.shapes, model.num_layers)
         self.theirs = shapes_of_theirs(self.pairs, self.shapes, self.heads)
 
 

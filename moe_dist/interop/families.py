@@ -16,11 +16,11 @@
 | granitemoe  | GRANITE_MOE        | four multipliers                                                            |
 | jetmoe      | JETMOE             | attention experts, with one key/value head                                  |
 | gpt_bigcode | GPT_BIGCODE        | LayerNorm, learned positions, biases everywhere, gelu without a gate        |
+| falcon      | FALCON             | LayerNorm, feed-forwards beside attention, gelu without a gate              |
 
-Refused, because the configuration cannot say it (`UNLIKE` and the rules say which, a line each): Falcon (attention
-beside the feed-forward), DeepSeek's latent attention, JetMoE with more key/value heads, yarn with a
-factor of its own for scores, weights that are quantised. What acts in training alone is not taken over and said:
-dropout, noise of routers.
+Refused, because the configuration cannot say it (`UNLIKE` and the rules say which, a line each): DeepSeek's latent
+attention, JetMoE with more key/value heads, ALiBi of Falcon, yarn with a factor of its own for scores, weights that are
+quantised. What acts in training alone is not taken over and said: dropout, noise of routers.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,7 @@ from moe_dist.interop.settings import (
     AttentionExperts,
     Choice,
     EveryWindow,
+    FalconBlock,
     FirstDense,
     Fixed,
     FourFold,
@@ -56,12 +57,17 @@ from moe_dist.interop.settings import (
 
 @dataclass(frozen=True)
 class Family:
-    """architecture: what Transformers calls the class. rows: of its tensors. rules: of its settings."""
+    """architecture: what Transformers calls the class. rows: of its tensors. rules: of its settings. by_block: rows
+    that hang on `model.block`."""
 
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
     rules: Rules
+    by_block: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+
+    def rows_of(self, model: ModelConfig) -> tuple[Row, ...]:
+        return self.rows + self.by_block.get(model.block, ())
 
 
 def _sizes(tied: bool = False) -> Rules:
@@ -298,15 +304,28 @@ _ALL = (
             Only("add_cross_attention", False, "there is no other sequence to attend to here"),
         ),
     ),
+    Family(
+        "falcon",
+        "FalconForCausalLM",
+        names.FALCON,
+        (
+            *_sizes(tied=True),
+            FalconBlock(),
+            Rope(),
+            FourFold("ffn_hidden_size", "hidden_size"),
+            Key("layer_norm_epsilon", "norm_eps", 1e-5),
+            Choice("activation", "activation", _UNGATED, "gelu"),
+            Key("bias", "attention.qkv_bias attention.out_bias ff_bias", False),
+            Fixed({"norm": "layer"}),
+            Only("alibi", False, "ALiBi of Falcon is added before scores are divided, and here after that"),
+        ),
+        names.FALCON_NORMS,
+    ),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
 _MLA = "attention by latents (MLA), and queries, keys and values here are projections of the token itself"
 UNLIKE: Mapping[str, tuple[str, ...]] = {
-    "falcon": (
-        "attention and feed-forward side by side (parallel_attn, new_decoder_architecture), which follow one another "
-        "here",
-    ),
     "deepseek_v2": (_MLA,),
     "deepseek_v3": (_MLA,),
 }

@@ -199,6 +199,26 @@ GPT_BIGCODE = (
     *_out_with_bias(f"{_H}mlp.c_proj", f"{_F}down", f"{_F}out_bias"),
 )
 
+FALCON = (
+    Row("transformer.word_embeddings.weight", "embedding.weight"),
+    Row("lm_head.weight", "output.weight"),
+    *_with_bias("transformer.ln_f", "output.norm"),
+    *_with_bias(f"{_H}self_attention.query_key_value", f"{_A}query {_A}key_value", GROUPS),
+    *_out_with_bias(f"{_H}self_attention.dense", f"{_A}out", f"{_A}out_bias"),
+    *_with_bias(f"{_H}mlp.dense_h_to_4h", f"{_F}up"),
+    *_out_with_bias(f"{_H}mlp.dense_4h_to_h", f"{_F}down", f"{_F}out_bias"),
+)
+_ONE_NORM = _with_bias(f"{_H}input_layernorm", f"{_B}attention_norm")
+FALCON_NORMS = {
+    "sequential": (*_ONE_NORM, *_with_bias(f"{_H}post_attention_layernorm", f"{_B}feed_forward_norm")),
+    "parallel": _ONE_NORM,
+    "parallel_norms": (
+        *_with_bias(f"{_H}ln_attn", f"{_B}attention_norm"),
+        *_with_bias(f"{_H}ln_mlp", f"{_B}feed_forward_norm"),
+    ),
+}
+"""By `model.block`."""
+
 
 @dataclass(frozen=True)
 class Place:

@@ -249,7 +249,11 @@ def _exchanged(row: Any) -> Any:
             {"model_type": "gpt_bigcode", "n_embd": 16, "n_layer": 2, "n_head": 4, "scale_attn_weights": False},
             ["scale_attn_weights=false: scores here are divided by the root of a head's width"],
         ),
-        ({"model_type": "falcon"}, UNLIKE["falcon"]),
+        (
+            {"model_type": "falcon", "alibi": True, "num_ln_in_parallel_attn": 2},
+            ["alibi=true: ALiBi of Falcon is added", "num_ln_in_parallel_attn=2: the new decoder architecture has 1"],
+        ),
+        ({"model_type": "deepseek_v2"}, UNLIKE["deepseek_v2"]),
         ({"model_type": "deepseek_v3"}, ["attention by latents (MLA)"]),
         ({"model_type": "mamba"}, ["model_type=mamba is not among those that come in: llama"]),
     ],

@@ -24,6 +24,7 @@ from moe_dist.interop.meaning import meaning
 from moe_dist.interop.names import Pair, Place, theirs_of
 from moe_dist.models.backends import plainest
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.parameters import parameter_counts
 from moe_dist.moe.router import Router
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, random_ids, tiny_model
@@ -240,6 +241,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         | dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
         dict(num_kv_heads=4, d_ff=64, activation="gelu", max_positions=24, tie_embeddings=True) | _GPT,
     ),
+    "falcon": (
+        "falcon.Falcon",
+        dict(ffn_hidden_size=24),
+        dict(num_experts=0, num_kv_heads=1, norm="layer", block="parallel", activation="gelu"),
+    ),
+    "falcon, new": (
+        "falcon.Falcon",
+        dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=True, activation="gelu_pytorch_tanh"),
+        dict(d_ff=64, block="parallel_norms", activation="gelu_tanh", tie_embeddings=True)
+        | dict(num_experts=0, norm="layer"),
+    ),
+    "falcon, one after the other": (
+        "falcon.Falcon",
+        dict(ffn_hidden_size=24, parallel_attn=False, multi_query=False, bias=True),
+        dict(num_kv_heads=4, activation="gelu", attention=dict(qkv_bias=True, out_bias=True))
+        | dict(num_experts=0, norm="layer", ff_bias=True),
+    ),
 }
 
 
@@ -346,6 +364,7 @@ def test_logits_loss_and_gradients_are_theirs(name: str, tmp_path: Path) -> None
     other = theirs(where, their_settings, wanted)
     model, table = imported(other, tmp_path)
     assert meaning(model.config) == meaning(wanted)
+    assert parameter_counts(model.config).total == sum(param.numel() for param in other.parameters())
     off = dict(balance_loss_coef=0.0, z_loss_coef=0.0, balance="loss")
     for part in [part for part in model.modules() if isinstance(part, Router)]:
         part.moe = replace(part.moe, **off)
