@@ -32,6 +32,7 @@ from moe_dist.interop.meaning import meaning
 from moe_dist.models.backends import plainest
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
+from tests.dist.helpers import forget_process_group
 from tests.unit.helpers import context, random_ids
 from tests.unit.models.test_families import FAMILIES, Widely, configured, theirs
 
@@ -389,6 +390,15 @@ def test_other_commands_read_what_came_in(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "step-000000: step 0" in said and "holds       weight;" in said
     assert main(["checkpoint", "verify", str(tmp_path / "run")]) == 0
+
+
+def test_text_is_not_longer_than_learned_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("gpt_bigcode", tmp_path / "theirs")
+    assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run"), "--no-compare"]) == 0
+    assert load_config(tmp_path / "run/config.yaml").train.seq_len == 40
+    assert main(["generate", str(tmp_path / "run"), "--prompt=a", "--context=41", "--device=cpu"]) == 2
+    assert "--context 41 is above max_positions=40 of the model, and places" in capsys.readouterr().err
+    forget_process_group()
 
 
 def test_files_are_what_the_library_writes(tmp_path: Path) -> None:
