@@ -220,9 +220,9 @@ class AttentionConfig:
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
     flash: torch's fused attention. flash_attn: the package of that name, on GPUs in bf16. triton: our kernels. auto:
     packed on CPU up to 1,024 tokens where at least 4 query heads share a key, else flash."""
-    position: Literal["rotary", "alibi", "none"] = "rotary"
-    """How queries and keys know where they are: rotation by position (arXiv 2104.09864), or a penalty that grows with
-    distance (arXiv 2108.12409)."""
+    position: Literal["rotary", "alibi", "learned", "none"] = "rotary"
+    """How tokens know where they are: rotation of queries and keys by position (arXiv 2104.09864), a penalty that grows
+    with distance (arXiv 2108.12409), or a learned vector of each of model.max_positions, added to the embedding."""
     rotary_share: float = 1.0
     """Share of a head's numbers that rotation turns, the first ones; the others know no position."""
     rope_scaling: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3"] = "none"
@@ -298,7 +298,7 @@ class HeadSizes:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder: pre-RMSNorm, rotary, grouped-query attention, dense or MoE feed-forward."""
+    """A decoder: pre-norm, rotary, grouped-query attention, dense or MoE feed-forward."""
 
     __pydantic_config__ = STRICT
 
@@ -316,13 +316,24 @@ class ModelConfig:
     """Width of one head. null: d_model / num_heads."""
     d_ff: int = 1024
     """Hidden width of a dense feed-forward."""
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"] = "swiglu"
+    ff_bias: bool = False
+    """Biases on the matrices of dense feed-forwards; those of experts are moe.expert_bias."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu", "gelu_tanh"] = "swiglu"
     """Of dense and expert feed-forwards. swiglu, geglu and clamped_swiglu have a third matrix, the gate; relu2 is the
-    squared ReLU; clamped_swiglu, of GPT-OSS, cuts gate and values at 7 and adds 1 to the latter."""
+    squared ReLU; clamped_swiglu, of GPT-OSS, cuts gate and values at 7 and adds 1 to the latter; gelu_tanh is gelu with
+    tanh for its error function, as in GPT-2."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
+    max_positions: int | None = None
+    """With attention.position = learned: how many positions there are; no sequence is longer. null: with the others."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Before attention, feed-forward and output. rms: RMSNorm. layer: LayerNorm, with a bias."""
     norm_eps: float = 1e-5
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
+    block: Literal["sequential", "parallel", "parallel_norms"] = "sequential"
+    """sequential: the feed-forward reads what attention has added to. parallel: both read one norm of the block's
+    input, and their sum is added, as in GPT-J and Falcon 7B. parallel_norms: each reads a norm of its own, as in Falcon
+    40B."""
     tie_embeddings: bool = True
     """The output projection is the embedding matrix."""
     embedding_multiplier: float = 1.0
@@ -336,7 +347,8 @@ class ModelConfig:
     """activation: experts keep their input and pre-activation alone, and activate again in the backward pass. block:
     keep only each block's input and its routing, and run the block again."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch."""
+    """Of the router, the permutation and RMSNorm. auto: triton on CUDA where it is installed, else torch. LayerNorm is
+    torch's own."""
     norm_kernels: Literal["same", "torch", "triton", "apex"] = "same"
     """Of RMSNorm alone. same: as `kernels`. apex: NVIDIA's package of that name, on GPUs."""
     num_classes: int | None = None

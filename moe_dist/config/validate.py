@@ -8,7 +8,7 @@ from moe_dist.config.rules.attention import attention_rules, flash_attn_rules, r
 from moe_dist.config.rules.batch import BatchShape, batch_rules, batch_shape
 from moe_dist.config.rules.graph import graph_rules
 from moe_dist.config.rules.memory import memory_rules
-from moe_dist.config.rules.model import model_rules
+from moe_dist.config.rules.model import model_rules, position_rules
 from moe_dist.config.rules.moe import moe_rules
 from moe_dist.config.rules.parallel import parallel_rules
 from moe_dist.config.rules.parts import refuse
@@ -30,6 +30,7 @@ def validate(config: Config, world_size: int, memory: int | None = None) -> Batc
     refuse(
         [
             *model_rules(model),
+            *position_rules(model, train.seq_len),
             *attention_rules(attention, num_layers),
             *routed_rules(attention, train.seq_len),
             *flash_attn_rules(config),

@@ -41,6 +41,7 @@ def generate_text(own: argparse.Namespace) -> int:
         if config.task != "language_modelling":
             raise ValueError(f"{own.run} was trained for {config.task}: only a language model writes text")
         config = in_layout(config, rank.world, own.ep, own.tp)
+        _check_context(own.context, config.model.max_positions)
         prompts = _same_on_all_ranks(own)
         checkpoint = whole_checkpoint(own.run, _say if rank.rank == 0 else _keep_quiet)
         tokenizer = tokenizer_of(checkpoint)
@@ -123,6 +124,14 @@ def in_layout(config: Config, world: int, ep: int | None, tp: int | None) -> Con
     config = replace(config, model=model, parallel=parallel, train=train)
     validate(config, world)
     return config
+
+
+def _check_context(context: int | None, max_positions: int | None) -> None:
+    if context and max_positions and context > max_positions:
+        raise ValueError(
+            f"--context {context} is above max_positions={max_positions} of the model, and places past that have no "
+            "vector: give at most that many"
+        )
 
 
 def _prompts(own: argparse.Namespace) -> list[str]:

@@ -24,11 +24,11 @@ class Table:
     def __init__(self, family: Family, model: ModelConfig) -> None:
         with torch.device("meta"):
             built = Decoder(plainest(model), single_process_mesh())
-        self.head = model.head_width
+        self.heads = model.head_sizes
         self.shapes: dict[str, list[int]] = dict(sorted(logical_shapes(built).items()))
         self.buffers = sorted(name for name, _ in built.named_buffers())
-        self.pairs: list[Pair] = pairs(family.rows, self.shapes, model.num_layers)
-        self.theirs = shapes_of_theirs(self.pairs, self.shapes, self.head)
+        self.pairs: list[Pair] = pairs(family.rows_of(model), self.shapes, model.num_layers)
+        self.theirs = shapes_of_theirs(self.pairs, self.shapes, self.heads)
 
 
 def account(weights: Weights, table: Table, tied: bool, leave_out: Sequence[str]) -> list[str]:
@@ -40,7 +40,7 @@ def account(weights: Weights, table: Table, tied: bool, leave_out: Sequence[str]
     there = weights.names()
     out = [name for name in there if any(fnmatchcase(name, pattern) for pattern in leave_out)]
     extra = set(there) - table.theirs.keys() - set(out)
-    if tied and "lm_head.weight" in extra and _twice(weights):
+    if tied and "lm_head.weight" in extra and _twice(weights, table):
         extra.discard("lm_head.weight")
     problems = [f"{name} is missing" for name in table.theirs if name not in there]
     problems += [f"{name} {list(weights.shape(name))} is left over: it belongs to nothing" for name in sorted(extra)]
@@ -62,6 +62,7 @@ def _misshapen(weights: Weights, expected: Mapping[str, tuple[int, ...]], there:
     ]
 
 
-def _twice(weights: Weights) -> bool:
-    embedding, output = (weights.read(Place(name)) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    return torch.equal(embedding, output)
+def _twice(weights: Weights, table: Table) -> bool:
+    embedding = next(pair.theirs[0] for pair in table.pairs if pair.ours[0].name == "embedding.weight")
+    there = embedding.name in weights.names()
+    return there and torch.equal(weights.read(embedding), weights.read(Place("lm_head.weight")))

@@ -35,13 +35,14 @@ def compared(model: ModelConfig, checkpoint: Path, folder: Path, dtype: torch.dt
 
     Raises ValueError when they are not the same.
     """
-    ids_BS = torch.randint(model.vocab_size, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
+    length = min(_LENGTH, model.max_positions or _LENGTH)
+    ids_BS = torch.randint(model.vocab_size, (_ROWS, length), generator=torch.Generator().manual_seed(0))
     expected, found = _of_theirs(folder, ids_BS), _of_ours(model, checkpoint, dtype, ids_BS)
     largest = float(expected.abs().max())
     apart_BS = (found - expected).abs().amax(-1)
     wrong = float((apart_BS > TOLERANCE * max(largest, 1.0)).double().mean())
     worst = float(apart_BS.max())
-    said = f"logits of {_ROWS} x {_LENGTH} tokens differ by {worst:.1e} at most, the largest is {largest:.2f}"
+    said = f"logits of {_ROWS} x {length} tokens differ by {worst:.1e} at most, the largest is {largest:.2f}"
     if not wrong <= _SHARE:
         raise ValueError(f"{said}: {wrong:.0%} of the tokens are apart, so this is not the same model; nothing is kept")
     return said

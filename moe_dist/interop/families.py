@@ -1,25 +1,26 @@
 """The families of Hugging Face models that come in and go out: their settings and the names of their tensors.
 
-| model_type | tensors (names.py) | beside Llama's layers                                                       |
-|------------|--------------------|-----------------------------------------------------------------------------|
-| llama      | LLAMA              | rope_scaling of every kind but longrope; biases of attention                |
-| mistral    | LLAMA              | one window                                                                  |
-| qwen2      | LLAMA              | biases of q, k, v; windows layer by layer                                   |
-| qwen3      | LLAMA              | RMSNorm of q and k by head                                                  |
-| mixtral    | MIXTRAL            | experts, weights divided by their sum                                       |
-| qwen2_moe  | QWEN2_MOE          | biases of q, k, v; a gated shared expert; dense layers                      |
-| qwen3_moe  | QWEN_MOE           | RMSNorm of q and k by head; dense layers                                    |
-| olmoe      | QWEN_MOE           | RMSNorm of q and k over all heads; clip_qkv                                 |
-| gpt_oss    | GPT_OSS            | biases everywhere, sinks, windows, clamped SwiGLU, yarn                     |
-| glm4_moe   | GLM4_MOE           | sigmoid scores with a bias, shared experts, heads half turned, dense layers |
-| solar_open | GLM4_MOE           | sigmoid scores with a bias, shared experts                                  |
-| granitemoe | GRANITE_MOE        | four multipliers                                                            |
-| jetmoe     | JETMOE             | attention experts, with one key/value head                                  |
+| model_type  | tensors (names.py) | beside Llama's layers                                                       |
+|-------------|--------------------|-----------------------------------------------------------------------------|
+| llama       | LLAMA              | rope_scaling of every kind but longrope; biases                             |
+| mistral     | LLAMA              | one window                                                                  |
+| qwen2       | LLAMA              | biases of q, k, v; windows layer by layer                                   |
+| qwen3       | LLAMA              | RMSNorm of q and k by head                                                  |
+| mixtral     | MIXTRAL            | experts, weights divided by their sum                                       |
+| qwen2_moe   | QWEN2_MOE          | biases of q, k, v; a gated shared expert; dense layers                      |
+| qwen3_moe   | QWEN_MOE           | RMSNorm of q and k by head; dense layers                                    |
+| olmoe       | QWEN_MOE           | RMSNorm of q and k over all heads; clip_qkv                                 |
+| gpt_oss     | GPT_OSS            | biases everywhere, sinks, windows, clamped SwiGLU, yarn                     |
+| glm4_moe    | GLM4_MOE           | sigmoid scores with a bias, shared experts, heads half turned, dense layers |
+| solar_open  | GLM4_MOE           | sigmoid scores with a bias, shared experts                                  |
+| granitemoe  | GRANITE_MOE        | four multipliers                                                            |
+| jetmoe      | JETMOE             | attention experts, with one key/value head                                  |
+| gpt_bigcode | GPT_BIGCODE        | LayerNorm, learned positions, biases everywhere, gelu without a gate        |
+| falcon      | FALCON             | LayerNorm, feed-forwards beside attention, gelu without a gate              |
 
-Refused, because the configuration cannot say it (`UNLIKE` and the rules say which, a line each): GPT-BigCode and Falcon
-(LayerNorm, learned positions or attention beside the feed-forward, biases of feed-forwards), DeepSeek's latent
-attention, JetMoE with more key/value heads, biases of dense feed-forwards, yarn with a factor of its own for scores,
-weights that are quantised. What acts in training alone is not taken over and said: dropout, noise of routers.
+Refused, because the configuration cannot say it (`UNLIKE` and the rules say which, a line each): DeepSeek's latent
+attention, JetMoE with more key/value heads, ALiBi of Falcon, yarn with a factor of its own for scores, weights that are
+quantised. What acts in training alone is not taken over and said: dropout, noise of routers.
 """
 
 from collections.abc import Mapping
@@ -35,10 +36,13 @@ from moe_dist.interop.settings import (
     AttentionExperts,
     Choice,
     EveryWindow,
+    FalconBlock,
     FirstDense,
     Fixed,
+    FourFold,
     Heads,
     Key,
+    MultiQuery,
     Only,
     Rules,
     ScoreMultiplier,
@@ -53,12 +57,17 @@ from moe_dist.interop.settings import (
 
 @dataclass(frozen=True)
 class Family:
-    """architecture: what Transformers calls the class. rows: of its tensors. rules: of its settings."""
+    """architecture: what Transformers calls the class. rows: of its tensors. rules: of its settings. by_block: rows
+    that hang on `model.block`."""
 
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
     rules: Rules
+    by_block: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+
+    def rows_of(self, model: ModelConfig) -> tuple[Row, ...]:
+        return self.rows + self.by_block.get(model.block, ())
 
 
 def _sizes(tied: bool = False) -> Rules:
@@ -74,6 +83,14 @@ def _activation(key: str = "hidden_act") -> Choice:
     return Choice(key, "activation", {"silu": "swiglu", "gelu": "geglu"}, "silu")
 
 
+# Without a gate. gelu_new and gelu_fast are other ways to write the form with tanh.
+_UNGATED = {
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 _BASE: Rules = (*_sizes(), Key("rms_norm_eps", "norm_eps"), _activation())
 _DENSE = Key("intermediate_size", "d_ff")
 _BOTH_BIASES = Key("attention_bias", "attention.qkv_bias attention.out_bias", False)
@@ -104,7 +121,7 @@ _LLAMA: Rules = (
     Rope(),
     _DENSE,
     _BOTH_BIASES,
-    Only("mlp_bias", False, "feed-forwards here have no biases"),
+    Key("mlp_bias", "ff_bias", False),
 )
 _ALL = (
     Family("llama", "LlamaForCausalLM", names.LLAMA, _LLAMA),
@@ -267,22 +284,48 @@ _ALL = (
             AttentionExperts(),
         ),
     ),
+    Family(
+        "gpt_bigcode",
+        "GPTBigCodeForCausalLM",
+        names.GPT_BIGCODE,
+        (
+            Key("vocab_size", "vocab_size"),
+            Key("n_embd", "d_model"),
+            Key("n_layer", "num_layers"),
+            Key("tie_word_embeddings", "tie_embeddings", True),
+            Key("n_positions", "max_positions", 1024),
+            MultiQuery("n_head"),
+            FourFold("n_inner", "n_embd"),
+            Key("layer_norm_epsilon", "norm_eps", 1e-5),
+            Choice("activation_function", "activation", _UNGATED, "gelu_pytorch_tanh"),
+            Fixed({"norm": "layer", "ff_bias": True, "attention.position": "learned"}),
+            Fixed({"attention.qkv_bias": True, "attention.out_bias": True}),
+            Only("scale_attn_weights", True, "scores here are divided by the root of a head's width"),
+            Only("add_cross_attention", False, "there is no other sequence to attend to here"),
+        ),
+    ),
+    Family(
+        "falcon",
+        "FalconForCausalLM",
+        names.FALCON,
+        (
+            *_sizes(tied=True),
+            FalconBlock(),
+            Rope(),
+            FourFold("ffn_hidden_size", "hidden_size"),
+            Key("layer_norm_epsilon", "norm_eps", 1e-5),
+            Choice("activation", "activation", _UNGATED, "gelu"),
+            Key("bias", "attention.qkv_bias attention.out_bias ff_bias", False),
+            Fixed({"norm": "layer"}),
+            Only("alibi", False, "ALiBi of Falcon is added before scores are divided, and here after that"),
+        ),
+        names.FALCON_NORMS,
+    ),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
-_LAYER_NORM = "LayerNorm with a bias, and norms here are RMSNorm"
 _MLA = "attention by latents (MLA), and queries, keys and values here are projections of the token itself"
 UNLIKE: Mapping[str, tuple[str, ...]] = {
-    "gpt_bigcode": (
-        _LAYER_NORM,
-        "learned positions, and positions here are rotary, ALiBi or none",
-        "biases of feed-forwards, which have none here",
-    ),
-    "falcon": (
-        _LAYER_NORM,
-        "attention and feed-forward side by side (parallel_attn, new_decoder_architecture), which follow one another "
-        "here",
-    ),
     "deepseek_v2": (_MLA,),
     "deepseek_v3": (_MLA,),
 }
@@ -294,9 +337,10 @@ _NO_MATTER = set(
     "router_aux_loss_coef aux_loss_coef num_nextn_predict_layers num_mtp_layers attn_implementation "
     "experts_implementation _attn_implementation_autoset is_decoder rope_theta default_theta return_dict "
     "output_attentions output_hidden_states tie_word_embeddings intermediate_size head_dim initial_context_length "
-    "experts_per_token ep_size num_attention_heads".split()
+    "experts_per_token ep_size num_attention_heads attention_softmax_in_fp32 scale_attention_softmax_in_fp32 "
+    "num_key_value_heads".split()
 )
-_IN_TRAINING = ("attention_dropout", "router_jitter_noise")
+_IN_TRAINING = tuple("attention_dropout router_jitter_noise attn_pdrop embd_pdrop resid_pdrop hidden_dropout".split())
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ def _config_json(
 def _longest(config: Config) -> int:
     """Tokens of a sequence that the model is for, where nobody said: as in training, or what scaling was made for."""
     at = config.model.attention
+    if config.model.max_positions is not None:
+        return config.model.max_positions
     if at.rope_scaling in ("yarn", "llama3") and at.rope_original_len is not None:
         return max(config.train.seq_len, round(at.rope_original_len * at.rope_factor))
     return config.train.seq_len
@@ -139,7 +141,7 @@ def _values(
             shape = unit_shape(place, table.shapes)
             start = 0 if place.expert is None else place.expert * prod(shape)
             units.append(reader.read("weight", place.name, start, prod(shape), read).view(shape))
-        yield pair.layout.to_theirs(units, table.head)[at].to(wanted).contiguous().flatten()
+        yield pair.layout.to_theirs(units, table.heads)[at].to(wanted).contiguous().flatten()
 
 
 def _write_tokenizer(run: Path, reader: Reader, draft: Path) -> tuple[list[str], dict[str, Any]]:

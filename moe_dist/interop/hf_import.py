@@ -110,7 +110,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _config(settings: Settings, values: dict[str, Any], output: Path, tokenizer: Tokenizer | None) -> Config:
-    longest = values.get("max_position_embeddings") or _LONGEST
+    longest = settings.model.max_positions or values.get("max_position_embeddings") or _LONGEST
     data = DataConfig() if tokenizer is None else DataConfig(tokenizer=str(output.absolute() / IN_RUN))
     made = Config(
         model=settings.model,
@@ -162,7 +162,7 @@ def _stored_as(parts: list[tuple[Pair, int]], weights: Weights, asked: Dtype | N
 
 def _values(parts: list[tuple[Pair, int]], table: Table, weights: Weights, dtype: torch.dtype) -> Iterator[Tensor]:
     for pair, at in parts:
-        made = pair.layout.to_ours([weights.read(place) for place in pair.theirs], table.head)[at]
+        made = pair.layout.to_ours([weights.read(place) for place in pair.theirs], table.heads)[at]
         assert tuple(made.shape) == unit_shape(pair.ours[at], table.shapes), pair.ours[at]
         yield made.to(dtype).contiguous().flatten()
 

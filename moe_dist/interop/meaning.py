@@ -8,7 +8,7 @@ from moe_dist.config.rules.parts import shown
 from moe_dist.moe.experts import expert_widths, shared_width
 
 _PLAIN = (
-    "vocab_size d_model num_layers num_heads num_kv_heads norm_eps activation tie_embeddings "
+    "vocab_size d_model num_layers num_heads num_kv_heads norm norm_eps block activation tie_embeddings "
     "embedding_multiplier residual_multiplier logits_scaling"
 ).split()
 _OF_ATTENTION = "kind position rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm sinks".split()
@@ -32,9 +32,12 @@ def meaning(model: ModelConfig) -> dict[str, Any]:
     found |= {f"model.attention.{name}": getattr(at, name) for name in names}
     if at.position == "rotary":
         found |= {"model.rope_theta": model.rope_theta, "model.attention.rotary_share": at.rotary_share}
+    if at.position == "learned":
+        found["model.max_positions"] = model.max_positions
     found["model.attention.score_multiplier"] = score_multiplier(model)
     found["model.attention.window"] = [at.window_of(layer) for layer in range(model.num_layers)]
-    found["model.d_ff"] = model.d_ff if len(layers) < model.num_layers else None
+    dense = len(layers) < model.num_layers
+    found |= {"model.d_ff": model.d_ff if dense else None, "model.ff_bias": model.ff_bias and dense}
     found["model.moe.first"] = layers
     if layers:
         found |= _of_experts(model.moe, "model.moe")

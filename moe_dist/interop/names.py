@@ -8,6 +8,8 @@
 | GATE_OVER_UP | [2 * F, D]                          | gate [F, D] and up [F, D]                                   |
 | BY_TURNS     | [2 * F]: a gate, an up, a gate, ... | gate [F] and up [F]                                         |
 | COLUMNS      | [D, 2 * F], columns by turns        | gate [F, D] and up [F, D]                                   |
+| GROUPS       | [G * (H / G + 2) * P, ...]: of each | q [H * P, ...]; k and v as above                            |
+|              | group its queries, its k, its v     |                                                             |
 
 A name has {layer} and {expert} in it where there is one tensor for each. One that ends with [expert] is one tensor for
 all experts, and the row is about a part of it: what belongs to that number in dimension 0. So whatever is read or
@@ -16,7 +18,7 @@ written at once is a tensor, or what it holds of one expert.
 A row whose names on our side a model lacks (no norm of queries and keys, tied embeddings) is left out. Shapes are ours,
 laid out as they have it.
 
-Legend: D d_model, F hidden width, G key/value heads, P width of a head.
+Legend: D d_model, F hidden width, H query heads, G key/value heads, P width of a head.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,38 +27,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.config.model import HeadSizes
+
 Tensors = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """From their tensors of a row to ours, and back; both take the width of a head as well."""
+    """From their tensors of a row to ours, and back; both are told of the heads as well."""
 
-    to_ours: Callable[[Tensors, int], Tensors]
-    to_theirs: Callable[[Tensors, int], Tensors]
+    to_ours: Callable[[Tensors, HeadSizes], Tensors]
+    to_theirs: Callable[[Tensors, HeadSizes], Tensors]
 
 
-def _key_value(theirs: Tensors, head: int) -> Tensors:
-    k, v = (t.unflatten(0, (-1, head)) for t in theirs)
+def _key_value(theirs: Tensors, heads: HeadSizes) -> Tensors:
+    k, v = (t.unflatten(0, (-1, heads.head_dim)) for t in theirs)
     return [torch.stack((k, v), 1).flatten(0, 2)]
 
 
-def _keys_and_values(ours: Tensors, head: int) -> Tensors:
-    return [t.flatten(0, 1) for t in ours[0].unflatten(0, (-1, 2, head)).unbind(1)]
+def _keys_and_values(ours: Tensors, heads: HeadSizes) -> Tensors:
+    return [t.flatten(0, 1) for t in ours[0].unflatten(0, (-1, 2, heads.head_dim)).unbind(1)]
 
 
-SAME = Layout(lambda theirs, head: theirs, lambda ours, head: ours)
-TRANSPOSED = Layout(lambda theirs, head: [t.t() for t in theirs], lambda ours, head: [t.t() for t in ours])
+def _apart(theirs: Tensors, heads: HeadSizes) -> Tensors:
+    by_group, groups = theirs[0].unflatten(0, (heads.num_kv_heads, -1)), heads.num_kv_heads
+    q, kv = by_group.split([heads.width // groups, 2 * heads.head_dim], 1)
+    return [q.flatten(0, 1), kv.flatten(0, 1)]
+
+
+def _together(ours: Tensors, heads: HeadSizes) -> Tensors:
+    return [torch.cat([t.unflatten(0, (heads.num_kv_heads, -1)) for t in ours], 1).flatten(0, 1)]
+
+
+SAME = Layout(lambda theirs, heads: theirs, lambda ours, heads: ours)
+TRANSPOSED = Layout(lambda theirs, heads: [t.t() for t in theirs], lambda ours, heads: [t.t() for t in ours])
 KEY_VALUE = Layout(_key_value, _keys_and_values)
-GATE_OVER_UP = Layout(lambda theirs, head: theirs[0].chunk(2, 0), lambda ours, head: [torch.cat(list(ours))])
+GATE_OVER_UP = Layout(lambda theirs, heads: theirs[0].chunk(2, 0), lambda ours, heads: [torch.cat(list(ours))])
 BY_TURNS = Layout(
-    lambda theirs, head: [theirs[0][0::2], theirs[0][1::2]],
-    lambda ours, head: [torch.stack(list(ours), 1).flatten(0, 1)],
+    lambda theirs, heads: [theirs[0][0::2], theirs[0][1::2]],
+    lambda ours, heads: [torch.stack(list(ours), 1).flatten(0, 1)],
 )
 COLUMNS = Layout(
-    lambda theirs, head: [theirs[0][:, 0::2].t(), theirs[0][:, 1::2].t()],
-    lambda ours, head: [torch.stack(list(ours), 1).flatten(0, 1).t()],
+    lambda theirs, heads: [theirs[0][:, 0::2].t(), theirs[0][:, 1::2].t()],
+    lambda ours, heads: [torch.stack(list(ours), 1).flatten(0, 1).t()],
 )
+GROUPS = Layout(_apart, _together)
 
 
 @dataclass(frozen=True)
@@ -91,12 +106,23 @@ _ATTENTION = (
 )
 
 
+def _with_bias(theirs: str, ours: str, layout: Layout = SAME) -> tuple[Row, ...]:
+    """A weight and its bias. theirs, ours: the beginning of their names."""
+    weights, biases = (" ".join(f"{name}.{kind}" for name in ours.split()) for kind in ("weight", "bias"))
+    return Row(f"{theirs}.weight", weights, layout), Row(f"{theirs}.bias", biases, layout)
+
+
+def _out_with_bias(theirs: str, ours: str, bias: str) -> tuple[Row, ...]:
+    """Of a row-parallel layer, whose bias is apart here."""
+    return Row(f"{theirs}.weight", f"{ours}.weight", TRANSPOSED), Row(f"{theirs}.bias", f"{bias}.bias")
+
+
 def _gated(theirs: str, ours: str) -> tuple[Row, ...]:
     """A feed-forward that every token passes through: dense, or the shared experts."""
     return (
-        Row(f"{theirs}gate_proj.weight", f"{ours}gate.weight"),
-        Row(f"{theirs}up_proj.weight", f"{ours}up.weight"),
-        Row(f"{theirs}down_proj.weight", f"{ours}down.weight", TRANSPOSED),
+        *_with_bias(f"{theirs}gate_proj", f"{ours}gate"),
+        *_with_bias(f"{theirs}up_proj", f"{ours}up"),
+        *_out_with_bias(f"{theirs}down_proj", f"{ours}down", f"{ours}out_bias"),
     )
 
 
@@ -159,6 +185,40 @@ JETMOE = (
     Row(f"{_T}mlp.bias", f"{_F}out_bias.bias"),
 )
 
+_H = "transformer.h.{layer}."
+GPT_BIGCODE = (
+    Row("transformer.wte.weight", "embedding.weight"),
+    Row("transformer.wpe.weight", "positions.weight"),
+    Row("lm_head.weight", "output.weight"),
+    *_with_bias("transformer.ln_f", "output.norm"),
+    *_with_bias(f"{_H}ln_1", f"{_B}attention_norm"),
+    *_with_bias(f"{_H}ln_2", f"{_B}feed_forward_norm"),
+    *_with_bias(f"{_H}attn.c_attn", f"{_A}query {_A}key_value", GROUPS),
+    *_out_with_bias(f"{_H}attn.c_proj", f"{_A}out", f"{_A}out_bias"),
+    *_with_bias(f"{_H}mlp.c_fc", f"{_F}up"),
+    *_out_with_bias(f"{_H}mlp.c_proj", f"{_F}down", f"{_F}out_bias"),
+)
+
+FALCON = (
+    Row("transformer.word_embeddings.weight", "embedding.weight"),
+    Row("lm_head.weight", "output.weight"),
+    *_with_bias("transformer.ln_f", "output.norm"),
+    *_with_bias(f"{_H}self_attention.query_key_value", f"{_A}query {_A}key_value", GROUPS),
+    *_out_with_bias(f"{_H}self_attention.dense", f"{_A}out", f"{_A}out_bias"),
+    *_with_bias(f"{_H}mlp.dense_h_to_4h", f"{_F}up"),
+    *_out_with_bias(f"{_H}mlp.dense_4h_to_h", f"{_F}down", f"{_F}out_bias"),
+)
+_ONE_NORM = _with_bias(f"{_H}input_layernorm", f"{_B}attention_norm")
+FALCON_NORMS = {
+    "sequential": (*_ONE_NORM, *_with_bias(f"{_H}post_attention_layernorm", f"{_B}feed_forward_norm")),
+    "parallel": _ONE_NORM,
+    "parallel_norms": (
+        *_with_bias(f"{_H}ln_attn", f"{_B}attention_norm"),
+        *_with_bias(f"{_H}ln_mlp", f"{_B}feed_forward_norm"),
+    ),
+}
+"""By `model.block`."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -206,13 +266,12 @@ def theirs_of(found: Sequence[Pair]) -> dict[str, list[tuple[Pair, int]]]:
     return _by_name(found, lambda pair: pair.theirs)
 
 
-def shapes_of_theirs(found: Sequence[Pair], shapes: Shapes, head: int) -> dict[str, tuple[int, ...]]:
-    """head: width of a head."""
+def shapes_of_theirs(found: Sequence[Pair], shapes: Shapes, heads: HeadSizes) -> dict[str, tuple[int, ...]]:
     result: dict[str, tuple[int, ...]] = {}
     for name, parts in theirs_of(found).items():
         pair, at = parts[0]
         units = [torch.empty(unit_shape(place, shapes), device="meta") for place in pair.ours]
-        shape = tuple(pair.layout.to_theirs(units, head)[at].shape)
+        shape = tuple(pair.layout.to_theirs(units, heads)[at].shape)
         result[name] = shape if pair.theirs[at].expert is None else (len(parts), *shape)
     return result
 

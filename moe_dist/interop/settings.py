@@ -116,6 +116,60 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class MultiQuery:
+    """GPT-BigCode: one key/value head, or one for each query head, d_model / num_heads wide."""
+
+    theirs: str
+
+    def read(self, theirs: Theirs, ours: Ours) -> None:
+        ours["num_heads"] = theirs.get(self.theirs)
+        ours["num_kv_heads"] = 1 if theirs.get("multi_query", True) else ours["num_heads"]
+
+    def write(self, model: ModelConfig, theirs: dict[str, Any]) -> None:
+        theirs |= {self.theirs: model.num_heads, "multi_query": model.num_kv_heads == 1}
+
+
+@dataclass(frozen=True)
+class FalconBlock:
+    """Heads and the order of a block, which come together: the old architecture has one key/value head or one for each
+    query head, the new one (Falcon 40B) any number, and feed-forwards beside attention always."""
+
+    def read(self, theirs: Theirs, ours: Ours) -> None:
+        heads, groups = theirs.get("num_attention_heads"), theirs.get("num_kv_heads", None)
+        new, beside = theirs.get("new_decoder_architecture", False), theirs.get("parallel_attn", True)
+        norms, shared = theirs.get("num_ln_in_parallel_attn", None), theirs.get("multi_query", True)
+        if new and not beside:
+            theirs.refuse("parallel_attn", "the new decoder architecture has feed-forwards beside attention")
+        if norms not in ((None, 1, 2) if new else (None, 1)):
+            theirs.refuse("num_ln_in_parallel_attn", "the new decoder architecture has 1 or 2 norms, the old one has 1")
+        ours["num_heads"], ours["block"] = heads, "parallel" if beside else "sequential"
+        ours["num_kv_heads"] = (groups or heads) if new else 1 if shared else heads
+        if new and norms != 1:
+            ours["block"] = "parallel_norms"
+
+    def write(self, model: ModelConfig, theirs: dict[str, Any]) -> None:
+        two, few = model.block == "parallel_norms", model.num_kv_heads not in (1, model.num_heads)
+        new = two or (few and model.block == "parallel")
+        theirs |= {"num_attention_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
+        theirs |= {"new_decoder_architecture": new, "multi_query": model.num_kv_heads == 1}
+        theirs |= {"parallel_attn": model.block != "sequential", "num_ln_in_parallel_attn": (2 if two else 1)}
+
+
+@dataclass(frozen=True)
+class FourFold:
+    """Hidden width of a feed-forward; null, or a missing key, means four times the key `width`."""
+
+    theirs: str
+    width: str
+
+    def read(self, theirs: Theirs, ours: Ours) -> None:
+        ours["d_ff"] = theirs.get(self.theirs, None) or 4 * theirs.get(self.width)
+
+    def write(self, model: ModelConfig, theirs: dict[str, Any]) -> None:
+        theirs[self.theirs] = model.d_ff
+
+
+@dataclass(frozen=True)
 class Choice:
     """A word of theirs, or a switch, is a word of ours. default: what a missing key means."""
 

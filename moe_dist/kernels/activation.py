@@ -9,6 +9,7 @@
 | relu2          | max(up, 0)^2 (arXiv 2109.08668)                                             |
 | clamped_swiglu | g * sigmoid(1.702 g) * (u + 1), g = min(gate, 7), u = up cut to -7 .. 7     |
 |                | (gpt-oss, arXiv 2508.10925)                                                 |
+| gelu_tanh      | up * (1 + tanh(sqrt(2 / pi) (up + 0.044715 up^3))) / 2 (arXiv 1606.08415)   |
 
 Gate and up are two tensors of the same shape. The gated ones keep just these for the backward pass: computing the
 activation again costs less than keeping it.
@@ -21,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NAMES = ("swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu")
+NAMES = ("swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu", "gelu_tanh")
 LIMIT, SLOPE = 7.0, 1.702  # of clamped_swiglu
 
 _aten = torch.ops.aten
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}  # what torch calls them
 
 
 def gated(name: str) -> bool:
@@ -40,8 +42,8 @@ def activate(up: Tensor, name: str, gate: Tensor | None = None) -> Tensor:
         raise ValueError(f"activation {name!r} {'needs a' if gate is None else 'takes no'} gate")
     if gate is not None:
         return _Gated.apply(gate, up, name)
-    if name == "gelu":
-        return F.gelu(up)
+    if name in _GELU:
+        return F.gelu(up, approximate=_GELU[name])
     return F.relu(up) if name == "relu" else F.relu(up).square()
 
 
@@ -54,8 +56,8 @@ def activate_into(gate: Tensor | None, up: Tensor, name: str, out: Tensor) -> Te
     """`activate` without autograd: fills `out` and returns it."""
     if gate is not None:
         return _bend(gate, name, out).mul_(_factor(up, name))
-    if name == "gelu":
-        return _aten.gelu.out(up, out=out)
+    if name in _GELU:
+        return _aten.gelu.out(up, approximate=_GELU[name], out=out)
     torch.clamp_min(up, 0, out=out)
     return out if name == "relu" else out.square_()
 
@@ -74,9 +76,9 @@ def activate_backward_into(
         out.mul_(factor)
         torch.mul(grad, factor, out=grad_gate)
         _bend_backward(grad_gate, gate, name)
-    elif name == "gelu":
-        _aten.gelu.out(up, out=out)
-        _aten.gelu_backward.grad_input(grad, up, grad_input=grad_up)
+    elif name in _GELU:
+        _aten.gelu.out(up, approximate=_GELU[name], out=out)
+        _aten.gelu_backward.grad_input(grad, up, approximate=_GELU[name], grad_input=grad_up)
     else:
         if out is not up:
             torch.clamp_min(up, 0, out=out)

@@ -1,4 +1,14 @@
-"""One decoder block: pre-norm attention, then a pre-norm dense or MoE feed-forward, each on a residual."""
+"""One decoder block: pre-norm attention and a pre-norm dense or MoE feed-forward, on residuals.
+
+| block          | y =                                      | norms                | published in            |
+|----------------|------------------------------------------|----------------------|-------------------------|
+| sequential     | h + F(norm(h)),  h = x + A(norm(x))      | of both              | GPT-2, Llama            |
+| parallel       | x + A(n) + F(n),  n = norm(x)            | of attention alone   | GPT-J, Falcon 7B        |
+| parallel_norms | x + A(norm(x)) + F(norm'(x))             | of both              | GPT-NeoX, Falcon 40B    |
+
+A is attention and F the feed-forward. Both enter and leave a tensor-parallel region of their own in every kind, so the
+parallel ones exchange as often as the sequential one.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +27,7 @@ from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.feed_forward import FeedForward
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.norm import RMSNorm
+from moe_dist.parallel.norm import LayerNorm, RMSNorm, block_norm
 from moe_dist.step import StepContext
 
 
@@ -39,6 +49,11 @@ def moe_layer(model: ModelConfig, layer: int, mesh: Mesh, out_std: float | None 
         recompute=model.recompute == "activation",
         out_std=out_std,
     )
+
+
+def norm_of(model: ModelConfig, mesh: Mesh) -> RMSNorm | LayerNorm:
+    """One of the residual stream, as `model` says."""
+    return block_norm(model.norm, model.d_model, model.norm_eps, mesh, model.norms_by)
 
 
 Attention = CausalSelfAttention | SwitchAttention | RoutedSelfAttention
@@ -78,17 +93,17 @@ class DecoderBlock(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, mesh: Mesh) -> None:
         super().__init__()
         residual = (2 * model.num_layers) ** -0.5
-        self.multiplier = model.residual_multiplier
+        self.kind, self.multiplier = model.block, model.residual_multiplier
         widths = expert_widths(model.moe, model.d_ff) if is_moe_layer(model, layer) else (model.d_ff,)
-        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.norms_by)
+        self.attention_norm = norm_of(model, mesh)
         attention_std = model.head_sizes.width**-0.5 * residual
         self.attention = ATTENTIONS[model.attention.kind](model, layer, mesh, attention_std)
-        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, mesh, model.norms_by)
+        self.feed_forward_norm = None if model.block == "parallel" else norm_of(model, mesh)
         out_std = (sum(widths) / len(widths)) ** -0.5 * residual
         if is_moe_layer(model, layer):
             self.feed_forward: nn.Module = moe_layer(model, layer, mesh, out_std)
         else:
-            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std)
+            self.feed_forward = FeedForward(model.d_model, model.d_ff, model.activation, mesh, out_std, model.ff_bias)
 
     def forward(
         self,
@@ -101,13 +116,18 @@ class DecoderBlock(nn.Module):
     ) -> tuple[Tensor, tuple[MoEStats, ...]]:
         """Stats of the routed layers of the block, attention before feed-forward."""
         replay = replay or BlockReplay()
-        y_TD, of_attention = self.attention(self.attention_norm(x_TD), shape, positions, step, cache, replay.attention)
-        x_TD = x_TD + self._scaled(y_TD)
-        normed_TD, of_experts = self.feed_forward_norm(x_TD), None
+        normed_TD, of_experts = self.attention_norm(x_TD), None
+        a_TD, of_attention = self.attention(normed_TD, shape, positions, step, cache, replay.attention)
+        if self.kind == "sequential":
+            x_TD = x_TD + self._scaled(a_TD)
+        if self.feed_forward_norm is not None:
+            normed_TD = self.feed_forward_norm(x_TD)
         if isinstance(self.feed_forward, MoE):
             y_TD, of_experts = self.feed_forward(normed_TD, step, replay.feed_forward)
         else:
             y_TD = self.feed_forward(normed_TD)
+        if self.kind != "sequential":
+            y_TD = a_TD + y_TD
         return x_TD + self._scaled(y_TD), tuple(stats for stats in (of_attention, of_experts) if stats is not None)
 
     def _scaled(self, y_TD: Tensor) -> Tensor:

@@ -18,16 +18,15 @@ from moe_dist.attention.rotary import RotaryScaling, rotary_table
 from moe_dist.attention.routed import RoutedSelfAttention
 from moe_dist.attention.switch import SwitchAttention
 from moe_dist.config.model import AttentionConfig, ModelConfig
-from moe_dist.models.block import BlockReplay, DecoderBlock
+from moe_dist.models.block import BlockReplay, DecoderBlock, norm_of
 from moe_dist.moe.balance import Tally
 from moe_dist.moe.drops import marks
 from moe_dist.moe.layer import MoE
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import all_gather, own_slice
-from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
+from moe_dist.parallel.linear import PositionEmbedding, VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.parallel.norm import RMSNorm
 from moe_dist.parallel.sharding import ParamSpec, initialize, parameter
 from moe_dist.step import DocumentEnds, Site, StepContext
 
@@ -52,7 +51,7 @@ class OutputProjection(nn.Module):
         d_model, vocab_size = model.d_model, model.vocab_size
         self.mesh = mesh
         self.scaling = model.logits_scaling
-        self.norm = RMSNorm(d_model, model.norm_eps, mesh, model.norms_by)
+        self.norm = norm_of(model, mesh)
         local = vocab_size // mesh.tp.size
         start = mesh.tp.rank * local * d_model
         spec = ParamSpec((vocab_size, d_model), "tensor", start, d_model**-0.5)
@@ -78,6 +77,10 @@ class Decoder(nn.Module):
         self.config = model
         self.mesh = mesh
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
+        self.positions = None
+        if model.attention.position == "learned":
+            assert model.max_positions is not None, "config/rules/attention.py asks for it"
+            self.positions = PositionEmbedding(model.max_positions, model.d_model, mesh, std=0.02)
         self.blocks = nn.ModuleList(DecoderBlock(model, layer, mesh) for layer in range(model.num_layers))
         tied = self.embedding.weight if model.tie_embeddings else None
         self.output = OutputProjection(model, mesh, tied)
@@ -133,6 +136,8 @@ class Decoder(nn.Module):
             step = replace(step, marks_XT=marks(ids_T, self.mesh.token_ranks, shape[1], step.frequency_V))
         x_TD = leave(self.embedding(tokens_BS.flatten()), self.mesh)
         x_TD = x_TD if model.embedding_multiplier == 1.0 else x_TD * model.embedding_multiplier
+        if self.positions is not None:
+            x_TD = x_TD + self._learned(self.positions, tokens_BS, caches, step.ends)
         positions = self._positions(tokens_BS, x_TD, caches, step.ends)
         recompute = model.recompute == "block" and torch.is_grad_enabled() and caches is None
         stats: list[MoEStats] = []
@@ -146,6 +151,23 @@ class Decoder(nn.Module):
             stats += of_block
         return x_TD, tuple(stats)
 
+    def _learned(
+        self,
+        positions: PositionEmbedding,
+        tokens_BS: Tensor,
+        caches: Sequence[KVCache] | None,
+        ends: DocumentEnds | None,
+    ) -> Tensor:
+        """Vectors of the places of all tokens, or of this rank's slice of them, as x_TD is cut."""
+        at_BS, longest = _places(tokens_BS, caches, ends)
+        if longest > positions.count:
+            raise ValueError(
+                f"{longest} tokens are more than max_positions={positions.count}: give the model at most that many"
+            )
+        at_T = at_BS.expand(tokens_BS.shape).flatten()
+        learned_TD: Tensor = positions(own_slice(at_T, self.mesh.tp) if self.mesh.sequence_parallel else at_T)
+        return learned_TD
+
     def _positions(
         self, tokens_BS: Tensor, x_TD: Tensor, caches: Sequence[KVCache] | None, ends: DocumentEnds | None
     ) -> Positions:
@@ -153,21 +175,27 @@ class Decoder(nn.Module):
         model, bias = self.config, None
         if ends is not None and ends.mask:
             bias = between_documents(tokens_BS, ends.end_id, x_TD.dtype)
-        if model.attention.position == "none":
+        if model.attention.position in ("none", "learned"):
             return Positions(bias=bias)
         if model.attention.position == "alibi":
             return Positions(slopes_H=alibi_slopes(model.num_heads, device=x_TD.device), bias=bias)
-        longest = tokens_BS.shape[1]
-        at_BS = torch.arange(longest, device=x_TD.device)[None]
-        if ends is not None and ends.reset:
-            at_BS = places_in_documents(tokens_BS, ends.end_id)
-        if caches is not None:
-            starts_B, longest = caches[0].starts(), longest + caches[0].cache_position
-            at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
+        at_BS, longest = _places(tokens_BS, caches, ends)
         if x_TD.dtype == torch.float64:
             at_BS = at_BS.double()
         table = rotary_table(at_BS, model.rotary_width, model.rope_theta, _scaling(model.attention, longest))
         return Positions(table, bias=bias)
+
+
+def _places(tokens_BS: Tensor, caches: Sequence[KVCache] | None, ends: DocumentEnds | None) -> tuple[Tensor, int]:
+    """Where the tokens are, [1 or B, S], and how many tokens the longest row has, with those in its cache."""
+    longest = tokens_BS.shape[1]
+    at_BS = torch.arange(longest, device=tokens_BS.device)[None]
+    if ends is not None and ends.reset:
+        at_BS = places_in_documents(tokens_BS, ends.end_id)
+    if caches is not None:
+        starts_B, longest = caches[0].starts(), longest + caches[0].cache_position
+        at_BS = at_BS + (caches[0].cache_position if starts_B is None else starts_B[:, None])
+    return at_BS, longest
 
 
 def _scaling(config: AttentionConfig, longest: int) -> RotaryScaling:

@@ -92,6 +92,22 @@ class SharedBias(nn.Module):
         return y_TD + copy_to_group(self.bias, self.shared)
 
 
+class PositionEmbedding(nn.Module):
+    """Rows of W [N, D], the same on every rank: places [T] -> [T, D], outside of tensor-parallel regions.
+
+    Under sequence parallelism each rank sees a slice of the tokens, so the gradient of W is summed over tp.
+    """
+
+    def __init__(self, count: int, d_model: int, mesh: Mesh, std: float) -> None:
+        super().__init__()
+        self.count = count
+        self.shared = mesh.tp if mesh.sequence_parallel else Group()
+        self.weight = parameter((count, d_model), ParamSpec((count, d_model), std=std))
+
+    def forward(self, places_T: Tensor) -> Tensor:
+        return F.embedding(places_T, copy_to_group(self.weight, self.shared))
+
+
 class VocabParallelEmbedding(nn.Module):
     """Rows of W [V, D] cut over the vocabulary: ids [T] -> partial rows [T, D], zero where another rank has the id."""
 

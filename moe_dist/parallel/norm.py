@@ -1,6 +1,7 @@
-"""Norms under any layout: the RMSNorm module of blocks, and norms over a dim that is cut over tp."""
+"""Norms under any layout: the modules of blocks, and norms over a dim that is cut over tp."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.kernels.registry import norm_kernel
@@ -25,6 +26,29 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = copy_to_group(self.weight, self.shared)
         return norm_kernel(self.kernels, x.device.type)(x, weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * g + b (arXiv 1607.06450), by torch, in fp32 inside.
+
+    Under sequence parallelism each rank sees a slice of the tokens, so the gradients of g and b are summed over tp.
+    """
+
+    def __init__(self, dim: int, eps: float, mesh: Mesh) -> None:
+        super().__init__()
+        self.eps = eps
+        self.shared = mesh.tp if mesh.sequence_parallel else Group()
+        self.weight = parameter((dim,), ParamSpec((dim,), std=None))
+        self.bias = parameter((dim,), ParamSpec((dim,), std=0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (copy_to_group(param, self.shared) for param in (self.weight, self.bias))
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+def block_norm(kind: str, dim: int, eps: float, mesh: Mesh, kernels: str) -> RMSNorm | LayerNorm:
+    """The norm that `model.norm` names: rms or layer. kernels: of RMSNorm."""
+    return LayerNorm(dim, eps, mesh) if kind == "layer" else RMSNorm(dim, eps, mesh, kernels)
 
 
 def norm_over_group(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group: Group) -> Tensor:

@@ -1,7 +1,7 @@
 """What autograd keeps of a micro-step from the forward to the backward pass, layer by layer, and what backward needs.
 
 A stage is a part of the model whose kept tensors go when its backward pass is done. What each operation keeps is read
-off the layers: a product its input, RMSNorm its input and 1 / rms, attention its queries, keys and values and what its
+off the layers: a product its input, a norm its input and 1 / rms, attention its queries, keys and values and what its
 backend remembers of the weights, the gated activations their two inputs (kernels/activation.py), the CPU's and Triton's
 experts no rows but those that arrived, a dispatcher the rows that came back. A tensor that two operations keep counts
 once, with the one that comes first. tests/unit/plan/test_memory.py and tests/dist/test_memory.py compare with steps
@@ -28,7 +28,7 @@ _MARKS = 4  # by what drops are counted: marks of a token
 def blocks_of(sizes: Sizes, held: Held, decoder: bool) -> list[Block]:
     """First the embedding, then the blocks, last the output with the loss."""
     model, tied = sizes.model, decoder and not held.within("output.weight")
-    found = [Block((_embedding(sizes, held, tied),))]
+    found = [Block((_embedding(sizes, held, tied, decoder),))]
     by_kind: dict[tuple[object, ...], Block] = {}
     routed = model.moe.layers(model.num_layers)
     for layer in range(model.num_layers):
@@ -63,12 +63,15 @@ def _block(sizes: Sizes, held: Held, layer: int, sparse: bool, factor: float | N
         yield replace(feed_forward(sizes, sizes.model.d_ff, "feed-forward"), elements=of_rest)
 
 
-def _embedding(sizes: Sizes, held: Held, tied: bool) -> Stage:
-    """Ids, targets and marks of the tokens, and the table of positions; a tied matrix gets its second gradient."""
+def _embedding(sizes: Sizes, held: Held, tied: bool, decoder: bool) -> Stage:
+    """Ids, targets and marks of the tokens, and the table of positions, or places of learned ones; a tied matrix gets
+    its second gradient."""
     model = sizes.model
     kept = sizes.tokens * 3 * INDEX + sizes.routed * _MARKS * INDEX
     if model.attention.position == "rotary":
         kept += 2 * WIDE * sizes.seq_len * (model.rotary_width // 2)
+    if model.attention.position == "learned" and decoder:
+        kept += sizes.outside * INDEX
     matrix = sizes.numbers(model.vocab_size // sizes.layout.tp, model.d_model)
     return Stage(
         "embedding",

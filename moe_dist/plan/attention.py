@@ -39,7 +39,7 @@ def _attention(sizes: Sizes, layer: int) -> Stage:
     if attention.qk_ln or attention.qk_norm != "none":
         slim = attention.qk_norm == "head" and sizes.cuda
         spike = max(spike, (2 * query if slim else 4 * WIDE * tokens * heads * width) + 4 * key)
-    spike = sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike)
+    spike = sizes.flow() + max(spike, norm_spike)
     return Stage("attention", kept, spike=spike, forward=_masks(sizes, query, key))
 
 
@@ -157,4 +157,4 @@ def _switch(sizes: Sizes, layer: int) -> Stage:
     if moe.dispatch != "local":
         dispatch = 2 * sizes.numbers(rows.sent, model.d_model) + wide
     spike = 3 * query + 2 * wide + _scores_spike(sizes, heads, layer)
-    return Stage("attention", kept, dispatch, sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))
+    return Stage("attention", kept, dispatch, sizes.flow() + max(spike, norm_spike))

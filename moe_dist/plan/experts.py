@@ -40,8 +40,11 @@ def feed_forward(sizes: Sizes, d_ff: int, name: str, norm: bool = True) -> Stage
     """Dense: norm, gate and up, hidden."""
     model, tokens = sizes.model, sizes.tokens
     hidden = sizes.numbers(tokens, d_ff // sizes.layout.tp)
-    of_norm, norm_spike = sizes.norm() if norm else (0, 0)
-    kept = of_norm + sizes.numbers(tokens, model.d_model) + hidden * _hidden_kept(model.activation)
+    of_norm, norm_spike = sizes.feed_forward_norm() if norm else (0, 0)
+    # Of one norm, attention keeps the same tokens, unless each of them gathers the sequence for itself.
+    same = norm and model.block == "parallel" and not sizes.sequence_parallel
+    kept = of_norm + hidden * _hidden_kept(model.activation)
+    kept += 0 if same else sizes.numbers(tokens, model.d_model)
     plain = hidden * (3 if gated(model.activation) else 2) + sizes.numbers(tokens, model.d_model)
     spike = max(plain, hidden * (_hidden_spike(model.activation) - 1))  # the product's input has gone by then
     return Stage(name, kept, spike=sizes.numbers(sizes.outside, model.d_model) + max(spike, norm_spike))
@@ -49,7 +52,7 @@ def feed_forward(sizes: Sizes, d_ff: int, name: str, norm: bool = True) -> Stage
 
 def _hidden_kept(activation: str) -> int:
     """Tensors of hidden width that torch's autograd keeps for the activation and the product after it."""
-    return {"relu": 1, "gelu": 2, "relu2": 2}.get(activation, 3)
+    return {"relu": 1, "gelu": 2, "gelu_tanh": 2, "relu2": 2}.get(activation, 3)
 
 
 def _hidden_spike(activation: str) -> int:
@@ -89,11 +92,12 @@ def routed_layer(sizes: Sizes, factor: float | None, elements: int, outputs: int
     elements -= of_shared
     model, layout, moe = sizes.model, sizes.layout, sizes.model.moe
     rows, width, local = routed_rows(sizes, moe, factor, layout.etp), model.d_model, moe.dispatch == "local"
-    norm, norm_spike = sizes.norm()
+    norm, norm_spike = sizes.feed_forward_norm()
     kept, shared = norm + router_kept(sizes, moe), _shared(sizes, of_shared) if moe.num_shared_experts else []
     # 1. The tokens that are routed: kept by the router in fp32, by the experts where nothing travels. Shared experts
-    # keep all tokens, of which those are a copy under tp.
-    if (local or sizes.each == WIDE) and (layout.tp > 1 or not moe.num_shared_experts):
+    # keep all tokens, of which those are a copy under tp; so does attention, of the same norm.
+    kept_before = moe.num_shared_experts or model.block == "parallel"
+    if (local or sizes.each == WIDE) and (layout.tp > 1 or not kept_before):
         kept += sizes.numbers(sizes.routed, width)
     # 2. What travelled, and the orders in which rows lie.
     arrived, dispatch, back = (rows.arrived, 0, 0) if local else _travelled(sizes, rows)

@@ -108,7 +108,21 @@ class Sizes:
         return count
 
     def norm(self) -> tuple[int, int]:
-        """(kept by an RMSNorm on the residual stream: its input, and 1 / rms; held for a moment by its backward)."""
-        rows, width = self.outside, self.model.d_model
-        spike = 2 * self.numbers(rows, width) if self.cuda else 4 * WIDE * rows * width
-        return self.numbers(rows, width) + WIDE * rows, spike
+        """(kept by a norm on the residual stream: its input, and 1 / rms, with LayerNorm the mean too; held for a
+        moment by its backward)."""
+        rows, width, layer = self.outside, self.model.d_model, self.model.norm == "layer"
+        spike = 2 * self.numbers(rows, width) if self.cuda or layer else 4 * WIDE * rows * width
+        return self.numbers(rows, width) + (2 if layer else 1) * WIDE * rows, spike
+
+    def feed_forward_norm(self) -> tuple[int, int]:
+        """The same of the one before a feed-forward. Beside attention its input is that of attention's norm, or it is
+        that norm itself."""
+        kept, spike = self.norm()
+        if self.model.block == "parallel":
+            return 0, 0
+        return kept - (0 if self.model.block == "sequential" else self.numbers(self.outside, self.model.d_model)), spike
+
+    def flow(self) -> int:
+        """What waits while attention's backward pass goes on: the gradient of what the block gives, and beside a
+        feed-forward that of what this one read."""
+        return self.numbers(self.outside, self.model.d_model) * (1 if self.model.block == "sequential" else 2)

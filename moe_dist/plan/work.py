@@ -7,7 +7,8 @@
 | router, experts, shared | forward                    |                                                          |
 | experts, dense          |                            |                                                          |
 | feed-forwards, logits   |                            |                                                          |
-| norms and residuals     |                            | a block: 10 + 12 over t * D; each output bias 2 + 1      |
+| norms and residuals     |                            | a block: 10 + 12 over t * D, with one norm 8 + 9; each   |
+|                         |                            | output bias 2 + 1                                        |
 | query and key norms     |                            | a block, over T * (H + G) * P / tp: of each head 2 + 3,  |
 |                         |                            | of all heads 7 + 18 and with a mean 12 + 25, of 4 bytes  |
 | rotary                  |                            | a block: 5 + 5 over T * (H + G) * P / tp, as far as it   |
@@ -174,8 +175,9 @@ def _through_memory(
         one = hardware.memory_seconds(2 * elements * bytes_each) / 2
         return Seconds(times * forward * one, times * backward * one)
 
-    found = {"norms and residuals": passes(between * width, 10, 12, model.num_layers)}
-    biases = model.num_layers * model.attention.out_bias + moe_layers * moe.out_bias
+    of_norms = (8, 9) if model.block == "parallel" else (10, 12)
+    found = {"norms and residuals": passes(between * width, *of_norms, model.num_layers)}
+    biases = model.num_layers * model.attention.out_bias + moe_layers * moe.out_bias + dense_layers * model.ff_bias
     found["norms and residuals"] += passes(between * width, 2, 1, biases)
     heads = tokens * (model.num_heads / tp + model.num_kv_heads * _key_values_here(model, tp)) * model.head_width
     found["query and key norms"] = _query_key_norms(model, heads, passes)

@@ -57,7 +57,7 @@ class SwitchClassifier(KeepsStep, Layer):
         pad_id: int = 0,
         token_dropout: float = 0.0,
         capacity_factor: float | None = 1.25,
-        activation: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "clamped_swiglu"] = "gelu",
+        activation: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "clamped_swiglu", "gelu_tanh"] = "gelu",
         seed: int | None = None,
         device: torch.device | str | None = None,
         **options: Any,

@@ -26,14 +26,14 @@ from moe_dist.standalone.one_operation import as_operation, autocast_dtype, hand
 from moe_dist.step import StepContext
 from moe_dist.surgery.layers import add_experts, close_experts, merge_experts, open_experts, remove_experts
 
-Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu", "gelu_tanh"]
 
 
 class MixtureOfExperts(KeepsStep, Layer):
     """y = dropout(sum over the top_k experts i of p_i(x) E_i(x)), E_i(x) = act(x W_up) W_out.
 
-    d_ff: hidden width of one expert. expert_capacity_factor, or capacity_factor as in a configuration: in training an
-    expert takes at most ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless.
+    d_ff: hidden width of one expert. expert_capacity_factor, a configuration's capacity_factor: in training an expert
+    takes at most ceil(factor * top_k * tokens / num_experts) tokens, the others add nothing; None is dropless.
     Evaluation drops nothing unless eval_capacity_factor is given (with router=expert_choice, experts choose there too).
     device: where the layer starts, and for which kernels are chosen; None is torch's default device. activation: gelu,
     as in the usual feed-forward; those with glu have a third matrix. seed: of initial weights and of everything random;
@@ -65,15 +65,12 @@ class MixtureOfExperts(KeepsStep, Layer):
     ) -> None:
         given, mesh = mesh, mesh or single_process_mesh()
         super().__init__(drawn_seed(seed, mesh.world.size), given)
+        if "capacity_factor" in options:
+            raise ValueError("capacity_factor is called expert_capacity_factor here: give that one")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout} is outside 0 <= dropout < 1")
         device = device_of(device)
-        if "capacity_factor" in options and expert_capacity_factor != 1.25:
-            raise ValueError(
-                f"expert_capacity_factor={expert_capacity_factor} and capacity_factor={options['capacity_factor']} are "
-                "two names of one setting: give one of them"
-            )
-        options = dict(capacity_factor=expert_capacity_factor) | options | dict(num_experts=num_experts, top_k=top_k)
+        options |= dict(num_experts=num_experts, top_k=top_k, capacity_factor=expert_capacity_factor)
         moe = _checked(options, d_model, d_ff, activation, mesh, device.type)
         kernels = resolve_kernels("auto", device.type)
         self.d_model, self.dropout = d_model, dropout

@@ -52,7 +52,7 @@ class TransformerBlock(Layer):
         window: int | None = None,
         rope_theta: float = 10000.0,
         attn_impl: Literal["torch", "flash", "flash_attn", "triton"] = "flash",
-        activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"] = "gelu",
+        activation: Literal["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu", "gelu_tanh"] = "gelu",
         expert_capacity_factor: float | None = 1.25,
         seed: int | None = None,
         device: torch.device | str | None = None,

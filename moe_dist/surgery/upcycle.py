@@ -123,6 +123,11 @@ def _check_fit(dense: FeedForward, moe: MoE) -> None:
         raise ValueError(
             f"the dense layer is cut over tp={dense.mesh.tp.size}: load its checkpoint on one process first"
         )
+    if dense.out_bias is not None:
+        raise ValueError(
+            "ff_bias=true: upcycling copies matrices, and the dense layer has biases beside them; train a dense model "
+            "with model.ff_bias false"
+        )
     (width, d_model), held = dense.up.weight.shape, moe.experts
     if held.d_model != d_model or held.activation != dense.activation:
         raise ValueError(

@@ -30,7 +30,10 @@ SETTING_AXES: Axes = {
     "recompute": ("none", "activation", "block"),
     "attention": ("multi_query", "options", "dropout", "switch", "routed"),
     "freeze": ("none", "first", "experts"),
-    "family": ("none", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "jetmoe"),
+    "family": (
+        *("none", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "granitemoe", "jetmoe"),
+        *("gpt_bigcode", "falcon"),
+    ),
 }
 _CORE = ("top_k", "drops", "accumulation")  # decides who is dropped
 QUICK_LAYOUTS: Axes = {"ep": ("1", "2", "4"), "tp": ("1", "2"), "sp": ("off", "on"), "zero": ("native", "0", "1", "2")}
@@ -156,6 +159,12 @@ _FAMILIES: dict[str, dict[str, dict[str, object]]] = {
         "attention": {"score_multiplier": 0.2},
     },
     "jetmoe": {"attention": {"out_bias": True}, "moe": {"out_bias": True}},
+    "gpt_bigcode": {
+        "model": {"norm": "layer", "activation": "gelu_tanh", "ff_bias": True, "max_positions": 16},
+        "attention": {"position": "learned", "qkv_bias": True, "out_bias": True},
+        "moe": {"first": 1, "expert_bias": True},
+    },
+    "falcon": {"model": {"norm": "layer", "block": "parallel", "activation": "gelu"}, "moe": {"first": 1}},
 }
 """What families of models have beside the plain layers. Their routers and attention experts are settings of their own:
 router=sigmoid family=glm4_moe, attention=switch family=jetmoe."""

@@ -19,10 +19,10 @@ from moe_dist.attention.rotary import rotary_table
 from moe_dist.config.model import AttentionConfig, HeadSizes
 from moe_dist.parallel import collectives as c
 from moe_dist.parallel.feed_forward import FeedForward
-from moe_dist.parallel.linear import VocabParallelEmbedding, enter, leave
+from moe_dist.parallel.linear import PositionEmbedding, VocabParallelEmbedding, enter, leave
 from moe_dist.parallel.loss import linear_cross_entropy, token_losses
 from moe_dist.parallel.mesh import Group, Mesh, create_mesh, single_process_mesh
-from moe_dist.parallel.norm import RMSNorm
+from moe_dist.parallel.norm import LayerNorm, RMSNorm
 from moe_dist.parallel.sharding import initialize, logical_parameters, spec_of
 from moe_dist.step import StepContext
 from tests.dist.helpers import KEY, raised, run_checks
@@ -197,6 +197,7 @@ def check_layers() -> None:
     for group in groups():
         for sequence_parallel in (False, True):
             plain = (feed_forward, multi_query, grouped_query, multi_head, norm, embedding)
+            plain = (*plain, layer_norm, biased_feed_forward, positions)
             for build in (*plain, *attention_options()):
                 compare_layer(build, mesh_of(group, sequence_parallel))
 
@@ -249,6 +250,23 @@ def embedding(mesh: Mesh) -> Layer:
     layer = VocabParallelEmbedding(16, D, mesh.tp, 1.0)
     ids_T = torch.arange(T) * 5 % 16
     return layer, lambda x_TD: x_TD + leave(layer(ids_T), mesh)
+
+
+def layer_norm(mesh: Mesh) -> Layer:
+    layer = LayerNorm(D, 1e-5, mesh)
+    return layer, layer
+
+
+def biased_feed_forward(mesh: Mesh) -> Layer:
+    layer = FeedForward(D, 16, "swiglu", mesh, 0.3, bias=True)
+    return layer, layer
+
+
+def positions(mesh: Mesh) -> Layer:
+    """Added to the input, some of them twice."""
+    layer, places_T = PositionEmbedding(7, D, mesh, 1.0), torch.arange(T) * 5 % 6
+    own_T = c.own_slice(places_T, mesh.tp) if mesh.sequence_parallel else places_T
+    return layer, lambda x_TD: x_TD + layer(own_T)
 
 
 @torch.no_grad()

@@ -108,6 +108,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "model__recompute": "block",
         "model__attention": {"kind": "switch", "out_bias": True, "moe": {"num_experts": 2, "router_bias": True}},
     },
+    "native LayerNorm, learned positions, biases, feed-forwards beside attention": {
+        "parallel__ep": 2,
+        "parallel__tp": 2,
+        "parallel__sequence_parallel": True,
+        "model__recompute": "block",
+        "model__norm": "layer",
+        "model__block": "parallel",
+        "model__ff_bias": True,
+        "model__activation": "gelu_tanh",
+        "model__max_positions": 20,
+        "model__attention": {"position": "learned", "qkv_bias": True, "out_bias": True},
+        "model__moe": {"num_experts": 4, "first": 1},
+    },
     "ZeRO-1 bf16, width norms": ZERO
     | LOW
     | {

@@ -94,6 +94,11 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
     (Setting(router="sigmoid", family="glm4_moe"), (LayoutCase(ep="2", tp="2", sp="on", dispatch="padded"),)),
     (Setting(family="granitemoe", top_k="1"), (LayoutCase(ep="2", tp="2", sp="on"),)),
     (Setting(attention="switch", family="jetmoe", recompute="block"), (LayoutCase(ep="2", tp="2", sp="on"),)),
+    (
+        Setting(family="gpt_bigcode", recompute="block"),
+        (LayoutCase(ep="2", tp="2", sp="on"), LayoutCase(ep="2", tp="2", zero="3")),
+    ),
+    (Setting(family="falcon"), (LayoutCase(ep="4", tp="2", sp="on"), LayoutCase(ep="2", zero="1"))),
 ]
 
 

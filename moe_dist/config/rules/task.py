@@ -12,7 +12,7 @@ _OF_DECODERS = (
     "kind position rotary_share rope_scaling qkv_bias out_bias clip_qkv qk_ln qk_norm window score_multiplier sinks "
     "dropout"
 ).split()
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+_OF_MODELS = "embedding_multiplier residual_multiplier logits_scaling norm ff_bias block max_positions".split()
 _MOST_WEIGHT = 1e12
 SMALLEST_SHARE = 1e-4
 """Of a blend: a hundred sequences in a million, so that a whole number of them is 1% from it at most."""
@@ -41,9 +41,10 @@ def encoder_rules(model: ModelConfig, parallel: ParallelConfig, experts: str = "
         value, only = getattr(model.attention, name), getattr(plain, name)
         if value != only:
             yield f"attention.{name}={shown(value)} is of language models; set model.attention.{name} to {shown(only)}"
-    for name in _MULTIPLIERS:
-        if getattr(model, name) != 1.0:
-            yield f"{name}={getattr(model, name)} is of language models; set model.{name} to 1.0"
+    for name in _OF_MODELS:
+        value, only = getattr(model, name), getattr(ModelConfig(), name)
+        if value != only:
+            yield f"{name}={shown(value)} is of language models; set model.{name} to {shown(only)}"
     if model.recompute == "block":
         yield "recompute=block is of language models; set model.recompute to none or activation"
     if parallel.sequence_parallel:
@@ -90,9 +91,9 @@ def _language_modelling(config: Config) -> Iterator[str]:
     for name in ("mask_documents", "reset_positions"):
         if getattr(data, name) and model.attention.kind == "routed":
             yield f"{name}=true needs attention.kind multi_query or switch, not routed; set data.{name} to false"
-    if data.reset_positions and model.attention.position != "rotary":
+    if data.reset_positions and model.attention.position not in ("rotary", "learned"):
         yield (
-            f"reset_positions=true needs rotary positions, not attention.position={model.attention.position}; "
+            f"reset_positions=true needs rotary or learned ones, not attention.position={model.attention.position}; "
             "set data.reset_positions to false"
         )
     if model.num_classes is not None:

@@ -32,6 +32,7 @@ FUNCTIONS = {
     "relu": "relu",
     "relu2": "relu2",
     "clamped_swiglu": "clamped",
+    "gelu_tanh": "gelu_tanh",
 }
 GATED = tuple(name for name in FUNCTIONS if gated(name))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -67,8 +67,8 @@ def halves(acc_MN):
 
 @triton.jit
 def value_and_slope(x, FUNCTION: tl.constexpr):
-    """f(x) and f'(x) in fp32. gelu is the exact one, by erf; relu2 is relu squared; clamped is x sigmoid(1.702 x) of
-    x up to 7."""
+    """f(x) and f'(x) in fp32. gelu is the exact one, by erf; gelu_tanh is x sigmoid(2 z), as (1 + tanh z) / 2 is
+    sigmoid(2 z); relu2 is relu squared; clamped is x sigmoid(1.702 x) of x up to 7."""
     if FUNCTION == "silu":
         gate = 1 / (1 + tl.exp(-x))
         value = x * gate
@@ -77,6 +77,10 @@ def value_and_slope(x, FUNCTION: tl.constexpr):
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         value = x * cdf
         slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif FUNCTION == "gelu_tanh":
+        gate = 1 / (1 + tl.exp(-1.5957691216057308 * x * (1 + 0.044715 * x * x)))
+        value = x * gate
+        slope = gate + value * (1 - gate) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     elif FUNCTION == "relu":
         value = tl.where(x <= 0, 0.0, x)  # not a maximum: that would turn NaN into 0
         slope = tl.where(x > 0, 1.0, 0.0)

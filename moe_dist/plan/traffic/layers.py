@@ -36,6 +36,8 @@ class MicroStep(Routing):
         if self.config.task == "classification":
             self.forward("all_reduce", "world", "tokens that are no padding", WHOLE)
         self.leave("sums of embeddings")
+        if self.model.attention.position == "learned" and self.cut:
+            self.shared((self.model.max_positions or 0) * self.model.d_model, "positions")
         self.again = self.model.recompute == "block"
         self._blocks()
         self.again = False
@@ -67,12 +69,15 @@ class MicroStep(Routing):
         {"multi_query": self._multi_query, "switch": self._switch, "routed": self._routed}[self.model.attention.kind](
             layer
         )
-        self.norm()
+        if self.model.block != "parallel":
+            self.norm()
         if is_moe_layer(self.model, layer):
             self._moe(layer)
         else:
             self.enter()
             self.leave(last=True)
+            if self.model.ff_bias:
+                self.shared_bias()
 
     def _multi_query(self, layer: int) -> None:
         attention = self.model.attention

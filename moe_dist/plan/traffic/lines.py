@@ -80,7 +80,7 @@ class Lines:
             self.forward("all_reduce", "tp", what, self.tokens * self.width, again=not last)
 
     def norm(self) -> None:
-        if self.cut:
+        for _ in range((2 if self.model.norm == "layer" else 1) if self.cut else 0):  # scale, bias
             self.shared(self.model.d_model, "norms")
 
     def shared_bias(self) -> None:

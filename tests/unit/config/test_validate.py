@@ -295,6 +295,21 @@ def test_the_defaults_fit_any_small_world(world_size: int) -> None:
             "rotary_share=0.3 of head_dim=32 is 9.6, but rotary embedding turns pairs of numbers: change",
             {"model__attention__rotary_share": 0.3},
         ),
+        ("max_positions=512 is of attention.position=learned, not rotary; set", {"model__max_positions": 512}),
+        ("max_positions=null, but attention.position=learned", {"model__attention__position": "learned"}),
+        (
+            "seq_len=256 is above max_positions=255, and places past that have no vector; lower train.seq_len or",
+            {"model__max_positions": 255, "model__attention__position": "learned"},
+        ),
+        (
+            "norm_kernels=apex has RMSNorm alone, but norm=layer; set model.norm_kernels to same or",
+            {"model__norm": "layer", "model__norm_kernels": "apex"},
+        ),
+        ("ff_bias=true is of dense feed-forwards, and every layer has experts; set", {"model__ff_bias": True}),
+        (
+            "block=parallel is of language models; set model.block",
+            {"task": "classification", "model__block": "parallel"},
+        ),
         ("score_multiplier=0.0 is outside 1e-06 to 1000.0", {"model__attention__score_multiplier": 0.0}),
         ("residual_multiplier=0.0 is not above 0; raise model.residual", {"model__residual_multiplier": 0.0}),
         ("logits_scaling=-1.0 is not above 0; raise model.logits", {"model__logits_scaling": -1.0}),

@@ -32,6 +32,7 @@ from moe_dist.interop.meaning import meaning
 from moe_dist.models.backends import plainest
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
+from tests.dist.helpers import forget_process_group
 from tests.unit.helpers import context, random_ids
 from tests.unit.models.test_families import FAMILIES, Widely, configured, theirs
 
@@ -236,12 +237,11 @@ def _exchanged(row: Any) -> Any:
 @pytest.mark.parametrize(
     "changes, lines",
     [
-        ({"mlp_bias": True}, ["mlp_bias=true: feed-forwards here have no biases"]),
         ({"hidden_act": "relu"}, ["hidden_act=relu: known here are silu, gelu"]),
         ({"hidden_size": None}, ["config.json has no hidden_size"]),
         (
-            {"rope_scaling": {"rope_type": "longrope"}, "mlp_bias": True},
-            ["rope_type=longrope: rotation here is scaled by linear, dynamic, yarn, llama3", "mlp_bias=true"],
+            {"rope_scaling": {"rope_type": "longrope"}, "hidden_act": "relu"},
+            ["rope_type=longrope: rotation here is scaled by linear, dynamic, yarn, llama3", "hidden_act=relu"],
         ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
@@ -249,7 +249,15 @@ def _exchanged(row: Any) -> Any:
         ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5: this family turns all of a head"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["weights are quantised (fp8)"]),
-        ({"model_type": "gpt_bigcode"}, UNLIKE["gpt_bigcode"]),
+        (
+            {"model_type": "gpt_bigcode", "n_embd": 16, "n_layer": 2, "n_head": 4, "scale_attn_weights": False},
+            ["scale_attn_weights=false: scores here are divided by the root of a head's width"],
+        ),
+        (
+            {"model_type": "falcon", "alibi": True, "num_ln_in_parallel_attn": 2},
+            ["alibi=true: ALiBi of Falcon is added", "num_ln_in_parallel_attn=2: the new decoder architecture has 1"],
+        ),
+        ({"model_type": "deepseek_v2"}, UNLIKE["deepseek_v2"]),
         ({"model_type": "deepseek_v3"}, ["attention by latents (MLA)"]),
         ({"model_type": "mamba"}, ["model_type=mamba is not among those that come in: llama"]),
     ],
@@ -396,6 +404,15 @@ def test_other_commands_read_what_came_in(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "step-000000: step 0" in said and "holds       weight;" in said
     assert main(["checkpoint", "verify", str(tmp_path / "run")]) == 0
+
+
+def test_text_is_not_longer_than_learned_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("gpt_bigcode", tmp_path / "theirs")
+    assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run"), "--no-compare"]) == 0
+    assert load_config(tmp_path / "run/config.yaml").train.seq_len == 40
+    assert main(["generate", str(tmp_path / "run"), "--prompt=a", "--context=41", "--device=cpu"]) == 2
+    assert "--context 41 is above max_positions=40 of the model, and places" in capsys.readouterr().err
+    forget_process_group()
 
 
 def test_files_are_what_the_library_writes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda gate, up: up * 0.5 * (1 + torch.erf(up / 2**0.5)),
     "relu": lambda gate, up: up * (up > 0),
     "relu2": lambda gate, up: (up * (up > 0)) ** 2,
+    "gelu_tanh": lambda gate, up: up * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3))),
     "clamped_swiglu": lambda gate, up: clamped(gate, -torch.inf) * clamped_sigmoid(gate) * (clamped(up, -7.0) + 1),
 }
 

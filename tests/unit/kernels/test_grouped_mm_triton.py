@@ -85,7 +85,8 @@ def expert(x_RD: Tensor, w: list[Tensor | None], activation: str) -> Tensor:
         gate_RF = plus(x_RD @ gate.t(), gate_bias)
         up_RF = up_RF * (F.silu(gate_RF) if activation == "swiglu" else F.gelu(gate_RF))
     else:
-        up_RF = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x) ** 2}[activation](up_RF)
+        bend = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x) ** 2}
+        up_RF = (bend | {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh")})[activation](up_RF)
     return plus(up_RF @ out, out_bias)
 
 
@@ -131,7 +132,7 @@ def random_experts(num_x: int, top_k: int, num_experts: int) -> Tensor:
 
 
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "relu2", "clamped_swiglu", "gelu_tanh"])
 def test_activations(activation: str, biases: bool) -> None:
     kept_XK = torch.rand(35, 2) < 0.8
     case = a_case(random_experts(35, 2, 3), 3, activation, biases=biases, kept_XK=kept_XK)

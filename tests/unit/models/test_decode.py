@@ -16,6 +16,7 @@ ATTENTIONS = {
     "rotary": AttentionConfig(backend="flash"),
     "plain": AttentionConfig(backend="torch"),
     "alibi": AttentionConfig(backend="flash", position="alibi"),
+    "learned": AttentionConfig(backend="flash", position="learned"),
     "no-position": AttentionConfig(backend="flash", position="none"),
     "window": AttentionConfig(backend="flash", window=4),
     "windows": AttentionConfig(backend="torch", window=[4, None], sinks=True),
@@ -29,6 +30,8 @@ ATTENTIONS = {
 
 
 def model_of(attention: AttentionConfig, **changes: object) -> Decoder:
+    if attention.position == "learned":
+        changes = {"max_positions": S, "norm": "layer"} | changes
     return Decoder(tiny_model(attention=attention, **changes), single_process_mesh()).eval()
 
 
@@ -62,7 +65,7 @@ def test_deep_dense_and_sparse(num_layers: int, num_experts: int, kv_heads: int)
     torch.testing.assert_close(decoded(model, ids_BS, (4, 1, 1, 6, 1)), whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["rotary", "alibi", "window", "plain"])
+@pytest.mark.parametrize("attention", ["rotary", "alibi", "learned", "window", "plain"])
 def test_rows_of_different_lengths(attention: str) -> None:
     """Prompts padded on the right; the padding is forgotten, and each row goes on at its own place."""
     model, ids_BS, lengths = model_of(ATTENTIONS[attention]), random_ids(3, 9), [6, 2, 4]
@@ -89,6 +92,17 @@ def test_a_full_cache_says_so() -> None:
     model(random_ids(1, 4), None, context(phase="dropless"), "logits", caches)
     with pytest.raises(ValueError, match="max_seq_len=4"):
         model(random_ids(1, 1), None, context(phase="dropless"), "logits", caches)
+
+
+def test_places_without_a_vector_are_refused() -> None:
+    model = model_of(ATTENTIONS["learned"], max_positions=4)
+    decoded(model, random_ids(1, 4), (3, 1))
+    with pytest.raises(ValueError, match="5 tokens are more than max_positions=4: give the model at most"):
+        model(random_ids(1, 5), None, context(phase="dropless"), "logits")
+    caches = model.new_caches(1, 8)
+    model(random_ids(1, 3), None, context(phase="dropless"), "logits", caches)
+    with pytest.raises(ValueError, match="5 tokens are more than max_positions=4"):
+        model(random_ids(1, 2), None, context(phase="dropless"), "logits", caches)
 
 
 def test_the_cache_has_the_precision_of_the_weights() -> None:

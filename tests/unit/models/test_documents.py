@@ -39,12 +39,12 @@ def test_masks_and_positions_are_megatrons() -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi_query", "switch"])
-@pytest.mark.parametrize("position", ["rotary", "alibi", "none"])
+@pytest.mark.parametrize("position", ["rotary", "alibi", "learned", "none"])
 def test_each_document_is_as_if_it_stood_alone(kind: str, position: str) -> None:
     attention = AttentionConfig(kind=kind, position=position, moe=MoEConfig(num_experts=2, top_k=1))  # type: ignore[arg-type]
-    model = replace(tiny_model(), attention=attention)
+    model = replace(tiny_model(), attention=attention, max_positions=8 if position == "learned" else None)
     decoder = Decoder(resolve_backends(model, 1), single_process_mesh(), 0).double()
-    ends = DocumentEnds(END, mask=True, reset=position == "rotary")
+    ends = DocumentEnds(END, mask=True, reset=position in ("rotary", "learned"))
     step = replace(context(), phase="dropless", ends=ends)
     alone = replace(step, ends=None)
     for row in ROWS:
@@ -64,5 +64,7 @@ def test_rules() -> None:
     config = Config(data=DataConfig(mask_documents=True, reset_positions=True))
     validate(config, 1)
     config.model.attention.position = "alibi"
-    with pytest.raises(ValueError, match=r"reset_positions=true needs rotary positions, not attention.position=alibi"):
+    with pytest.raises(
+        ValueError, match=r"reset_positions=true needs rotary or learned ones, not attention.po.*=alibi"
+    ):
         validate(config, 1)

@@ -24,6 +24,7 @@ from moe_dist.interop.meaning import meaning
 from moe_dist.interop.names import Pair, Place, theirs_of
 from moe_dist.models.backends import plainest
 from moe_dist.models.decoder import Decoder
+from moe_dist.models.parameters import parameter_counts
 from moe_dist.moe.router import Router
 from moe_dist.parallel.mesh import single_process_mesh
 from tests.unit.helpers import context, random_ids, tiny_model
@@ -42,6 +43,12 @@ class Widely(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_GPT = dict(
+    num_experts=0,
+    norm="layer",
+    ff_bias=True,
+    attention=dict(position="learned", qkv_bias=True, out_bias=True),
+)
 # Of each family: where it is in Transformers, its configuration in their words and in ours. All are decoders of 3
 # layers, 16 wide, 4 query heads on 2 key/value heads and experts of width 24, but where they differ.
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -52,8 +59,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "llama, dynamic": (
         "llama.Llama",
-        dict(intermediate_size=24, rope=dict(rope_type="dynamic"), max_position_embeddings=8),
-        dict(num_experts=0, attention=dict(rope_scaling="dynamic", rope_factor=4.0, rope_original_len=8)),
+        dict(intermediate_size=24, rope=dict(rope_type="dynamic"), max_position_embeddings=8, mlp_bias=True),
+        dict(num_experts=0, ff_bias=True, attention=dict(rope_scaling="dynamic", rope_factor=4.0, rope_original_len=8)),
     ),
     "qwen2": (
         "qwen2.Qwen2",
@@ -223,6 +230,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             attention=dict(kind="switch", out_bias=True, moe=dict(num_experts=4, top_k=2, capacity_factor=None)),
         ),
     ),
+    "gpt_bigcode": (
+        "gpt_bigcode.GPTBigCode",
+        dict(n_inner=24, n_positions=40, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+        dict(num_kv_heads=1, activation="gelu_tanh", max_positions=40) | _GPT,
+    ),
+    "gpt_bigcode, multi-head": (
+        "gpt_bigcode.GPTBigCode",
+        dict(multi_query=False, activation_function="gelu", n_positions=24, tie_word_embeddings=True)
+        | dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+        dict(num_kv_heads=4, d_ff=64, activation="gelu", max_positions=24, tie_embeddings=True) | _GPT,
+    ),
+    "falcon": (
+        "falcon.Falcon",
+        dict(ffn_hidden_size=24),
+        dict(num_experts=0, num_kv_heads=1, norm="layer", block="parallel", activation="gelu"),
+    ),
+    "falcon, new": (
+        "falcon.Falcon",
+        dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=True, activation="gelu_pytorch_tanh"),
+        dict(d_ff=64, block="parallel_norms", activation="gelu_tanh", tie_embeddings=True)
+        | dict(num_experts=0, norm="layer"),
+    ),
+    "falcon, one after the other": (
+        "falcon.Falcon",
+        dict(ffn_hidden_size=24, parallel_attn=False, multi_query=False, bias=True),
+        dict(num_kv_heads=4, activation="gelu", attention=dict(qkv_bias=True, out_bias=True))
+        | dict(num_experts=0, norm="layer", ff_bias=True),
+    ),
 }
 
 
@@ -303,7 +338,7 @@ def as_theirs(values: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
 
     def whole(parts: list[tuple[Pair, int]]) -> Tensor:
         units = [
-            pair.layout.to_theirs([_part(values, place) for place in pair.ours], table.head)[at] for pair, at in parts
+            pair.layout.to_theirs([_part(values, place) for place in pair.ours], table.heads)[at] for pair, at in parts
         ]
         return units[0] if parts[0][0].theirs[parts[0][1]].expert is None else torch.stack(units)
 
@@ -329,6 +364,7 @@ def test_logits_loss_and_gradients_are_theirs(name: str, tmp_path: Path) -> None
     other = theirs(where, their_settings, wanted)
     model, table = imported(other, tmp_path)
     assert meaning(model.config) == meaning(wanted)
+    assert parameter_counts(model.config).total == sum(param.numel() for param in other.parameters())
     off = dict(balance_loss_coef=0.0, z_loss_coef=0.0, balance="loss")
     for part in [part for part in model.modules() if isinstance(part, Router)]:
         part.moe = replace(part.moe, **off)
@@ -378,4 +414,8 @@ def test_every_option_counts() -> None:
                 if option == "rope_scaling":
                     less = {key: value for key, value in less.items() if not key.startswith("rope_")}
                 other = ours(configured(settings | {"attention": less}))(ids, None, context(), "logits")
+                assert (other - logits).abs().max() > 1e-4, f"{name} without {option}"
+            for option in settings.keys() & {"norm", "ff_bias", "block"}:
+                less = {key: value for key, value in settings.items() if key != option}
+                other = ours(configured(less))(ids, None, context(), "logits")
                 assert (other - logits).abs().max() > 1e-4, f"{name} without {option}"

@@ -1,5 +1,7 @@
 """The MoE layer against Hugging Face's Mixtral block and the Switch formula, and where experts idle or overflow."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,8 @@ def test_dropless_is_mixtral(backend: str, count: int) -> None:
     torch.testing.assert_close(layer.experts.w_out.grad, block.experts.down_proj.grad.transpose(1, 2), **close)
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "relu2": lambda h: F.relu(h) ** 2, "swiglu": F.silu, "geglu": F.gelu}
+ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS |= {"relu": F.relu, "gelu": F.gelu, "relu2": lambda h: F.relu(h) ** 2, "swiglu": F.silu, "geglu": F.gelu}
 
 
 def expert(layer: MoE, i: int, x: Tensor) -> Tensor:

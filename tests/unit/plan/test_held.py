@@ -38,6 +38,13 @@ MODELS: list[tuple[dict[str, Any], list[Layout]]] = [
         [Layout(4, ep=2, tp=2)],
     ),
     ({"model__attention": {"qk_norm": "head"}, "model__num_kv_heads": 2}, [Layout(4, tp=4)]),
+    (
+        {
+            **{"model__norm": "layer", "model__block": "parallel", "model__ff_bias": True, "model__max_positions": 20},
+            **{"model__attention": {"position": "learned"}, "model__moe": {"num_experts": 4, "first": 1}},
+        },
+        [Layout(4, ep=2, tp=2)],
+    ),
     ({"task": "classification", "model__num_classes": 3}, [Layout(), Layout(4, ep=2, tp=2)]),
 ]
 

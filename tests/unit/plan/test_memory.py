@@ -133,6 +133,20 @@ CASES: dict[str, dict[str, Any]] = {
         "model__activation": "gelu",
         "train__accumulation": 2,
     },
+    "LayerNorm, learned positions, biases": {
+        "model__attention": {"backend": "flash", "position": "learned", "qkv_bias": True, "out_bias": True},
+        "model__moe": SMALL["model__moe"] | {"first": 1},
+        **{"model__norm": "layer", "model__ff_bias": True, "model__max_positions": 160, "model__activation": "gelu"},
+    },
+    "beside attention, one norm": {
+        "model__attention": {"backend": "flash"},
+        "model__moe": SMALL["model__moe"] | {"first": 1},
+        **{"model__norm": "layer", "model__block": "parallel", "model__activation": "gelu_tanh"},
+    },
+    "beside attention, two norms": {
+        **{"model__attention": {"backend": "flash"}, "model__moe": SMALL["model__moe"] | {"every": 2}},
+        **{"model__norm": "layer", "model__block": "parallel_norms", "model__num_layers": 4},
+    },
 }
 
 

@@ -290,13 +290,6 @@ def test_it_learns() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_capacity_factor_goes_by_its_name_in_a_configuration_too() -> None:
-    x_TD, counted = tokens(40), mixture(capacity_factor=0.25)
-    assert counted.moe.config.capacity_factor == 0.25
-    assert mixture(capacity_factor=None).moe.config.capacity_factor is None
-    assert torch.equal(counted(x_TD, step=0), mixture(expert_capacity_factor=0.25)(x_TD, step=0))
-
-
 def test_mistakes_are_refused() -> None:
     for options, message in (
         (dict(top_k=5), "top_k=5 is larger than num_experts=4"),

@@ -116,6 +116,8 @@ def test_what_cannot_be_upcycled() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             upcycle(dense, tiny_model(**changes))
+    with pytest.raises(ValueError, match="ff_bias=true: upcycling copies matrices"):
+        upcycle(FeedForward(D, WIDTH, "swiglu", single_process_mesh(), 0.1, bias=True), tiny_model())
     with pytest.raises(ValueError, match="tp=2"):
         upcycle(FeedForward(D, WIDTH, "swiglu", mesh_without_processes(Layout(2, tp=2), 0), 0.1), tiny_model())
 
