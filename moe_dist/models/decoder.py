@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.d_model, mesh.tp, std=0.02)
         self.positions = None
         if model.attention.position == "learned":
-            assert model.max_positions is not None, "config/rules/attention.py asks for it"
+            assert model.max_positions is not None, "config/rules/model.py asks for it"
             self.positions = PositionEmbedding(model.max_positions, model.d_model, mesh, std=0.02)
         self.blocks = nn.ModuleList(DecoderBlock(model, layer, mesh) for layer in range(model.num_layers))
         tied = self.embedding.weight if model.tie_embeddings else None
