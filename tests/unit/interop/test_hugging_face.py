@@ -32,11 +32,17 @@ from moe_dist.interop.meaning import meaning
 from moe_dist.models.backends import plainest
 from moe_dist.models.decoder import Decoder
 from moe_dist.parallel.mesh import single_process_mesh
+from moe_dist.train.tasks import make_task
 from tests.dist.helpers import forget_process_group
 from tests.unit.helpers import context, random_ids
 from tests.unit.models.test_families import FAMILIES, Widely, configured, theirs
 
 LENGTH = 24
+TWENTY_STEPS = f"""
+--data.kind text --train.seq-len {LENGTH} --train.global-batch 4 --train.steps 20 --train.threads 1 --device cpu
+--optim.lr 1e-3 --optim.eps 1e-6 --optim.warmup-steps 0 --optim.schedule constant
+--run.eval-sequences 2 --run.no-tensorboard
+""".split()
 
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
@@ -111,23 +117,30 @@ def test_greedy_text_is_theirs_token_by_token(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
 def test_training_goes_on_as_there(name: str, tmp_path: Path) -> None:
+    """20 steps of the trainer with the imported weights, against torch's AdamW on the library's model."""
     other = saved(name, tmp_path / "theirs").float()
     assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run"), "--no-compare"]) == 0
-    model = decoder_of(tmp_path / "run")
-    ids = random_ids(4, LENGTH + 1, 256)
-    inputs_BS, targets_BS = ids[:, :-1], ids[:, 1:]
-    ours_left, theirs_left = [], []
-    steps = [torch.optim.AdamW(each.parameters(), lr=1e-3, eps=1e-6) for each in (model, other)]
-    for _ in range(20):
-        output = model(inputs_BS, targets_BS, context())
+    (tmp_path / "text.txt").write_text(" ".join(str(number * number) for number in range(900)))
+    where = ["--data.paths", str(tmp_path / "text.txt"), "--train.init-from", str(tmp_path / "run"), "--run.name", "on"]
+    router = ["--model.moe.balance-loss-coef", "0"] if "moe" in name else []
+    config = str(tmp_path / "run" / "config.yaml")
+    assert main(["train", config, *TWENTY_STEPS, *where, *router, "--run.root", str(tmp_path)]) == 0
+    forget_process_group()
+    ours_left = [json.loads(line)["loss"] for line in (tmp_path / "on/metrics.jsonl").read_text().splitlines()]
+
+    task = make_task(load_config(tmp_path / "on/config.yaml"))
+    sampler = task.sampler(4, task.config.train.order_seed)  # type: ignore[attr-defined]
+    decayed = [[param for param in other.parameters() if (param.ndim > 1) == matrices] for matrices in (True, False)]
+    groups = [dict(params=params, weight_decay=decay) for params, decay in zip(decayed, (0.1, 0.0), strict=True)]
+    adamw, theirs_left = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-6), []
+    for step in range(20):
+        inputs_BS, targets_BS = task.batch(sampler.indices(step))
         loss = F.cross_entropy(other(input_ids=inputs_BS).logits.flatten(0, 1), targets_BS.flatten())
-        ours_left.append(float(output.nll))
-        theirs_left.append(float(loss))
-        (output.loss - sum(layer.aux_loss for layer in output.stats)).backward()
+        theirs_left.append(loss.item())
         loss.backward()
-        for step in steps:
-            step.step()
-            step.zero_grad()
+        nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
     assert ours_left[-1] < ours_left[0] - 0.5
     assert max(abs(a - b) for a, b in zip(ours_left, theirs_left, strict=True)) < 1e-4
 
