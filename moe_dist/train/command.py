@@ -1,6 +1,7 @@
 """`moe-dist train`: start the rank, train, and tell the person what came out and where."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -87,7 +88,7 @@ def _tell(trainer: Trainer, outcome: Outcome) -> None:
         text = sample(trainer, config.run.sample_tokens)
         console.print(Text(f"\nsample after {_PROMPT!r}:"))
         console.print(Text(_PROMPT + text), style="dim", soft_wrap=True)
-    console.print(Text(_next_steps(outcome, config.run.tensorboard)), soft_wrap=True)
+    console.print(Text(_next_steps(trainer, outcome)), soft_wrap=True)
 
 
 def summary_rows(trainer: Trainer, outcome: Outcome) -> dict[str, str]:
@@ -127,12 +128,19 @@ def sample(trainer: Trainer, tokens: int) -> str:
     return tokenizer.decode(ids[0] for ids in generate(model, prompts, tokens, train.seq_len, train.seed, Sampling()))
 
 
-def _next_steps(outcome: Outcome, tensorboard: bool) -> str:
-    folder = outcome.folder.path
-    lines = [
-        "\nWhere to look next",
-        f"  {folder}/metrics.jsonl      every number of every step, expert loads included",
-        *([f"  tensorboard --logdir {folder}/tensorboard"] if tensorboard else []),
-        "  moe-dist verify             the same losses, gradients and dropped tokens in every layout",
-    ]
-    return "\n".join(lines) + "\n"
+def _next_steps(trainer: Trainer, outcome: Outcome) -> str:
+    """What to look at, and the file or the command, in two columns."""
+    folder = shlex.quote(str(outcome.folder.path))
+    rows = {
+        "every number of every step": f"{folder}/metrics.jsonl",
+        "curves in the terminal": f"moe-dist watch {folder}",
+        "curves in a browser": f"tensorboard --logdir {folder}/tensorboard",
+        "text that it writes": f"moe-dist generate {folder} --prompt {shlex.quote(_PROMPT)}",
+        "the same in every layout": "moe-dist verify",
+    }
+    if not trainer.config.run.tensorboard:
+        del rows["curves in a browser"]
+    if trainer.task.text_tokenizer is None:
+        del rows["text that it writes"]
+    width = max(map(len, rows))
+    return "\n".join(["\nWhere to look next", *(f"  {what:{width}}  {how}" for what, how in rows.items())]) + "\n"
