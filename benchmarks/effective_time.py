@@ -87,7 +87,7 @@ def submitted(root: Path, name: str, steps: int, save_every: int) -> Run:
     flags = [*MODEL, "--train.steps", str(steps), "--run.save-every", str(save_every)]
     flags += ["--run.root", str(root), "--run.name", name, "--device", "cpu"]
     command = [sys.executable, "-m", "moe_dist.cli", "submit", "--nodes", "2", *flags, "--", "--overcommit"]
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout
     return Run(root / name, said.split()[1].rstrip(":"))
 
 

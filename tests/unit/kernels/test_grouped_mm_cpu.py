@@ -32,6 +32,7 @@ ACTIVATIONS = {
     "swiglu": lambda gate, up: gate * gate.sigmoid() * up,
     "geglu": lambda gate, up: gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up,
     "gelu": lambda gate, up: up * 0.5 * (1 + torch.erf(up / 2**0.5)),
+    "gelu_tanh": lambda gate, up: up * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3))),
     "relu": lambda gate, up: up * (up > 0),
     "relu2": lambda gate, up: (up * (up > 0)) ** 2,
     "clamped_swiglu": lambda gate, up: (
