@@ -37,7 +37,8 @@ with (run / "metrics.jsonl").open("w") as file:
         file.write(json.dumps(record) + "\\n")
 (run / "config.yaml").write_text(Path(sys.argv[1]).read_text())
 (run / "environment.json").write_text(json.dumps(dict(device="cpu", revision="abc")))
-(run / "status.json").write_text(json.dumps(dict(state="finished", step=steps)))
+(run / "status.new").write_text(json.dumps(dict(state="finished", step=steps)))
+(run / "status.new").replace(run / "status.json")
 '''
 
 

@@ -41,17 +41,21 @@ if len(list(folder.glob('most-*'))) == 0: sys.exit('nobody came')
 STEPS = """
 import signal
 kept = run / 'kept'
+def put(text, path):
+    (run / 'draft').write_text(text)
+    os.replace(run / 'draft', path)
+def tell(**status):
+    put(json.dumps(status), run / 'status.json')
 def leave(number, frame):
-    (run / 'status.json').write_text(json.dumps(dict(state='preempted', step=int(kept.read_text()), signal=number)))
+    tell(state='preempted', step=int(kept.read_text()), signal=number)
     sys.exit(75)
 at = int(kept.read_text()) if kept.exists() else 0
-kept.write_text(str(at)) if not kept.exists() else None
+put(str(at), kept)
 signal.signal(signal.SIGTERM, leave)
-(run / 'status.json').write_text(json.dumps(dict(state='running')))
+tell(state='running')
 for step in range(at, 40):
     time.sleep(0.01)
-    (run / 'draft').write_text(str(step + 1))
-    os.replace(run / 'draft', kept)
+    put(str(step + 1), kept)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 """
 
