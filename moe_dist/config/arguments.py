@@ -14,8 +14,8 @@ def with_config(
     parser: Parser, args: list[str], own_usage: str, about: str, needed: bool = True
 ) -> tuple[argparse.Namespace, Config]:
     """A YAML file, flags of the command itself, and flags of the configuration. own_usage: of the flags, where the
-    parser has no usage of its own. needed: without either of the first and
-    the last ValueError is raised; else the defaults are meant."""
+    parser has no usage of its own. needed: without either of the first and the last ValueError is raised; else the
+    defaults are meant."""
     parser.takes_config, parser.description = True, about
     parser.usage = parser.usage or f"{parser.prog} CONFIG {own_usage} [--KEY VALUE ...]"
     path, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
