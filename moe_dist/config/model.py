@@ -375,5 +375,11 @@ class ModelConfig:
         return round(self.head_width * self.attention.rotary_share)
 
     @property
+    def moe_sections(self) -> list[MoEConfig]:
+        """Of the routed layers that it has: feed-forwards, then attention."""
+        feed_forwards = [self.moe] if self.moe.layer_count(self.num_layers) else []
+        return feed_forwards + ([self.attention.moe] if self.attention.kind == "switch" else [])
+
+    @property
     def head_sizes(self) -> HeadSizes:
         return HeadSizes.of(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim)

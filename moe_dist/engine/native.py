@@ -59,9 +59,7 @@ class NativeEngine:
             output = self._micro_step(tokens_BS, targets, step)
         else:
             self.mesh.trail.enter("forward and backward")
-            config = self.model.config
-            phases = (moe.schedule_phase(step.step) for moe in (config.moe, config.attention.moe))
-            kind = (self.micro, *phases)
+            kind = (self.micro, *(moe.schedule_phase(step.step) for moe in self.model.config.moe_sections))
             output = self.graphs.run(kind, self._micro_step, tokens_BS, targets, step)
         self.micro = (self.micro + 1) % self.accumulation
         return self.loads.take(output)

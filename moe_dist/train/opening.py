@@ -83,9 +83,9 @@ def opening_lines(
 def step_lines(config: Config, shape: BatchShape, first: int) -> Iterator[str]:
     """What a step is and which are to come; first: steps done already."""
     steps, model = config.train.steps, config.model
-    moes = [model.moe] if model.moe.layer_count(model.num_layers) else []
-    moes += [model.attention.moe] if model.attention.kind == "switch" else []
-    factors = [factor for moe in moes for factor in (moe.capacity_factor, *moe.capacity_schedule.values())]
+    factors = [
+        factor for moe in model.moe_sections for factor in (moe.capacity_factor, *moe.capacity_schedule.values())
+    ]
     compete = "" if all(map(MoEConfig.is_dropless, factors)) else " that compete for capacity"
     ahead = f"steps {first + 1} to {steps}" if first < steps else f"all {steps} steps are done"
     yield (

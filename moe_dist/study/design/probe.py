@@ -141,8 +141,7 @@ def step_flops(config: Config, ranks: int) -> float:
 
 def evaluation_flops(config: Config) -> float:
     """Of the forward passes of one evaluation: one, or two where drops are evaluated too."""
-    moes = (config.model.moe, config.model.attention.moe)
-    passes = 2 if any(moe.eval_capacity_factor is not None for moe in moes) else 1
+    passes = 2 if any(moe.eval_capacity_factor is not None for moe in config.model.moe_sections) else 1
     return passes * config.run.eval_sequences * config.train.seq_len * forward_flops(config)
 
 

@@ -105,10 +105,11 @@ def _learned(config: Config, records: Sequence[Record]) -> Record:
 
 def _dropless(config: Config) -> bool:
     """Whether nothing limits the experts at the end of training, nor in evaluations."""
-    moe, attention = config.model.moe, config.model.attention
-    moes = ([moe] if moe.num_experts else []) + ([attention.moe] if attention.kind == "switch" else [])
     last = config.train.steps - 1
-    return all(moe.is_dropless(moe.eval_capacity_factor) and moe.is_dropless(moe.factor_at(last)) for moe in moes)
+    return all(
+        moe.is_dropless(moe.eval_capacity_factor) and moe.is_dropless(moe.factor_at(last))
+        for moe in config.model.moe_sections
+    )
 
 
 def _balance(records: Sequence[Record]) -> Record:

@@ -92,7 +92,7 @@ class Task(Protocol):
 def phases(config: Config) -> list[tuple[Phase, str]]:
     """(phase, suffix of its metrics) of an evaluation: without dropping, and capped if eval_capacity_factor is set."""
     capped: list[tuple[Phase, str]] = [("eval", "_capped")]
-    layers = (config.model.moe, config.model.attention.moe)
+    layers = config.model.moe_sections
     return [("dropless", ""), *(capped if any(moe.eval_capacity_factor is not None for moe in layers) else [])]
 
 
