@@ -104,9 +104,9 @@ class DataConfig:
     indexed: paths without .bin and .idx, which follow one another. ~ is your home folder."""
     blend: dict[str, float] = field(default_factory=dict)
     """indexed, in place of paths: {path: weight}. Of the sequences of a run, and of the weight of its validation loss,
-    each corpus has its weight's share."""
+    each corpus has its weight's share; each has a validation loss of its own beside it."""
     validation_paths: list[str] = field(default_factory=list)
-    """indexed: held out are these corpora, and nothing of the others."""
+    """indexed: held out are these corpora, and nothing of the others. Of several each has a loss of its own too."""
     tokenizer: str | None = None
     """For language models: a tokenizer.json, a Hugging Face folder, a tiktoken file or a SentencePiece model; texts are
     tokenised with it when a run starts. indexed: the one that the corpus was made with. null: bytes; indexed: the one

@@ -140,11 +140,14 @@ def _indexed(config: DataConfig, vocab_size: int, seq_len: int) -> Corpus:
     found = read_indexed(prefixes, vocab_size, config.validation_fraction, held_out)
     for split, stream in (("train", found.train), ("validation", found.validation)):
         _check_length(split, len(stream), seq_len)
+    for split, paths, lengths in zip(
+        ("train", "validation"), (named, config.validation_paths or named), found.lengths, strict=True
+    ):
+        if config.blend or paths is config.validation_paths:  # no window has tokens of two
+            for path, length in zip(paths, lengths, strict=True):
+                _check_length(f"{path}: {split}", length, seq_len)
     digest = found.digest
     if config.blend:
-        for split, lengths in zip(("train", "validation"), found.lengths, strict=True):
-            for path, length in zip(named if split == "train" or not held_out else held_out, lengths, strict=True):
-                _check_length(f"{path}: {split}", length, seq_len)
         digest = hashlib.sha256(f"{digest} {list(config.blend.values())}".encode()).hexdigest()
     return Corpus(
         found.train,

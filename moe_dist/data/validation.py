@@ -17,8 +17,20 @@ def validation_windows(corpus: Corpus, data: DataConfig, seq_len: int, limit: in
     if data.blend and not data.validation_paths:
         assert corpus.lengths is not None, "what is blended is indexed"
         return blended_validation(corpus.lengths[1], list(data.blend.values()), seq_len, limit)
+    apart = [length for _, length in corpora_apart(corpus, data)]
+    if apart:
+        return blended_validation(apart, apart, seq_len, limit)
     starts = validation_starts(len(corpus.validation), seq_len, limit)
     return starts, np.ones(len(starts), np.float32)
+
+
+def corpora_apart(corpus: Corpus, data: DataConfig) -> list[tuple[str, int]]:
+    """(path, tokens) of each corpus of the validation split that has a loss of its own, as they follow one another
+    there; none where it is one corpus, or several that are read as one. No window has tokens of two of them."""
+    named = data.validation_paths or list(data.blend)
+    if corpus.lengths is None or len(named) < 2:
+        return []
+    return list(zip(named, corpus.lengths[1], strict=True))
 
 
 def document_ends(data: DataConfig, tokenizer: Tokenizer | None) -> DocumentEnds | None:

@@ -246,7 +246,7 @@ class Trainer:
         losses: list[float] = broadcast_json(recent_losses(self.folder.path, window) if main else None)
         return losses
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int) -> dict[str, Any]:
         """What the record of this step says besides, where it is time for it."""
         steps = self.config.train.steps
         if not evaluates_after(step, steps, self.config.run):

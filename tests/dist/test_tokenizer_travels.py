@@ -155,6 +155,37 @@ def test_a_blend_goes_on_in_its_middle(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert train(tmp_path, "again", other, "--resume", vocab_size=256) == 2
     assert "was trained with data=" in capsys.readouterr().err
+    last = records_of(tmp_path, "whole")[-1]
+    by_corpus = last["validation_loss_by_corpus"]
+    assert list(by_corpus) == list(blend) and by_corpus[str(tmp_path / "a")] != by_corpus[str(tmp_path / "b")]
+    assert last["validation_loss"] == pytest.approx(np.average([*by_corpus.values()], weights=[3.0, 1.0]), rel=1e-12)
     held_out = data | {"validation_paths": [str(tmp_path / "held")]}
     assert train(tmp_path, "held", held_out, "--run.sample-tokens", "3", vocab_size=256) == 0
     assert "sample after" in capsys.readouterr().out
+
+
+def test_each_held_out_corpus_has_the_loss_it_has_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {}
+    for name, first, documents in (("train", 0, 30), ("one", 200, 20), ("other", 300, 7)):
+        texts = [" ".join(chr(97 + (first + i * j) % 26) * 3 for j in range(60)) for i in range(documents)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        paths[name] = str(tmp_path / name)
+        command = ["data", "prepare", str(tmp_path / f"{name}.jsonl"), "--tokenizer", "bytes", "--workers", "1"]
+        assert main([*command, "--output", paths[name]]) == 0
+
+    def last(run: str, *held_out: str) -> dict[str, Any]:
+        data = {"kind": "indexed", "paths": [paths["train"]], "validation_paths": [paths[name] for name in held_out]}
+        assert train(tmp_path, run, data, "--run.eval-sequences", "100000", vocab_size=256) == 0  # all windows
+        return records_of(tmp_path, run)[-1]
+
+    alone = {paths[name]: last(f"alone-{name}", name)["validation_loss"] for name in ("one", "other")}
+    capsys.readouterr()
+    both = last("both", "one", "other")
+    assert both["validation_loss_by_corpus"] == pytest.approx(alone, rel=1e-12)
+    tokens = [Path(f"{path}.bin").stat().st_size for path in alone]
+    assert both["validation_loss"] == pytest.approx(np.average([*alone.values()], weights=tokens), rel=1e-12)
+    said = capsys.readouterr().out
+    for path, loss in alone.items():
+        assert re.search(rf"^step 4  of .*{re.escape(path)} {loss:.4f}", said, re.MULTILINE)
+    assert "validation, each" in said
+    assert "validation_loss_by_corpus" not in records_of(tmp_path, "alone-one")[-1]

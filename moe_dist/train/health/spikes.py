@@ -106,7 +106,7 @@ class Health:
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
         """After step `step` was evaluated, with this outcome."""
         for name, value in record.items():
-            if "loss" in name and not math.isfinite(value):
+            if "loss" in name and isinstance(value, float) and not math.isfinite(value):
                 self.found(f"{name} after step {step} is {value}")
 
     def saved(self, step: int) -> None:

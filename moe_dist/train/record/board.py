@@ -106,6 +106,8 @@ def board_scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"system/{name}", value
         else:
             yield f"{'moe' if name in _MOE else 'train'}/{name}", value
+    for path, loss in record.get("validation_loss_by_corpus", {}).items():
+        yield f"validation/loss_by_corpus/{path}", loss
     for layer in record.get("layers", []):
         for name in ("drop_rate", "load_max_over_mean", "entropy"):
             yield f"{_tag(layer)}/{name}", layer[name]

@@ -56,6 +56,9 @@ class Progress:
                 self.message(f"step {step}  {what}: {record[what]}")
         if "validation_loss" in record:
             self.message(evaluation_line(record))
+        if "validation_loss_by_corpus" in record:
+            losses = record["validation_loss_by_corpus"].items()
+            self.message(f"step {step}  of " + ", ".join(f"{path} {loss:.4f}" for path, loss in losses))
 
     def message(self, text: str) -> None:
         """Print a line, above the live one if there is one."""

@@ -1,6 +1,6 @@
 """The task of a decoder: the next byte, or token, of a corpus.
 
-`B` batch · `S` sequence · `N` places · `V` vocabulary
+`B` batch · `C` corpora of the validation split · `S` sequence · `N` places · `V` vocabulary
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from moe_dist.data.frequency import Frequencies, token_counts
 from moe_dist.data.sampler import in_batches
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.data.tokenizers import BYTES, IN_RUN, save_tokenizer
-from moe_dist.data.validation import document_ends, validation_windows
+from moe_dist.data.validation import corpora_apart, document_ends, validation_windows
 from moe_dist.engine.base import Engine
 from moe_dist.kernels.random import RandomKey
 from moe_dist.models.decoder import Decoder
@@ -59,6 +59,7 @@ class LanguageModelling:
                 f"{self.corpus.name} mean: name the tokenizer in data.tokenizer, or set run.sample_tokens to 0"
             )
         self.ends = document_ends(config.data, found)
+        self._apart = corpora_apart(self.corpus, config.data)
         sizes_V = None if found is None or self.corpus.unit == "byte" else found.bytes_per_token()
         self._bytes_V = None if sizes_V is None else np.pad(sizes_V, (0, max(0, self.model.vocab_size - len(sizes_V))))
 
@@ -79,21 +80,29 @@ class LanguageModelling:
         touched = [np.arange(first, last + 1) for first, last in zip(first_N, last_N, strict=True)]
         return len(np.unique(np.concatenate(touched)))
 
-    def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
-        record = {}
+    def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, Any]:
+        record: dict[str, Any] = {}
         for phase, suffix in phases(self.config):
-            loss, bytes_per_token = self._validation_loss(engine, shape, phase, step)
+            sums_C3 = self._validation_sums(engine, shape, phase, step)
+            losses_C = sums_C3[:, 0] / sums_C3[:, 1]
+            loss, bytes_per_token = (float(sums_C3[:, part].sum() / sums_C3[:, 1].sum()) for part in (0, 2))
             record[f"validation_loss{suffix}"] = loss
-            if not suffix:
-                record[f"validation_bits_per_{self.corpus.unit}"] = bits_per_byte(loss, 1, 1)
-            if not suffix and bytes_per_token > 0:
+            if suffix:
+                continue
+            record[f"validation_bits_per_{self.corpus.unit}"] = bits_per_byte(loss, 1, 1)
+            if bytes_per_token > 0:
                 record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1) / bytes_per_token
+            if self._apart:
+                named = zip(self._apart, losses_C.tolist(), strict=True)
+                record["validation_loss_by_corpus"] = {path: nats for (path, _), nats in named}
         return record
 
-    def _validation_loss(self, engine: Engine, shape: BatchShape, phase: Phase, step: int) -> tuple[float, float]:
-        """(nats per token, bytes of text that a token stands for); the latter 0 where that cannot be told."""
+    def _validation_sums(self, engine: Engine, shape: BatchShape, phase: Phase, step: int) -> Tensor:
+        """[C, 3] float64 of each corpus: sums of weight * nats, of weights, and of weight * bytes of text that a token
+        stands for, which is 0 where that cannot be told."""
         split, mesh, device = self.corpus.validation, engine.mesh, device_of(engine)
-        total = torch.zeros(3, dtype=torch.float64, device=device)
+        ends_C = np.cumsum([length for _, length in self._apart] or [len(split)])
+        total_C3 = torch.zeros(len(ends_C), 3, dtype=torch.float64, device=device)
         windows = validation_windows(self.corpus, self.config.data, self.width, self.config.run.eval_sequences)
         batches = in_batches(*windows, shape.micro_batch, mesh.layout.dp, mesh.dp.rank)
         for index, (starts, weights) in enumerate(batches):
@@ -101,12 +110,14 @@ class LanguageModelling:
             key = RandomKey.of(self.config.train.seed, "validation", index)
             context = StepContext(key, phase, step=step, ends=self.ends)
             losses_BS = engine.evaluate(tokens_BS.to(device), targets_BS.to(device), context, "token_losses")
-            weights_B = torch.from_numpy(weights).to(device, torch.float64)
-            total[:2] += torch.stack(((losses_BS.double().mean(1) * weights_B).sum(), weights_B.sum()))
+            of_B = np.searchsorted(ends_C, starts, side="right")
+            weights_CB = torch.from_numpy(weights * (of_B == np.arange(len(ends_C))[:, None])).to(device, torch.float64)
+            total_C3[:, 0] += (losses_BS.double().mean(1) * weights_CB).sum(1)
+            total_C3[:, 1] += weights_CB.sum(1)
             if self._bytes_V is not None:
-                total[2] += float((self._bytes_V[targets_BS.numpy()].mean(1) * weights).sum())
-        total = all_reduce(total, mesh.dp)
-        return float(total[0] / total[1]), float(total[2] / total[1])
+                bytes_B = torch.from_numpy(self._bytes_V[targets_BS.numpy()].mean(1)).to(device, torch.float64)
+                total_C3[:, 2] += (bytes_B * weights_CB).sum(1)
+        return all_reduce(total_C3, mesh.dp)
 
     def finish(
         self, engine: Engine, shape: BatchShape, step: int, folder: RunFolder, say: Callable[[str], None]
@@ -149,6 +160,9 @@ class LanguageModelling:
         if "validation_loss" in last:
             bits = (f"{last[name]:.3f} bits/{unit}" for unit, name in _BITS.items() if name in last)
             rows["validation"] = ", ".join([f"{last['validation_loss']:.4f} nats/token", *bits])
+        if "validation_loss_by_corpus" in last:
+            losses = last["validation_loss_by_corpus"].items()
+            rows["validation, each"] = ", ".join(f"{path} {loss:.4f}" for path, loss in losses)
         if "validation_loss_capped" in last:
             rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
         return rows

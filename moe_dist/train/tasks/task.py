@@ -55,7 +55,7 @@ class Task(Protocol):
     def batch(self, places: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens [B, S] and targets of the training split."""
 
-    def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Engine, shape: BatchShape, step: int) -> dict[str, Any]:
         """On the validation split, for metrics.jsonl; every rank must call."""
 
     def finish(
