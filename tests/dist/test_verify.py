@@ -102,7 +102,7 @@ COVER: list[tuple[Setting, tuple[LayoutCase, ...]]] = [
 ]
 
 
-def options(setting: Setting, *layouts: LayoutCase, steps: int = 3) -> Options:
+def options(setting: Setting, *layouts: LayoutCase, steps: int = 2) -> Options:
     return Options((setting,), layouts, steps)
 
 
