@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,6 @@ from moe_dist.train.record.metrics import MetricsWriter
 from moe_dist.train.record.status import read_status
 from tests.dist.helpers import TINY, forget_process_group, raised, run_checks
 from tests.unit.data.test_indexed import write as write_indexed
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    yield
-    forget_process_group()
 
 
 def train(folder: Path, name: str, data: dict[str, Any], *flags: str, vocab_size: int = 256) -> int:

@@ -1,7 +1,6 @@
 """`train.init_from`: weights alone, in another layout, from models that agree; and what is refused by name."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ from tests.dist.helpers import TINY, forget_process_group
 from tests.dist.programs import forked_ranks
 
 NEW = ("--train.steps", "3", "--optim.lr", "2e-3", "--train.seed", "5", "--train.seq-len", "8")
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    yield
-    forget_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ from tests.unit.helpers import context
 
 D, F, LAYER = 32, 48, "blocks.1.feed_forward."
 Tensors = dict[str, dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    yield
-    forget_process_group()
 
 
 @pytest.fixture(scope="module")

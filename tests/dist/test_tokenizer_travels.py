@@ -6,7 +6,6 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ from moe_dist.train.tasks import make_task
 from tests.dist.helpers import TINY, forget_process_group
 
 SYLLABLES = "ka lo mi ten sur da ve po ris na qu el or am it be".split()
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    yield
-    forget_process_group()
 
 
 def own_jsonl(path: Path, records: int = 1000) -> Path:

@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,16 +44,6 @@ DROPPED = (
     "over_budget_by_pool",
 )
 ZERO1 = ("--engine.name", "deepspeed", "--engine.zero-stage", "1")
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A rank in this process leaves variables and perhaps a process group behind."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    yield
-    forget_process_group()
 
 
 def write_config(folder: Path) -> Path:
