@@ -12,8 +12,8 @@ FAILED = 1
 USAGE = 2
 """What the user got wrong, told before anything starts."""
 SAVED = os.EX_TEMPFAIL
-"""75, "try again later" of sysexits.h: a signal or the time limit came, the run saved and left. The only code after
-which the same command should be run again by itself."""
+"""75, "try again later" of sysexits.h: a signal or the time limit came, the run saved and left. With --resume
+the same command goes on."""
 DIVERGED = 76
 """Too many steps in a row could not be applied, or the loss went off, also after going back to a checkpoint."""
 STALLED = 77
@@ -21,7 +21,7 @@ STALLED = 77
 REPLICAS_DIFFER = 78
 """Copies of a parameter that must be equal are not: a flipped bit, or an error of ours."""
 CRASH_LOOP = 79
-"""Started again and again without reaching a checkpoint."""
+"""Started more than guard.max_restarts times in a row without a new checkpoint, or a step further than before."""
 INTERRUPTED = 130
 """A second Ctrl-C: nothing was saved."""
 

@@ -21,7 +21,7 @@ Exit codes; torchrun returns 1 for all but 0, so status.json has the code of a f
   0  done                                       76  diverged: going back to a checkpoint did not help
   1  failed; the reason is in status.json       77  a rank stood still (guard.stall_seconds)
   2  a mistake of the user                      78  copies of a parameter differ (guard.check_replicas)
-  75 saved and stopped: run it again            79  starts again and again without a checkpoint (guard.max_restarts)
+  75 saved and stopped: run it again            79  start after start gets no further (guard.max_restarts)
 """
 
 
