@@ -97,6 +97,8 @@ def test_prices_of_capacity(paths: list[str], capsys: pytest.CaptureFixture[str]
         (["--ranks", "2", "--hardware", "h300"], "--hardware 'h300' is none of a100, b200, h100, h200"),
         (["--ranks", "2", "--ranks-per-node", "0"], "--ranks-per-node 0 is below 1"),
         (["--ranks", "2", "--skew", "0.5"], "skew=0.5 is below 1, an even share"),
+        (["--ranks", "2", "--skew", "nan"], "skew=nan is no finite number"),
+        (["--ranks", "2", "--skew", "inf"], "skew=inf is no finite number"),
         (["--ranks", "2", "--search", "--capacity", "1.0"], "--search and --capacity are two questions"),
         (["--ranks", "2", "--search", "--top", "0"], "--top 0 is below 1"),
         (["--ranks", "2", "--capacity", "1.0,much"], "--capacity 'much' is no capacity factor: write 1.0,1.25,null"),
