@@ -45,6 +45,15 @@ def test_a_plan_in_words(paths: list[str], capsys: pytest.CaptureFixture[str], t
     assert b"a rank has" in figures["memory.svg"] and b"gradient exchange" in figures["time.svg"]
 
 
+def test_a_classifier_is_planned_in_words_without_recomputed_blocks(
+    paths: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--task", "classification", "--model.num-classes", "3", "--data.kind", "csv", "--data.paths", "x"]
+    assert main(["plan", *paths, "--ranks", "4", *texts]) == 0
+    said = capsys.readouterr().out
+    assert "together with recompute=activation" in said and "recompute=block" not in said
+
+
 def test_a_plan_for_programs(paths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *paths, "--ranks", "4", "--ranks-per-node", "4", "--json", "--skew", "1.5"]) == 0
     told = json.loads(capsys.readouterr().out)
