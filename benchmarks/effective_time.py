@@ -25,6 +25,7 @@ from pathlib import Path
 from race import cpu_name
 
 from moe_dist.cluster import history
+from moe_dist.cluster.queue import state_of
 from moe_dist.train.record.effective_time import EffectiveTime, effective_time_of
 from moe_dist.train.record.history import last_logged_step
 from moe_dist.train.record.status import status_now
@@ -45,7 +46,13 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        return status_now(self.folder)["state"] == "finished"
+        """At its last step. Raises RuntimeError when it has ended otherwise, and its job with it."""
+        state = status_now(self.folder)["state"]
+        if state in ("running", "finished") or state_of(self.job) is not None:
+            return state == "finished"
+        if status_now(self.folder)["state"] == "finished":  # since
+            return True
+        raise RuntimeError((self.folder / f"slurm/{self.job}.out").read_text(encoding="utf-8", errors="replace"))
 
     def rank(self, number: int) -> int | None:
         """Its process, where it has one."""
@@ -84,9 +91,12 @@ def cluster(folder: Path) -> Iterator[None]:
 
 
 def submitted(root: Path, name: str, steps: int, save_every: int) -> Run:
-    flags = [*MODEL, "--train.steps", str(steps), "--run.save-every", str(save_every)]
+    root.mkdir(exist_ok=True)
+    config = root / f"{name}.yaml"
+    config.write_text("{}\n", encoding="utf-8")  # submit wants a file; flags say all
+    flags = ["--nodes", "2", *MODEL, "--train.steps", str(steps), "--run.save-every", str(save_every)]
     flags += ["--run.root", str(root), "--run.name", name, "--device", "cpu"]
-    command = [sys.executable, "-m", "moe_dist.cli", "submit", "--nodes", "2", *flags, "--", "--overcommit"]
+    command = [sys.executable, "-m", "moe_dist.cli", "submit", str(config), *flags, "--", "--overcommit"]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout
     return Run(root / name, said.split()[1].rstrip(":"))
 
@@ -94,8 +104,8 @@ def submitted(root: Path, name: str, steps: int, save_every: int) -> Run:
 def break_it(run: Run, every: float, draw: random.Random) -> None:
     """Kills a rank in each `every` seconds from the first step on, at a moment drawn evenly, until the run has ended.
     Where none lives at that moment, nothing is killed."""
-    while last_logged_step(run.folder) == 0:
-        time.sleep(0.1)
+    while last_logged_step(run.folder) == 0 and not run.ended:
+        time.sleep(0.5)
     began, number = time.monotonic(), 0
     while not run.ended:
         _sleep_until(began + (number + draw.random()) * every, run)

@@ -48,6 +48,7 @@ _OF_SBATCH = {
     ),
 }
 """Options that go to sbatch as they are: what each takes, and its help."""
+_OWN = ("--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--wrap")
 _SPARE = "more of them, for the place of one that is lost; the job then outlives a lost node"
 _GPUS = "GPUs of each; as many ranks, unless --ranks-per-node says otherwise"
 _RANKS = "processes on each (default: --gpus-per-node, or 1)"
@@ -177,12 +178,13 @@ def _at_dashes(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _refuse_what_is_no_option(more: Sequence[str]) -> None:
-    """sbatch would take a word that is none for the script to run. What says how the run is cut is ours."""
+    """sbatch would take a word that is none for the script to run, and the beginning of an option's name for that
+    option. What says how the run is cut is ours."""
     for word in more:
-        name, equals, _ = word.partition("=")
+        name = word.partition("=")[0]
         if not word.startswith("--") or name == "--":
             raise ValueError(f"command line: {word!r} behind --: write options of sbatch as --NAME=VALUE, or as --NAME")
-        if name in ("--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--wrap"):
+        if name != "--gpus" and any(own.startswith(name) for own in _OWN):
             raise ValueError(f"command line: {name} behind --: moe-dist submit sets it itself; leave it out")
-        if name == "--array" and equals:
+        if "--array".startswith(name):
             raise ValueError("command line: --array behind --: write it before, where it is checked")

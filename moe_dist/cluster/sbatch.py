@@ -47,13 +47,21 @@ def refuse_control_characters(words: Iterable[str]) -> None:
 
 
 def file_pattern(path: Path) -> str:
-    """A path as sbatch takes it for `--output`: its own %, if any, doubled."""
+    """A path as sbatch takes it for `--output`: its own %, if any, doubled. Raises ValueError for one with a backslash,
+    at which Slurm takes the whole file name as it stands, without the backslash and with the %j."""
+    if "\\" in str(path):
+        raise ValueError(f"{path} holds a backslash, which sbatch allows in no file name: choose another folder")
     return str(path).replace("%", "%%")
 
 
 def hand_in(command: Sequence[str], root: Path, environ: Mapping[str, str] | None = None) -> str:
     """Runs `command`, an sbatch with --parsable, and returns the job's number. The job is told the repository, this
-    interpreter, and `environ`. Raises ValueError with what sbatch says when it refuses."""
+    interpreter, and `environ`. Raises ValueError with what sbatch says when it refuses, or hands in nothing."""
     environ = os.environ | {"MOE_DIST_ROOT": str(root)} | dict(environ or {})
     environ.setdefault("MOE_DIST_PYTHON", sys.executable)
-    return ask(*command, environ=environ).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
+    said = ask(*command, environ=environ).strip()
+    number = said.partition(";")[0]  # NUMBER;CLUSTER where there are several
+    if not (number.isascii() and number.isdigit()):  # after --help or --test-only, say
+        said = " ".join(said.split())[:100] or "nothing"
+        raise ValueError(f"sbatch names no job but says {said}: leave out what keeps it from handing one in")
+    return number

@@ -3,7 +3,9 @@
 Ranks that are all on one machine open ports on its loopback interface only.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +23,8 @@ import torch.multiprocessing
 from moe_dist.parallel.rendezvous import LOOPBACK, TIMEOUT, Member, meet
 from moe_dist.parallel.share import gpu_of_rank, neighbours, places, refuse_shared_gpus, threads_of_rank
 from moe_dist.parallel.slurm import Variables, address_of, refuse_other_tasks, step_from_environment, tasks_of_step
+
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def start(
     """
     # Deprecations that DeepSpeed and torch.distributed have among themselves.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
     if deterministic != torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler: seconds
@@ -174,6 +180,16 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _end_with_launcher() -> None:
+    """Has Linux kill this process when torchrun has ended, however that ended, also while this process is stopped.
+
+    torchrun gives each rank a session of its own. Where Slurm knows the processes of a step by their group and not by a
+    cgroup, it ends torchrun and leaves the ranks: one that stands still would keep the lock of the run for ever.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def _export(rank: Rank, device: torch.device) -> None:

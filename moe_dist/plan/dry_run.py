@@ -122,8 +122,9 @@ def kinds(layout: Layout) -> list[int]:
 
 
 def runnable(config: Config) -> Config:
-    """With backends that run on tensors without numbers: torch's own."""
-    model, engine = config.model, config.engine
+    """With backends that run on tensors without numbers, torch's own; and no token is left out by chance, of which each
+    rank would have others."""
+    model, engine = replace(config.model, token_dropout=0.0), config.engine
     on_gpus = model.attention.backend in ("triton", "flash_attn")
     attention = replace(model.attention, backend="auto" if on_gpus else model.attention.backend)
     moe = replace(model.moe, cpu_products="mkl", experts="auto" if model.moe.experts == "triton" else model.moe.experts)

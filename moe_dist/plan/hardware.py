@@ -24,9 +24,9 @@ import sysconfig
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
@@ -237,16 +237,19 @@ def _problems(hardware: Hardware) -> Iterator[str]:
         "ranks_per_node": hardware.ranks_per_node,
         "memory.bytes": memory.bytes,
         "memory.bandwidth": memory.bandwidth,
-        "memory.rates": min((rate for _, rate in memory.rates), default=1.0),
+        "memory.rates": min(chain.from_iterable(memory.rates), default=1.0),
     }
     shares = {"memory.reached": memory.reached}
     for name, of in products.items():
         above_zero[f"products.{name}.peak"] = of.peak
-        above_zero[f"products.{name}.rates"] = min((rate for *_, rate in of.rates), default=1.0)
+        above_zero[f"products.{name}.rates"] = min(chain.from_iterable(of.rates), default=1.0)
         shares |= {f"products.{name}.reached": of.reached, f"products.{name}.attention": of.attention}
     for where, link in links:
         above_zero[f"{where}.bandwidth"] = link.bandwidth
         shares |= {f"{where}.reached.{name}": share for name, share in link.reached.items()}
+        for name, curve in link.curves.items():
+            above_zero[f"{where}.curves.{name}.ranks"] = curve.ranks
+            above_zero[f"{where}.curves.{name}.seconds"] = min(chain.from_iterable(curve.seconds), default=1.0)
     yield from (f"{key}: {value} is not above 0" for key, value in above_zero.items() if not value > 0)
     yield from (f"{key}: {value} is outside 0 < share <= 1" for key, value in shares.items() if not 0 < value <= 1)
     if not 0 <= memory.reserved < memory.bytes:
@@ -259,9 +262,13 @@ def _problems(hardware: Hardware) -> Iterator[str]:
         if of.rates and len({row for row, *_ in of.rates}) * len({side for _, side, _ in of.rates}) != len(of.rates):
             yield f"products.{name}.rates: is no grid; give each number of rows with each side, once"
     yield from _not_growing("memory.rates", memory.rates)
+    not_below_zero = {f"host.{name}": seconds for name, seconds in asdict(hardware.host).items()}
+    not_below_zero |= {f"{where}.latency": link.latency for where, link in links}
+    yield from (f"{key}: {value} is below 0" for key, value in not_below_zero.items() if value < 0)
     for where, link in links:
-        if link.latency < 0:
-            yield f"{where}.latency: {link.latency} is below 0"
+        for key, names in (("reached", link.reached), ("curves", link.curves)):
+            for name in sorted(names.keys() - set(get_args(Collective))):
+                yield f"{where}.{key}.{name}: is none of {', '.join(get_args(Collective))}"
         for name, curve in link.curves.items():
             yield from _not_growing(f"{where}.curves.{name}.seconds", curve.seconds)
             if not curve.seconds:

@@ -4,6 +4,7 @@
 started. `as_json` is all of it for other programs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -101,6 +102,8 @@ def make_plan(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0)
     Raises ValueError with a line for every rule that the configuration breaks on so many ranks, and where `hardware`
     lacks its precision.
     """
+    if not math.isfinite(skew):
+        raise ValueError(f"skew={skew} is no finite number; write how busy the busiest rank is, such as 1.5")
     if skew < 1:
         raise ValueError(f"skew={skew} is below 1, an even share; nobody is busier than the busiest rank")
     return timed(needs(config, ranks, hardware), hardware, skew)

@@ -76,7 +76,8 @@ def search(config: Config, ranks: int, hardware: Hardware, skew: float = 1.0, to
     """The `top` fastest. Raises ValueError where `hardware` lacks the precision."""
     hardware.peak(config.engine.precision)
     shared, out = Shared(config, ranks, hardware, skew), _Reasons()
-    choices = list(_valid(config, ranks, out))
+    node = hardware.ranks_per_node if hardware.ranks_per_node < ranks else None
+    choices = list(_valid(config, ranks, node, out))
     looked = _Looked(shared, _recomputations(config, ranks, choices[0]) if choices else [], top, out)
     # (seconds that it takes at least, number in the order of the product above, looks so far)
     waiting = [(shared.compute_seconds(choice), number, 0) for number, choice in enumerate(choices)]
@@ -173,23 +174,23 @@ def prices(
     return found
 
 
-def _valid(config: Config, ranks: int, out: "_Reasons") -> Iterator[Choice]:
+def _valid(config: Config, ranks: int, node: int | None, out: "_Reasons") -> Iterator[Choice]:
     """What rules admit. They are of engines or of how rows travel, and none is of both, nor of a micro_batch that
-    divides: what is admitted in one way, and by one engine, is admitted together."""
+    divides: what is admitted in one way, and by one engine, is admitted together. node: as for `_broken`."""
     hopeless: set[str] = set()
     for ep, tp, etp in product(_divisors(ranks), repeat=3):
         choices = list(_choices(config, ranks, ep, tp, etp))
         first = choices[0]
-        lines = _broken(first.applied(config), ranks)
+        lines = _broken(first.applied(config), ranks, node)
         if hopeless.intersection(lines):  # known from other sizes: whatever the engine, however rows travel
             out.add(lines[0], len(choices))
             continue
         ways, engines = {first.way: lines}, {first.zero: lines}
         for choice in choices:
             if choice.micro_batch == first.micro_batch and choice.zero == first.zero and choice.way not in ways:
-                ways[choice.way] = _broken(choice.applied(config), ranks)
+                ways[choice.way] = _broken(choice.applied(config), ranks, node)
             if choice.micro_batch == first.micro_batch and choice.way == first.way and choice.zero not in engines:
-                engines[choice.zero] = _broken(choice.applied(config), ranks)
+                engines[choice.zero] = _broken(choice.applied(config), ranks, node)
         always = set(lines).intersection(*ways.values(), *engines.values())
         if always:
             hopeless |= always
@@ -197,7 +198,7 @@ def _valid(config: Config, ranks: int, out: "_Reasons") -> Iterator[Choice]:
             continue
         for choice in choices:
             admitted = not ways[choice.way] and not engines[choice.zero]
-            broken = [] if admitted else _broken(choice.applied(config), ranks)
+            broken = [] if admitted else _broken(choice.applied(config), ranks, node)
             if broken:
                 out.add(broken[0], 1)
             else:
@@ -212,8 +213,10 @@ def _choices(config: Config, ranks: int, ep: int, tp: int, etp: int) -> Iterator
         yield Choice(ep, tp, etp, engine, stage, micro_batch, _RECOMPUTE[0], dispatch, wire)
 
 
-def _broken(config: Config, ranks: int) -> list[str]:
-    """A line for each rule."""
+def _broken(config: Config, ranks: int, node: int | None = None) -> list[str]:
+    """A line for each rule. node: ranks of one, where there are several and the configuration does not say."""
+    if config.model.moe.dispatch == "hierarchical" and config.parallel.node_size is None:
+        config = replace(config, parallel=replace(config.parallel, node_size=node))
     try:
         validate(config, ranks)
     except ValueError as error:

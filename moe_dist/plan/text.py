@@ -1,6 +1,7 @@
 """Plans as tables of at most 100 columns, for a terminal or a file."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from rich.console import Console
@@ -119,8 +120,9 @@ def _memory(plan: Plan) -> Table:
     for recompute in ("none", "activation", "block"):
         if recompute != plan.config.model.recompute:
             changed = replace(plan.config, model=replace(plan.config.model, recompute=recompute))
-            other = needs(changed, plan.layout.world, plan.hardware).memory.total
-            table.add_row(f"together with recompute={recompute}", size(other), "")
+            with suppress(ValueError):  # a rule refuses it: blocks of a classifier, say
+                other = needs(changed, plan.layout.world, plan.hardware).memory.total
+                table.add_row(f"together with recompute={recompute}", size(other), "")
     return table
 
 

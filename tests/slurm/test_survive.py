@@ -56,9 +56,10 @@ def test_a_submitted_run_trains_like_torchrun(text: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_survives_ranks_nodes_cables_and_neighbours(text: Path) -> None:
-    """Four nodes with an address and a cable each, of which two train."""
+    """Four nodes with an address and a cable each, of which two train. A step puts 119 KiB on a cable: at this rate it
+    takes a second, so that the run has not finished when Slurm comes round to it, in up to half a minute."""
     variables = {"MOE_DIST_CLUSTER_SILENT": "60"}  # so that a pulled cable is the run's to notice
-    with virtual_nodes(text, CONFIG, patience=300.0, count=4, rate="1gbit", **variables) as runs:
+    with virtual_nodes(text, CONFIG, patience=300.0, count=4, rate="1mbit", **variables) as runs:
         run = runs.submit("faults", "--spare-nodes", "2")
         run.goes_on()
         os.kill(run.process(1), signal.SIGKILL)
@@ -76,7 +77,9 @@ def test_a_run_survives_ranks_nodes_cables_and_neighbours(text: Path) -> None:
         runs.cable(unplugged, "down")
         run.ended(4)
         run.goes_on()
+        runs.lose(unplugged)  # and turned off and on: else Slurm asks what it took for lost at every 20th ping only
         runs.cable(unplugged, "up")
+        runs.come_back(unplugged)
         run.limit(run.minutes() + 1)
         run.ended(5)
         run.limit(None)

@@ -112,7 +112,7 @@ def test_print_hands_in_nothing_and_shows_what_a_shell_takes_as_it_stands(
 def test_hostile_values_are_inert(slurm: Slurm, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one word of sbatch's, behind an = or the script's name."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / value.replace("/", "_")
+    folder = tmp_path / value.replace("/", "_").replace("\\", "_")
     path = config(slurm, "-c" + value.replace("/", "_"), run={"root": str(folder / "100%j"), "name": "mine"})
     site = tmp_path / "site" / value
     site.parent.mkdir()
@@ -160,6 +160,10 @@ def test_control_characters_are_refused(slurm: Slurm, value: str, capsys: pytest
         (("--nodes", "2", "--", "--wrap=touch canary"), "moe-dist submit sets it itself"),
         (("--nodes", "2", "--", "--nodes=4"), "moe-dist submit sets it itself"),
         (("--nodes", "2", "--", "--array=0-3"), "write it before, where it is checked"),
+        (("--nodes", "2", "--", "--arr=0-3"), "write it before, where it is checked"),
+        (("--nodes", "2", "--", "--array", "--mem=0"), "write it before, where it is checked"),
+        (("--nodes", "2", "--", "--wra=touch canary"), "moe-dist submit sets it itself"),
+        (("--nodes", "2", "--", "--node=4"), "moe-dist submit sets it itself"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -197,6 +201,19 @@ def test_without_hardware_nothing_is_refused_and_the_plan_is_told(
 def test_jobs_one_after_the_other(slurm: Slurm) -> None:
     assert main(["submit", config(slurm), "--nodes", "2", "--array", "0-9%1"]) == 0
     assert "--array=0-9%1" in handed_in(slurm) and f"--output={slurm.run}/slurm/%A_%a.out" in handed_in(slurm)
+
+
+def test_a_folder_that_sbatch_would_not_find_is_refused(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm takes a backslash out of --output, and then leaves %j as it stands."""
+    said = refused("submit", config(slurm), "--nodes=2", f"--run.root={slurm.run}/a\\b", capsys=capsys)
+    assert "a\\b/mine holds a backslash" in said and slurm.calls("sbatch") == []
+
+
+@pytest.mark.parametrize("said", ["", "Usage: sbatch [OPTIONS(0)...]\n", "slurm-wlm 22.05.8\n"])
+def test_what_names_no_job_has_handed_in_none(slurm: Slurm, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.say(job=said)
+    told = refused("submit", config(slurm), "--nodes=2", "--", "--test-only", capsys=capsys)
+    assert f"names no job but says {said.strip() or 'nothing'}" in told and history.read(slurm.run) == []
 
 
 def test_slurm_may_refuse(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:

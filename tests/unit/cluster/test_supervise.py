@@ -247,6 +247,15 @@ def test_what_slurm_ends_is_left_to_slurm(
     assert story(slurm) == [(cause, then, 0)] and slurm.calls("scontrol") == []
 
 
+def test_a_site_is_the_file_that_is_named(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other of that name on the PATH."""
+    (tmp_path / "site.sh").write_text("exit 9\n")
+    (slurm.tools / "site.sh").write_text("exit 8\n")
+    monkeypatch.chdir(tmp_path)
+    job = batch(slurm, "config.yaml", MOE_DIST_SITE="site.sh")
+    assert job.communicate(timeout=60) and job.returncode == 9
+
+
 @pytest.fixture
 def wait() -> Callable[..., None]:
     import time

@@ -54,6 +54,37 @@ def test_a_signal_is_passed_on_and_told_in_one_line(tmp_path: Path) -> None:
     assert launcher.returncode == 1 and said == "moe-dist: SIGTERM, passed on to all ranks\n", said
 
 
+STOPPED = """
+import os, signal
+from moe_dist.parallel.launch import rank_from_environment, start
+start(rank_from_environment(os.environ), "cpu")
+print(os.getpid(), flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_ranks_that_stand_still_end_with_their_launcher(tmp_path: Path) -> None:
+    """Who ends the launcher, as Slurm does, cannot reach them: each has a session of its own."""
+    launcher = launched(tmp_path, STOPPED)
+    assert launcher.stdout is not None
+    ranks = [int(launcher.stdout.readline()) for _ in range(2)]
+    launcher.kill()
+    try:
+        launcher.communicate(timeout=60)  # ranks hold the pipe too
+        assert not any(map(runs, ranks))
+    finally:
+        for rank in filter(runs, ranks):
+            os.kill(rank, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, which has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def ends(**codes: int) -> list[str]:
     failures = {int(rank.removeprefix("r")): SimpleNamespace(exitcode=code) for rank, code in codes.items()}
     return described(failures)  # type: ignore[arg-type]

@@ -70,6 +70,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model__activation": "clamped_swiglu",
         "train__global_batch": 16,
     },
+    "a classifier that leaves tokens out": {
+        "parallel__ep": 4,
+        "task": "classification",
+        "model__num_classes": 3,
+        "model__token_dropout": 0.4,
+        "data__kind": "csv",
+        "data__paths": ["x"],
+        "train__global_batch": 16,
+    },
     "more experts than tokens, parts": {
         "parallel__ep": 16,
         "model__moe__num_experts": 64,

@@ -62,6 +62,9 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         ("{fp32: {peak: 1e9}}", "{}", "products: says nothing; give fp32, bf16 or fp8"),
         ("bytes: 1000", "bytes: 1000, reserved: 1000", "memory.reserved: 1000 is not below memory.bytes=1000"),
         ("{peak: 1e9}", "{peak: 1e9, rates: [[1, 2, 3], [1, 4, 3], [2, 2, 3]]}", "products.fp32.rates: is no grid"),
+        ("{peak: 1e9}", "{peak: 1e9, rates: [[0, 2, 3]]}", "products.fp32.rates: 0.0 is not above 0"),
+        ("bytes: 1000", "bytes: 1000, rates: [[0, 2], [1, 2]]", "memory.rates: 0.0 is not above 0"),
+        ("name:", "host: {step: -1}\nname:", "host.step: -1.0 is below 0"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(tmp_path: Path, changed: str, to: str, said: str) -> None:
@@ -76,6 +79,22 @@ def test_wrong_links_are_refused_by_name(tmp_path: Path) -> None:
         load_hardware(written(tmp_path, PLAIN + links))
     assert "inside.latency: -1.0 is below 0" in str(caught.value)
     assert "inside.curves.all_reduce.seconds: sizes must grow, got [2.0, 1.0]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("of_link", "said"),
+    [
+        ("curves: {all_reduce: {ranks: 2, seconds: [[0, 1]]}}", "curves.all_reduce.seconds: 0.0 is not above 0"),
+        ("curves: {all_reduce: {ranks: 2, seconds: [[8, -1]]}}", "curves.all_reduce.seconds: -1.0 is not above 0"),
+        ("curves: {all_reduce: {ranks: 0, seconds: [[8, 1]]}}", "curves.all_reduce.ranks: 0 is not above 0"),
+        ("curves: {gossip: {ranks: 2, seconds: [[8, 1]]}}", "curves.gossip: is none of all_reduce, all_gather"),
+        ("reached: {all-reduce: 0.5}", "reached.all-reduce: is none of all_reduce, all_gather"),
+    ],
+)
+def test_wrong_measurements_of_links_are_refused_by_name(tmp_path: Path, of_link: str, said: str) -> None:
+    path = written(tmp_path, PLAIN + f"between: {{bandwidth: 1, latency: 1, {of_link}}}\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: between.{said}")):
+        load_hardware(path)
 
 
 def test_a_name_that_is_none_is_told_those_that_are() -> None:

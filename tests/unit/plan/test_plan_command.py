@@ -45,6 +45,15 @@ def test_a_plan_in_words(paths: list[str], capsys: pytest.CaptureFixture[str], t
     assert b"a rank has" in figures["memory.svg"] and b"gradient exchange" in figures["time.svg"]
 
 
+def test_a_classifier_is_planned_in_words_without_recomputed_blocks(
+    paths: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--task", "classification", "--model.num-classes", "3", "--data.kind", "csv", "--data.paths", "x"]
+    assert main(["plan", *paths, "--ranks", "4", *texts]) == 0
+    said = capsys.readouterr().out
+    assert "together with recompute=activation" in said and "recompute=block" not in said
+
+
 def test_a_plan_for_programs(paths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *paths, "--ranks", "4", "--ranks-per-node", "4", "--json", "--skew", "1.5"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -97,6 +106,8 @@ def test_prices_of_capacity(paths: list[str], capsys: pytest.CaptureFixture[str]
         (["--ranks", "2", "--hardware", "h300"], "--hardware 'h300' is none of a100, b200, h100, h200"),
         (["--ranks", "2", "--ranks-per-node", "0"], "--ranks-per-node 0 is below 1"),
         (["--ranks", "2", "--skew", "0.5"], "skew=0.5 is below 1, an even share"),
+        (["--ranks", "2", "--skew", "nan"], "skew=nan is no finite number"),
+        (["--ranks", "2", "--skew", "inf"], "skew=inf is no finite number"),
         (["--ranks", "2", "--search", "--capacity", "1.0"], "--search and --capacity are two questions"),
         (["--ranks", "2", "--search", "--top", "0"], "--top 0 is below 1"),
         (["--ranks", "2", "--capacity", "1.0,much"], "--capacity 'much' is no capacity factor: write 1.0,1.25,null"),

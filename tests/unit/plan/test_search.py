@@ -50,6 +50,16 @@ def test_every_other_layout_has_a_reason(found: Search) -> None:
     assert found.tried == 260
 
 
+def test_groups_that_lie_unevenly_on_nodes_keep_only_their_own_out() -> None:
+    """6 ranks on nodes of 4: experts on 3 or 6 of them cannot travel by way of one rank of each node."""
+    config = toy_config(num_experts=6)
+    config.train.global_batch = 12
+    found = search(config, 6, replace(ROOMY, ranks_per_node=4), top=1000)
+    by_node = {choice.ep for choice, _ in found.ranked if choice.dispatch == "hierarchical"}
+    assert by_node == {2} and {choice.ep for choice, _ in found.ranked} == {1, 2, 3, 6}
+    assert any("neither of ep*etp=3 and node_size=4 divides" in reason.example for reason in found.reasons)
+
+
 def test_the_order_is_that_of_planned_time(found: Search) -> None:
     seconds = [make_plan(choice.applied(toy_config()), 2, ROOMY).time.seconds for choice, _ in found.ranked[:6]]
     assert seconds == [plan.time.seconds for _, plan in found.ranked[:6]]
