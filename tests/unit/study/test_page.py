@@ -236,6 +236,18 @@ class TestTheme:
         svg = curve().svg
         assert "<style" not in svg and "<metadata" not in svg and "<!--" not in svg
 
+    def test_texts_keep_all_their_digits_and_letters(self):
+        said = ["0.00015", "1.5575", "#0072b2", "a; font-family: b"]
+        with style():
+            drawing = Drawing(figsize=(4, 3))
+            axes = drawing.subplots()
+            axes.plot(range(4), [1.5570, 1.5575, 1.5580, 1.5585])
+            axes.set_xticks(range(4), said)
+            axes.set_yticks([1.5575])
+            svg = svg_of(drawing)
+        texts = [each.text for each in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert texts == [*said, "1.5575"]
+
     def test_same_figure_same_bytes(self):
         assert curve().svg == curve().svg
         with style():
