@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,22 @@ def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
     assert places_of([1.0, 8.0, 1.1, None]) == {1.0: 0.0, 1.1: 1.0, 8.0: 2.0, None: 3.5}
     assert places_of(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
     assert places_of([True, False]) == {True: 0.0, False: 1.0}
+
+
+def test_names_with_signs_of_mathematics_are_drawn_as_they_are(tmp_path: Path) -> None:
+    values = [r"$\foo$", '$x$ < 1 & "y"', "plain"]
+    axes = "axes: {data.tokenizer: " + json.dumps(values) + "}\nseeds: [0, 1, 2]\n"
+    question = "question: {baseline: {data.tokenizer: plain}, smallest_difference: 0.1}\n"
+    study = planted_study(tmp_path, "name: odd\nbase: base.yaml\n" + axes + question)
+    plant(study, lambda point, rng: 3.0 + 0.01 * rng.standard_normal())
+    for point in study.points:
+        plant_measurements(point, LAYERS, EXPERTS, FRACTIONS, point.index)
+    for path in write_report(study):
+        if path.suffix == ".svg":
+            drawn = "".join(ElementTree.parse(path).getroot().itertext())
+            if "plain" in drawn:
+                assert [value for value in values if value not in drawn] == [], path.name
+    assert values[0] in (study.folder / "figures" / "against.svg").read_text(encoding="utf-8")
 
 
 def test_names_are_not_joined() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from moe_dist.config import Config
 from moe_dist.config.rules.batch import batch_shape
 from moe_dist.study.page.model import Figure, Value
-from moe_dist.study.page.theme import svg_of
+from moe_dist.study.page.theme import plain, svg_of
 from moe_dist.study.report.figures.canvas import LINES, from_zero, left_out, legend, look, panels, spread_over
 from moe_dist.study.report.reduced import Reduced, late_in_words
 from moe_dist.study.statistics.samples import Floats
@@ -57,7 +57,7 @@ def drops_by_place(cells: Mapping[str, Reduced], tokens: Mapping[str, Tokens | N
             for number, name in enumerate(shown):
                 if (rates := rates_of[name][kind]) is not None:
                     color, marker = look(number)
-                    axes.plot(100 * rates, color=color, marker=marker, label=name)
+                    axes.plot(100 * rates, color=color, marker=marker, label=plain(name))
             axes.set_title(_KINDS[kind][1])
             from_zero(axes)
         grid[0][0].set_ylabel("assignments dropped (%)")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from moe_dist.study.page.model import Figure, Value
-from moe_dist.study.page.theme import FAINT, svg_of
+from moe_dist.study.page.theme import FAINT, plain, svg_of
 from moe_dist.study.report.costs import same_times
 from moe_dist.study.report.figures.canvas import legend, look, panel_rows, panels
 from moe_dist.study.statistics.pareto import Candidate, Place, Standing, pareto
@@ -93,7 +93,7 @@ def _draw(axes: Axes, points: Mapping[str, Priced], places: Sequence[Place], sig
     named = [place for place in places if place.standing is not Standing.DOMINATED]
     for place in named if len(named) <= _LABELLED else ():
         at = (place.cost, sign * place.loss)
-        text = axes.annotate(place.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=FAINT)
+        text = axes.annotate(plain(place.name), at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=FAINT)
         text.set_in_layout(False)
     axes.margins(x=0.25)
     costs = [place.cost for place in places]
