@@ -331,6 +331,22 @@ def test_a_planted_ladder_comes_back(tmp_path: Path) -> None:
     assert float(terms["exponent of tokens"]["value"]) == pytest.approx(-0.2, abs=0.02)
 
 
+def test_sizes_whose_losses_do_not_fall_have_no_law(tmp_path: Path) -> None:
+    """Of two settings one has a ladder, and the other says why it has none."""
+    study = planted_study(tmp_path, LADDER.replace("axes:", "axes:\n  model.moe.top_k: [1, 2]") + QUESTION)
+
+    def loss(point: Any, rng: np.random.Generator) -> float:
+        falls = 250 * (1e9 * point.config.train.steps) ** -0.2 if point.axes["model.moe.top_k"] == 2 else 0.5
+        return 1.8 + falls + 0.001 * float(rng.standard_normal())
+
+    plant(study, loss)
+    write_report(study)
+    with (study.folder / "data" / "laws.csv").open() as file:
+        assert [row["setting"] for row in csv.DictReader(file)] == ["top_k 2"]
+    page = (study.folder / "report.md").read_text()
+    assert "A law is left out at top_k 1: losses fall by 0.0" in page and "no law of compute can be told" in page
+
+
 def test_a_given_law_says_what_a_loss_is_worth(tmp_path: Path) -> None:
     """marin's exchange rate without a ladder: ((L - L0) / (L_baseline - L0)) ^ (-1 / a) times throughput."""
     study = planted_study(tmp_path, STUDY + QUESTION + "law: {floor: 1.6, exponent: 0.0941}\n")
