@@ -208,6 +208,11 @@ def test_places_have_the_tokens_that_fall_into_them() -> None:
     one = Reduced((1.0,), ((0, "feed_forward"),), np.full((1, 1), 0.1), counts, 1.0)
     rates = drop_rates(one, "sequence", Tokens(sequence=20, micro_step=20))
     assert rates is not None and rates.tolist() == pytest.approx([0.1] * 16)
+    eight = drop_rates(one, "sequence", Tokens(8, 80))  # of whose parts every second has no token
+    assert eight is not None and np.isnan(eight[1::2]).all() and np.isfinite(eight[::2]).all()
+    figure = drops_by_place({"a": one}, {"a": Tokens(8, 80)})
+    assert figure is not None
+    assert [row[2] for row in figure.rows if row[1] == "sequence" and row[3] is None] == list(range(1, 16, 2))
     assert drop_rates(one, "sequence", None) is None  # of a classifier
     assert drops_by_place({"a": one}, {"a": None}) is None
     assert Tokens.of(tiny_config(train__seq_len=20, train__global_batch=4), 1) == Tokens(20, 80)
