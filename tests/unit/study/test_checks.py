@@ -245,6 +245,18 @@ def test_equal_budgets_are_kept(tmp_path: Path, equal: str, field: str, least: f
     assert findings(study, only(FIRST, **{field: value * (least - 0.01)})) == []
 
 
+def test_seeds_that_are_copies_are_seen(tmp_path: Path) -> None:
+    """Of five, two have the same loss: their interval would be that of five."""
+    study = planted_study(tmp_path)
+    findings(study)
+    lines = {line["point"]: line for line in map(json.loads, study.ledger.read_text().splitlines())}
+    lines[FIRST]["loss"] = lines[FIRST.replace("seed=0", "seed=3")]["loss"]
+    study.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    (found,) = check_study(study)
+    assert (found.level, found.check, found.points) == ("violation", "seeds", (FIRST,))
+    assert "the same training loss to the last bit" in found.what
+
+
 def test_equal_flops_count_what_a_factor_below_one_leaves_out(tmp_path: Path) -> None:
     """All have the same steps, and 0.5 has no place for half of the rows."""
     half, more = planted_study(tmp_path), planted_study(tmp_path / "more", STUDY.replace("0.5", "2.0") + QUESTION)
