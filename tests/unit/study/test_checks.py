@@ -14,7 +14,7 @@ from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice
 from moe_dist.study.report.answer import answer
 from moe_dist.study.report.checks import check
-from moe_dist.study.report.costs import same_cost
+from moe_dist.study.report.costs import counted_as_equal, same_cost
 from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.report import check_study, page_of
 from moe_dist.study.run.runner import Runner
@@ -62,6 +62,15 @@ def test_times_that_spread_over_seeds_are_told(tmp_path: Path) -> None:
     grid = cells(study, Ledger(study.ledger).latest())
     assert len(grid) == 3 and same_cost(grid, "time") == pytest.approx(0.1023, abs=2e-4)
     assert same_cost(grid, "flops") == 0.0
+    assert same_cost(grid, "memory") == 0.01  # which the seeds of a point share to the byte
+    for cell in grid:
+        for record in cell.records:
+            record["memory_bytes"] *= math.exp(logs[record["seed"]])
+    assert same_cost(grid, "memory") == pytest.approx(0.1023, abs=2e-4)
+    assert counted_as_equal({"time": 0.02, "memory": 0.1, "flops": 0.0}) == (
+        " Times within 2% and amounts of memory within 10% count as equal."
+    )
+    assert counted_as_equal({"flops": 0.0}) == ""
     (useless,) = findings(study, lambda point: {"step_seconds": math.exp(10 * logs[point.seed])})
     assert "times tell nothing here" in useless.what and "decide_by: flops, bytes or memory" in useless.remedy
 

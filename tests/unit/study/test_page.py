@@ -133,10 +133,11 @@ class TestHtml:
         assert [text for tag, text in read.texts if tag == "th"] == ["a", "b"]
 
     def test_cells_say_what_they_are_sorted_by(self):
-        read = Reader(html(table_page([("x", 0.12345), ("y", None), ("z", float("nan"))], {"b": ".1%"})))
+        rows = [("x", 0.12345), ("y", None), ("z", float("nan")), ("w", float("inf"))]
+        read = Reader(html(table_page(rows, {"b": ".1%"})))
         cells = [attributes for tag, attributes in read.tags if tag == "td"]
-        assert [each.get("data-n") for each in cells] == ["0.12345", None, None]
-        assert [text for tag, text in read.texts if tag == "td"] == ["12.3%", "–", "–"]
+        assert [each.get("data-n") for each in cells] == ["0.12345", None, None, "Infinity"]  # as JavaScript reads it
+        assert [text for tag, text in read.texts if tag == "td"] == ["12.3%", "–", "–", "inf"]
         assert all(each["class"] == "number" for each in cells)
 
     def test_a_format_that_does_not_fit_is_named(self):
