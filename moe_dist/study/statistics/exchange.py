@@ -18,8 +18,9 @@ with 6 sizes over a factor of 300 in compute, 120 to 150 ladders each:
 | 5     | 0.2%, none                                        | 85.8, 92.7, 94.0 (3 series)   | 93.3                   |
 | 3     | 0.2%, none                                        | 94.2                          | 96.7                   |
 
-Losses that fall by less than twice what they miss the law by, or over the smallest size alone, have no law: what would
-be fitted is an exponent near 0 or far above 1, by which any loss is worth any compute. Such a ladder is refused.
+Losses that fall by less than twice what those of a seed miss the law by, or over the smallest size alone, have no law:
+what would be fitted is an exponent near 0 or far above 1, by which any loss is worth any compute. Such a ladder is
+refused.
 
 With a law, a loss L stands for the effective compute (A / (L - L0))^(1 / a); speed.py sets throughput beside it.
 
@@ -147,9 +148,8 @@ def _fit(ladder: Sequence[Rung], draws: int) -> tuple[LawFit, list[float]]:
     best = min((_huber(start, compute_M, loss_M) for start in _starts(compute_M, loss_M)), key=lambda found: found[1])
     fitted_M = _log_loss(best[0], compute_M)
     residual_M = loss_M - fitted_M
-    spread = math.sqrt(float(residual_M @ residual_M) / max(1, len(cells) - 3))
-    _check_fall(float(np.ptp(fitted_M)), spread, math.exp(best[0][0]))
     noise = _noise(residual_M, seed_M, len(seeds))
+    _check_fall(float(np.ptp(fitted_M)), float(noise.rest_M.std()), math.exp(best[0][0]))
     laws, further = [], []
     if len(seeds) >= FEWEST_SEEDS:
         rng = np.random.default_rng(0)
@@ -158,6 +158,7 @@ def _fit(ladder: Sequence[Rung], draws: int) -> tuple[LawFit, list[float]]:
             further.append(float(drawn[-1].mean()))
             again_M = fitted_M + drawn[size_M, seed_M]
             laws.append(_law(_huber(best[0], compute_M, again_M)[0], middle))
+    spread = math.sqrt(float(residual_M @ residual_M) / max(1, len(cells) - 3))
     law, freedom = _law(best[0], middle), len(cells) - len(seeds) - 2
     fit = LawFit(
         law,
@@ -243,7 +244,8 @@ def _law(at: Floats, middle: float) -> Law:
 
 
 def _check_fall(fall: float, spread: float, exponent: float) -> None:
-    """fall: of log L by the law, from the smallest to the largest size. spread: of the runs about the law."""
+    """fall: of log L by the law, from the smallest to the largest size. spread: of the runs about the law, but for what
+    all sizes of a seed share."""
     if fall <= _FALL * spread:
         raise ValueError(
             f"losses fall by {fall:.2%} from the smallest to the largest size and lie {spread:.2%} about the law, so "
