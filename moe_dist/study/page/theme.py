@@ -187,8 +187,9 @@ def standalone(svg: str) -> str:
 
 
 def plain(text: str) -> str:
-    """For text of others in a figure, in which matplotlib would take $ for mathematics."""
-    return text.replace("$", r"\$")
+    """For text of others in a figure, in which matplotlib would take $ for mathematics, and in legends leaves out what
+    begins with a low line."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _shorter(tag: str) -> str:
