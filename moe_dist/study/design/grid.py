@@ -129,7 +129,7 @@ def load_study(path: str | Path, *, planning: bool = False) -> Study:
     if study.invalid and not planning:
         raise ValueError("\n".join(f"{path}: {line}" for line in _refusals(study)))
     question = study.file.question
-    if question and study.points and not comparisons(question, study.cells):
+    if question and study.points and not study.invalid and not comparisons(question, study.cells):
         raise ValueError(
             f"{path}: question compares nothing: no point that is left shares all else with one that has its baseline; "
             "change question.baseline, question.compare or exclude"

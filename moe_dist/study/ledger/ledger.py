@@ -81,7 +81,7 @@ class Ledger:
         for line in lines:
             self._count += 1
             try:
-                record = json.loads(line)
+                record = json.loads(line, parse_constant=_no_number)
                 point, _ = record["point"], record["status"]
                 self._latest[point] = record
             except (ValueError, KeyError, TypeError):
@@ -108,6 +108,11 @@ class Ledger:
 def loss_unit(record: dict[str, Any]) -> str:
     """Of a finished point's losses."""
     return "nats/text" if "validation_accuracy" in record else "nats/token"
+
+
+def _no_number(name: str) -> float:
+    """For NaN and Infinity, which no line of ours has."""
+    raise ValueError(f"{name} is no measurement")
 
 
 def _write(file: int, line: bytes, at: int) -> None:

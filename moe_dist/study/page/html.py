@@ -89,7 +89,7 @@ def _cells(table: Table) -> dict[str, Any]:
         "heads": list(zip(table.columns, numbers, strict=True)),
         "cells": [
             [
-                (text, None if (key := sort_key(value)) is None else f"{key:.12g}", number)
+                (text, None if (key := sort_key(value)) is None else f"{key:.12g}".replace("inf", "Infinity"), number)
                 for (value, text), number in zip(row, numbers, strict=True)
             ]
             for row in rows

@@ -167,9 +167,7 @@ def svg_of(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # its rule for * would be the page's
     text = re.sub(r"<defs>\s*</defs>", "", text)
-    text = re.sub(r"; font-family: [^;\"]*", "", text)
-    text = re.sub(r"-?\d+\.\d{4,}", lambda found: f"{float(found[0]):.3f}".rstrip("0").rstrip("."), text)
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found[0], found[0]), text)
+    text = re.sub(r"<[^>]*>", lambda tag: _shorter(tag[0]), text)  # what stands between tags is read: 0.00015 stays so
     text = _own_names(text)
     width, height = _size(text)
     head = (
@@ -189,8 +187,16 @@ def standalone(svg: str) -> str:
 
 
 def plain(text: str) -> str:
-    """For text of others in a figure, in which matplotlib would take $ for mathematics."""
-    return text.replace("$", r"\$")
+    """For text of others in a figure, in which matplotlib would take $ for mathematics, and in legends leaves out what
+    begins with a low line."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _shorter(tag: str) -> str:
+    """Of the theme's colours their variables, of places three digits, of fonts the page's own."""
+    tag = re.sub(r"; font-family: [^;\"]*", "", tag)
+    tag = re.sub(r"-?\d+\.\d{4,}", lambda found: f"{float(found[0]):.3f}".rstrip("0").rstrip("."), tag)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda found: _VARIABLES.get(found[0], found[0]), tag)
 
 
 def _own_names(text: str) -> str:

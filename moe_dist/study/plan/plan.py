@@ -227,6 +227,8 @@ def _effect(study: Study, grid: Sequence[Cell]) -> Effect | None:
     effect = Effect(
         metric=question.metric, comparisons=len(family), seeds=seeds, smallest_difference=question.smallest_difference
     )
+    if not family:
+        return replace(effect, missing="what the question compares, or its baseline, is among the points refused")
     if seeds < FEWEST_SEEDS:
         return replace(effect, missing=f"fewer than {FEWEST_SEEDS} seeds show nothing; list more")
     found = noise_floor(dict(_differences(question.metric, family, grid)))

@@ -5,7 +5,7 @@
 | ledger      | all             | a line of the ledger could not be read; a warning once every point has its result    |
 | finished    | all             | one failed, or has no result yet                                                     |
 | settings    | all             | trained with others than the study gives now; a warning where the line does not say  |
-| seeds       | all             | fewer than three                                                                     |
+| seeds       | all             | fewer than three, or losses that are the same to the last bit, as of copies          |
 | pairs       | compared        | a seed lacks a side, or no baseline shares all else; a warning of what is not asked  |
 | budget      | see right       | of all under `equal`: tokens, FLOPs or time differ; else between a point and its     |
 |             |                 | baseline the tokens                                                                  |
@@ -143,6 +143,14 @@ def _seeds(study: Study, grid: Sequence[Cell]) -> Iterator[Finding]:
     if few:
         what = f"fewer than {FEWEST_SEEDS} have finished, which give no interval"
         yield Finding("violation", "seeds", what, few, "finish these points")
+    copies = tuple(
+        cell.points[0].name
+        for cell in grid
+        if len(losses := cell.values("loss")) > 1 and len(set(losses)) < len(losses)
+    )
+    if copies:
+        what = "seeds have the same training loss to the last bit, so they are one run, and no interval knows it"
+        yield Finding("violation", "seeds", what, copies, "see that runs of other seeds are not copies of one")
     pairs = [point.seeds for point in study.points]
     weights, data = ({each[kind] for each in pairs} for kind in ("weights", "data"))
     if len(weights) * len(data) == planned and min(len(weights), len(data)) > 1:

@@ -2,13 +2,14 @@
 
 FLOPs are executed ones: nominal ones are the same at every capacity factor.
 
-Times are measured, the rest is counted. Two times count as equal unless they differ by more than 2%, and by more than
-equal ones would in 95 of 100 studies: by the spread s of log times over the seeds of a point, pooled over points, means
-of n seeds differ by less than t(0.975) s sqrt(2 / n).
+Times are measured, and memory is on a CPU, where it is what the process held; the rest is counted. Two times count as
+equal unless they differ by more than 2%, two amounts of memory 1%, and by more than equal ones would in 95 of 100
+studies: by the spread s of their logarithms over the seeds of a point, pooled over points, means of n seeds differ by
+less than t(0.975) s sqrt(2 / n).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -24,29 +25,32 @@ COSTS = {
     "memory": "memory (MiB)",
 }
 
-_SAME_TIME = 0.02
+_SAME = {"time": 0.02, "memory": 0.01}
+"""What does not count however little the seeds differ, of what is measured."""
+_IN_WORDS = {"time": "times", "memory": "amounts of memory"}
 _MOST = 0.99
 
 
 def same_cost(cells: Sequence[Cell], by: str) -> float:
     """Relative difference of two costs that does not count. cells: all of the study."""
-    if by != "time":
+    if by not in _SAME:
         return 0.0
     logs = {
-        str(number): {each["seed"]: math.log(time) for each in cell.records if (time := _of(each, by))}
+        str(number): {each["seed"]: math.log(value) for each in cell.records if (value := _of(each, by))}
         for number, cell in enumerate(cells)
     }
     floor = noise_floor(logs)
     if floor is None:
-        return _SAME_TIME
-    seeds = min(len(times) for times in logs.values() if len(times) > 1)
+        return _SAME[by]
+    seeds = min(len(values) for values in logs.values() if len(values) > 1)
     apart = float(stats.t.ppf(0.975, floor.degrees)) * floor.deviation * math.sqrt(2 / seeds)
-    return min(max(_SAME_TIME, math.expm1(apart)), _MOST)
+    return min(max(_SAME[by], math.expm1(apart)), _MOST)
 
 
-def same_times(same: float) -> str:
-    """For notes."""
-    return f"Times within {same:.0%} count as equal."
+def counted_as_equal(same: Mapping[str, float]) -> str:
+    """For notes, with a blank before; empty where all is counted. same: cost -> of `same_cost`."""
+    words = " and ".join(f"{_IN_WORDS[by]} within {share:.0%}" for by, share in same.items() if share > 0)
+    return f" {words[:1].upper()}{words[1:]} count as equal." if words else ""
 
 
 def cost(cell: Cell, by: str) -> float | None:

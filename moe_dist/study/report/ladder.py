@@ -101,20 +101,19 @@ def ladders(study: Study, grid: Sequence[Cell], baseline: Mapping[str, Scalar] |
         setting = called({key: value for key, value in rest.items() if key not in (baseline or {})}, names)
         members = sorted(members, key=lambda cell: cell.mean("flops") or 0.0)
         rungs = [Rung(cell.mean("flops") or 0.0, cell.by_seed(metric)) for cell in members]
-        ladder = Ladder(
-            setting,
-            tuple(show(cell.axes[axis]) for cell in members),
-            tuple(rungs),
-            fit_law(rungs, draws=200),
-            hold_out(rungs, draws=200),
-        )
+        sizes = tuple(show(cell.axes[axis]) for cell in members)
+        try:
+            ladder = Ladder(setting, sizes, tuple(rungs), fit_law(rungs, draws=200), hold_out(rungs, draws=200))
+        except ValueError as error:
+            missing.append(f"A law is left out{f' at {setting}' if setting else ''}: {error}.")
+            continue
         found.append(ladder)
         for base in members if baseline is not None and given is None else ():
             size = show(base.axes[axis])
             of_base, why = _speeds(Rate.of(ladder.fit), base, grid, baseline or {}, metric, names, setting, size)
             speeds += of_base
             missing += why
-    more = len(settings) - len(found)
+    more = len(settings) - _LADDERS
     if more > 0:
         missing.insert(0, f"{more} more ladders of other settings are not fitted.")
     return Ladders(names[axis], tuple(found), tuple(speeds), " ".join(missing))

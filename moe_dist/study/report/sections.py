@@ -48,6 +48,9 @@ def run_section(study: Study, grid: Sequence[Cell], found: Families, metric: str
     metrics = {
         each: _shown_as(each, title(each)) for each in dict.fromkeys(wanted) if any(cell.values(each) for cell in grid)
     }
+    if not metrics:
+        said = "Nothing is drawn: no finished point has a loss, an evaluation or a drop rate."
+        return Section(f"Against {name}", [Prose([said])], exploratory=True)
     minus = {
         id(match.cell): pair(match.cell.by_seed(metric), match.baseline.by_seed(metric)).differences
         for match in (*found.named, *found.others)
@@ -133,6 +136,9 @@ def dispatch_section(study: Study, grid: Sequence[Cell], found: Families) -> lis
 
 def pareto_section(grid: Sequence[Cell], metric: str) -> list[Section]:
     with_values = [cell for cell in grid if cell.values(metric)]
+    if not with_values:
+        said = f"The front of loss and cost is left out: no finished point has a {title(metric)}."
+        return [Section("What it costs", [Prose([said])], exploratory=True)]
     known = costs_of(with_values)
     same = [by for by in known if len({cost(cell, by) for cell in with_values}) == 1]
     known = [by for by in known if by not in same]

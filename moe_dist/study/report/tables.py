@@ -12,7 +12,7 @@ from moe_dist.study.ledger.measure import loss_unit
 from moe_dist.study.page.model import Table, Value
 from moe_dist.study.report.answer import Answer, verdict_of
 from moe_dist.study.report.checks import CHECKS
-from moe_dist.study.report.costs import COSTS, cost, same_times
+from moe_dist.study.report.costs import COSTS, cost, counted_as_equal
 from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.matches import Match
 from moe_dist.study.report.metric import difference_form, spread, title
@@ -137,7 +137,7 @@ def advice_table(found: Answer) -> Table:
             taken = [each.taken, one.chosen[one.name], one.best, one.shown]
         rows.append([each.setting, *taken, orders.get(each.setting), each.reasons])
     columns = ["setting", "take", "share of draws", "best", "shown", "order", "reasons"]
-    same = f" {same_times(found.same_cost)}" if by == "time" else ""
+    same = "" if by is None else counted_as_equal({by: found.same_cost})
     note = (
         "Take: the cheapest not worse than the best by more than matters, where half of the bootstrap draws do. "
         "Shown: the cheapest that the seeds show not to be worse by as much. Points in braces cannot be told apart, so "

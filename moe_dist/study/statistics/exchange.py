@@ -18,6 +18,10 @@ with 6 sizes over a factor of 300 in compute, 120 to 150 ladders each:
 | 5     | 0.2%, none                                        | 85.8, 92.7, 94.0 (3 series)   | 93.3                   |
 | 3     | 0.2%, none                                        | 94.2                          | 96.7                   |
 
+Losses that fall by less than twice what those of a seed miss the law by, or over the smallest size alone, have no law:
+what would be fitted is an exponent near 0 or far above 1, by which any loss is worth any compute. Such a ladder is
+refused.
+
 With a law, a loss L stands for the effective compute (A / (L - L0))^(1 / a); speed.py sets throughput beside it.
 
 Legend: M runs, N seeds.
@@ -39,6 +43,9 @@ from moe_dist.study.statistics.samples import (
 )
 
 _DELTA = 1e-3
+_FALL = 2.0  # over the ladder, in standard deviations about the law
+_STEEPEST = 3.0  # published exponents of compute are 0.05 to 0.5
+_LARGEST = 700.0  # that exp makes a number of
 _FLOORS = (0.05, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # starts of L0, as shares of the lowest loss
 
 
@@ -96,7 +103,8 @@ class HeldOut:
 def fit_law(ladder: Sequence[Rung], *, draws: int = 400) -> LawFit:
     """The law of a ladder of at least three sizes; with exactly three nothing tests its form.
 
-    Raises ValueError for losses and compute that are not positive and finite, and for a ladder that is too short.
+    Raises ValueError for losses and compute that are not positive and finite, for a ladder that is too short, and for
+    losses that do not fall as a law does.
     """
     return _fit(ladder, draws)[0]
 
@@ -141,6 +149,7 @@ def _fit(ladder: Sequence[Rung], draws: int) -> tuple[LawFit, list[float]]:
     fitted_M = _log_loss(best[0], compute_M)
     residual_M = loss_M - fitted_M
     noise = _noise(residual_M, seed_M, len(seeds))
+    _check_fall(float(np.ptp(fitted_M)), float(noise.rest_M.std()), math.exp(best[0][0]))
     laws, further = [], []
     if len(seeds) >= FEWEST_SEEDS:
         rng = np.random.default_rng(0)
@@ -171,8 +180,9 @@ def _percentiles(value: float, drawn: Sequence[float], freedom: int) -> Interval
     if not drawn:
         return None
     stretch = float(special.stdtrit(max(1, freedom), 0.975) / special.ndtri(0.975))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value * float(low / value) ** stretch, value * float(high / value) ** stretch)
+    with np.errstate(over="ignore"):  # a scale A may be beyond all numbers
+        low, high = value * (np.quantile(drawn, [0.025, 0.975]) / value) ** stretch
+    return Interval(float(low), float(high))
 
 
 def _noise(residual_M: Floats, seed_M: Floats, seeds: int) -> _Noise:
@@ -221,13 +231,31 @@ def _huber(start: Floats, compute_M: Floats, loss_M: Floats) -> tuple[Floats, fl
         less_M = _DELTA / np.sqrt(np.maximum(_DELTA**2, _DELTA * (2 * size_M - _DELTA)))
         return -less_M * np.stack([-power_M * np.exp(at[0]) * compute_M, power_M, 1 - power_M])
 
-    at, *_ = optimize.leastsq(residuals, start, Dfun=slopes, col_deriv=True, full_output=True)
+    with np.errstate(over="ignore", invalid="ignore"):  # where it tries an exponent that is far too large
+        at, *_ = optimize.leastsq(residuals, start, Dfun=slopes, col_deriv=True, full_output=True)
     return at, float(np.square(residuals(at)).sum())
 
 
 def _law(at: Floats, middle: float) -> Law:
+    """A draw of the bootstrap may be so steep that its scale is no number: then its loss is L0 from the ladder's middle
+    on, whatever the scale."""
     exponent = math.exp(at[0])
-    return Law(math.exp(at[2]), math.exp(at[1] + exponent * middle), exponent)
+    return Law(math.exp(at[2]), math.exp(min(at[1] + exponent * middle, _LARGEST)), exponent)
+
+
+def _check_fall(fall: float, spread: float, exponent: float) -> None:
+    """fall: of log L by the law, from the smallest to the largest size. spread: of the runs about the law, but for what
+    all sizes of a seed share."""
+    if fall <= _FALL * spread:
+        raise ValueError(
+            f"losses fall by {fall:.2%} from the smallest to the largest size and lie {spread:.2%} about the law, so "
+            "no law of compute can be told; take sizes further apart, or more seeds"
+        )
+    if exponent > _STEEPEST:
+        raise ValueError(
+            f"losses fall from the smallest size alone (by an exponent of {exponent:.3g}), so no law of compute can be "
+            "told; take sizes further apart"
+        )
 
 
 def _check_ladder(ladder: Sequence[Rung], fewest: int) -> None:

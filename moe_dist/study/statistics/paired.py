@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-import numpy as np
 from scipy import special
 
 from moe_dist.study.statistics.power import minimum_detectable, noise_floor
@@ -41,6 +40,8 @@ from moe_dist.study.statistics.samples import (
     bootstrap_interval,
     check_finite,
     check_share,
+    deviation_of,
+    mean_of,
     t_interval,
 )
 
@@ -127,7 +128,7 @@ def compare_pairs(pairs: Mapping[str, Pairs], *, matters: float | None = None, a
     found = []
     for name, each in pairs.items():
         differences = list(each.differences.values())
-        mean = float(np.mean(differences)) if differences else None
+        mean = mean_of(differences) if differences else None
         detectable = together = None
         if name in tested and noise is not None:
             detectable = minimum_detectable(noise.deviation, len(differences), alpha=alpha, comparisons=len(tested))
@@ -176,8 +177,8 @@ def p_within(differences: list[float], matters: float) -> float:
 
 def p_beyond(differences: list[float], limit: float) -> float:
     """One-sided p of the mean being `limit` or less."""
-    excess = float(np.mean(differences)) - limit
-    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    excess = mean_of(differences) - limit
+    error = deviation_of(differences) / math.sqrt(len(differences))
     if error == 0:
         return 0.0 if excess > 0 else 1.0
     return float(special.stdtr(len(differences) - 1, -excess / error))

@@ -14,10 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 from scipy import optimize, stats
 
-from moe_dist.study.statistics.samples import FEWEST_SEEDS, BySeed, Interval, check_finite, check_share
+from moe_dist.study.statistics.samples import (
+    FEWEST_SEEDS,
+    BySeed,
+    Interval,
+    check_finite,
+    check_share,
+    deviation_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ def noise_floor(points: Mapping[str, BySeed]) -> NoiseFloor | None:
     several = [values for values in points.values() if len(values) > 1]
     if not several:
         return None
-    squares = sum(float(np.var(list(values.values()), ddof=1)) * (len(values) - 1) for values in several)
+    squares = sum(deviation_of(list(values.values())) ** 2 * (len(values) - 1) for values in several)
     degrees = sum(len(values) - 1 for values in several)
     shared = len({seed for values in several for seed in values}) < sum(map(len, several))
     independent = max(len(values) - 1 for values in several) if shared else degrees

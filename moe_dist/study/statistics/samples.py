@@ -69,6 +69,16 @@ def check_share(value: float, name: str) -> None:
         raise ValueError(f"{name}={value} has to be between 0 and 1")
 
 
+def mean_of(values: Sequence[float]) -> float:
+    """Of equal values that value: their sum over their number may miss it in the last digit."""
+    return float(values[0]) if min(values) == max(values) else float(np.mean(values))
+
+
+def deviation_of(values: Sequence[float]) -> float:
+    """Sample standard deviation, of at least two; of equal values 0, which rounding may miss."""
+    return 0.0 if min(values) == max(values) else float(np.std(values, ddof=1))
+
+
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
     """Of the mean, in the values' unit; None of fewer than three values. Equal values give an interval of one number.
     Raises ValueError for a confidence that is none."""
@@ -76,7 +86,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | 
     count = len(values)
     if count < FEWEST_SEEDS:
         return None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
+    mean, error = mean_of(values), deviation_of(values) / math.sqrt(count)
     reach = float(special.stdtrit(count - 1, (1 + confidence) / 2)) * error
     return Interval(mean - reach, mean + reach)
 
@@ -88,7 +98,7 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> Int
     count = len(values)
     if count < FEWEST_SEEDS:
         return None
-    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    mean, spread = mean_of(values), deviation_of(values)
     if spread == 0:
         return Interval(mean, mean)
     counts_DN, weights_D = draws(count)

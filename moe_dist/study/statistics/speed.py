@@ -20,6 +20,8 @@ import numpy as np
 from moe_dist.study.statistics.paired import pair
 from moe_dist.study.statistics.samples import BySeed, Interval, check_finite, t_interval
 
+_LARGEST = 700.0  # that exp makes a number of
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -103,9 +105,14 @@ def _logarithms(point: Measured, floor: float, name: str) -> tuple[BySeed, BySee
 
 
 def _mean(logarithms: list[float]) -> float:
-    return math.exp(float(np.mean(logarithms)))
+    return _exp(float(np.mean(logarithms)))
 
 
 def _interval(logarithms: list[float]) -> Interval | None:
     interval = t_interval(logarithms)
-    return interval and Interval(math.exp(interval.low), math.exp(interval.high))
+    return interval and Interval(_exp(interval.low), _exp(interval.high))
+
+
+def _exp(logarithm: float) -> float:
+    """Infinite where it is beyond all numbers, as it is for an exponent near 0."""
+    return math.exp(logarithm) if logarithm < _LARGEST else math.inf

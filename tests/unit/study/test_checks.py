@@ -14,7 +14,7 @@ from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Notice
 from moe_dist.study.report.answer import answer
 from moe_dist.study.report.checks import check
-from moe_dist.study.report.costs import same_cost
+from moe_dist.study.report.costs import counted_as_equal, same_cost
 from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.report import check_study, page_of
 from moe_dist.study.run.runner import Runner
@@ -62,6 +62,15 @@ def test_times_that_spread_over_seeds_are_told(tmp_path: Path) -> None:
     grid = cells(study, Ledger(study.ledger).latest())
     assert len(grid) == 3 and same_cost(grid, "time") == pytest.approx(0.1023, abs=2e-4)
     assert same_cost(grid, "flops") == 0.0
+    assert same_cost(grid, "memory") == 0.01  # which the seeds of a point share to the byte
+    for cell in grid:
+        for record in cell.records:
+            record["memory_bytes"] *= math.exp(logs[record["seed"]])
+    assert same_cost(grid, "memory") == pytest.approx(0.1023, abs=2e-4)
+    assert counted_as_equal({"time": 0.02, "memory": 0.1, "flops": 0.0}) == (
+        " Times within 2% and amounts of memory within 10% count as equal."
+    )
+    assert counted_as_equal({"flops": 0.0}) == ""
     (useless,) = findings(study, lambda point: {"step_seconds": math.exp(10 * logs[point.seed])})
     assert "times tell nothing here" in useless.what and "decide_by: flops, bytes or memory" in useless.remedy
 
@@ -243,6 +252,18 @@ def test_equal_budgets_are_kept(tmp_path: Path, equal: str, field: str, least: f
     (found,) = findings(study, only(FIRST, **{field: value * (least + 0.01)}))
     assert found.check == "budget" and found.what.startswith(f"`equal: {equal}` is not kept: ")
     assert findings(study, only(FIRST, **{field: value * (least - 0.01)})) == []
+
+
+def test_seeds_that_are_copies_are_seen(tmp_path: Path) -> None:
+    """Of five, two have the same loss: their interval would be that of five."""
+    study = planted_study(tmp_path)
+    findings(study)
+    lines = {line["point"]: line for line in map(json.loads, study.ledger.read_text().splitlines())}
+    lines[FIRST]["loss"] = lines[FIRST.replace("seed=0", "seed=3")]["loss"]
+    study.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    (found,) = check_study(study)
+    assert (found.level, found.check, found.points) == ("violation", "seeds", (FIRST,))
+    assert "the same training loss to the last bit" in found.what
 
 
 def test_equal_flops_count_what_a_factor_below_one_leaves_out(tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ class TestCurves:
         assert ">step<" in same.svg and "tokens (millions)" not in same.svg
 
     def test_names_are_not_mathematics(self, tmp_path, drawn):
-        page = compared(write_run(tmp_path / "a $x_1$ <b>"), write_run(tmp_path / "b"))
-        assert "a $x_1$ &lt;b&gt;" in parts(page)["loss"].svg
+        page = compared(write_run(tmp_path / "a $x_1$ <b>"), write_run(tmp_path / "_b"))
+        assert "a $x_1$ &lt;b&gt;" in parts(page)["loss"].svg and "_b<" in parts(page)["loss"].svg
 
 
 class TestLoad:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +208,11 @@ def test_places_have_the_tokens_that_fall_into_them() -> None:
     one = Reduced((1.0,), ((0, "feed_forward"),), np.full((1, 1), 0.1), counts, 1.0)
     rates = drop_rates(one, "sequence", Tokens(sequence=20, micro_step=20))
     assert rates is not None and rates.tolist() == pytest.approx([0.1] * 16)
+    eight = drop_rates(one, "sequence", Tokens(8, 80))  # of whose parts every second has no token
+    assert eight is not None and np.isnan(eight[1::2]).all() and np.isfinite(eight[::2]).all()
+    figure = drops_by_place({"a": one}, {"a": Tokens(8, 80)})
+    assert figure is not None
+    assert [row[2] for row in figure.rows if row[1] == "sequence" and row[3] is None] == list(range(1, 16, 2))
     assert drop_rates(one, "sequence", None) is None  # of a classifier
     assert drops_by_place({"a": one}, {"a": None}) is None
     assert Tokens.of(tiny_config(train__seq_len=20, train__global_batch=4), 1) == Tokens(20, 80)
@@ -238,6 +244,22 @@ def test_numbers_stand_at_themselves_and_dropless_to_their_right() -> None:
     assert places_of([1.0, 8.0, 1.1, None]) == {1.0: 0.0, 1.1: 1.0, 8.0: 2.0, None: 3.5}
     assert places_of(["gelu", "relu"]) == {"gelu": 0.0, "relu": 1.0}
     assert places_of([True, False]) == {True: 0.0, False: 1.0}
+
+
+def test_names_with_signs_of_mathematics_are_drawn_as_they_are(tmp_path: Path) -> None:
+    values = [r"$\foo$", '$x$ < 1 & "y"', "plain"]
+    axes = "axes: {data.tokenizer: " + json.dumps(values) + "}\nseeds: [0, 1, 2]\n"
+    question = "question: {baseline: {data.tokenizer: plain}, smallest_difference: 0.1}\n"
+    study = planted_study(tmp_path, "name: odd\nbase: base.yaml\n" + axes + question)
+    plant(study, lambda point, rng: 3.0 + 0.01 * rng.standard_normal())
+    for point in study.points:
+        plant_measurements(point, LAYERS, EXPERTS, FRACTIONS, point.index)
+    for path in write_report(study):
+        if path.suffix == ".svg":
+            drawn = "".join(ElementTree.parse(path).getroot().itertext())
+            if "plain" in drawn:
+                assert [value for value in values if value not in drawn] == [], path.name
+    assert values[0] in (study.folder / "figures" / "against.svg").read_text(encoding="utf-8")
 
 
 def test_names_are_not_joined() -> None:
@@ -312,6 +334,22 @@ def test_a_planted_ladder_comes_back(tmp_path: Path) -> None:
     terms = {row["term"]: row for row in table("scaling")}
     assert {"exponent of tokens", "capacity factor 1.0"} == set(terms)
     assert float(terms["exponent of tokens"]["value"]) == pytest.approx(-0.2, abs=0.02)
+
+
+def test_sizes_whose_losses_do_not_fall_have_no_law(tmp_path: Path) -> None:
+    """Of two settings one has a ladder, and the other says why it has none."""
+    study = planted_study(tmp_path, LADDER.replace("axes:", "axes:\n  model.moe.top_k: [1, 2]") + QUESTION)
+
+    def loss(point: Any, rng: np.random.Generator) -> float:
+        falls = 250 * (1e9 * point.config.train.steps) ** -0.2 if point.axes["model.moe.top_k"] == 2 else 0.5
+        return 1.8 + falls + 0.001 * float(rng.standard_normal())
+
+    plant(study, loss)
+    write_report(study)
+    with (study.folder / "data" / "laws.csv").open() as file:
+        assert [row["setting"] for row in csv.DictReader(file)] == ["top_k 2"]
+    page = (study.folder / "report.md").read_text()
+    assert "A law is left out at top_k 1: losses fall by 0.0" in page and "no law of compute can be told" in page
 
 
 def test_a_given_law_says_what_a_loss_is_worth(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_a_line_that_cannot_be_read_is_named_and_the_rest_is_used(tmp_path: Path
     assert list(ledger.latest()) == ["b", "a"] and len(ledger.read()[1]) == 6
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_line_with_what_is_no_number_is_left_out(tmp_path: Path, number: str) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append({"point": "a", "status": "failed"})
+    with ledger.path.open("a") as file:
+        file.write(f'{{"point": "a", "status": "finished", "validation_loss": {number}}}\n')
+    assert not ledger.finished("a") and len(ledger.read()[1]) == 1
+
+
 def test_a_reader_sees_what_came_since_and_starts_anew_with_another_file(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     reader, writer = Ledger(path), Ledger(path)

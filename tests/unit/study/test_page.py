@@ -133,10 +133,11 @@ class TestHtml:
         assert [text for tag, text in read.texts if tag == "th"] == ["a", "b"]
 
     def test_cells_say_what_they_are_sorted_by(self):
-        read = Reader(html(table_page([("x", 0.12345), ("y", None), ("z", float("nan"))], {"b": ".1%"})))
+        rows = [("x", 0.12345), ("y", None), ("z", float("nan")), ("w", float("inf"))]
+        read = Reader(html(table_page(rows, {"b": ".1%"})))
         cells = [attributes for tag, attributes in read.tags if tag == "td"]
-        assert [each.get("data-n") for each in cells] == ["0.12345", None, None]
-        assert [text for tag, text in read.texts if tag == "td"] == ["12.3%", "–", "–"]
+        assert [each.get("data-n") for each in cells] == ["0.12345", None, None, "Infinity"]  # as JavaScript reads it
+        assert [text for tag, text in read.texts if tag == "td"] == ["12.3%", "–", "–", "inf"]
         assert all(each["class"] == "number" for each in cells)
 
     def test_a_format_that_does_not_fit_is_named(self):
@@ -235,6 +236,18 @@ class TestTheme:
     def test_nothing_of_a_figure_applies_beyond_it(self):
         svg = curve().svg
         assert "<style" not in svg and "<metadata" not in svg and "<!--" not in svg
+
+    def test_texts_keep_all_their_digits_and_letters(self):
+        said = ["0.00015", "1.5575", "#0072b2", "a; font-family: b"]
+        with style():
+            drawing = Drawing(figsize=(4, 3))
+            axes = drawing.subplots()
+            axes.plot(range(4), [1.5570, 1.5575, 1.5580, 1.5585])
+            axes.set_xticks(range(4), said)
+            axes.set_yticks([1.5575])
+            svg = svg_of(drawing)
+        texts = [each.text for each in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert texts == [*said, "1.5575"]
 
     def test_same_figure_same_bytes(self):
         assert curve().svg == curve().svg

@@ -69,6 +69,16 @@ def test_what_is_left_out_and_what_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "8 of 12 points are refused" in capsys.readouterr().err
 
 
+def test_a_baseline_that_is_refused_is_told_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = {"baseline": {CAPACITY: -1}, "smallest_difference": 0.01}
+    path = write(tmp_path, axes={CAPACITY: [-1, 1.0]}, seeds=[0, 1, 2], question=question)
+    assert main(["study", "plan", str(path), "--no-probe"]) == 1
+    said = capsys.readouterr().out
+    assert "3 points are refused" in said and "capacity_factor=-1.0 is not above 0; raise" in said
+    assert "question  validation_loss, 0 comparisons, 3 seeds each" in said
+    assert "not known: what the question compares, or its baseline, is among the points refused" in said
+
+
 def test_a_long_grid_is_cut_and_json_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     axes = {"optim.lr": [number / 1000 for number in range(1, 41)]}
     path = write(tmp_path, axes=axes, overrides=SMALL, question={"baseline": {"optim.lr": 0.001}, "spread": 0.1})

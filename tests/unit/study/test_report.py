@@ -1,5 +1,6 @@
 """The report's tables by hand, what it says of points without a result, and its command."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe_dist.study.ledger.ledger import Ledger
 from moe_dist.study.page.model import Table
 from moe_dist.study.report.answer import answer
 from moe_dist.study.report.metric import lower_is_better, spread
-from moe_dist.study.report.report import page_of
+from moe_dist.study.report.report import page_of, write_report
 from moe_dist.study.report.tables import costs_table, failed_table, results_table, routing_table, setting_table
 from moe_dist.study.report.theory import dropped_by_chance
 from moe_dist.study.run.runner import Runner
@@ -132,6 +133,21 @@ def test_a_study_whose_points_all_failed_has_a_page(tmp_path: Path) -> None:
     text = (study.folder / "report.md").read_text()
     assert "4 points failed and are left out of all numbers" in text and "Failed points" in text and "no luck" in text
     assert "0 of 4 points have finished." in text
+
+
+@pytest.mark.parametrize("without", [(), ("loss", "drop_rate", "validation_loss", "validation_loss_capped")])
+def test_a_metric_that_no_point_has_still_makes_a_page(tmp_path: Path, without: tuple[str, ...]) -> None:
+    """With all else that there is; and also where that is nothing, as of losses that were not finite."""
+    study = planted_study(tmp_path, PLANTED + QUESTION + "  metric: steps_until_few_drops\n")
+    plant(study, lambda point, rng: 3.0)
+    lines = [json.loads(line) | dict.fromkeys(without) for line in study.ledger.read_text().splitlines()]
+    study.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = {path.stem for path in write_report(study) if path.suffix == ".svg"}
+    page = (study.folder / "report.md").read_text()
+    assert names == (set() if without else {"against"})
+    assert "No finished point has a steps until under 3% are dropped, so it has no answer yet." in page
+    assert "The front of loss and cost is left out: no finished point has a steps until under 3% are dropped." in page
+    assert ("Nothing is drawn: no finished point has a loss" in page) == bool(without)
 
 
 def test_differences_are_written_by_the_size_of_what_differs(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 
 from moe_dist.study.page.model import Figure, Value
-from moe_dist.study.page.theme import svg_of
+from moe_dist.study.page.theme import plain, svg_of
 from moe_dist.study.report.figures.canvas import LINES, from_zero, left_out, legend, look, panel_rows, panels
 from moe_dist.study.statistics.samples import BySeed, t_interval
 
@@ -83,7 +83,7 @@ def _draw(axes: Axes, line: Line, metric: str, scale: float, number: int, shift:
     stops = sorted((stop for stop in line.stops if stop.values.get(metric)), key=lambda stop: stop.x)
     means = [scale * fmean(stop.values[metric].values()) for stop in stops]
     inside = [at for at, stop in enumerate(stops) if line.joined and not stop.beyond]
-    axes.plot([stops[at].x for at in inside], [means[at] for at in inside], color=color, label=line.name)
+    axes.plot([stops[at].x for at in inside], [means[at] for at in inside], color=color, label=plain(line.name))
     if inside and len(inside) < len(stops):
         ends = [inside[-1], len(stops) - 1]
         axes.plot([stops[at].x for at in ends], [means[at] for at in ends], color=color, linestyle=(0, (2, 2)))
@@ -101,10 +101,10 @@ def _span(lines: Sequence[Line]) -> float:
 
 
 def _label(axes: Axes, lines: Sequence[Line], x_name: str, title: str) -> None:
-    ticks = {stop.x: stop.label for line in lines for stop in line.stops}
+    ticks = {stop.x: plain(stop.label) for line in lines for stop in line.stops}
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7 if len(ticks) > _TICKS else None)
     axes.set_xlabel(x_name)
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.margins(x=0.08)
 
 

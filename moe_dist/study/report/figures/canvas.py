@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_dist.study.design.grid import Scalar
-from moe_dist.study.page.theme import SERIES, style
+from moe_dist.study.page.theme import SERIES, plain, style
 
 Item = TypeVar("Item")
 
@@ -47,7 +47,8 @@ def panel_rows(count: int, columns: int) -> tuple[int, int]:
 def name_panel(axes: Axes, name: str) -> None:
     """In two lines where it is long."""
     middle = name.rfind(", ", 0, _TITLE)
-    axes.set_title(name if len(name) <= _TITLE or middle < 0 else f"{name[: middle + 1]}\n{name[middle + 2 :]}")
+    text = name if len(name) <= _TITLE or middle < 0 else f"{name[: middle + 1]}\n{name[middle + 2 :]}"
+    axes.set_title(plain(text))
 
 
 def from_zero(axes: Axes) -> None:

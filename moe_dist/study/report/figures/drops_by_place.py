@@ -12,7 +12,7 @@ import numpy as np
 from moe_dist.config import Config
 from moe_dist.config.rules.batch import batch_shape
 from moe_dist.study.page.model import Figure, Value
-from moe_dist.study.page.theme import svg_of
+from moe_dist.study.page.theme import plain, svg_of
 from moe_dist.study.report.figures.canvas import LINES, from_zero, left_out, legend, look, panels, spread_over
 from moe_dist.study.report.reduced import Reduced, late_in_words
 from moe_dist.study.statistics.samples import Floats
@@ -51,13 +51,14 @@ def drops_by_place(cells: Mapping[str, Reduced], tokens: Mapping[str, Tokens | N
     for name, rates_by_kind in rates_of.items():
         for kind in kinds:
             rates = rates_by_kind[kind]
-            rows += [[name, kind, at, float(rate)] for at, rate in enumerate(rates if rates is not None else ())]
+            known = () if rates is None else rates.tolist()
+            rows += [[name, kind, at, None if rate != rate else rate] for at, rate in enumerate(known)]
     with panels(1, len(kinds)) as (figure, grid):
         for axes, kind in zip(grid[0], kinds, strict=True):
             for number, name in enumerate(shown):
                 if (rates := rates_of[name][kind]) is not None:
                     color, marker = look(number)
-                    axes.plot(100 * rates, color=color, marker=marker, label=name)
+                    axes.plot(100 * rates, color=color, marker=marker, label=plain(name))
             axes.set_title(_KINDS[kind][1])
             from_zero(axes)
         grid[0][0].set_ylabel("assignments dropped (%)")
@@ -79,7 +80,7 @@ def drops_by_place(cells: Mapping[str, Reduced], tokens: Mapping[str, Tokens | N
 
 
 def drop_rates(one: Reduced, kind: str, tokens: Tokens | None) -> Floats | None:
-    """Of each part; None where nothing says how many assignments a part has."""
+    """Of each part, NaN where it has no assignments; None where nothing says how many a part has."""
     dropped = one.over_layers(_KINDS[kind][0])
     if dropped is None or "ranked_load" not in one.counts:
         return None
@@ -92,7 +93,7 @@ def drop_rates(one: Reduced, kind: str, tokens: Tokens | None) -> Floats | None:
         asked = all_asked * place_shares(tokens.sequence if kind == "sequence" else tokens.micro_step, len(dropped))
     if asked is None:
         return None
-    return np.divide(dropped, asked, out=np.zeros(len(dropped)), where=asked > 0)
+    return np.divide(dropped, asked, out=np.full(len(dropped), np.nan), where=asked > 0)
 
 
 def place_shares(length: int, parts: int) -> Floats:

@@ -6,7 +6,7 @@ from statistics import fmean
 import numpy as np
 
 from moe_dist.study.page.model import Figure, Value
-from moe_dist.study.page.theme import svg_of
+from moe_dist.study.page.theme import plain, svg_of
 from moe_dist.study.report.figures.canvas import legend, look, panels
 from moe_dist.study.report.ladder import Ladder
 
@@ -19,7 +19,7 @@ def ladder_figure(ladders: Sequence[Ladder], metric: str) -> Figure:
             law, held = ladder.fit.law, ladder.held_out
             compute = [rung.compute for rung in ladder.rungs]
             line = np.geomspace(min(compute), max(compute), 60)
-            losses.plot(line, [law.loss(each) for each in line], color=color, label=ladder.setting)
+            losses.plot(line, [law.loss(each) for each in line], color=color, label=plain(ladder.setting))
             for size, rung in zip(ladder.sizes, ladder.rungs, strict=True):
                 values = list(rung.losses.values())
                 off = [100 * (value / law.loss(rung.compute) - 1) for value in values]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from moe_dist.study.page.model import Figure, Value
-from moe_dist.study.page.theme import FAINT, svg_of
-from moe_dist.study.report.costs import same_times
+from moe_dist.study.page.theme import FAINT, plain, svg_of
+from moe_dist.study.report.costs import counted_as_equal
 from moe_dist.study.report.figures.canvas import legend, look, panel_rows, panels
 from moe_dist.study.statistics.pareto import Candidate, Place, Standing, pareto
 from moe_dist.study.statistics.samples import BySeed, Interval, t_interval
@@ -43,7 +43,6 @@ def pareto_figure(
 ) -> Figure:
     """titles: cost -> the name of its axis. same_costs: of `fronts`."""
     found = fronts(points, same_costs, sign)
-    same = f" {same_times(same_costs['time'])}" if "time" in same_costs else ""
     with panels(*panel_rows(len(titles), 2)) as (figure, grid):
         every = [axes for row in grid for axes in row]
         for axes, (cost, title) in zip(every, titles.items(), strict=False):
@@ -66,7 +65,7 @@ def pareto_figure(
         title=f"{metric[:1].upper()}{metric[1:]} against what it costs",
         caption="Front: its metric is told to be better than that of all points that cost no more, by paired tests of "
         "all pairs (Holm). Inside noise: one of those is not told apart. Dominated: one is told to be better. Bars are "
-        f"95% t intervals of the mean.{same}",
+        f"95% t intervals of the mean.{counted_as_equal(same_costs)}",
         svg=svg,
         columns=["point", "cost", "value", "mean", "low", "high", "standing", "against"],
         rows=rows,
@@ -93,7 +92,7 @@ def _draw(axes: Axes, points: Mapping[str, Priced], places: Sequence[Place], sig
     named = [place for place in places if place.standing is not Standing.DOMINATED]
     for place in named if len(named) <= _LABELLED else ():
         at = (place.cost, sign * place.loss)
-        text = axes.annotate(place.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=FAINT)
+        text = axes.annotate(plain(place.name), at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=FAINT)
         text.set_in_layout(False)
     axes.margins(x=0.25)
     costs = [place.cost for place in places]

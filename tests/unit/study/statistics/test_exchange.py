@@ -101,6 +101,36 @@ def test_what_cannot_be_is_refused(rungs: list[Rung], said: str) -> None:
         fit_law(rungs)
 
 
+@pytest.mark.parametrize(
+    "losses, said",
+    [
+        ([2.0, 2.0, 2.0, 2.0], r"losses fall by 0\.0\d% .* so no law of compute can be told; take sizes further"),
+        ([2.0, 2.01, 2.02, 2.05], r"losses fall by 0\.00% .* no law of compute can be told"),
+        ([2.1, 2.0, 2.0, 2.0], r"fall from the smallest size alone \(by an exponent of [\d.]+\)"),
+    ],
+)
+def test_losses_that_do_not_fall_as_a_law_have_none(losses: list[float], said: str) -> None:
+    """Where a fit would say an exponent of 0.00004, or of 5."""
+    rng = np.random.default_rng(1)
+    rungs = [
+        Rung(size, by_seed(loss + 1e-3 * rng.standard_normal(4))) for size, loss in zip(SIZES[:4], losses, strict=True)
+    ]
+    for fit in (fit_law, hold_out):
+        with pytest.raises(ValueError, match=said):
+            fit(rungs)
+
+
+def test_steep_draws_of_large_runs_end_nothing() -> None:
+    """Runs of 1e24 FLOPs whose larger sizes are nearly alike: in some draws a scale A is beyond all numbers."""
+    rng = np.random.default_rng(2)
+    losses = zip([1e24, 3e24, 9e24, 27e24], [2.1, 2.004, 2.0, 2.0], strict=True)
+    held = hold_out([Rung(size, by_seed(loss + 0.003 * rng.standard_normal(3))) for size, loss in losses], draws=200)
+    steepest = max(held.fit.draws, key=lambda law: law.exponent)
+    assert steepest.exponent * math.log(1e24) > 710  # A = exp(that) and more
+    assert held.fit.scale.high == math.inf and held.fit.law.exponent in held.fit.exponent
+    assert held.inside and held.interval.high - held.interval.low < 0.05
+
+
 def test_three_sizes_leave_none_to_hold_out() -> None:
     with pytest.raises(ValueError, match="at least 4"):
         hold_out(ladder(np.random.default_rng(0), seeds=3)[:3])

@@ -131,6 +131,9 @@ def test_values_without_variance() -> None:
     assert (above.verdict, above.p, above.mean) == (Verdict.LARGER, 0.0, 0.5)
     assert compare({"same": dict(baseline)}, baseline)[0].verdict is Verdict.NOT_DISTINGUISHABLE
     assert p_of_zero([0.0, 0.0, 0.0]) == 1.0
+    (tenth,) = compare({"tenth": by_seed([0.1, 0.1, 0.1])}, by_seed([0.0, 0.0, 0.0]), matters=0.1)
+    assert (tenth.mean, tenth.p, tenth.p_equivalent, tenth.detectable) == (0.1, 0.0, 1.0, 0.0)  # as large as matters
+    assert tenth.verdict is Verdict.LARGER
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -85,6 +85,7 @@ def test_fewer_than_three_values_and_equal_ones() -> None:
     for interval in (t_interval, bootstrap_interval):
         assert interval([]) is None and interval([1.0]) is None and interval([1.0, 2.0]) is None
         assert interval([0.5, 0.5, 0.5]) == Interval(0.5, 0.5)
+        assert interval([0.1, 0.1, 0.1]) == Interval(0.1, 0.1)  # a third of whose sum is 0.10000000000000002
         with pytest.raises(ValueError, match="confidence=95"):
             interval([1.0, 2.0, 3.0], 95)
 

@@ -41,6 +41,14 @@ def test_planted_speeds_are_covered() -> None:
     assert all(0.90 <= number / 200 <= 0.98 for number in covered.values()), covered
 
 
+def test_near_no_exponent_any_loss_is_worth_any_compute() -> None:
+    rates = by_seed([1.0, 1.0, 1.0])
+    best, other = Measured(by_seed([3.0, 3.1, 3.2]), rates), Measured(by_seed([2.0, 2.0, 2.0]), rates)
+    (better,) = effective_speeds({"a": other}, best, floor=1.6, exponent=1e-5)
+    (worse,) = effective_speeds({"a": best}, other, floor=1.6, exponent=1e-5)
+    assert (better.compute, better.speed_interval.high, worse.compute) == (np.inf, np.inf, 0.0)
+
+
 def test_sensitivity_goes_over_all_pairs() -> None:
     best, other = Measured({0: 3.0}, {0: 1.0}), Measured({0: 3.1}, {0: 1.0})
     found = sensitivity({"a": other}, best, floors=(1.5, 1.8), exponents=(0.05, 0.1))
