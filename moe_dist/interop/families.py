@@ -14,13 +14,13 @@
 | glm4_moe    | GLM4_MOE           | sigmoid scores with a bias, shared experts, heads half turned, dense layers |
 | solar_open  | GLM4_MOE           | sigmoid scores with a bias, shared experts                                  |
 | granitemoe  | GRANITE_MOE        | four multipliers                                                            |
-| jetmoe      | JETMOE             | attention experts, with one key/value head                                  |
+| jetmoe      | JETMOE             | attention experts                                                           |
 | gpt_bigcode | GPT_BIGCODE        | LayerNorm, learned positions, biases everywhere, gelu without a gate        |
 | falcon      | FALCON             | LayerNorm, feed-forwards beside attention, gelu without a gate              |
 
 Refused, because the configuration cannot say it (`UNLIKE` and the rules say which, a line each): DeepSeek's latent
-attention, JetMoE with more key/value heads, ALiBi of Falcon, yarn with a factor of its own for scores, weights that are
-quantised. What acts in training alone is not taken over and said: dropout, noise of routers.
+attention, an rms_norm_eps of JetMoE that is not 1e-6, ALiBi of Falcon, yarn with a factor of its own for scores,
+weights that are quantised. What acts in training alone is not taken over and said: dropout, noise of routers.
 """
 
 from collections.abc import Mapping

@@ -319,15 +319,15 @@ class Width:
 
 @dataclass(frozen=True)
 class AttentionExperts:
-    """JetMoE: one key/value head, as many attention experts as feed-forward ones, routed in the same way."""
+    """JetMoE: as many key/value heads as an expert has query heads, as many attention experts as feed-forward ones,
+    routed in the same way."""
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        if theirs.get("num_key_value_heads") != 1:
-            theirs.refuse("num_key_value_heads", "attention experts here share one key/value head")
         if theirs.get("rms_norm_eps", 1e-6) != 1e-6:
             theirs.refuse("rms_norm_eps", "the norms of JetMoE's blocks have 1e-6 always, and a model here has one")
         theirs.asked.add("num_attention_heads")
-        ours |= {"num_heads": 1, "num_kv_heads": 1, "head_dim": theirs.get("kv_channels"), "norm_eps": 1e-6}
+        heads = theirs.get("num_key_value_heads")
+        ours |= {"num_heads": heads, "num_kv_heads": heads, "head_dim": theirs.get("kv_channels"), "norm_eps": 1e-6}
         ours |= {"attention.kind": "switch", "attention.out_bias": True, "moe.out_bias": True}
         for name in ("num_experts", "top_k", "renormalize", "renormalize_top_1", "balance_loss_coef"):
             ours[f"attention.moe.{name}"] = ours[f"moe.{name}"]
