@@ -25,8 +25,8 @@ from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.interop import command, hf_import
+from moe_dist.interop.config_json import UNLIKE, read_settings, settings_of
 from moe_dist.interop.families import FAMILIES as KNOWN
-from moe_dist.interop.families import UNLIKE, read_settings, settings_of
 from moe_dist.interop.hf_export import bytes_as_bpe
 from moe_dist.interop.meaning import meaning
 from moe_dist.models.backends import plainest
