@@ -104,6 +104,8 @@ class Windows:
             cut = [self.usual(layer, theirs) for layer in range(number)]
         else:
             cut = [kind == "sliding_attention" for kind in kinds]
+            if len(cut) != number:
+                theirs.problems.append(f"layer_types names {len(cut)} layers, but num_hidden_layers={number}")
             if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
                 theirs.problems.append(f"layer_types has {', '.join(sorted(unknown))}: not known here")
         ours["attention.window"] = shortest([window if here else None for here in cut])
