@@ -2,18 +2,19 @@
 
     y_t = sum over the chosen experts i of w_i(x_t) * Attention(x_t Wq_i^T, K, V) Wo_i,    K = X Wk^T, V = X Wv^T
 
-An expert is a query and an output projection for all H heads; there is one key/value head, shared by every expert,
-over the whole sequence at true positions. A token whose every assignment is dropped gets zero. With out_bias a vector
-is added to all of them (JetMoE, arXiv 2404.07413).
+An expert is a query and an output projection for all H heads; the G key/value heads, one in the paper and H in JetMoE
+(arXiv 2404.07413), are shared by every expert, over the whole sequence at true positions. Head h of an expert reads
+key/value head h * G // H. A token whose every assignment is dropped gets zero. With out_bias a vector is added to all
+of them.
 
 Gate and dispatcher are those of the feed-forward experts: tokens go to the query projections and come back as
-K * H query heads of the token; attention is the house's, on K * H heads; its results go to the output projections and
-come back weighted. Under tp each rank routes its own slice of the tokens, and between both trips trades tokens for
-heads, so that it attends with K * H / tp heads over whole sequences.
+K * H query heads of the token; attention is the house's, on K * H heads, those of a key/value head beside one another;
+its results go to the output projections and come back weighted. Under tp each rank routes its own slice of the tokens,
+and between both trips trades tokens for heads, so that it attends with K * H / tp heads over whole sequences.
 
 Legend: B batch, S sequence, L keys (S, or more with a cache), T tokens of this tp rank, K top_k, N = T * K assignments,
-X rows that arrived, D d_model, H heads, P width of a head, M = H * P, E experts, e experts held here, J query heads of
-this rank.
+X rows that arrived, D d_model, H heads, G key/value heads, P width of a head, M = H * P, E experts, e held
+here, J query heads of this rank, I key/value heads that they are given.
 """
 
 from dataclasses import replace
@@ -36,7 +37,7 @@ from moe_dist.moe.dispatch import make_dispatcher
 from moe_dist.moe.gate import Gate, Replay
 from moe_dist.moe.losses import MoEStats
 from moe_dist.parallel.collectives import copy_to_group
-from moe_dist.parallel.heads import heads_to_tokens, tokens_to_heads
+from moe_dist.parallel.heads import HeadAssignment, heads_to_tokens, tokens_to_heads
 from moe_dist.parallel.linear import SharedBias, TokenSlices, enter
 from moe_dist.parallel.mesh import Group, Mesh
 from moe_dist.parallel.sharding import ParamSpec, Shard, parameter
@@ -46,7 +47,7 @@ from moe_dist.step import StepContext
 
 class SwitchAttention(nn.Module):
     """The trainer's layer for model.attention.kind = switch. x_TD: full tokens, or this tp rank's slice under sequence
-    parallelism. sizes.num_kv_heads is 1. out_std: of the initial output projections; None is 1 / sqrt(width)."""
+    parallelism. out_std: of the initial output projections; None is 1 / sqrt(width)."""
 
     def __init__(
         self,
@@ -71,12 +72,14 @@ class SwitchAttention(nn.Module):
                 f"top_k*num_heads={moe.top_k}*{self.heads} query heads of a token are not divisible by "
                 f"tp={self.tp.size}: change one of them"
             )
+        self.groups = sizes.num_kv_heads
+        self.assignment = HeadAssignment.of(moe.top_k * self.heads, self.groups, self.tp)
         self.slices = TokenSlices(mesh)
         self.gate = Gate(moe, sizes.d_model, layer, mesh, kernels, kind="attention")
         self.router = self.gate.router
         self.dispatcher = make_dispatcher(moe, mesh, kernels)
         self.experts = AttentionExperts(moe, sizes, mesh, kernels, out_std)
-        shape = (2 * self.head_dim, sizes.d_model)
+        shape = (self.groups * 2 * self.head_dim, sizes.d_model)  # head after head: its keys, its values
         self.key_value = parameter(shape, ParamSpec(shape, std=sizes.d_model**-0.5))
         self.out_bias = SharedBias(sizes.d_model, mesh) if config.out_bias else None
         self.attend = attention(config.backend)
@@ -90,7 +93,7 @@ class SwitchAttention(nn.Module):
         cache: KVCache | None = None,
         replay: Replay | None = None,
     ) -> tuple[Tensor, MoEStats]:
-        """shape: (B, S) of the full tokens. cache: of the shared head, whole on every tp rank. Every rank must call."""
+        """shape: (B, S) of the full tokens. Every rank must call."""
         own_TD = self.slices.own(x_TD)
         # 1. Who goes where, with which weight, and who is let in. From here on, an assignment is a row of its own.
         choice = self.gate(own_TD, step, replay)
@@ -101,12 +104,11 @@ class SwitchAttention(nn.Module):
         x_ND = own_TD.repeat_interleave(chosen, 0)
         q_NM, sent_there = self.dispatcher.carry(x_ND, unweighted, self.experts.queries)
         # 3. Attention: this rank's heads over whole sequences.
-        heads, width = chosen * self.heads, chosen * q_NM.shape[1]
-        q_Tn = tokens_to_heads(self._clip(q_NM).view(len(own_TD), width), self.tp)
-        q_BSJP = q_Tn.view(*shape, heads // self.tp.size, self.head_dim)
-        k_BSP, v_BSP = self._keys_values(x_TD, shape)
-        y_BSJP = self._attend(q_BSJP, k_BSP, v_BSP, positions, step, cache)
-        y_NM = heads_to_tokens(y_BSJP.reshape(q_Tn.shape), self.tp).reshape(q_NM.shape)
+        q_Tn = tokens_to_heads(self._by_group(self._clip(q_NM), chosen), self.tp)
+        q_BSJP = q_Tn.view(*shape, len(self.assignment.queries), self.head_dim)
+        k_BSIP, v_BSIP = self._keys_values(x_TD, shape)
+        y_BSJP = self._attend(q_BSJP, k_BSIP, v_BSIP, positions, step, cache)
+        y_NM = self._by_assignment(heads_to_tokens(y_BSJP.reshape(q_Tn.shape), self.tp), chosen)
         # 4. To the output projections and back, weighted, and summed over a token's assignments.
         y_ND, sent_back = self.dispatcher.carry(y_NM, weighted, self.experts.outputs)
         y_TD = self.slices.all(y_ND.unflatten(0, (-1, chosen)).sum(1))
@@ -117,13 +119,30 @@ class SwitchAttention(nn.Module):
 
     def new_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` sequences of at most `length` tokens, in the precision of the weights."""
-        return KVCache(rows, length, 1, self.head_dim, self.key_value.dtype, self.key_value.device)
+        weight = self.key_value
+        return KVCache(rows, length, self.assignment.kv_read, self.head_dim, weight.dtype, weight.device)
+
+    def _by_group(self, x_NM: Tensor, chosen: int) -> Tensor:
+        """[N, M] -> [t, K * M]: of the K * H heads of a token, those of a key/value head beside one another."""
+        rows, width = x_NM.shape
+        x_tKGn = x_NM.view(rows // chosen, chosen, self.groups, width // self.groups)
+        return x_tKGn.transpose(1, 2).flatten(1)
+
+    def _by_assignment(self, x_tn: Tensor, chosen: int) -> Tensor:
+        """[t, K * M] -> [N, M], the inverse."""
+        rows, width = x_tn.shape
+        x_tGKn = x_tn.reshape(rows, self.groups, chosen, width // (self.groups * chosen))
+        return x_tGKn.transpose(1, 2).reshape(rows * chosen, width // chosen)
 
     def _keys_values(self, x_TD: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of all tokens, on every tp rank; each rank's heads give a part of the gradients, which are summed over tp."""
-        kv_TP = F.linear(enter(x_TD, self.mesh), copy_to_group(self.key_value, self.tp))
-        k_BSP, v_BSP = self._clip(kv_TP).view(*shape, 2 * self.head_dim).chunk(2, dim=-1)
-        return k_BSP, v_BSP
+        """Of all tokens, two tensors [B, S, I, P]: every tp rank has the whole weight and computes the heads that its
+        query heads read. Each rank's give a part of the gradients, which are summed over tp."""
+        held, reads, rows = self.assignment.kv_held, self.assignment.reads, 2 * self.head_dim
+        weight = copy_to_group(self.key_value, self.tp)[held.start * rows : held.stop * rows]
+        kv_BSIP = self._clip(F.linear(enter(x_TD, self.mesh), weight)).view(*shape, len(held), 2, self.head_dim)
+        if reads is not None:
+            kv_BSIP = kv_BSIP[:, :, list(reads)]
+        return kv_BSIP[..., 0, :], kv_BSIP[..., 1, :]
 
     def _clip(self, x: Tensor) -> Tensor:
         limit = self.config.clip_qkv
@@ -132,43 +151,43 @@ class SwitchAttention(nn.Module):
     def _attend(
         self,
         q_BSJP: Tensor,
-        k_BSP: Tensor,
-        v_BSP: Tensor,
+        k_BSIP: Tensor,
+        v_BSIP: Tensor,
         positions: Positions,
         step: StepContext,
         cache: KVCache | None,
     ) -> Tensor:
         """-> [B, S, J, P], contiguous by token."""
-        rows, heads = len(q_BSJP), q_BSJP.shape[2]
+        rows, queries = len(q_BSJP), self.assignment.queries
         if positions.rotary is not None:
-            q_BSJP = turn_heads(q_BSJP, positions.rotary)
-            k_BSP = turn_heads(k_BSP[:, :, None], positions.rotary)[:, :, 0]
-        k_BGLP, v_BGLP, starts_B = k_BSP[:, None], v_BSP[:, None], None
+            q_BSJP, k_BSIP = turn_heads(q_BSJP, positions.rotary), turn_heads(k_BSIP, positions.rotary)
+        k_BILP, v_BILP, starts_B = k_BSIP.transpose(1, 2), v_BSIP.transpose(1, 2), None
         if cache is not None:
             starts_B = cache.starts()
-            k_BGLP, v_BGLP = cache.update(k_BGLP, v_BGLP)
+            k_BILP, v_BILP = cache.update(k_BILP, v_BILP)
         dropout = None
         if self.config.dropout > 0 and step.phase == "train":
             key = step.key.fold("attention dropout", self.layer)
-            first = (self.dp.rank * rows, self.tp.rank * heads)
-            dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * heads)
+            first = (self.dp.rank * rows, queries.start)
+            dropout = Dropout(self.config.dropout, key, *first, heads=self.tp.size * len(queries))
         bias = positions.bias
         pattern = Pattern(
             window=self.config.window_of(self.layer),
             starts_B=starts_B,
-            slopes_H=None if positions.slopes_H is None else self._of_own_heads(positions.slopes_H, 0, heads),
-            bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1, heads),
+            slopes_H=None if positions.slopes_H is None else self._of_own_heads(positions.slopes_H, 0),
+            bias=bias if bias is None or bias.shape[1] == 1 else self._of_own_heads(bias, 1),
             dropout=dropout,
         )
-        y_BJSP = self.attend(q_BSJP.transpose(1, 2), k_BGLP, v_BGLP, pattern, None)
+        y_BJSP = self.attend(q_BSJP.transpose(1, 2), k_BILP, v_BILP, pattern, None)
         return y_BJSP.transpose(1, 2)
 
-    def _of_own_heads(self, values: Tensor, dim: int, heads: int) -> Tensor:
-        """From one for each of an expert's H heads to one for each query head of this rank; a token's k-th expert has
-        heads k * H to (k + 1) * H."""
-        first = self.tp.rank * heads
-        index_J = torch.arange(first, first + heads, device=values.device) % self.heads
-        return values.index_select(dim, index_J)
+    def _of_own_heads(self, values: Tensor, dim: int) -> Tensor:
+        """From one for each of an expert's H heads to one for each query head of this rank, in the order of
+        _by_group: of each key/value head, the heads of a token's first expert that read it, then those of the next."""
+        queries, readers = self.assignment.queries, self.heads // self.groups
+        at_J = torch.arange(queries.start, queries.stop, device=values.device)
+        group_J = at_J // (readers * self.config.moe.top_k)
+        return values.index_select(dim, group_J * readers + at_J % readers)
 
 
 class AttentionExperts(nn.Module):

@@ -214,7 +214,8 @@ class AttentionConfig:
 
     kind: Literal["multi_query", "switch", "routed"] = "multi_query"
     """multi_query: num_heads query heads share num_kv_heads key/value heads. switch: each token goes to top_k of
-    num_experts attention experts with query and output projections of their own (arXiv 2210.05144). routed: local
+    num_experts attention experts with query and output projections of their own (arXiv 2210.05144), which share the
+    key/value heads. routed: local
     attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
     backend: Literal["auto", "torch", "packed", "flash", "flash_attn", "triton"] = "auto"
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
@@ -373,6 +374,11 @@ class ModelConfig:
     def rotary_width(self) -> int:
         """Numbers of a head that rotation turns."""
         return round(self.head_width * self.attention.rotary_share)
+
+    @property
+    def query_heads(self) -> int:
+        """Of a token in a layer: with kind = switch, those of all experts that it goes to."""
+        return self.num_heads * (self.attention.moe.top_k if self.attention.kind == "switch" else 1)
 
     @property
     def moe_sections(self) -> list[MoEConfig]:

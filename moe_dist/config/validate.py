@@ -34,7 +34,7 @@ def validate(config: Config, world_size: int, memory: int | None = None) -> Batc
             *attention_rules(attention, num_layers),
             *routed_rules(attention, train.seq_len),
             *flash_attn_rules(config),
-            *switch_rules(attention, parallel, num_kv_heads=model.num_kv_heads, num_layers=num_layers),
+            *switch_rules(attention, parallel, num_layers=num_layers),
             *moe_rules(model.moe, parallel, d_ff=model.d_ff, num_layers=num_layers),
             *parallel_rules(parallel, model, train.seq_len, world_size),
             *engine_rules(config.engine),

@@ -40,10 +40,11 @@ def compared(model: ModelConfig, checkpoint: Path, folder: Path, dtype: torch.dt
     expected, found = _of_theirs(folder, ids_BS), _of_ours(model, checkpoint, dtype, ids_BS)
     largest = float(expected.abs().max())
     apart_BS = (found - expected).abs().amax(-1)
-    wrong = float((apart_BS > TOLERANCE * max(largest, 1.0)).double().mean())
+    near_BS = apart_BS <= TOLERANCE * max(largest, 1.0)  # what is not finite is near to nothing
+    wrong = 1 - float(near_BS.double().mean())
     worst = float(apart_BS.max())
     said = f"logits of {_ROWS} x {length} tokens differ by {worst:.1e} at most, the largest is {largest:.2f}"
-    if not wrong <= _SHARE:
+    if wrong > _SHARE:
         raise ValueError(f"{said}: {wrong:.0%} of the tokens are apart, so this is not the same model; nothing is kept")
     return said
 
@@ -54,9 +55,12 @@ def _of_theirs(folder: Path, ids_BS: Tensor) -> Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    except Exception as error:  # a config.json that it refuses is told in errors of many kinds
+        raise ValueError(f"{folder}: Transformers cannot load it: {error}") from error
     model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):

@@ -48,7 +48,7 @@ class Weights:
                     raise ValueError(f"{folder}: {name} is in {self._file_of[name]} and in {file}")
                 self._file_of[name] = file
         if (folder / INDEX).is_file():
-            listed = read_json(folder / INDEX).get("weight_map", {})
+            listed = _weight_map(folder)
             for name in sorted(listed.keys() ^ self._file_of.keys()):
                 where = f"{INDEX}, but in no file" if name in listed else f"{self._file_of[name]}, but not in {INDEX}"
                 raise ValueError(f"{folder}: {name} is in {where}")
@@ -73,7 +73,7 @@ class Weights:
 
     def _files(self) -> list[str]:
         if (self.folder / INDEX).is_file():
-            files = sorted(set(read_json(self.folder / INDEX).get("weight_map", {}).values()))
+            files = sorted(set(_weight_map(self.folder).values()))
             for file in files:
                 if not (self.folder / file).is_file():
                     raise ValueError(f"{self.folder / file} is missing, which {INDEX} names: download it again")
@@ -97,6 +97,14 @@ class Weights:
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{self.folder / file}: cannot be read: {error}") from None
         return self._open[file]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says. Raises ValueError when it does not."""
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{folder / INDEX}: weight_map does not name a file for each tensor: download it again")
+    return listed
 
 
 def write_weights(folder: Path, tensors: list[Stored], most_bytes: int) -> int:

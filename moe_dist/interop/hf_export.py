@@ -27,7 +27,8 @@ from moe_dist.config.model import ModelConfig
 from moe_dist.data.tokenizers import BYTES, IN_RUN, load_tokenizer
 from moe_dist.disk import flush
 from moe_dist.interop.accounts import Table
-from moe_dist.interop.families import Family, read_settings, settings_of
+from moe_dist.interop.config_json import read_settings, settings_of
+from moe_dist.interop.families import Family
 from moe_dist.interop.folder import CONFIG, TOKENIZER_FILES, read_json, small_files, write_json, write_weights
 from moe_dist.interop.hf_import import ORIGIN
 from moe_dist.interop.meaning import meaning

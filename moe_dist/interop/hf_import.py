@@ -28,7 +28,7 @@ from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.data.tokenizers import IN_RUN, load_tokenizer, save_tokenizer
 from moe_dist.disk import flush, write_durably
 from moe_dist.interop.accounts import Table, account
-from moe_dist.interop.families import Settings, read_settings
+from moe_dist.interop.config_json import Settings, read_settings
 from moe_dist.interop.folder import CONFIG, TOKENIZER_FILES, Weights, read_json, small_files
 from moe_dist.interop.names import Pair, is_open, ours_of, unit_shape
 

@@ -5,6 +5,7 @@
 | SAME         | x                                   | x                                                           |
 | TRANSPOSED   | x [out, in]                         | x [in, out]: of row-parallel layers, and out of experts     |
 | KEY_VALUE    | k and v, each [G * P, ...]          | [G * 2 * P, ...]: P rows of keys, P of values, head by head |
+| KEYS_OVER    | [2 * G * P, D]: k, then v           | the same                                                    |
 | GATE_OVER_UP | [2 * F, D]                          | gate [F, D] and up [F, D]                                   |
 | BY_TURNS     | [2 * F]: a gate, an up, a gate, ... | gate [F] and up [F]                                         |
 | COLUMNS      | [D, 2 * F], columns by turns        | gate [F, D] and up [F, D]                                   |
@@ -62,6 +63,10 @@ def _together(ours: Tensors, heads: HeadSizes) -> Tensors:
 SAME = Layout(lambda theirs, heads: theirs, lambda ours, heads: ours)
 TRANSPOSED = Layout(lambda theirs, heads: [t.t() for t in theirs], lambda ours, heads: [t.t() for t in ours])
 KEY_VALUE = Layout(_key_value, _keys_and_values)
+KEYS_OVER = Layout(
+    lambda theirs, heads: _key_value(theirs[0].chunk(2), heads),
+    lambda ours, heads: [torch.cat(list(_keys_and_values(ours, heads)))],
+)
 GATE_OVER_UP = Layout(lambda theirs, heads: theirs[0].chunk(2, 0), lambda ours, heads: [torch.cat(list(ours))])
 BY_TURNS = Layout(
     lambda theirs, heads: [theirs[0][0::2], theirs[0][1::2]],
@@ -176,7 +181,7 @@ GPT_OSS = (
 )
 JETMOE = (
     *_AROUND,
-    Row(f"{_T}self_attention.kv_proj.weight", f"{_A}key_value"),
+    Row(f"{_T}self_attention.kv_proj.weight", f"{_A}key_value", KEYS_OVER),
     Row(f"{_T}self_attention.experts.router.layer.weight", f"{_A}router.weight"),
     Row(f"{_T}self_attention.experts.input_linear.weight[expert]", f"{_A}experts.w_query[expert]"),
     Row(f"{_T}self_attention.experts.output_linear.weight[expert]", f"{_A}experts.w_out[expert]", TRANSPOSED),

@@ -22,8 +22,9 @@ class Rope:
     partial: bool = False
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        given = theirs.get("rope_parameters", None) or theirs.get("rope_scaling", None) or self.scaling
-        theirs.asked |= {"rope_scaling", "rope_theta", "original_max_position_embeddings"}
+        # Where both are there, Transformers goes by the older one.
+        given = theirs.get("rope_scaling", None) or theirs.get("rope_parameters", None) or self.scaling
+        theirs.asked |= {"rope_parameters", "rope_theta", "original_max_position_embeddings"}
         rope = dict(given)
         ours["rope_theta"] = float(rope.pop("rope_theta", None) or theirs.get("rope_theta", self.theta))
         share = theirs.get("partial_rotary_factor", self.share)

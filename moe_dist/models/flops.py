@@ -143,7 +143,7 @@ def _attention_products(model: ModelConfig, seq_len: int, classifier: bool) -> I
     layers, d_model, attention = model.num_layers, model.d_model, model.attention
     heads, width, groups = model.num_heads, model.num_heads * model.head_width, model.num_kv_heads
     if attention.kind == "switch" and not classifier:
-        top_k, groups = attention.moe.top_k, 1
+        top_k = attention.moe.top_k
         yield Product("router", "tokens", 1, d_model, _router_columns(attention.moe), layers)
         experts = attention.moe.num_experts
         yield Product("experts", "expert_columns", top_k, d_model, width, layers, experts)

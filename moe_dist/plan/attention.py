@@ -144,14 +144,14 @@ def _masks(sizes: Sizes, query: int, key: int) -> int:
 def _switch(sizes: Sizes, layer: int) -> Stage:
     """Attention experts: a row for each assignment, to the queries and back, and to the outputs and back."""
     model, moe = sizes.model, sizes.model.attention.moe
-    heads = moe.top_k * model.num_heads // sizes.layout.tp
+    heads, read = len(sizes.heads.queries), sizes.heads.kv_read
     rows = routed_rows(sizes, moe, largest_factor(moe, layer), 1)
     width, query = model.head_width, sizes.numbers(sizes.tokens, heads * model.head_width)
     wide = sizes.numbers(rows.arrived, model.num_heads * width)
-    key = sizes.numbers(sizes.tokens, width)
+    key = sizes.numbers(sizes.tokens, read * width)
     norm, norm_spike = sizes.norm()
     kept = norm + sizes.numbers(sizes.tokens, model.d_model) + router_kept(sizes, moe)
-    kept += rows.asked * 2 * (3 * INDEX + 1) + query + 3 * key + _remembered(sizes, heads, 1, layer) + query
+    kept += rows.asked * 2 * (3 * INDEX + 1) + query + 3 * key + _remembered(sizes, heads, read, layer) + query
     kept += sizes.numbers(rows.arrived, model.d_model) * 2 + wide
     dispatch = 0
     if moe.dispatch != "local":

@@ -153,7 +153,7 @@ def unlike(model: ModelConfig, layout: Layout) -> list[int]:
         return list(range(min(layout.world, lcm(layout.tp, layout.expert_ranks))))
     kinds: dict[int, int] = {}
     for rank in range(layout.tp):
-        heads = HeadAssignment.of(model.num_heads, model.num_kv_heads, Group(tuple(range(layout.tp)), rank))
+        heads = HeadAssignment.of(model.query_heads, model.num_kv_heads, Group(tuple(range(layout.tp)), rank))
         kinds.setdefault(heads.kv_read, rank)
     return list(kinds.values())
 

@@ -98,7 +98,7 @@ class Sizes:
     @property
     def heads(self) -> HeadAssignment:
         tp = self.layout.ranks("tp", self.rank)
-        return HeadAssignment.of(self.model.num_heads, self.model.num_kv_heads, Group(tp, tp.index(self.rank)))
+        return HeadAssignment.of(self.model.query_heads, self.model.num_kv_heads, Group(tp, tp.index(self.rank)))
 
     def numbers(self, *sizes: int) -> int:
         """Bytes of a tensor of so many rows and columns."""

@@ -151,11 +151,9 @@ def _cut(product: Product, model: ModelConfig, shape: BatchShape, layout: Layout
 
 def _key_values_here(model: ModelConfig, tp: int) -> float:
     """Share of the key/value heads that the rank with most of them computes."""
-    if model.attention.kind == "switch":
-        return 1.0
-    groups = model.num_kv_heads
-    held = (HeadAssignment.of(model.num_heads, groups, Group(tuple(range(tp)), rank)).kv_held for rank in range(tp))
-    return max(len(heads) for heads in held) / groups
+    heads, groups = model.query_heads, model.num_kv_heads
+    held = (HeadAssignment.of(heads, groups, Group(tuple(range(tp)), rank)).kv_held for rank in range(tp))
+    return max(map(len, held)) / groups
 
 
 def _through_memory(

@@ -146,5 +146,5 @@ def _checked(
     # With dropout the plain maths: it draws by global index, the fused kernels as they like.
     attention = AttentionConfig(kind="switch", backend="torch" if dropout else "auto", dropout=dropout, moe=moe)
     parallel = ParallelConfig(ep=mesh.layout.ep, etp=mesh.etp, tp=mesh.tp.size)
-    refuse([*problems, *switch_rules(attention, parallel, num_kv_heads=1, num_layers=1, section="", inner="")])
+    refuse([*problems, *switch_rules(attention, parallel, num_layers=1, section="", inner="")])
     return attention

@@ -158,7 +158,7 @@ _FAMILIES: dict[str, dict[str, dict[str, object]]] = {
         "model": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
         "attention": {"score_multiplier": 0.2},
     },
-    "jetmoe": {"attention": {"out_bias": True}, "moe": {"out_bias": True}},
+    "jetmoe": {"model": {"num_kv_heads": 4}, "attention": {"out_bias": True}, "moe": {"out_bias": True}},
     "gpt_bigcode": {
         "model": {"norm": "layer", "activation": "gelu_tanh", "ff_bias": True, "max_positions": 16},
         "attention": {"position": "learned", "qkv_bias": True, "out_bias": True},

@@ -24,6 +24,7 @@ from tests.dist.helpers import KEY, raised, run_checks
 
 B, S, D, H, P, E = 4, 6, 10, 2, 4, 4
 SIZES = HeadSizes.of(D, H, 1, P)
+MORE_HEADS = HeadSizes.of(D, 6, 3, P)  # 3 key/value heads, cut by no tp
 FLOAT64 = dict(rtol=1e-9, atol=1e-11)
 CARRIERS: list[tuple[dict[str, Any], int | None]] = [
     (dict(dispatch="all_to_all"), None),
@@ -77,19 +78,20 @@ class Case:
     moe: MoEConfig
     attention: dict[str, Any] = field(default_factory=dict)
     alibi: bool = False
+    sizes: HeadSizes = SIZES
     recompute: bool = False
     x_BSD: Tensor = field(default_factory=lambda: draw(0, B, S, D))
 
     def run(self, mesh: Mesh, how: dict[str, Any]) -> tuple[Found, SwitchAttention]:
         section = AttentionConfig(kind="switch", moe=replace(self.moe, **how), **self.attention)
-        section = resolve_attention(section, SIZES, mesh.ep.size, "cpu")
-        layer = SwitchAttention(SIZES, section, mesh, 0, out_std=0.3)
+        section = resolve_attention(section, self.sizes, mesh.ep.size, "cpu")
+        layer = SwitchAttention(self.sizes, section, mesh, 0, out_std=0.3)
         initialize(layer, seed=1)
         layer.double()
         rows, cut = B // mesh.dp.size, mesh.token_ranks if mesh.sequence_parallel else mesh.dp
         x_TD = own(self.x_BSD.flatten(0, 1), cut.rank, cut.size).clone().requires_grad_()
         rotary = None if self.alibi else rotary_table(torch.arange(S).double(), P, 100.0)
-        slopes_H = torch.tensor([0.5, 0.1], dtype=torch.float64) if self.alibi else None
+        slopes_H = (0.5 ** torch.arange(1, 1 + self.sizes.num_heads)).double() if self.alibi else None
         positions, witness, replay = Positions(rotary, slopes_H), Witness(), Replay()
         step = StepContext(KEY, witness=witness)
         y_TD, stats = layer(x_TD, (rows, S), positions, step, replay=replay)
@@ -152,6 +154,8 @@ CASES = [
     Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=0.9), dict(dropout=0.4, backend="torch")),
     Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=None, experts="bmm"), x_BSD=one_sided()),
     Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=1.0), x_BSD=one_sided()),
+    Case(MoEConfig(num_experts=E, top_k=2, capacity_factor=0.75), sizes=HeadSizes.of(D, 4, 2, P)),
+    Case(MoEConfig(num_experts=E, top_k=1, capacity_factor=0.9), dict(clip_qkv=0.8), alibi=True, sizes=MORE_HEADS),
 ]
 
 

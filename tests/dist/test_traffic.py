@@ -106,6 +106,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel__tp": 2,
         "parallel__sequence_parallel": True,
         "model__recompute": "block",
+        "model__num_kv_heads": 2,
         "model__attention": {"kind": "switch", "out_bias": True, "moe": {"num_experts": 2, "router_bias": True}},
     },
     "native LayerNorm, learned positions, biases, feed-forwards beside attention": {

@@ -27,12 +27,11 @@ def switch_rules(
     attention: AttentionConfig,
     parallel: ParallelConfig,
     *,
-    num_kv_heads: int,
     num_layers: int,
     section: str = "model.attention",
     inner: str = "model.attention.moe",
 ) -> Iterator[str]:
-    """inner: where the fields of `attention.moe` stand. num_kv_heads, num_layers: of the model."""
+    """inner: where the fields of `attention.moe` stand. num_layers: of the model."""
     moe = attention.moe
     if attention.kind != "switch":
         if moe != MoEConfig():
@@ -41,8 +40,6 @@ def switch_rules(
     if moe.num_experts < 1:
         yield f"num_experts={moe.num_experts} of attention is below 1; raise {key(inner, 'num_experts')}"
         return
-    if num_kv_heads != 1:
-        yield f"num_kv_heads={num_kv_heads} with kind=switch, which has one for all; set model.num_kv_heads to 1"
     for name in ("qkv_bias", "qk_ln", "qk_norm", "sinks", "score_multiplier"):
         value, off = getattr(attention, name), getattr(AttentionConfig(), name)
         if value != off:

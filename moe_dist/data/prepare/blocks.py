@@ -79,9 +79,10 @@ def _text(source: Source, place: Place, text_key: str) -> Iterator[Block]:
             end = cut(data)
             at += end
             over = len(data) <= BLOCK
-            yield Block(data[:end], 1, Place(at), file.tell(), over)
+            yield Block(data[:end], 1, Place(at), file.tell(), over and not stream.failed)
             data = data[end:]
             if over:
+                stream.read(1)  # where the file gives no more, that is raised here
                 return
 
 
@@ -183,6 +184,10 @@ class _Stream:
     def __init__(self, stream: io.BufferedReader) -> None:
         self._stream, self._left = stream, b""
         self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
 
     def read(self, size: int) -> bytes:
         """So many bytes, or fewer where there are no more."""

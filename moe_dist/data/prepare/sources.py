@@ -15,10 +15,10 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from moe_dist.config.values import user_path
-from moe_dist.data.documents import LeftOut, open_text, walk
+from moe_dist.data.documents import UNREADABLE, LeftOut, open_text, walk
 
 Kind = Literal["text", "jsonl", "csv", "parquet", "arrow"]
 KINDS: tuple[Kind, ...] = ("text", "jsonl", "csv", "parquet", "arrow")
@@ -79,10 +79,18 @@ def _source(path: Path, kind: Kind | None) -> Source:
             kind = "parquet"
         kind = kind or _SUFFIXES.get(Path(_COMPRESSED.sub("", path.name)).suffix.lower(), "text")
         file.seek(0)
-        if kind in ("text", "jsonl", "csv") and (reason := open_text(file)[1]):
+        if kind in ("text", "jsonl", "csv") and (reason := _no_text(file)):
             raise ValueError(f"{path} is {reason}: give text, or its kind")
     status = path.stat()
     return Source(str(path), kind, status.st_size, status.st_mtime_ns)
+
+
+def _no_text(file: IO[bytes]) -> str | None:
+    """Why it is no text. A packed file that is damaged counts as text: reading it makes a bad record."""
+    try:
+        return open_text(file)[1]
+    except UNREADABLE:
+        return None
 
 
 def _dataset(folder: Path) -> list[Source]:

@@ -138,7 +138,7 @@ class MicroStep(Routing):
             self.forward("all_to_all", "tp", "tokens for heads", heads)
             self.backward("all_to_all", "tp", "tokens for heads", heads)
         self.enter()
-        self.shared(2 * model.head_width * model.d_model, "shared key/value heads")
+        self.shared(2 * model.num_kv_heads * model.head_width * model.d_model, "shared key/value heads")
         self.carry(moe, site, Widths(queries, model.d_model, self.dtype))
         if self.layout.expert_ranks == 1:
             for _ in range(2):

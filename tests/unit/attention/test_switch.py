@@ -27,11 +27,11 @@ B, S, D, H, P, E = 3, 7, 10, 2, 4, 4
 CLOSE = dict(rtol=1e-9, atol=1e-11)
 
 
-def model_of(attention: dict[str, Any] | None = None, **moe: Any) -> ModelConfig:
+def model_of(attention: dict[str, Any] | None = None, heads: int = H, groups: int = 1, **moe: Any) -> ModelConfig:
     settings = MoEConfig(**(dict(num_experts=E, top_k=2, capacity_factor=None) | moe))
     section = AttentionConfig(kind="switch", moe=settings, **(attention or {}))
-    model = ModelConfig(d_model=D, num_heads=H, head_dim=P, d_ff=12, attention=section, moe=MoEConfig(num_experts=0))
-    return resolve_backends(model, ep=1)
+    sizes = dict(d_model=D, num_heads=heads, num_kv_heads=groups, head_dim=P, d_ff=12)
+    return resolve_backends(ModelConfig(**sizes, attention=section, moe=MoEConfig(num_experts=0)), ep=1)
 
 
 def switch_attention(model: ModelConfig, layer: int = 0) -> SwitchAttention:
@@ -73,12 +73,14 @@ def plain(
     layer: SwitchAttention, x_BSD: Tensor, capacity: int | None = None, window: int = S, clip: float = 1e9
 ) -> Tensor:
     """The definition: for every token and every chosen expert that has room, each head on its own."""
-    key, value = layer.key_value.chunk(2)
-    taken, out = [0] * E, []
+    kv_GxPD = layer.key_value.view(-1, 2, P, D)
+    heads, taken, out = layer.experts.w_query.shape[1] // P, [0] * E, []
+    read = [h * len(kv_GxPD) // heads for h in range(heads)]  # by each head of an expert
     for x_SD in x_BSD:
-        k_SP, v_SP = turned((x_SD @ key.T).clamp(-clip, clip)), (x_SD @ value.T).clamp(-clip, clip)
-        queries = [(x_SD @ w.T).clamp(-clip, clip).unflatten(1, (H, P)) for w in layer.experts.w_query]
-        queries = [torch.stack([turned(q_SHP[:, h]) for h in range(H)], dim=1) for q_SHP in queries]
+        keys = [turned((x_SD @ key.T).clamp(-clip, clip)) for key in kv_GxPD[:, 0]]
+        values = [(x_SD @ value.T).clamp(-clip, clip) for value in kv_GxPD[:, 1]]
+        queries = [(x_SD @ w.T).clamp(-clip, clip).unflatten(1, (heads, P)) for w in layer.experts.w_query]
+        queries = [torch.stack([turned(q_SHP[:, h]) for h in range(heads)], dim=1) for q_SHP in queries]
         for t, x_D in enumerate(x_SD):
             p_E = (layer.router.weight @ x_D).softmax(-1)
             chosen = p_E.topk(layer.config.moe.top_k)
@@ -89,9 +91,10 @@ def plain(
                 if capacity is not None and taken[i] > capacity:
                     continue
                 seen = slice(max(0, t - window + 1), t + 1)
-                probs = [(k_SP[seen] @ q_P / P**0.5).softmax(0) for q_P in queries[i][t]]
-                heads = torch.cat([prob @ v_SP[seen] for prob in probs])
-                y_D = y_D + weight * (heads @ layer.experts.w_out[i])
+                of_heads = zip(queries[i][t], read, strict=True)
+                probs = [(keys[group][seen] @ q_P / P**0.5).softmax(0) for q_P, group in of_heads]
+                found = [prob @ values[group][seen] for prob, group in zip(probs, read, strict=True)]
+                y_D = y_D + weight * (torch.cat(found) @ layer.experts.w_out[i])
             out.append(y_D)
     return torch.stack(out).view(x_BSD.shape)
 
@@ -105,6 +108,9 @@ def plain(
         (dict(top_k=2, capacity_factor=0.6), dict(backend="flash"), dict(capacity=7)),
         (dict(top_k=3, capacity_factor=0.3), dict(backend="torch", window=3), dict(capacity=5, window=3)),
         (dict(top_k=4), dict(backend="packed", clip_qkv=0.7), dict(clip=0.7)),
+        (dict(top_k=2, groups=2), dict(backend="torch"), {}),  # JetMoE: as many of both
+        (dict(top_k=3, heads=4, groups=2, capacity_factor=0.6), dict(backend="flash"), dict(capacity=10)),
+        (dict(top_k=2, heads=4, groups=2), dict(backend="packed", clip_qkv=0.7), dict(clip=0.7)),
     ],
 )
 def test_the_formula(moe: dict[str, Any], attention: dict[str, Any], limits: dict[str, Any]) -> None:
@@ -124,20 +130,23 @@ def test_the_formula(moe: dict[str, Any], attention: dict[str, Any], limits: dic
         torch.testing.assert_close(actual, expected, **CLOSE)
 
 
-def test_alibi_and_no_positions() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_alibi_and_no_positions(groups: int) -> None:
     """K * H heads, of which each expert's H have the slopes of the model."""
-    layer, x_BSD = layer_of(top_k=2), drawn(1, S, D)
+    layer, x_BSD = layer_of(top_k=2, groups=groups), drawn(1, S, D)
     slopes_H = torch.tensor([0.5, 0.1], dtype=torch.float64)
     y_BSD, _ = run(layer, x_BSD, where=positions(rotary=None, slopes_H=slopes_H))
     without_BSD, _ = run(layer, x_BSD, where=positions(rotary=None))
-    x_SD, (key, value) = x_BSD[0], layer.key_value.chunk(2)
+    x_SD, kv_HxPD = x_BSD[0], layer.key_value.view(groups, 2, P, D).repeat_interleave(H // groups, 0)
+    k_HSP, v_HSP = (x_SD @ kv_HxPD[:, at].mT for at in range(2))
     chosen = (x_SD[-1] @ layer.router.weight.T).softmax(-1).topk(2)
     for found_D, slopes in ((y_BSD[0, -1], slopes_H), (without_BSD[0, -1], slopes_H * 0)):
         expected_D = torch.zeros(D, dtype=torch.float64)
         for weight, i in zip(chosen.values / chosen.values.sum(), chosen.indices, strict=True):
             q_HP = (layer.experts.w_query[i] @ x_SD[-1]).view(H, P)
-            scores_HS = q_HP @ (x_SD @ key.T).T / P**0.5 - slopes[:, None] * torch.arange(S - 1, -1, -1)
-            expected_D += weight * (scores_HS.softmax(-1) @ (x_SD @ value.T)).flatten() @ layer.experts.w_out[i]
+            scores_HS = (k_HSP @ q_HP[..., None])[..., 0] / P**0.5 - slopes[:, None] * torch.arange(S - 1, -1, -1)
+            y_HP = (scores_HS.softmax(-1)[:, None] @ v_HSP)[:, 0]
+            expected_D += weight * y_HP.flatten() @ layer.experts.w_out[i]
         torch.testing.assert_close(found_D, expected_D, **CLOSE)
 
 
@@ -224,12 +233,13 @@ def test_no_tokens() -> None:
     assert all(grad.abs().max() == 0 for grad in gradients(layer).values())
 
 
-@pytest.mark.parametrize("chunks", [[1] * S, [4, 1, 2], [S]])
-def test_decoding_with_a_cache(chunks: list[int]) -> None:
+@pytest.mark.parametrize(("chunks", "groups"), [([1] * S, 1), ([4, 1, 2], 1), ([S], 1), ([4, 1, 2], 2)])
+def test_decoding_with_a_cache(chunks: list[int], groups: int) -> None:
     """Token by token and in chunks, also after a reset."""
-    layer, x_BSD = layer_of(dict(window=4)), drawn(B, S, D)
+    layer, x_BSD = layer_of(dict(window=4), groups=groups), drawn(B, S, D)
     expected_BSD, _ = run(layer, x_BSD, context(phase="dropless"))
-    cache = KVCache(B, S, 1, P, dtype=torch.float64)
+    cache = layer.new_cache(B, S)
+    assert cache.k_BGLP.shape == (B, groups, S, P) and cache.k_BGLP.dtype == torch.float64
     for _ in range(2):
         cache.reset()
         parts, first = [], 0
@@ -322,12 +332,13 @@ def test_autocast() -> None:
     gradients(layer)
 
 
-def test_counting_parameters_and_flops() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_counting_parameters_and_flops(groups: int) -> None:
     """Against the layers themselves."""
-    model = model_of(top_k=3)
+    model = model_of(top_k=3, groups=groups)
     dense = replace(model, attention=AttentionConfig())
     ours = sum(p.numel() for p in switch_attention(model).parameters())
-    theirs = 2 * D * P * (H + 1)  # one key/value head
+    theirs = 2 * D * P * (H + groups)
     counts, without = parameter_counts(model), parameter_counts(dense)
     assert counts.total - without.total == model.num_layers * (ours - theirs)
     expert = 2 * D * H * P

@@ -234,6 +234,38 @@ def test_what_cannot_be_read_to_its_end_is_named(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "c")[-1] == "after" and record["documents"] == named["line"] > 1900
 
 
+def packed(form: str, data: bytes) -> bytes:
+    if form == "zst":
+        found: bytes = pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
+        return found
+    return {"gz": gzip, "xz": lzma, "bz2": bz2}[form].compress(data)  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("form", ["gz", "xz", "bz2", "zst"])
+@pytest.mark.parametrize(("share", "kind"), [(0.7, "txt"), (0.7, "jsonl"), (0.05, "txt"), (0.05, "csv")])
+def test_a_packed_file_that_breaks_off_is_named(form: str, share: float, kind: str, tmp_path: Path) -> None:
+    """A text too, which is shorter than a block; and where not even what it begins with can be unpacked."""
+    rng = np.random.default_rng(3)
+    texts = [rng.bytes(40).hex() for _ in range(2000)]
+    plain = {"txt": "\n".join(texts), "jsonl": "\n".join(json.dumps({"text": text}) for text in texts)}
+    plain["csv"] = "text\n" + plain["txt"]
+    data = packed(form, plain[kind].encode())
+    broken, whole = tmp_path / f"in/a.{kind}.{form}", tmp_path / "in/b.txt"
+    broken.parent.mkdir()
+    broken.write_bytes(data[: int(len(data) * share)])
+    whole.write_text("after")
+    record = prepared(tmp_path / "c", tmp_path / "in")
+    named = [json.loads(line) for line in (tmp_path / "c.bad.jsonl").read_text().splitlines()]
+    assert named[-1]["file"] == str(broken) and "cannot be read from here on" in named[-1]["reason"]
+    assert sum(record["bad"].values()) == len(named) and texts_of(tmp_path / "c")[-1] == "after"
+    if kind == "txt" and share > 0.5 and form in ("gz", "xz"):  # the others unpack a block as a whole
+        assert plain[kind].startswith(texts_of(tmp_path / "c")[0])
+    with pytest.raises(BadRecord, match=rf"a\.{kind}\.{form}, line \d+: "):
+        prepared(tmp_path / "d", tmp_path / "in", strict=True)
+    with pytest.raises(BadRecord):
+        prepared(tmp_path / "e", broken, strict=True)
+
+
 def test_texts_that_are_no_utf8_and_empty_ones(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

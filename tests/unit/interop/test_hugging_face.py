@@ -25,8 +25,8 @@ from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe_dist.generate.decode import CachedDecoder, generate
 from moe_dist.generate.sampling import Sampling
 from moe_dist.interop import command, hf_import
+from moe_dist.interop.config_json import UNLIKE, read_settings, settings_of
 from moe_dist.interop.families import FAMILIES as KNOWN
-from moe_dist.interop.families import UNLIKE, read_settings, settings_of
 from moe_dist.interop.hf_export import bytes_as_bpe
 from moe_dist.interop.meaning import meaning
 from moe_dist.models.backends import plainest
@@ -201,6 +201,37 @@ def test_a_tensor_that_is_not_as_it_should_be_is_named(
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_gate_keeps_nothing_that_is_not_finite(
+    value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where both sides have it too."""
+    saved("llama", tmp_path / "theirs")
+    altered(lambda tensors: tensors["model.norm.weight"].fill_(value), tmp_path / "theirs")
+    assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run")]) == 1
+    assert "100% of the tokens are apart, so this is not the same model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_what_transformers_cannot_load_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("llama", tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text()) | {"initializer_range": "wide"}
+    (tmp_path / "theirs/config.json").write_text(json.dumps(config))
+    assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run")]) == 1
+    assert "theirs: Transformers cannot load it: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"lm_head.weight": 5}])
+def test_an_index_that_names_no_files_is_refused(
+    weight_map: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved("llama", tmp_path / "theirs")
+    (tmp_path / "theirs/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert main(["import", "hf", str(tmp_path / "theirs"), "--output", str(tmp_path / "run")]) == 2
+    assert "index.json: weight_map does not name a file for each tensor" in capsys.readouterr().err
+
+
 def test_what_is_left_out_on_purpose_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved("qwen3_moe", tmp_path / "theirs")
     altered(lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(3)}), tmp_path / "theirs")
@@ -261,6 +292,10 @@ def _exchanged(row: Any) -> Any:
             ["rope yarn with attention_factor=1.0, which is not known here"],
         ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5: this family turns all of a head"]),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention"], "num_key_value_heads": 4},
+            ["layer_types names 1 layers, but num_hidden_layers=2"],
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, ["weights are quantised (fp8)"]),
         (
             {"model_type": "gpt_bigcode", "n_embd": 16, "n_layer": 2, "n_head": 4, "scale_attn_weights": False},

@@ -230,6 +230,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             attention=dict(kind="switch", out_bias=True, moe=dict(num_experts=4, top_k=2, capacity_factor=None)),
         ),
     ),
+    "jetmoe, more heads": (
+        "jetmoe.JetMoe",
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=3,
+            intermediate_size=24,
+            num_key_value_heads=2,
+            kv_channels=6,
+            rms_norm_eps=1e-6,
+        ),
+        dict(
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=6,
+            norm_eps=1e-6,
+            out_bias=True,
+            top_k=3,
+            attention=dict(kind="switch", out_bias=True, moe=dict(num_experts=4, top_k=3, capacity_factor=None)),
+        ),
+    ),
     "gpt_bigcode": (
         "gpt_bigcode.GPTBigCode",
         dict(n_inner=24, n_positions=40, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),

@@ -25,6 +25,7 @@ MODELS: list[tuple[dict[str, Any], list[Layout]]] = [
     ({"model__moe__router": "noisy"}, [Layout(2, ep=2)]),
     ({"model__moe__router": "hash", "model__moe__capacity_factor": [1.0, None]}, [Layout(2, ep=2)]),
     ({"model__attention": {"kind": "switch"}}, [Layout(4, ep=2, tp=2)]),
+    ({"model__attention": {"kind": "switch"}, "model__num_kv_heads": 2}, [Layout(4, ep=2, tp=2)]),
     ({"model__attention": {"kind": "routed"}}, [Layout(4, ep=2, tp=2)]),
     ({"model__attention": {"sinks": True, "qk_ln": True}}, [Layout(2, tp=2)]),
     ({"train__freeze": ["output.*", "blocks.*.experts.*"]}, [Layout(4, ep=2, tp=2)]),  # the embedding is tied

@@ -16,7 +16,6 @@ def switch(**values: object) -> dict[str, object]:
     ("phrase", "values"),
     [
         ("num_experts=0 of attention is below 1; raise model.attention.moe.num_experts", switch(moe__num_experts=0)),
-        ("num_kv_heads=2 with kind=switch", switch() | {"model__num_kv_heads": 2}),
         ("qk_ln=true is not of kind=switch", switch(qk_ln=True)),
         ("qkv_bias=true is not of kind=switch; set model.attention.qkv_bias to false", switch(qkv_bias=True)),
         ("qk_norm=head is not of kind=switch", switch(qk_norm="head")),
@@ -73,6 +72,7 @@ def test_refused(phrase: str, values: dict[str, object]) -> None:
         switch(moe__capacity_factor=[1.0, None, 2.0, 1.5], moe__router="sigmoid") | {"parallel__ep": 8},
         switch() | {"model__moe__num_experts": 0, "parallel__ep": 4},
         switch(moe__dispatch="all_gather", moe__top_k=1) | {"parallel__ep": 2, "parallel__tp": 2},
+        switch() | {"model__num_kv_heads": 4, "parallel__tp": 2},
     ],
 )
 def test_let_through(values: dict[str, object]) -> None:
