@@ -23,6 +23,7 @@ from moe_dist.study.report.checks import CHECKS, check
 from moe_dist.study.report.finding import Finding
 from moe_dist.study.report.matches import compared
 from moe_dist.study.report.metric import title
+from moe_dist.study.report.overall import overall_table
 from moe_dist.study.report.sections import compute_sections, dispatch_section, pareto_section, run_section
 from moe_dist.study.report.tables import (
     advice_table,
@@ -146,6 +147,9 @@ def _answer_sections(study: Study, found: Answer, grid: Sequence[Cell], metric: 
         others = (found.families.others, comparisons, asked, note)
         tables = comparisons_tables("exploratory", "Other comparisons", *others)
         sections.append(Section("Other comparisons", tables, exploratory=True))
+    overall = overall_table((*found.families.named, *found.families.others), metric)
+    if overall is not None:
+        sections.append(Section("Over all settings", [overall], exploratory=True))
     return sections
 
 
