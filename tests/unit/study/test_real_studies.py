@@ -37,6 +37,12 @@ def test_answers_are_those_of_the_ledger(name: str) -> None:
 def test_every_number_is_of_the_report(name: str) -> None:
     """Those with an uncertainty, in a study's own part of the page: `132 ± 13`, `0.0373 (0.0284 to 0.0463)`."""
     (part,) = (part for part in PAGE.split("\n## ") if f"study run configs/studies/{name}.yaml" in part)
-    numbers = re.findall(r"[+-]?\d[\d.]* ± [\d.]+|[\d.]+ \([\d.]+ to [\d.]+\)", part)
+    part = " ".join(part.split())
     report = (FOLDER / name / "report.md").read_text(encoding="utf-8")
-    assert numbers and [number for number in numbers if number not in report] == []
+    known = report + "".join(path.read_text(encoding="utf-8") for path in (FOLDER / name / "data").glob("*.csv"))
+    numbers = re.findall(r"[+-]?\d[\d.]* ± [\d.]+", part)
+    intervals = re.findall(r"(-?\d[\d.]*) \((-?\d[\d.]*) to (-?\d[\d.]*)\)", part)
+    assert numbers and [number for number in numbers if number not in known] == []
+    for mean, low, high in intervals:
+        cells = " | ".join(number if number.startswith("-") else f"+{number}" for number in (mean, low, high))
+        assert f"{mean} ({low} to {high})" in report or f"| {cells} |" in report
