@@ -35,6 +35,7 @@ from moe_dist.interop.meaning import meaning
 from moe_dist.interop.names import Pair, is_open, theirs_of, unit_shape
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HALVES = (_DTYPES["BF16"], _DTYPES["F16"])
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def export_folder(checkpoint: Path, draft: Path, dtype: str | None, most_bytes: 
     largest = max(tensors, key=lambda tensor: tensor.bytes)
     usual = {"max_position_embeddings": _longest(config), "dtype": _DTYPES[largest.dtype]}
     notes, tokens = _write_tokenizer(run, reader, draft)
-    write_json(draft / CONFIG, _config_json(config.model, before, usual | tokens, settings, dtype))
+    write_json(draft / CONFIG, _config_json(config.model, before, usual | tokens, settings, rounded=dtype is not None))
     if (origin / "generation_config.json").is_file():
         shutil.copyfile(origin / "generation_config.json", draft / "generation_config.json")
     elif tokens:
@@ -78,17 +79,19 @@ def export_folder(checkpoint: Path, draft: Path, dtype: str | None, most_bytes: 
 
 
 def _config_json(
-    model: ModelConfig, before: dict[str, Any], beside: dict[str, Any], settings: dict[str, Any], dtype: str | None
+    model: ModelConfig, before: dict[str, Any], beside: dict[str, Any], settings: dict[str, Any], rounded: bool
 ) -> dict[str, Any]:
     """What an imported model came with, where that still says the model; else with `settings`. beside: what else there
-    must be, where it did not come."""
-    said = "torch_dtype" if "torch_dtype" in before else "dtype"
-    rounded = {} if dtype is None else {said: _DTYPES[dtype]}
+    must be, where it did not come. rounded: the precision of the files was asked for, and is said in any case. Else it
+    is said in place of a narrower one: Transformers would round to that what it loads."""
+    said = [name for name in ("torch_dtype", "dtype") if before.get(name) is not None]
+    narrower = [name for name in said if before[name] in _HALVES]
+    precision = dict.fromkeys((said or ["dtype"]) if rounded else narrower, beside["dtype"])
     if before and meaning(read_settings(before).model) == meaning(model):
-        return before | rounded
-    if said in before:
+        return before | precision
+    if said:
         beside.pop("dtype")
-    return beside | before | settings | rounded
+    return beside | before | settings | precision
 
 
 def _longest(config: Config) -> int:

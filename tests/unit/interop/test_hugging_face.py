@@ -162,6 +162,19 @@ def test_bf16_and_fp16(tmp_path: Path) -> None:
     assert main(["import", "hf", str(back), "--output", str(tmp_path / "again"), "--dtype", "bf16"]) == 0
 
 
+def test_config_json_says_the_precision_of_the_files(tmp_path: Path) -> None:
+    """fp16 is stored as fp32 and goes out so. Transformers loads in what config.json says, and would round."""
+    transformers = pytest.importorskip("transformers")
+    there, run, back = tmp_path / "theirs", tmp_path / "run", tmp_path / "back"
+    saved("mixtral", there, torch.float16)
+    config = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    assert main(["import", "hf", str(there), "--output", str(run)]) == 0
+    assert main(["export", "hf", str(run), "--output", str(back)]) == 0
+    assert json.loads((back / "config.json").read_text())["dtype"] == "float32"
+    assert transformers.AutoModelForCausalLM.from_pretrained(back).dtype == torch.float32
+
+
 def altered(change: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
