@@ -1,5 +1,6 @@
 """The rules of the task and its data: `validate` asks for all of them."""
 
+import os
 from collections.abc import Iterator
 
 from moe_dist.config.model import AttentionConfig, ModelConfig
@@ -122,6 +123,11 @@ def _paths_rules(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _prefix(path: str) -> str:
+    """Of PREFIX.bin and PREFIX.idx, one for all ways to write it but links."""
+    return os.path.abspath(os.path.expanduser(path.removesuffix(".idx").removesuffix(".bin")))
+
+
 def _indexed_rules(data: DataConfig) -> Iterator[str]:
     if not data.paths and not data.blend:
         yield "data.kind indexed needs paths; name PREFIX of PREFIX.bin and PREFIX.idx in data.paths or data.blend"
@@ -138,7 +144,8 @@ def _indexed_rules(data: DataConfig) -> Iterator[str]:
                 f"blend[{path}]={data.blend[path]} is a share of {share:.2g}, below {SMALLEST_SHARE:g}, "
                 f"which is not kept exactly enough; raise data.blend[{path}], or leave it out"
             )
-    both = [path for path in data.validation_paths if path in data.paths or path in data.blend]
+    trained_on = {_prefix(path) for path in (*data.paths, *data.blend)}
+    both = [path for path in data.validation_paths if _prefix(path) in trained_on]
     if both:
         yield f"validation_paths names {both[0]}, which is trained on; take it out of one of them"
     if data.validation_paths and data.validation_fraction != DataConfig().validation_fraction:

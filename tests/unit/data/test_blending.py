@@ -98,6 +98,10 @@ def test_rules() -> None:
     assert "blend[a]=0.0 is outside 0 < weight" in refused(blend={"a": 0.0, "b": 1.0})
     assert "is a share of 1e-05, below 0.0001" in refused(blend={"a": 1e-5, "b": 1.0})
     assert "validation_paths names a, which is trained on" in refused(blend={"a": 1.0}, validation_paths=["a"])
+    for same in ("./a", "b/../a.idx", "a.bin"):  # what is trained on, in other words
+        assert f"validation_paths names {same}, which is trained on" in refused(
+            blend={"a": 1.0}, validation_paths=[same]
+        )
     assert "means nothing where data.validation_paths" in refused(
         paths=["a"], validation_paths=["b"], validation_fraction=0.5
     )
