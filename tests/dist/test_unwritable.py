@@ -33,7 +33,6 @@ from moe_dist.train.record.status import read_status
 from moe_dist.verify.cases import LayoutCase, Options, Setting
 from moe_dist.verify.command import _worker
 from tests.dist.helpers import TINY, forget_process_group
-from tests.dist.test_train import own_environment  # noqa: F401  (a fixture)
 from tests.unit.checkpoint.helpers import alone
 from tests.unit.study.helpers import Pretend, write_study
 

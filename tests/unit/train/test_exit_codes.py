@@ -13,7 +13,7 @@ NUMBERS = {
 }
 WORDS = {
     **{0: "done", 1: "failed", 2: "mistake", 75: "saved"},
-    **{76: "diverged", 77: "stood still", 78: "differ", 79: "again and again"},
+    **{76: "diverged", 77: "stood still", 78: "differ", 79: "start after start"},
 }
 
 
