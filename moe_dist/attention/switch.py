@@ -13,7 +13,7 @@ its results go to the output projections and come back weighted. Under tp each r
 and between both trips trades tokens for heads, so that it attends with K * H / tp heads over whole sequences.
 
 Legend: B batch, S sequence, L keys (S, or more with a cache), T tokens of this tp rank, K top_k, N = T * K assignments,
-X rows that arrived, D d_model, H heads, G key/value heads, P width of a head, M = H * P, E experts, e held
+X rows that arrived, D d_model, H heads, G key/value heads, P width of a head, M = H * P, E experts, e experts held
 here, J query heads of this rank, I key/value heads that they are given.
 """
 

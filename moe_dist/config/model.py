@@ -215,8 +215,8 @@ class AttentionConfig:
     kind: Literal["multi_query", "switch", "routed"] = "multi_query"
     """multi_query: num_heads query heads share num_kv_heads key/value heads. switch: each token goes to top_k of
     num_experts attention experts with query and output projections of their own (arXiv 2210.05144), which share the
-    key/value heads. routed: local
-    attention, and routed queries that see routed keys of all windows before (CoLT5, arXiv 2303.09752)."""
+    key/value heads. routed: local attention, and routed queries that see routed keys of all windows before (CoLT5,
+    arXiv 2303.09752)."""
     backend: Literal["auto", "torch", "packed", "flash", "flash_attn", "triton"] = "auto"
     """torch: plain maths. packed: the same for short sequences on CPU, heads that share keys packed into one product.
     flash: torch's fused attention. flash_attn: the package of that name, on GPUs in bf16. triton: our kernels. auto:

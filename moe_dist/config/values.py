@@ -18,6 +18,11 @@ def user_path(text: str) -> Path:
         raise ValueError(f"{text}: there is no such user's home folder; write the path without ~") from None
 
 
+def index_prefix(path: str) -> str:
+    """PREFIX of PREFIX.bin and PREFIX.idx, by which an indexed corpus is named; either file names it too."""
+    return path.removesuffix(".idx").removesuffix(".bin")
+
+
 class Minutes:
     """Annotates a field that is a number of minutes, for which pydantic then takes text too."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from moe_dist.config.values import index_prefix
 from moe_dist.data.prepare.inspect import describe, inspect_corpus
 from moe_dist.data.prepare.job import prepare, summary_of
 from moe_dist.data.prepare.learn import learn_tokenizer
@@ -71,7 +72,7 @@ class Watch:
 
 
 def _prepare(own: argparse.Namespace) -> int:
-    prefix = Path(str(own.output).removesuffix(".bin").removesuffix(".idx"))
+    prefix = Path(index_prefix(str(own.output)))
     prefix.parent.mkdir(parents=True, exist_ok=True)
     workers = own.workers or len(os.sched_getaffinity(0))
     request = Request(
@@ -90,7 +91,7 @@ def _prepare(own: argparse.Namespace) -> int:
 
 
 def _inspect(own: argparse.Namespace) -> int:
-    prefix = str(own.prefix).removesuffix(".bin").removesuffix(".idx")
+    prefix = index_prefix(str(own.prefix))
     tokenizer = load_tokenizer(own.tokenizer) if own.tokenizer else tokenizer_beside(prefix)
     found = inspect_corpus(prefix, tokenizer, own.samples)
     print(json.dumps(found, indent=1, ensure_ascii=False) if own.json else describe(found))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_dist.config.schema import DataConfig
-from moe_dist.config.values import user_path
+from moe_dist.config.values import index_prefix, user_path
 from moe_dist.data.documents import UNREADABLE, Document, LeftOut, read_text, told_apart, walk
 from moe_dist.data.index_writer import dtype_of
 from moe_dist.data.indexed import read_indexed
@@ -169,7 +169,7 @@ def _made_with(prefixes: list[str], config: DataConfig) -> Tokenizer | None:
     named = None if config.tokenizer is None else load_tokenizer(config.tokenizer, config.end_of_text)
     told = {}
     for prefix in prefixes:
-        prefix = prefix.removesuffix(".idx").removesuffix(".bin")
+        prefix = index_prefix(prefix)
         told[prefix] = tokenizer_beside(prefix)
     known = {prefix: tokenizer for prefix, tokenizer in told.items() if tokenizer is not None}
     first = named or next(iter(known.values()), None)

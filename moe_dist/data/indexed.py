@@ -21,6 +21,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from moe_dist.config.values import index_prefix
 from moe_dist.data.stream import CheckedFile, OpenFiles, StoredTokens, TokenStream
 
 MAGIC = b"MMIDIDX\0\0"
@@ -108,7 +109,7 @@ def read_indexed(paths: Sequence[str], vocab_size: int, fraction: float, held_ou
     sampled: list[str] = []
     digest, files = hashlib.sha256(), OpenFiles()
     for path in (*paths, *held_out):
-        prefix = path.removesuffix(".idx").removesuffix(".bin")
+        prefix = index_prefix(path)
         index, idx_digest = check_index(prefix)
         bin_digest, file = _check_tokens(index, vocab_size)
         whole = file.size <= WHOLE

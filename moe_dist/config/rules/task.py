@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from moe_dist.config.model import AttentionConfig, ModelConfig
 from moe_dist.config.rules.parts import at_least, at_most, key, share, shown, unused
 from moe_dist.config.schema import Config, DataConfig, ParallelConfig
+from moe_dist.config.values import index_prefix
 
 _BYTES = 256
 _MOST_SUBWORDS = 2**20  # that a tokenizer is trained for
@@ -125,7 +126,7 @@ def _paths_rules(data: DataConfig) -> Iterator[str]:
 
 def _prefix(path: str) -> str:
     """Of PREFIX.bin and PREFIX.idx, one for all ways to write it but links."""
-    return os.path.abspath(os.path.expanduser(path.removesuffix(".idx").removesuffix(".bin")))
+    return os.path.abspath(os.path.expanduser(index_prefix(path)))
 
 
 def _indexed_rules(data: DataConfig) -> Iterator[str]:

@@ -57,8 +57,7 @@ class Progress:
         if "validation_loss" in record:
             self.message(evaluation_line(record))
         if "validation_loss_by_corpus" in record:
-            losses = record["validation_loss_by_corpus"].items()
-            self.message(f"step {step}  of " + ", ".join(f"{path} {loss:.4f}" for path, loss in losses))
+            self.message(f"step {step}  of {losses_by_corpus(record)}")
 
     def message(self, text: str) -> None:
         """Print a line, above the live one if there is one."""
@@ -86,6 +85,11 @@ def step_numbers(record: dict[str, Any], eta_seconds: float | None) -> str:
     if eta_seconds is not None:
         shown.append(f"eta {duration(eta_seconds)}")
     return "  ".join(shown)
+
+
+def losses_by_corpus(record: dict[str, Any]) -> str:
+    """`corpora/web 2.1234, corpora/code 1.9876`"""
+    return ", ".join(f"{path} {loss:.4f}" for path, loss in record["validation_loss_by_corpus"].items())
 
 
 def evaluation_line(record: dict[str, Any]) -> str:

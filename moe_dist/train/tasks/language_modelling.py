@@ -29,7 +29,7 @@ from moe_dist.moe.learning import learning_notes
 from moe_dist.parallel.collectives import all_reduce
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.step import DocumentEnds, StepContext
-from moe_dist.train.record.progress import short_number
+from moe_dist.train.record.progress import losses_by_corpus, short_number
 from moe_dist.train.record.run_folder import RunFolder
 from moe_dist.train.tasks.task import Phase, device_of, phases
 
@@ -84,7 +84,6 @@ class LanguageModelling:
         record: dict[str, Any] = {}
         for phase, suffix in phases(self.config):
             sums_C3 = self._validation_sums(engine, shape, phase, step)
-            losses_C = sums_C3[:, 0] / sums_C3[:, 1]
             loss, bytes_per_token = (float(sums_C3[:, part].sum() / sums_C3[:, 1].sum()) for part in (0, 2))
             record[f"validation_loss{suffix}"] = loss
             if suffix:
@@ -93,7 +92,7 @@ class LanguageModelling:
             if bytes_per_token > 0:
                 record["validation_bits_per_byte"] = bits_per_byte(loss, 1, 1) / bytes_per_token
             if self._apart:
-                named = zip(self._apart, losses_C.tolist(), strict=True)
+                named = zip(self._apart, (sums_C3[:, 0] / sums_C3[:, 1]).tolist(), strict=True)
                 record["validation_loss_by_corpus"] = {path: nats for (path, _), nats in named}
         return record
 
@@ -161,8 +160,7 @@ class LanguageModelling:
             bits = (f"{last[name]:.3f} bits/{unit}" for unit, name in _BITS.items() if name in last)
             rows["validation"] = ", ".join([f"{last['validation_loss']:.4f} nats/token", *bits])
         if "validation_loss_by_corpus" in last:
-            losses = last["validation_loss_by_corpus"].items()
-            rows["validation, each"] = ", ".join(f"{path} {loss:.4f}" for path, loss in losses)
+            rows["validation, each"] = losses_by_corpus(last)
         if "validation_loss_capped" in last:
             rows["validation, capped"] = f"{last['validation_loss_capped']:.4f} nats/token"
         return rows
