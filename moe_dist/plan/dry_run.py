@@ -87,8 +87,8 @@ def dry_run(
     ranks_per_node: None is one node. memory_limit: bytes that a rank has; beyond it is a problem, as are calls that do
     not meet, and whatever a rank raises.
 
-    Raises ValueError for what `validate` refuses, for ranks that are not in the world, and where a process group has
-    been joined already: this makes its own.
+    Raises ValueError for what `validate`, model or engine refuse, for ranks that are not in the world, and where a
+    process group has been joined already: this makes its own.
     """
     if dist.is_initialized():
         raise ValueError("a dry run makes a world of its own, but this process has joined one: run it in another")
@@ -153,6 +153,8 @@ def _run(
         with _group(layout, rank), FakeWorld(rank, recorder, memory, balanced.others, said):
             _step(config, shape, layout, trail, balanced, run, recorder, memory)
     except Exception as error:
+        if isinstance(error, ValueError) and not run.held:  # so no rank could start
+            raise
         last = recorder.calls[-1].describe() if recorder.calls else "none"
         message = str(error).strip().partition("\n")[0]
         problems.append(
@@ -195,16 +197,22 @@ def _step(
     )
     engine.restore(0)  # as after a checkpoint: the optimizer's state is there
     run.held = memory.live
-    key, size = RandomKey.of("dry run"), (shape.micro_batch, shape.seq_len)
+    key = RandomKey.of("dry run")
+    tokens_BS = _tokens(config, shape)
+    targets = tokens_BS if config.task == "language_modelling" else torch.zeros_like(tokens_BS[:, 0])
     for step in range(_LEARNING + 1 if config.engine.zero_stage == 3 else 1):
         recorder.calls.clear()  # those of the start
         trail.enter("data", step + 1)
         for micro in range(shape.accumulation):
-            tokens_BS = torch.ones(size, dtype=torch.int64)
-            targets = tokens_BS if config.task == "language_modelling" else tokens_BS[:, 0]
             engine.micro_step(tokens_BS, targets, StepContext(key.fold(step, micro), witness=balanced))
         trail.enter("update")
         engine.update(config.optim.lr)
+
+
+def _tokens(config: Config, shape: BatchShape) -> torch.Tensor:
+    """One after the other, so that hash routing spreads them: the same on every rank."""
+    index_N = torch.arange(shape.micro_batch * shape.seq_len)
+    return (1 + index_N % max(config.model.vocab_size - 1, 1)).view(shape.micro_batch, shape.seq_len)
 
 
 def _model(config: Config, shape: BatchShape, mesh: Mesh) -> Trainable:

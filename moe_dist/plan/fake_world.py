@@ -161,7 +161,7 @@ class FakeWorld(TorchDispatchMode):
         be heard that has not run."""
         ranks = tuple(torch.distributed.get_process_group_ranks(group_of(args)))
         if name == "_allgather_base_":
-            args[0].copy_(self.others(args[1], ranks).view_as(args[0]))
+            args[0].copy_(self.others(args[1], ranks).reshape(args[0].shape))
         elif name == "allreduce_":  # a sum, and all ranks have as much
             for tensor in args[0]:
                 tensor.mul_(len(ranks))

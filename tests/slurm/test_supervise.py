@@ -152,8 +152,8 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_handed_in_again(runs: Runs) 
 
 
 def test_a_job_near_its_time_limit_saves_and_is_queued_again(runs: Runs) -> None:
-    """The limit comes once the run goes on: Slurm counts it in minutes, looks at it every 30 s, and may signal those 30 s
-    early, so that of a job of one minute the ranks may not have been there to hear it."""
+    """The limit comes once the run goes on: Slurm counts it in minutes, looks at it every 30 s, and may signal those
+    30 s early, so that of a job of one minute the ranks may not have been there to hear it."""
     run = runs.submit("limited", "--time", "10", sbatch=("--signal=USR2@50",))
     run.goes_on(5)
     with standing_still(run):

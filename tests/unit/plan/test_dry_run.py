@@ -79,6 +79,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "data__paths": ["x"],
         "train__global_batch": 16,
     },
+    "experts choose": {"parallel__ep": 4, "model__moe__router": "expert_choice", "train__global_batch": 16},
     "more experts than tokens, parts": {
         "parallel__ep": 16,
         "model__moe__num_experts": 64,
@@ -101,6 +102,18 @@ def test_every_call_meets_and_is_as_planned(name: str) -> None:
 
 def of(**changes: Any) -> DryRun:
     return dry_run(tiny_config(**(SMALL | changes)), 8)
+
+
+def test_a_hash_spreads_tokens_nearly_as_planned() -> None:
+    found = of(model__moe={"router": "hash", "num_experts": 4, "top_k": 1}, train__seq_len=256)
+    assert found.problems == [] and {run.rank for run in found.ranks if run.differences}, text(found)
+    for counted, planned in (both for run in found.ranks for both in run.differences.values()):
+        assert counted == pytest.approx(planned, rel=0.3)
+
+
+def test_what_no_rank_can_start_with() -> None:
+    with pytest.raises(ValueError, match=r"train\.freeze: 'rooter' matches no parameter"):
+        of(train__freeze=["rooter"])
 
 
 def test_a_collective_that_one_rank_skips(monkeypatch: pytest.MonkeyPatch) -> None:
