@@ -11,13 +11,15 @@ from moe_dist.interop.settings import Ours, Theirs
 
 @dataclass(frozen=True)
 class Heads:
-    """Query and key/value heads, and their width. head_dim: what a missing key means, null: d_model / num_heads."""
+    """Query and key/value heads, and their width. kv_heads, head_dim: what a missing key means. null means as many
+    key/value heads as query heads, and d_model / num_heads."""
 
+    kv_heads: int | None = None
     head_dim: int | None = None
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        ours["num_heads"] = theirs.get("num_attention_heads")
-        ours["num_kv_heads"] = theirs.get("num_key_value_heads", None) or ours["num_heads"]
+        heads, groups = theirs.get("num_attention_heads"), theirs.get("num_key_value_heads", self.kv_heads)
+        ours |= {"num_heads": heads, "num_kv_heads": heads if groups is None else groups}
         ours["head_dim"] = theirs.get("head_dim", self.head_dim)
 
     def write(self, model: ModelConfig, theirs: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ class Windows:
     default: int = 4096
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        window, number = theirs.get("sliding_window", self.default), theirs.get("num_hidden_layers")
+        window, number = theirs.get("sliding_window", self.default), theirs.layers()
         kinds = theirs.get("layer_types", None)
         theirs.asked.add("max_window_layers")
         if self.switched and not theirs.get("use_sliding_window", False):
@@ -104,7 +106,7 @@ class Windows:
             cut = [self.usual(layer, theirs) for layer in range(number)]
         else:
             cut = [kind == "sliding_attention" for kind in kinds]
-            if len(cut) != number:
+            if len(cut) != number and "num_hidden_layers" in theirs.values:
                 theirs.problems.append(f"layer_types names {len(cut)} layers, but num_hidden_layers={number}")
             if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
                 theirs.problems.append(f"layer_types has {', '.join(sorted(unknown))}: not known here")

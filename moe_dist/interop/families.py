@@ -124,18 +124,18 @@ _LLAMA: Rules = (
 )
 _ALL = (
     Family("llama", "LlamaForCausalLM", names.LLAMA, _LLAMA),
-    Family("mistral", "MistralForCausalLM", names.LLAMA, (*_BASE, Heads(), Rope(), _DENSE, EveryWindow(default=4096))),
+    Family("mistral", "MistralForCausalLM", names.LLAMA, (*_BASE, Heads(8), Rope(), _DENSE, EveryWindow(default=4096))),
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
         names.LLAMA,
-        (*_BASE, Heads(), Rope(), _DENSE, Fixed({"attention.qkv_bias": True}), _LAST),
+        (*_BASE, Heads(32), Rope(), _DENSE, Fixed({"attention.qkv_bias": True}), _LAST),
     ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         names.LLAMA,
-        (*_BASE, Heads(128), Rope(), _DENSE, Fixed({"attention.qk_norm": "head"}), _BOTH_BIASES, _LAST),
+        (*_BASE, Heads(32, 128), Rope(), _DENSE, Fixed({"attention.qk_norm": "head"}), _BOTH_BIASES, _LAST),
     ),
     Family(
         "mixtral",
@@ -143,7 +143,7 @@ _ALL = (
         names.MIXTRAL,
         (
             *_BASE,
-            Heads(),
+            Heads(8),
             Rope(theta=1e6),
             EveryWindow(),
             Key("num_local_experts", "moe.num_experts"),
@@ -158,7 +158,7 @@ _ALL = (
         names.QWEN2_MOE,
         (
             *_BASE,
-            Heads(),
+            Heads(16),
             Rope(),
             Windows(lambda layer, theirs: layer % 2 == 0 and layer < theirs.get("max_window_layers", 28)),
             Key("qkv_bias", "attention.qkv_bias", True),
@@ -175,7 +175,7 @@ _ALL = (
         names.QWEN_MOE,
         (
             *_BASE,
-            Heads(),
+            Heads(4),
             Rope(),
             EveryWindow(switched=True, default=4096),
             Fixed({"attention.qk_norm": "head"}),
@@ -209,7 +209,7 @@ _ALL = (
         (
             *_sizes(),
             Key("rms_norm_eps", "norm_eps"),
-            Heads(64),
+            Heads(8, 64),
             Rope(
                 theta=150000.0,
                 scaling=dict(
@@ -235,7 +235,7 @@ _ALL = (
         names.GLM4_MOE,
         (
             *_BASE,
-            Heads(),
+            Heads(8),
             Rope(share=0.5, partial=True),
             _DENSE,
             *_BIASED_SIGMOID,
@@ -247,7 +247,7 @@ _ALL = (
         "solar_open",
         "SolarOpenForCausalLM",
         names.GLM4_MOE,
-        (*_BASE, Heads(128), Rope(theta=1e6, partial=True), *_BIASED_SIGMOID),
+        (*_BASE, Heads(8, 128), Rope(theta=1e6, partial=True), *_BIASED_SIGMOID),
     ),
     Family(
         "granitemoe",

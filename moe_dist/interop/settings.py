@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moe_dist.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe_dist.config.rules.model import MOST_LAYERS
 from moe_dist.config.rules.parts import shown
 from moe_dist.moe.experts import expert_widths
 
@@ -26,13 +27,17 @@ class Theirs:
         self.problems: list[str] = []
 
     def get(self, key: str, default: Any = REQUIRED) -> Any:
-        """default: what a missing key means; REQUIRED: a problem."""
+        """default: what a missing key means; REQUIRED: a problem, as null is then."""
         self.asked.add(key)
         value = self.values.get(key, default)
-        if value is REQUIRED:
+        if default is REQUIRED and value in (REQUIRED, None):
             self.problems.append(f"config.json has no {key}")
             return 1
         return value
+
+    def layers(self) -> int:
+        """Of which lists are made: no more than a model here can have, which is said by its own rules."""
+        return min(int(self.get("num_hidden_layers")), MOST_LAYERS)
 
     def refuse(self, key: str, why: str) -> None:
         self.problems.append(f"{key}={shown(self.values.get(key))}: {why}")
@@ -147,7 +152,7 @@ class SparseStep:
     """Every nth layer has experts, but for those of mlp_only_layers."""
 
     def read(self, theirs: Theirs, ours: Ours) -> None:
-        number, step = theirs.get("num_hidden_layers"), theirs.get("decoder_sparse_step", 1)
+        number, step = theirs.layers(), theirs.get("decoder_sparse_step", 1)
         dense = theirs.get("mlp_only_layers", None) or []
         layers = [layer for layer in range(number) if (layer + 1) % step == 0 and layer not in dense]
         if not layers:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from moe_dist.config.model import ModelConfig
 from moe_dist.config.rules.parts import above_zero, at_least, at_most, between, multiple
 
+MOST_LAYERS = 10_000
 _LARGEST: dict[str, float] = dict(
     vocab_size=2**24,
     d_model=2**20,
-    num_layers=10_000,
+    num_layers=MOST_LAYERS,
     num_heads=2**16,
     num_kv_heads=2**16,
     head_dim=2**16,

@@ -1,6 +1,7 @@
 """Models of every family in, out and in again by the command line; test_families.py compares what they compute."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -390,6 +391,27 @@ def test_settings_of_older_versions() -> None:
         "attention_dropout=0.1 acts in training alone and is not taken over",
         "not known here and not taken over: something_new",
     ]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_missing_key_means_is_what_it_means_there(name: str) -> None:
+    full = pytest.importorskip("transformers").AutoConfig.for_model(name).to_dict()
+    whole = meaning(read_settings(full).model)
+    for key in full.keys() - {"model_type"}:
+        try:
+            assert meaning(read_settings({k: v for k, v in full.items() if k != key}).model) == whole, key
+        except ValueError as error:
+            assert re.search(rf"config\.json has no {key}|num_experts", str(error)), key
+            with pytest.raises(ValueError, match=rf"config\.json has no {key}|num_experts"):
+                read_settings(full | {key: None})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2_moe"])
+def test_a_billion_layers_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = pytest.importorskip("transformers").AutoConfig.for_model(name).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(full | {"num_hidden_layers": 10**9, "layer_types": None}))
+    assert main(["import", "hf", str(tmp_path), "--output", str(tmp_path / "ours")]) == 2
+    assert "num_layers=1000000000 is above 10000" in capsys.readouterr().err
 
 
 def test_what_cannot_go_out_is_named() -> None:
