@@ -1,8 +1,8 @@
 """A run of two ranks through all that may happen to it on a real Slurm: it ends by itself, with the records of one that
 was never disturbed, and its history names each cause.
 
-Each start imports torch on both ranks: some 20 minutes, together. tests/slurm/test_supervise.py has the same faults one
-by one, without torch.
+Each start imports torch on both ranks: a quarter of an hour, together. tests/slurm/test_supervise.py has the same
+faults one by one, without torch.
 """
 
 import os
@@ -18,7 +18,7 @@ from moe_dist.train.record.status import read_status
 from tests.slurm.jobs import Run, Runs, virtual_nodes
 
 pytestmark = pytest.mark.timeout(1800)
-STEPS = 360
+STEPS = 280
 CONFIG = f"""
 model: {{d_model: 32, num_layers: 2, num_heads: 4, d_ff: 48, moe: {{num_experts: 4, capacity_factor: 1.0}}}}
 data: {{kind: text, paths: [FOLDER/text.txt]}}
