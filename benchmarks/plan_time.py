@@ -1,14 +1,16 @@
 """Planned beside measured step times: `python benchmarks/plan_time.py --rates 100mbit 400mbit 1gbit`, as root.
 
-Two virtual nodes of two ranks each, whose cables the kernel limits (slurm/local_network.sh); `--here` leaves the nodes
-out, and all ranks are on this machine. At each rate:
+Two virtual nodes of a rank each, whose cables the kernel limits (slurm/local_network.sh); `--here` leaves the nodes
+out, and both ranks are on this machine. At each rate:
 
-1. `moe-dist plan --measure` on all ranks writes the hardware file, as a user would on the job's nodes.
+1. `moe-dist plan --measure` on both ranks writes the hardware file, as a user would on the job's nodes.
 2. Each layout trains for a few steps, `moe-dist train`; its time is the median of step_seconds after the first ones.
-3. Each layout is planned by that file, on the same number of ranks.
+3. Each layout is planned by that file for the skew that came (`moe-dist plan --skew`): rows of the busiest rank's
+   experts over an even share, the mean over the same steps and layers.
 
 The table has planned / measured of each layout at each rate; the last line says how many are within 20%. Ranks have one
-thread each, in the measurement as in training. Nobody else should use the machine meanwhile.
+thread each, in the measurement as in training, and need a core each: where they share one, a rank that waits makes
+another one faster, which no plan knows of. Nobody else should use the machine meanwhile.
 """
 
 import argparse
@@ -22,7 +24,9 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
 from race import cpu_name, restart_like_a_launch_script
 from virtual_nodes import SCRIPT, first_address, network
 
@@ -33,7 +37,7 @@ from moe_dist.plan.plan import make_plan
 from moe_dist.plan.size import span
 
 ROOT = Path(__file__).resolve().parents[1]
-NODES, PER_NODE = 2, 2
+NODES = 2
 WITHIN = 0.2
 MODEL = """
 --model.d-model 256 --model.num-layers 4 --model.num-heads 8 --model.num-kv-heads 2 --model.d-ff 512
@@ -41,25 +45,25 @@ MODEL = """
 --train.seq-len 256 --train.global-batch 16 --run.no-tensorboard --run.eval-sequences 4 --run.save-every 100000
 """.split()
 LAYOUTS = {
-    "dp 4": "",
-    "ep 2, inside a node": "--parallel.ep 2",
-    "ep 4": "--parallel.ep 4",
-    "ep 4, hierarchical": "--parallel.ep 4 --model.moe.dispatch hierarchical",
-    "tp 2, ep 4": "--parallel.ep 4 --parallel.tp 2",
+    "dp 2": "",
+    "ep 2": "--parallel.ep 2",
+    "ep 2, rows in bf16": "--parallel.ep 2 --model.moe.wire-dtype bf16",
+    "ep 2, two chunks": "--parallel.ep 2 --model.moe.overlap-chunks 2",
+    "tp 2, ep 2": "--parallel.ep 2 --parallel.tp 2",
     "ep 2, ZeRO-1": "--parallel.ep 2 --engine.name deepspeed --engine.zero-stage 1",
 }
 
 
 def on_ranks(command: Sequence[str], port: int, nodes: bool) -> None:
     """`moe-dist COMMAND` on all ranks. Exits where one of them fails."""
-    world, each = NODES * PER_NODE, PER_NODE if nodes else NODES * PER_NODE
-    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(each), "OMP_NUM_THREADS": "1"}
+    each = 1 if nodes else NODES
+    shared = {"WORLD_SIZE": str(NODES), "LOCAL_WORLD_SIZE": str(each), "OMP_NUM_THREADS": "1"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if nodes:
         shared |= {"MASTER_ADDR": first_address(), "GLOO_SOCKET_IFNAME": "eth0"}
     shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     ranks = []
-    for rank in range(world):
+    for rank in range(NODES):
         where = [str(SCRIPT), "run", f"node{rank // each + 1}"] if nodes else []
         ranks.append(
             subprocess.Popen(
@@ -78,15 +82,20 @@ def on_ranks(command: Sequence[str], port: int, nodes: bool) -> None:
         sys.exit(f"a rank of moe-dist {' '.join(command)} failed")
 
 
-def measured_seconds(folder: Path, warm_up: int) -> float:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [record["step_seconds"] for record in records if "step_seconds" in record and record["step"] > warm_up]
-    return statistics.median(steps)
+def records_of(folder: Path, warm_up: int) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["step"] > warm_up]
 
 
-def planned_seconds(flags: Sequence[str], hardware: Path) -> float:
-    config: Config = load_config(None, flags)
-    return make_plan(config, NODES * PER_NODE, load_hardware(str(hardware))).time.seconds
+def skew_of(records: Sequence[dict[str, Any]], ep: int) -> float:
+    """Rank k of an ep group has the k-th of ep equal parts of the experts."""
+    loads_NE = torch.tensor([layer["load"] for record in records for layer in record["layers"]], dtype=torch.float64)
+    by_rank_NR = loads_NE.unflatten(1, (ep, -1)).sum(2)
+    return float((by_rank_NR.amax(1) / by_rank_NR.mean(1)).mean())
+
+
+def planned_seconds(config: Config, hardware: Path, skew: float) -> float:
+    return make_plan(config, NODES, load_hardware(str(hardware)), skew).time.seconds
 
 
 def main() -> None:
@@ -109,15 +118,18 @@ def main() -> None:
                 flags = [*MODEL, *LAYOUTS[name].split(), "--train.steps", str(args.steps)]
                 where = ["--run.root", folder, "--run.name", f"run-{number}", "--device", "cpu"]
                 on_ranks(["train", *flags, *where], port + 1 + number, rate is not None)
-                measured = measured_seconds(Path(folder, f"run-{number}"), args.warm_up)
-                planned = planned_seconds(flags, hardware)
+                records = records_of(Path(folder, f"run-{number}"), args.warm_up)
+                measured = statistics.median(record["step_seconds"] for record in records)
+                config: Config = load_config(None, flags)
+                skew = skew_of(records, config.parallel.ep)
+                planned = planned_seconds(config, hardware, skew)
                 ratios.append(planned / measured)
-                rows[name].append(f"{span(planned)} | {span(measured)} | {planned / measured:.2f}")
+                rows[name].append(f"{skew:.2f} | {span(planned)} | {span(measured)} | {planned / measured:.2f}")
                 print(f"{rate or 'here'}: {name}: {rows[name][-1]}", file=sys.stderr, flush=True)
         port += 20
-    print(f"{cpu_name()}, {NODES} nodes of {PER_NODE} ranks, {args.steps - args.warm_up} steps\n")
-    print("| layout | " + " | ".join(f"{rate or 'here'}, planned | measured | ratio" for rate in rates) + " |")
-    print("|---|" + "---|---|---|" * len(rates))
+    print(f"{cpu_name()}, {NODES} nodes of a rank, {args.steps - args.warm_up} steps\n")
+    print("| layout | " + " | ".join(f"{rate or 'here'}, skew | planned | measured | ratio" for rate in rates) + " |")
+    print("|---|" + "---|---|---|---|" * len(rates))
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
     good = sum(abs(ratio - 1) <= WITHIN for ratio in ratios)

@@ -15,7 +15,8 @@ What is hidden is only what the engines really overlap (`_hidden`):
 
 | exchange             | behind            | how much                                                                |
 |----------------------|-------------------|-------------------------------------------------------------------------|
-| rows, overlap_chunks | the experts       | (n - 1) / n of the shorter one: the first and last of n chunks are seen |
+| rows, overlap_chunks | the experts       | (n - 1) / n: the first chunk there and the last one back are seen; or   |
+|                      |                   | as long as the experts compute                                          |
 | ZeRO-3, on a GPU     | forward, backward | all but one block's: DeepSpeed fetches ahead, and reduces behind        |
 | gradients, native    | the last backward | (n - 1) / n of the shorter one, n buckets of bucket_mib: the last,      |
 |                      | pass of a step    | of the first layer, is seen. bucket_mib null: nothing                   |
@@ -206,7 +207,7 @@ def _hidden(config: Config, hardware: Hardware, gradients: int, parts: dict[str,
     hidden = 0.0
     chunks = config.model.moe.overlap_chunks
     if chunks > 1:
-        hidden += (chunks - 1) / chunks * min(parts["dispatch"], parts["experts"] + parts["activation"])
+        hidden += min((chunks - 1) / chunks * parts["dispatch"], parts["experts"] + parts["activation"])
     engine, blocks = config.engine, config.model.num_layers
     if engine.name == "deepspeed" and engine.zero_stage == 3 and hardware.device == "cuda":
         busy = sum(parts[part] for part in COMPUTE if part not in ("optimizer", "host"))

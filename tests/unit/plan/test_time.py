@@ -198,11 +198,16 @@ def test_recomputation_is_a_forward_pass_of_the_blocks() -> None:
 
 
 def test_what_travels_in_chunks_is_hidden_but_for_its_ends() -> None:
-    """Experts compute 2 * 3 * 1440 FLOPs in 8.64 us, rows travel for 6 ms: half of the shorter is hidden."""
+    """Of two chunks, in 1, in 2, out 1 and out 2 of 1.5 ms each: the experts compute 2 * 3 * 1440 FLOPs while in 2 and
+    out 1 travel, and the longer of both counts."""
     config = toy_config(dispatch="all_to_all", overlap_chunks=2)
     config.parallel.ep = 2
+    for peak in (1e9, 1e6):
+        experts = 8640 / peak
+        plan = step_time(config, replace(TOY_SHAPE, dp=2), Layout(2, ep=2), toy_hardware(peak), [ROWS], HELD)
+        assert plan.parts["dispatch"] == pytest.approx(6e-3)
+        assert 6e-3 + experts - plan.hidden == pytest.approx(2 * 1.5e-3 + 2 * max(1.5e-3, experts / 2))
     plan = step_time(config, replace(TOY_SHAPE, dp=2), Layout(2, ep=2), toy_hardware(), [ROWS], HELD)
-    assert plan.hidden == pytest.approx(8.64e-6 / 2)
     assert plan.seconds == pytest.approx(sum(plan.parts.values()) - plan.hidden)
     assert plan.bottleneck.startswith("dispatch, ") and "wire_dtype" in plan.advice and "overlap" not in plan.advice
 
