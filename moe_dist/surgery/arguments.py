@@ -1,6 +1,7 @@
 """What follows `moe-dist experts`. Light: its help comes without torch."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from moe_dist.config.flags import Parser
@@ -109,6 +110,8 @@ def _check(own: argparse.Namespace) -> None:
         raise ValueError(f"{own.action} writes a new run folder: name it by --output FOLDER")
     if own.output.exists():
         raise ValueError(f"--output {own.output} must name a folder that is not there yet")
+    if own.output.resolve().is_relative_to(own.run.resolve()):
+        raise ValueError(f"--output {own.output} lies in {own.run}, in which nothing changes: name a folder beside it")
     if own.action in ("add", "upcycle", "split"):
         if len(own.which) != 1 or not own.which[0].isdigit():
             what = {"add": "experts to add", "upcycle": "experts in each MoE layer", "split": "parts of each expert"}
@@ -116,9 +119,11 @@ def _check(own: argparse.Namespace) -> None:
     elif not own.which:
         raise ValueError(f"{own.action} needs to know which experts: {own.action} 3, or 0,4,5")
     else:
-        parse_which(own.which)
-    if own.noise is not None and own.noise < 0:
-        raise ValueError(f"--noise {own.noise} is below 0")
+        groups = [group for of_layer in parse_which(own.which).values() for group in of_layer]
+        if own.action == "merge" and (alone := [group for group in groups if len(group) < 2]):
+            raise ValueError(f"merge takes groups of two experts or more, as 0,5, not {alone[0][0]}")
+    if own.noise is not None and not 0 <= own.noise < math.inf:
+        raise ValueError(f"--noise {own.noise} must be 0 or more, and finite")
 
 
 Which = dict[int | None, list[list[int]]]

@@ -39,6 +39,7 @@ from moe_dist.surgery.layers import (
 )
 from moe_dist.surgery.listing import describe_layer
 from moe_dist.surgery.measure import Loads, Yardstick, recorded_loads
+from moe_dist.surgery.members import open_experts_of
 from moe_dist.surgery.models import before_cutting, change_experts, upcycle_decoder
 from moe_dist.surgery.moments import POWERS, of_added, of_copies, of_merged, said_of, split_carried, zero
 
@@ -161,14 +162,24 @@ def _change(own: argparse.Namespace, which: Which, loads: Loads, seed: int, kind
                 of_merged(layer)
         case "remove" if ids:
             remove_experts(layer, ids)
-        case "open" if ids:
-            open_experts(layer, ids)
-        case "close" if ids:
-            close_experts(layer, ids)
+        case "open" | "close" if ids:
+            if not power:
+                _check_state(own.action, layer, ids)
+            (open_experts if own.action == "open" else close_experts)(layer, ids)
         case _:
             return  # no expert of this layer was named
     if power and own.moments == "zero":
         zero(layer)
+
+
+def _check_state(action: str, layer: MoE, ids: list[int]) -> None:
+    """Raises ValueError where experts are as they would be made."""
+    opened = set(open_experts_of(layer))
+    known = set(range(layer.config.num_experts))
+    already = sorted(set(ids) & (opened if action == "open" else known - opened))
+    if already:
+        state = "open" if action == "open" else "closed"
+        raise ValueError(f"experts {already} of layer {layer.layer} are {state} already: name others")
 
 
 def _add(own: argparse.Namespace, layer: MoE, seed: int, load: list[int] | None) -> None:

@@ -151,6 +151,8 @@ def merge_experts(
     check_whole(layer)
     members, moe = members_of(layer), layer.config
     check_known(layer, [index for group in groups for index in group])
+    if alone := [group for group in groups if len(group) < 2]:
+        raise ValueError(f"a group of {list(alone[0])}: two experts or more become one")
     if moe.num_groups > 1:
         raise ValueError(
             f"num_groups={moe.num_groups}: merging would leave groups of different sizes; remove whole groups"
@@ -161,7 +163,7 @@ def merge_experts(
     gone = {index for group in groups for index in sorted(group)[1:]}
     opened = [index for index in open_experts_of(layer) if index not in gone]
     check_left(layer, opened, "merging", sorted(gone))
-    whole = {min(group): sorted(group) for group in groups if len(group) > 0}
+    whole = {min(group): sorted(group) for group in groups}
     came_from = [whole.get(index, [index]) for index in range(len(members)) if index not in gone]
     rebuild(layer, [mean_of([members[i] for i in origin], share_E[origin], origin) for origin in came_from])
     return came_from

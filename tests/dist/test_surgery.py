@@ -198,6 +198,9 @@ def test_nothing_half_written_stays(
         ("dense", "upcycle two", "upcycle takes one number, of experts in each MoE layer, not 'two'"),
         ("moe", "add 1 --granularity 2", "--granularity is of upcycle, not of add"),
         ("moe", "merge 0,1,2,3", "leaves 1 open experts, but top_k=2"),
+        ("moe", "merge 0 1", "merge takes groups of two experts or more, as 0,5, not 0"),
+        ("moe", "open 1:2", "experts [2] of layer 1 are open already"),
+        ("moe", "add 1 --noise nan", "--noise nan must be 0 or more, and finite"),
         ("moe", "remove 7:1", "layer 7 has no experts: MoE layers are 0, 1"),
         ("moe", "remove 0:1", "the layers' configs differ"),
         ("moe", "close x", "names no experts: write 3"),
@@ -211,3 +214,8 @@ def test_refusals(runs: Path, capsys: pytest.CaptureFixture[str], source: str, w
     said = capsys.readouterr().err
     assert message in said, said
     assert not (runs / "refused").exists()
+
+
+def test_nothing_is_written_into_the_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experts", str(runs / "moe"), "add", "1", "--output", str(runs / "moe" / "grown")]) == 2
+    assert "in which nothing changes: name a folder beside it" in capsys.readouterr().err

@@ -314,6 +314,7 @@ MISTAKES = {
     "load_E has shape (5,)": lambda layer: add_experts(layer, 1, load_E=torch.ones(5)),
     "use init=random": lambda layer: add_experts(layer, 1, d_ff=8),
     "6 numbers of 0 or more": lambda layer: merge_experts(layer, [[0, 1]], [1.0, -1.0, 1, 1, 1, 1]),
+    "a group of [3]": lambda layer: merge_experts(layer, [[0, 1], [3]]),
     "are all 0": lambda layer: merge_experts(layer, [[0, 1]], [0, 0, 1, 1, 1, 1]),
     "open and closed": lambda layer: (close_experts(layer, [0]), merge_experts(layer, [[0, 1]])),
 }
