@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe_dist.config.arguments import with_config
 from moe_dist.config.flags import DEVICE, Parser
@@ -101,6 +102,8 @@ def check_plan_arguments(own: argparse.Namespace) -> None:
         raise ValueError("command line: --search and --capacity are two questions; ask one after the other")
     if own.figures and (own.search or own.capacity or own.dry_run):
         raise ValueError("command line: --figures are of one plan; leave out --search, --capacity and --dry-run")
+    if own.figures and Path(own.figures).exists() and not Path(own.figures).is_dir():
+        raise ValueError(f"command line: --figures {own.figures} is a file: name a folder")
 
 
 def capacity_factors(text: str) -> list[float | None]:

@@ -162,7 +162,10 @@ class _Looked:
 def prices(
     config: Config, ranks: int, hardware: Hardware, factors: Sequence[float | None], skew: float = 1.0
 ) -> list[Price]:
-    """A plan for each capacity factor of all MoE layers, in the order given. Raises ValueError as `make_plan`."""
+    """A plan for each capacity factor of all MoE layers, in the order given. Raises ValueError as `make_plan`, and for
+    a model without such layers."""
+    if not config.model.moe.num_experts:
+        raise ValueError("num_experts=0: a dense model has no capacity to price; set model.moe.num_experts")
     found = []
     for factor in factors:
         moe = replace(config.model.moe, capacity_factor=factor, capacity_schedule={})

@@ -112,6 +112,11 @@ def test_prices_of_capacity(paths: list[str], capsys: pytest.CaptureFixture[str]
         (["--ranks", "2", "--search", "--top", "0"], "--top 0 is below 1"),
         (["--ranks", "2", "--capacity", "1.0,much"], "--capacity 'much' is no capacity factor: write 1.0,1.25,null"),
         (["--ranks", "2", "--capacity", "-1"], "--capacity '-1' is no capacity factor"),
+        (
+            ["--ranks", "1", "--capacity", "1.0", "--model.moe.num-experts", "0"],
+            "a dense model has no capacity to price",
+        ),
+        (["--ranks", "1", "--figures", __file__], "test_plan_command.py is a file: name a folder"),
         (["--ranks", "3"], "global_batch=8 is not divisible by accumulation*dp=1*3=3"),
         (["--ranks", "2", "--engine.precision", "bf16"], "does not say how fast bf16 products are, but fp32"),
         (["--ranks", "2", "--rank-per-node", "2"], "--rank-per-node: unknown flag; did you mean --ranks-per-node?"),
