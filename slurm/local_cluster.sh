@@ -124,6 +124,8 @@ lose() {
 
 check_machine() {
   ((EUID == 0)) || fail "run this as root: slurmd starts the tasks of other users"
+  ((${#home} <= 68)) || # and the 39 of /spool/node99/node99_1234567.4294967291 are the 107 that a socket's path may have
+    fail "$home is too long a path for Slurm's sockets: name one of at most 68 characters with MOE_DIST_CLUSTER"
   local rate="$1" tool missing=()
   for tool in munged slurmctld slurmd sbatch ${rate:+ip tc unshare}; do
     command -v "$tool" >/dev/null || missing+=("$tool")

@@ -30,9 +30,12 @@ guard: {{stall_seconds: 15}}
 """
 
 
-@pytest.fixture(autouse=True)
-def text(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(" ".join(str(number * number) for number in range(4000)))
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With what runs read. Its name is short: sockets of Slurm lie below it."""
+    folder = tmp_path_factory.mktemp("survive")
+    (folder / "text.txt").write_text(" ".join(str(number * number) for number in range(4000)))
+    return folder
 
 
 def undisturbed(runs: Runs, *flags: str) -> list[dict[str, Any]]:
@@ -41,9 +44,9 @@ def undisturbed(runs: Runs, *flags: str) -> list[dict[str, Any]]:
     return records(runs.root / "torchrun")
 
 
-def test_a_submitted_run_trains_like_torchrun(tmp_path: Path) -> None:
+def test_a_submitted_run_trains_like_torchrun(folder: Path) -> None:
     flags = ("--train.steps", "110")
-    with virtual_nodes(tmp_path, CONFIG, patience=300.0, count=2) as runs:
+    with virtual_nodes(folder, CONFIG, patience=300.0, count=2) as runs:
         run = runs.submit("plain", *flags)
         assert run.over()["Restarts"] == "0"
         assert read_status(run.folder) == {"state": "finished", "step": 110}, run.log.read_text()
@@ -52,11 +55,11 @@ def test_a_submitted_run_trains_like_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_survives_ranks_nodes_cables_and_neighbours(tmp_path: Path) -> None:
+def test_a_run_survives_ranks_nodes_cables_and_neighbours(folder: Path) -> None:
     """Four nodes with an address and a cable each, of which two train. A step puts 119 KiB on a cable: at this rate it
     takes a second, so that the run has not finished when Slurm comes round to it, in up to half a minute."""
     variables = {"MOE_DIST_CLUSTER_SILENT": "60"}  # so that a pulled cable is the run's to notice
-    with virtual_nodes(tmp_path, CONFIG, patience=300.0, count=4, rate="1mbit", **variables) as runs:
+    with virtual_nodes(folder, CONFIG, patience=300.0, count=4, rate="1mbit", **variables) as runs:
         run = runs.submit("faults", "--spare-nodes", "2")
         run.goes_on()
         run.limit(run.minutes() + 1)  # first: Slurm without accounting takes no new limit of a job that has lost a node
