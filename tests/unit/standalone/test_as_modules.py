@@ -155,7 +155,9 @@ def test_a_state_dict_of_weights_alone_is_enough(name: str) -> None:
         other.load_state_dict(weights)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "routed attention" else name for name in LAYERS]
+)
 def test_a_compiled_model_computes_what_it_did(name: str) -> None:
     """By the backend that traces forward and backward; what the layers ask the host stays out of the graphs."""
     plain, inside = LAYERS[name](), LAYERS[name]()
