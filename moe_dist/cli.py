@@ -143,7 +143,7 @@ _ALL = (
         "verify",
         "[flags]",
         "prove that training means the same in every layout, on this machine",
-        "moe_dist.verify.command:verify",
+        "moe_dist.verify.command:verify_as_asked",
         "moe_dist.verify.arguments:verify_arguments",
     ),
     Command(

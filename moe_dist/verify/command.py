@@ -19,10 +19,14 @@ from moe_dist.verify.compare import Meshes, Reference, Report, compare_layout, t
 _AGREED = "agreed"
 
 
-def verify(own: argparse.Namespace) -> int:
-    """own: of verify_arguments; its ranks are started where this is none of several already. Returns the exit code: 0
-    all agree, 1 a difference."""
-    options, device = own.options, own.device
+def verify_as_asked(own: argparse.Namespace) -> int:
+    """`moe-dist verify`. own: of verify_arguments. Returns the exit code, as `verify` does."""
+    return verify(own.options, own.ranks, own.device)
+
+
+def verify(options: Options, ranks: int = 4, device: str = "cpu") -> int:
+    """ranks: to start, where this is none of several already. device: "cpu" or "cuda". Returns the exit code: 0 all
+    agree, 1 a difference."""
     rank = rank_from_environment(os.environ)
     if rank.world > 1:
         chosen = start(rank, device, share_gpus=True)
@@ -32,7 +36,7 @@ def verify(own: argparse.Namespace) -> int:
         return 0 if agreed else 1
     with tempfile.TemporaryDirectory(prefix="moe_dist-") as folder:
         verdict = Path(folder) / "verdict"
-        spawn(_worker, own.ranks, options, device, str(verdict), device=device)
+        spawn(_worker, ranks, options, device, str(verdict), device=device)
         return 0 if verdict.read_text(encoding="utf-8") == _AGREED else 1
 
 

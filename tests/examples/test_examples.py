@@ -22,7 +22,7 @@ SAYS = {
 }
 ON_TWO_RANKS = ("with_ddp.py", "with_deepspeed.py", "with_fsdp2.py")  # tests/dist/test_examples.py
 NEEDS = {"with_trainer.py": ("transformers", "accelerate")}
-SLOW = ("with_compile.py", "with_trainer.py", "trainer_parts.py")  # what they show takes a compiler, imports, ranks
+SLOW = ("with_compile.py", "with_trainer.py")  # what they show takes a compiler, or imports
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SAYS])
