@@ -125,7 +125,7 @@ def read_examples(config: DataConfig) -> Iterator[Example]:
         yield from stdlib_examples(config.block_lines)
         return
     for record in read_records(config.kind, config.paths):
-        text, label = record.text(config.text_key, "text_key"), record.text(config.label_key, "label_key").strip()
+        text, label = record.text(config.text_key, "text_key"), record.label(config.label_key)
         for value, key in ((text.strip(), config.text_key), (label, config.label_key)):
             if not value:
                 raise ValueError(f"{record.where}: {key!r} is empty: fill it, or take the line out")

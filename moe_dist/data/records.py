@@ -22,6 +22,11 @@ class Record:
     """`file, line 7`: where it begins."""
     values: dict[str, Any]
 
+    def label(self, key: str) -> str:
+        """What stands at `key`, which data.label_key names; "true" and "false" too. Raises ValueError as `text`."""
+        value = self.values.get(key)
+        return str(value).lower() if isinstance(value, bool) else self.text(key, "label_key").strip()
+
     def text(self, key: str, field: str) -> str:
         """What stands at `key`, which data.`field` names. Raises ValueError for neither text nor a whole number."""
         try:
@@ -31,8 +36,10 @@ class Record:
 
 
 def text_at(values: Mapping[str, Any], key: str, way_out: str) -> str:
-    """What stands at `key`. Raises ValueError for neither text nor a whole number."""
+    """What stands at `key`. Raises ValueError for neither text nor a whole number, which true is not."""
     value = values.get(key)
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} at {key!r} is no text: {way_out}")
     if not isinstance(value, str | int):
         known = ", ".join(str(name) for name in values)
         raise ValueError(f"no text or whole number at {key!r}, but {known}: {way_out}")

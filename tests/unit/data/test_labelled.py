@@ -100,6 +100,14 @@ def test_csv_and_other_keys(tmp_path: Path) -> None:
     assert sum(len(part.labels_N) for part in (corpus.train, corpus.validation, corpus.test)) == 60
 
 
+def test_true_and_false_are_labels_and_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": false}\n{"text": true}\n')
+    examples = read_examples(DataConfig(kind="jsonl", paths=[str(tmp_path / "a.jsonl")]))
+    assert [next(examples).label, next(examples).label] == ["true", "false"]
+    with pytest.raises(ValueError, match=r"line 3: true at 'text' is no text: set data\.text_key"):
+        next(examples)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_csv_as_spreadsheets_write_it(tmp_path: Path, encoding: str) -> None:
     """A byte-order mark, a blank after the comma, a text longer than the csv module reads by itself."""

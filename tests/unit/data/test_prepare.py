@@ -194,14 +194,17 @@ def test_every_format(tmp_path: Path, form: str) -> None:
 
 def test_bad_records_are_counted_named_and_refused_when_asked(tmp_path: Path) -> None:
     lines = ['{"text": "a"}', "{broken", '["list"]', '{"txt": "b"}', '{"text": null}', '{"text": "\\ud800"}', "", ""]
-    lines += ['{"text": ""}', '{"text": 7}', '{"text": "last"}']
+    lines += ['{"text": ""}', '{"text": 7}', '{"text": "last"}', '{"text": true}']
     source = tmp_path / "a.jsonl"
     source.write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}')
     record = prepared(tmp_path / "c", source)
     assert texts_of(tmp_path / "c") == ["a", "7", "last"]
     named = [json.loads(line) for line in (tmp_path / "c.bad.jsonl").read_text().splitlines()]
-    assert [each["line"] for each in named] == [2, 3, 4, 5, 6, 12] and {each["file"] for each in named} == {str(source)}
-    assert sum(record["bad"].values()) == 6 and record["empty"] == 1
+    assert [each["line"] for each in named] == [2, 3, 4, 5, 6, 12, 13] and {each["file"] for each in named} == {
+        str(source)
+    }
+    assert named[5]["reason"].startswith("true at 'text' is no text")
+    assert sum(record["bad"].values()) == 7 and record["empty"] == 1
     with pytest.raises(BadRecord, match=r"a.jsonl, line 2: not JSON"):
         prepared(tmp_path / "d", source, strict=True)
     assert not (tmp_path / "d.bin").exists()
