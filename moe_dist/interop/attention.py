@@ -107,7 +107,8 @@ class Windows:
         else:
             cut = [kind == "sliding_attention" for kind in kinds]
             if len(cut) != number and "num_hidden_layers" in theirs.values:
-                theirs.problems.append(f"layer_types names {len(cut)} layers, but num_hidden_layers={number}")
+                said = theirs.values["num_hidden_layers"]
+                theirs.problems.append(f"layer_types names {len(cut)} layers, but num_hidden_layers={said}")
             if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
                 theirs.problems.append(f"layer_types has {', '.join(sorted(unknown))}: not known here")
         ours["attention.window"] = shortest([window if here else None for here in cut])

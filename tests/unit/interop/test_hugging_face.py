@@ -310,6 +310,10 @@ def _exchanged(row: Any) -> Any:
             {"model_type": "qwen3", "layer_types": ["full_attention"], "num_key_value_heads": 4},
             ["layer_types names 1 layers, but num_hidden_layers=2"],
         ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention"], "num_hidden_layers": 10**9},
+            ["layer_types names 1 layers, but num_hidden_layers=1000000000"],
+        ),
         ({"quantization_config": {"quant_method": "fp8"}}, ["weights are quantised (fp8)"]),
         (
             {"model_type": "gpt_bigcode", "n_embd": 16, "n_layer": 2, "n_head": 4, "scale_attn_weights": False},
